@@ -1,0 +1,217 @@
+"""Where each family of vision-language models keeps what the tuners need. Every special case of a model is a row here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+# Keywords of a multimodal forward that bring features of a modality. `mm_encoder_outputs`, which is keyed by modality
+# and carries features that `generate` encoded beforehand, counts as well.
+FEATURE_KEYWORDS = {
+    "image": ("pixel_values", "image_hidden_states"),
+    "video": ("pixel_values_videos",),
+}
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """How a decoder layer is put together around its FFN.
+
+    Attributes:
+        ffn_norm: The submodule whose *input* is the residual stream after self-attention. `None` for a parallel block,
+            where FFN and attention read the same normed input: there that stream is layer input + attention output.
+        ffn_end: The submodule whose *output* is what the FFN adds to the residual stream.
+        token_mixers: The submodules that mix tokens; a layer has one of them.
+    """
+
+    ffn_norm: str | None = "post_attention_layernorm"
+    ffn_end: str = "mlp"
+    token_mixers: tuple[str, ...] = ("self_attn", "linear_attn")
+
+    @property
+    def looked_for(self) -> str:
+        norm = self.ffn_norm or "input_layernorm"
+        return f"{' or '.join(self.token_mixers)}, {norm} and {self.ffn_end}"
+
+    def fits(self, layer: nn.Module) -> bool:
+        names = dict(layer.named_children())
+        mixer = any(name in names for name in self.token_mixers)
+        return mixer and (self.ffn_norm or "input_layernorm") in names and self.ffn_end in names
+
+    def token_mixer(self, layer: nn.Module) -> nn.Module:
+        """The attention module of `layer`."""
+        return next(getattr(layer, name) for name in self.token_mixers if hasattr(layer, name))
+
+
+PRE_NORM = DecoderBlock()
+PRE_NORM_CHILDREN = {*PRE_NORM.token_mixers, "input_layernorm", PRE_NORM.ffn_norm, PRE_NORM.ffn_end}
+SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_layernorm")
+
+# By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. What is not listed must be of
+# exactly the common pre-norm shape.
+BLOCKS: dict[str, DecoderBlock] = {
+    "cohere": DecoderBlock(ffn_norm=None),
+    "cohere2": DecoderBlock(ffn_norm=None),
+    "gemma2": SANDWICH,
+    "gemma3_text": SANDWICH,
+    "gemma4_text": SANDWICH,
+    "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
+    "llama4_text": DecoderBlock(ffn_end="feed_forward"),
+}
+
+
+@dataclass(frozen=True)
+class VLMFamily:
+    """What differs between families above the decoder layer.
+
+    Attributes:
+        placeholders: For each modality, the config fields that hold the ids of its placeholder tokens.
+    """
+
+    placeholders: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"image": ("image_token_id",), "video": ("video_token_id",)}
+    )
+
+
+_GLM = VLMFamily(placeholders={"image": ("image_token_id",), "video": ("image_token_id",)})  # frames use the image's id
+
+# By the model's `model_type`: the families that the tests cover.
+FAMILIES: dict[str, VLMFamily] = {
+    "aya_vision": VLMFamily(),
+    "gemma3": VLMFamily(),
+    "gemma4": VLMFamily(),
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "idefics3": VLMFamily(),
+    "internvl": VLMFamily(),
+    "llama4": VLMFamily(),
+    "llava": VLMFamily(),
+    "llava_next": VLMFamily(),
+    "llava_onevision": VLMFamily(),
+    "mistral3": VLMFamily(),
+    "paligemma": VLMFamily(),
+    "qwen2_5_vl": VLMFamily(),
+    "qwen2_vl": VLMFamily(),
+    "qwen3_5": VLMFamily(),
+    "qwen3_vl": VLMFamily(),
+    "qwen3_vl_moe": VLMFamily(),
+    "smolvlm": VLMFamily(),
+}
+
+
+@dataclass(frozen=True)
+class VisionLanguageModel:
+    """A model with its parts found.
+
+    Attributes:
+        multimodal: The module that takes `input_ids` together with pixel values and calls the text model.
+        text_model: The decoder stack (`layers`, `embed_tokens`).
+        text_model_name: Its name inside the model.
+        block: The shape of the decoder layers.
+        placeholder_ids: For each modality, its placeholder token ids.
+    """
+
+    multimodal: nn.Module
+    text_model: nn.Module
+    text_model_name: str
+    block: DecoderBlock
+    placeholder_ids: Mapping[str, tuple[int, ...]]
+
+    @property
+    def text_config(self):
+        """The text model's config."""
+        return self.text_model.config
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return self.text_model.layers
+
+    def layer_name(self, layer_idx: int) -> str:
+        """The full name of a decoder layer inside the model."""
+        return f"{self.text_model_name}.layers.{layer_idx}".removeprefix(".")
+
+
+def find_vlm(model: nn.Module) -> VisionLanguageModel:
+    """Find the parts of a vision-language model.
+
+    Families in `FAMILIES` are known and tested. Any other model is taken if it has the common shape: a config with an
+    image placeholder id, one module that takes `pixel_values`, below it one text model, whose decoder layers are
+    pre-norm blocks.
+
+    Args:
+        model: A transformers model, not wrapped by PEFT.
+
+    Raises:
+        ValueError: The model is of another shape; the message names the model, what it has and what was looked for.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+
+    def refuse(found: str, looked_for: str) -> ValueError:
+        return ValueError(
+            f"{type(model).__name__} (model_type {model_type!r}) is not a vision-language model that peft_pvm can "
+            f"attach to: {found}. Looked for {looked_for}. Families known by name: {', '.join(sorted(FAMILIES))}; a "
+            "model of the same shape works without being listed, any other needs a row in peft_pvm/families.py."
+        )
+
+    family = FAMILIES.get(model_type, VLMFamily())
+    placeholder_ids = {}
+    for modality, fields in family.placeholders.items():
+        ids = (getattr(config, name, None) for name in fields)
+        placeholder_ids[modality] = tuple(token_id for token_id in ids if token_id is not None)
+    if not placeholder_ids["image"]:
+        fields = " or ".join(family.placeholders["image"])
+        raise refuse("its config names no image placeholder token", f"config.{fields}")
+
+    modules = dict(model.named_modules())
+    text_models = [
+        name
+        for name, module in modules.items()
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens")
+    ]
+    if len(text_models) != 1:
+        raise refuse(f"it holds {len(text_models)} text models {text_models}", "one module with layers and embed_tokens")
+    text_model_name = text_models[0]
+    text_model = modules[text_model_name]
+
+    multimodal = _nearest_multimodal(modules, text_model_name)
+    if multimodal is None:
+        raise refuse(
+            f"no module above its text model {text_model_name!r} takes pixel values",
+            "a module whose forward takes input_ids and pixel_values and which calls the text model",
+        )
+
+    text_type = getattr(text_model.config, "model_type", None)
+    block = BLOCKS.get(text_type, PRE_NORM)
+    for layer_idx, layer in enumerate(text_model.layers):
+        children = {name for name, child in layer.named_children() if not is_tuner_child(child)}
+        # Norms in unknown places change where the branch belongs, so an unlisted layer must have no other children.
+        if not block.fits(layer) or (text_type not in BLOCKS and not children <= PRE_NORM_CHILDREN):
+            raise refuse(
+                f"decoder layer {layer_idx} ({type(layer).__name__} of text model type {text_type!r}) holds "
+                f"{sorted(children)}",
+                f"a decoder layer with {block.looked_for}" + ("" if text_type in BLOCKS else " and no other norm"),
+            )
+    return VisionLanguageModel(multimodal, text_model, text_model_name, block, placeholder_ids)
+
+
+def is_tuner_child(module: nn.Module) -> bool:
+    """Whether `module` was put beside the base's modules by a tuner (of this package or another)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer) and not hasattr(module, "base_layer")
+
+
+def _nearest_multimodal(modules: dict[str, nn.Module], text_model_name: str) -> nn.Module | None:
+    name = text_model_name
+    while name:
+        name = name.rpartition(".")[0]
+        parameters = inspect.signature(type(modules[name]).forward).parameters
+        if "input_ids" in parameters and "pixel_values" in parameters:
+            return modules[name]
+    return None

@@ -1,0 +1,118 @@
+"""Where visual tokens stand in a batch: pure functions on tensors, with no model in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+EMPTY_SLOT = -1  # marks padding in a table of positions
+
+
+def placeholder_mask(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
+    """Mark the placeholder tokens that visual features are written over.
+
+    Args:
+        input_ids: Token ids, `(batch, seq_len)`, integer.
+        token_ids: The placeholder ids to look for; none marks nothing.
+
+    Returns:
+        `(batch, seq_len)`, bool.
+
+    Example:
+        >>> placeholder_mask(torch.tensor([[5, 9, 9, 6]]), [9])
+        tensor([[False,  True,  True, False]])
+    """
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token_id in token_ids:
+        mask = mask | (input_ids == token_id)
+    return mask
+
+
+def pack(mask: torch.Tensor, min_length: int = 0) -> torch.Tensor:
+    """List the positions of the marked entries of every row, left-aligned and padded to the longest list.
+
+    The width of the result depends on the data, so this waits for the device.
+
+    Args:
+        mask: `(batch, seq_len)`, bool.
+        min_length: The result is at least this wide.
+
+    Returns:
+        `(batch, max(longest, min_length))`, int64: ascending positions, then `EMPTY_SLOT`.
+
+    Example:
+        >>> pack(torch.tensor([[False, True, True], [True, False, False]]))
+        tensor([[ 1,  2],
+                [ 0, -1]])
+    """
+    counts = mask.sum(1)
+    width = max(int(counts.max()), min_length) if mask.numel() else min_length
+    positions = torch.full((mask.shape[0], width), EMPTY_SLOT, dtype=torch.long, device=mask.device)
+    rows, columns = mask.nonzero(as_tuple=True)
+    rank = mask.cumsum(1)[rows, columns] - 1
+    positions[rows, rank] = columns
+    return positions
+
+
+def gather_rows(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Pick positions out of every row; `EMPTY_SLOT` picks zeros.
+
+    Args:
+        tensor: `(batch, seq_len, features)`.
+        positions: `(batch, length)`, int64, as `pack` gives them.
+
+    Returns:
+        `(batch, length, features)`.
+
+    Example:
+        >>> gather_rows(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[2, -1]]))
+        tensor([[[3.],
+                 [0.]]])
+    """
+    index = positions.clamp(min=0).unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
+    return tensor.gather(1, index) * (positions >= 0).unsqueeze(-1).to(tensor.dtype)
+
+
+def scatter_rows(values: torch.Tensor, positions: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """Put values back where `gather_rows` took them from; everything else is exactly zero.
+
+    Args:
+        values: `(batch, length, features)`.
+        positions: `(batch, length)`, int64; entries of a row are distinct, values at `EMPTY_SLOT` are dropped.
+        seq_len: Length of the result.
+
+    Returns:
+        `(batch, seq_len, features)`.
+
+    Example:
+        >>> scatter_rows(torch.tensor([[[3.0], [7.0]]]), torch.tensor([[2, -1]]), 3)
+        tensor([[[0.],
+                 [0.],
+                 [3.]]])
+    """
+    kept = values.masked_fill((positions < 0).unsqueeze(-1), 0)
+    index = positions.clamp(min=0).unsqueeze(-1).expand_as(values)
+    # Dropped entries add their zero at position 0, which leaves whatever stands there as it is.
+    return values.new_zeros(values.shape[0], seq_len, values.shape[2]).scatter_add(1, index, kept)
+
+
+def causally_visible(slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Which visual tokens stand before each query.
+
+    Args:
+        slots: Positions of the visual tokens, `(batch, num_visual)`, int64, `EMPTY_SLOT` where there is none.
+        positions: Positions of the queries, counted like `slots`, `(batch, num_queries)`, int64.
+
+    Returns:
+        `(batch, num_queries, num_visual)`, bool.
+
+    Example:
+        >>> causally_visible(torch.tensor([[1, 4, -1]]), torch.tensor([[0, 2, 5]]))
+        tensor([[[False, False, False],
+                 [ True, False, False],
+                 [ True,  True, False]]])
+    """
+    slots = slots.unsqueeze(1)
+    return (slots >= 0) & (slots < positions.unsqueeze(2))

@@ -1,0 +1,306 @@
+"""The PVM branch of one decoder layer."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ..context import VisualContext
+from ..families import DecoderBlock
+from ..positions import gather_rows, scatter_rows
+from ..tap import CONTEXT
+from ..tuner import VisualTunerLayer
+from .config import PVMConfig
+
+
+_identities = itertools.count()
+
+
+@dataclass(frozen=True)
+class BranchShape:
+    """The sizes of a branch, derived from the base model's.
+
+    Attributes:
+        hidden_size: Width of the residual stream, D.
+        r: Width of the branch.
+        head_dim: Size of a head, the base model's.
+        num_heads: `r / head_dim`.
+        num_key_value_heads: `num_heads` by the base's grouping ratio, at least 1, a divisor of `num_heads`.
+        intermediate_size: Width of the branch's MLP.
+        hidden_act: The base's activation function, by name.
+        eps: The base's norm epsilon.
+        initializer_range: Standard deviation of fresh matrices.
+    """
+
+    hidden_size: int
+    r: int
+    head_dim: int
+    num_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    hidden_act: str
+    eps: float
+    initializer_range: float
+
+    @classmethod
+    def of(cls, config: PVMConfig, text_config: Any) -> BranchShape:
+        """The shape that `config` asks for on a base model with `text_config`.
+
+        Raises:
+            ValueError: `config.r` is not a multiple of the head size.
+        """
+        base_heads = text_config.num_attention_heads
+        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // base_heads
+        if config.r % head_dim:
+            raise ValueError(
+                f"PVMConfig.r is {config.r}, but must be a multiple of the base model's head size {head_dim}: "
+                f"{head_dim}, {2 * head_dim}, {3 * head_dim}, ..."
+            )
+        num_heads = config.r // head_dim
+        base_groups = base_heads // (getattr(text_config, "num_key_value_heads", None) or base_heads)
+        num_key_value_heads = max(1, num_heads // base_groups)
+        while num_heads % num_key_value_heads:
+            num_key_value_heads -= 1
+        ratio = config.mlp_ratio or text_config.intermediate_size / text_config.hidden_size
+        return cls(
+            hidden_size=text_config.hidden_size,
+            r=config.r,
+            head_dim=head_dim,
+            num_heads=num_heads,
+            num_key_value_heads=num_key_value_heads,
+            intermediate_size=int(config.r * ratio),
+            hidden_act=_first(text_config, "hidden_act", "hidden_activation"),
+            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps"),
+            initializer_range=text_config.initializer_range,
+        )
+
+
+def _first(config: Any, *names: str) -> Any:
+    return next(value for name in names if (value := getattr(config, name, None)) is not None)
+
+
+class PVMLayer(nn.Module, VisualTunerLayer):
+    """A cross-attention branch from the text tokens of one decoder layer to the visual memory.
+
+    With `x` the residual stream after self-attention, the layer's output becomes `x + FFN(norm(x)) + PVM(x, memory)`,
+    where PVM is exactly 0 at visual positions and in rows without images (arXiv 2605.00814, section 3).
+
+    Every weight is held once per adapter, keyed by the adapter's name.
+
+    Args:
+        decoder_layer: The base layer to stand beside.
+        block: How the base layer is put together.
+        layer_idx: Its index.
+    """
+
+    adapter_layer_names = (
+        "pvm_text_reducer",
+        "pvm_vision_reducer",
+        "pvm_input_norm",
+        "pvm_q_proj",
+        "pvm_k_proj",
+        "pvm_v_proj",
+        "pvm_o_proj",
+        "pvm_q_norm",
+        "pvm_k_norm",
+        "pvm_post_attn_norm",
+        "pvm_gate_proj",
+        "pvm_up_proj",
+        "pvm_down_proj",
+        "pvm_output_expander",
+        "pvm_gate",
+    )
+    other_param_names = ("pvm_config", "pvm_shape", "pvm_identity")
+
+    def __init__(self, decoder_layer: nn.Module, block: DecoderBlock, layer_idx: int):
+        super().__init__()
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict() if name == "pvm_gate" else nn.ModuleDict())
+        self.pvm_config: dict[str, PVMConfig] = {}
+        self.pvm_shape: dict[str, BranchShape] = {}
+        self.pvm_identity: dict[str, int] = {}  # tells adapters of one name apart that followed one another
+        self.layer_idx = layer_idx
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self._block = block
+        self._decoder_layer = (decoder_layer,)  # in a tuple: the parent is no submodule
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._context: VisualContext | None = None
+        self._residual: torch.Tensor | None = None
+
+    def update_layer(self, adapter_name: str, config: PVMConfig, shape: BranchShape) -> None:
+        """Add an adapter, freshly initialised."""
+        width, heads, kv_heads = shape.r, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+        linears = {
+            "pvm_text_reducer": (shape.hidden_size, width),
+            "pvm_vision_reducer": (shape.hidden_size, width),
+            "pvm_q_proj": (width, heads),
+            "pvm_k_proj": (width, kv_heads),
+            "pvm_v_proj": (width, kv_heads),
+            "pvm_o_proj": (heads, width),
+            "pvm_gate_proj": (width, shape.intermediate_size),
+            "pvm_up_proj": (width, shape.intermediate_size),
+            "pvm_down_proj": (shape.intermediate_size, width),
+            "pvm_output_expander": (width, shape.hidden_size),
+        }
+        for name, (in_features, out_features) in linears.items():
+            linear = nn.Linear(in_features, out_features, bias=False)
+            nn.init.normal_(linear.weight, std=shape.initializer_range)
+            getattr(self, name)[adapter_name] = linear
+        norms = {
+            "pvm_input_norm": width,
+            "pvm_q_norm": shape.head_dim,
+            "pvm_k_norm": shape.head_dim,
+            "pvm_post_attn_norm": width,
+        }
+        for name, features in norms.items():
+            getattr(self, name)[adapter_name] = nn.RMSNorm(features, eps=shape.eps)
+        gate = torch.full((1,), float(config.init_gate)) if config.init_weights else torch.randn(1)
+        self.pvm_gate[adapter_name] = nn.Parameter(gate)
+        self.pvm_config[adapter_name] = config
+        self.pvm_shape[adapter_name] = shape
+        self.pvm_identity[adapter_name] = next(_identities)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The dtype of the FFN's norm: unlike the matrices it is never quantised.
+        norm = getattr(self._decoder_layer[0], self._block.ffn_norm or "input_layernorm")
+        reference = next(norm.parameters())
+        for name in self.adapter_layer_names:
+            weights = getattr(self, name)
+            if adapter_name not in weights:
+                continue
+            parameters = [weights[adapter_name]] if name == "pvm_gate" else list(weights[adapter_name].parameters())
+            if any(parameter.device.type == "meta" for parameter in parameters):
+                continue  # low_cpu_mem_usage: the weights come later
+            weights[adapter_name] = weights[adapter_name].to(device or reference.device, dtype=reference.dtype)
+
+    def join(self) -> None:
+        if self._handles:
+            return
+        layer, block = self._decoder_layer[0], self._block
+        mixer = block.token_mixer(layer)
+        self._handles = [
+            mixer.register_forward_pre_hook(self._take_context, with_kwargs=True),
+            getattr(layer, block.ffn_norm or "input_layernorm").register_forward_pre_hook(self._take_residual),
+            getattr(layer, block.ffn_end).register_forward_hook(self._add_branch),
+        ]
+        if block.ffn_norm is None:
+            self._handles.append(mixer.register_forward_hook(self._add_to_residual))
+
+    def part(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # The hooks run in this order within one forward of the decoder layer, also when gradient checkpointing runs it again.
+
+    def _take_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._context = kwargs.get(CONTEXT)
+
+    def _take_residual(self, module: nn.Module, args: tuple) -> None:
+        self._residual = args[0]
+
+    def _add_to_residual(self, module: nn.Module, args: tuple, output: Any) -> None:
+        # Parallel block: the stream after attention exists only as a sum that the layer forms at its end.
+        self._residual = self._residual + (output[0] if isinstance(output, tuple) else output)
+
+    def _add_branch(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        context, hidden_states = self._context, self._residual
+        self._context = self._residual = None
+        if context is None or self.disable_adapters:
+            return None
+        update = self(hidden_states, context)
+        if update is None:
+            return None
+        if isinstance(output, tuple):  # a mixture of experts may return its router's logits as well
+            return (output[0] + update.view_as(output[0]), *output[1:])
+        return output + update.view_as(output)
+
+    def forward(self, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
+        """The sum of the active adapters' branches.
+
+        Args:
+            hidden_states: The residual stream after self-attention, `(batch, seq_len, hidden_size)`.
+            context: What this forward knows about visual tokens.
+
+        Returns:
+            `(batch, seq_len, hidden_size)` in the dtype of `hidden_states`, exactly 0 at visual tokens and in rows
+            without images; `None` if nothing is to be added.
+        """
+        updates = (
+            self._branch(adapter, hidden_states, context) for adapter in self.active_adapters if adapter in self.pvm_gate
+        )
+        total = None
+        for update in updates:
+            if update is not None:
+                total = update if total is None else total + update
+        return total
+
+    def _branch(self, adapter: str, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
+        config, shape = self.pvm_config[adapter], self.pvm_shape[adapter]
+        if config.memory_source == "hidden_states" and not context.memory.is_empty:
+            bank = context.hidden_states_bank(self.layer_idx, hidden_states)
+        else:
+            bank = context.memory.embeddings
+        view = context.view(config.memory_visibility)
+        if view is None:
+            return None
+        if bank is None:  # no image anywhere, but gradients: read a memory of zeros, drop the result
+            bank = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[2])
+        keys, values = self._project(adapter, bank, context)
+
+        readers = hidden_states if view.positions is None else gather_rows(hidden_states, view.positions)
+        text = self._cast_input_dtype(readers, self.pvm_text_reducer[adapter].weight.dtype)
+        text = self.pvm_input_norm[adapter](self.pvm_text_reducer[adapter](text))
+        queries = self.pvm_q_norm[adapter](_split_heads(self.pvm_q_proj[adapter](text), shape.head_dim))
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=view.mask, enable_gqa=shape.num_heads != shape.num_key_value_heads
+        )
+        attended = self.pvm_o_proj[adapter](attended.transpose(1, 2).flatten(2))
+        normed = self.pvm_post_attn_norm[adapter](attended)
+        activated = ACT2FN[shape.hidden_act](self.pvm_gate_proj[adapter](normed)) * self.pvm_up_proj[adapter](normed)
+        latent = attended + self.pvm_down_proj[adapter](activated)
+        expanded = self.pvm_output_expander[adapter](latent)
+        update = self.pvm_gate[adapter] * F.rms_norm(expanded, expanded.shape[-1:], eps=shape.eps)
+        update = update.to(hidden_states.dtype)
+        if view.positions is not None:
+            update = scatter_rows(update, view.positions, hidden_states.shape[1])
+        return update if view.has_memory is None else torch.where(view.has_memory, update, 0)
+
+    def _project(
+        self, adapter: str, bank: torch.Tensor, context: VisualContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the memory, `(batch, num_key_value_heads, num_visual, head_dim)` each.
+
+        In inference they are kept with the memory, so that every visual token is projected once.
+        """
+        keeps = not context.records_gradients
+        identity = self.pvm_identity[adapter]
+        known = context.memory.projections.get(identity) if keeps else None
+        num_known = 0 if known is None else known[0].shape[2]
+        if num_known == bank.shape[1]:
+            return known
+        head_dim = self.pvm_shape[adapter].head_dim
+        memory = self._cast_input_dtype(bank[:, num_known:], self.pvm_vision_reducer[adapter].weight.dtype)
+        memory = self.pvm_vision_reducer[adapter](memory)
+        keys = self.pvm_k_norm[adapter](_split_heads(self.pvm_k_proj[adapter](memory), head_dim))
+        values = _split_heads(self.pvm_v_proj[adapter](memory), head_dim)
+        if known is not None:
+            keys, values = torch.cat([known[0], keys], 2), torch.cat([known[1], values], 2)
+        if keeps:
+            context.memory.projections[identity] = (keys, values)
+        return keys, values
+
+
+def _split_heads(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """`(batch, length, heads * head_dim)` to `(batch, heads, length, head_dim)`."""
+    return tensor.unflatten(-1, (-1, head_dim)).transpose(1, 2)

@@ -1,0 +1,94 @@
+"""The PVM tuner: puts a branch beside the chosen decoder layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..families import VisionLanguageModel
+from ..tuner import VisualTuner
+from .config import PVMConfig
+from .layer import BranchShape, PVMLayer
+
+
+# The paper's layer sets (section 4.1), by model type, depth and hidden size.
+PAPER_LAYERS = {
+    ("qwen3_vl_text", 36, 2560): [5, 11, 17],  # Qwen3-VL-4B
+    ("qwen3_vl_text", 36, 4096): [8, 16, 24],  # Qwen3-VL-8B
+}
+
+
+def strided_layers(text_config: Any) -> list[int]:
+    """What `layers_to_transform="strided"` means for a base model.
+
+    Returns:
+        The paper's layers for the models it names, else three layers at 2/9, 4/9 and 6/9 of the depth (fewer where these
+        fall together).
+    """
+    depth = text_config.num_hidden_layers
+    known = PAPER_LAYERS.get((text_config.model_type, depth, text_config.hidden_size))
+    return known or sorted({round(depth * ninths / 9) for ninths in (2, 4, 6)})
+
+
+class PVMModel(VisualTuner):
+    """Attaches PVM (Persistent Visual Memory) to a vision-language model. Source: arXiv 2605.00814.
+
+    Every chosen decoder layer gets a child `pvm` beside the base's modules, joined to them by hooks: no base parameter
+    changes its name, and `unload()` gives back the very model.
+
+    Args:
+        model: A vision-language model from transformers.
+        config: The adapter's configuration.
+        adapter_name: The adapter's name.
+        low_cpu_mem_usage: Leave the weights on the meta device until they are loaded.
+
+    Raises:
+        ValueError: The model is not one that fits, the configuration does not fit the model, or the file that the
+            configuration was loaded with does not. The model is then as it was.
+
+    Example:
+        >>> model = get_peft_model(model, PVMConfig(r=512, layers_to_transform="strided"))  # doctest: +SKIP
+        >>> model.print_trainable_parameters()  # doctest: +SKIP
+    """
+
+    prefix = "pvm_"
+    child_name = "pvm"
+    tuner_layer_cls = PVMLayer
+
+    def targeted_names(self, config: PVMConfig, vlm: VisionLanguageModel) -> tuple[str, ...]:
+        depth = len(vlm.layers)
+        if config.layers_to_transform == "strided":
+            config.layers_to_transform = strided_layers(vlm.text_config)
+        too_deep = [layer_idx for layer_idx in config.layers_to_transform if layer_idx >= depth]
+        if too_deep:
+            raise ValueError(
+                f"PVMConfig.layers_to_transform names layers {too_deep}, but the text model has only {depth} layers "
+                f"(0 to {depth - 1})."
+            )
+        BranchShape.of(config, vlm.text_config)
+        return tuple(vlm.layer_name(layer_idx) for layer_idx in config.layers_to_transform)
+
+    def expected_shapes(self, config: PVMConfig, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        vlm = self.vlm
+        with torch.device("meta"):
+            branch = PVMLayer(layer, vlm.block, layer_idx=0)
+            branch.update_layer("adapter", config, BranchShape.of(config, vlm.text_config))
+        return {key.replace(".adapter", ""): tuple(tensor.shape) for key, tensor in branch.state_dict().items()}
+
+    def _create_and_replace(
+        self,
+        peft_config: PVMConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        vlm = self.vlm
+        if not hasattr(target, self.child_name):
+            layer_idx = [layer is target for layer in vlm.layers].index(True)
+            target.add_module(self.child_name, PVMLayer(target, vlm.block, layer_idx))
+        target.pvm.update_layer(adapter_name, peft_config, BranchShape.of(peft_config, vlm.text_config))

@@ -1,0 +1,154 @@
+"""The tap: hooks that tell every layer of a vision-language model which tokens are visual.
+
+A hook on the multimodal module notes, from `input_ids` and the features that come with them, which tokens are visual, and
+sends a `VisualContext` along as a keyword argument. A hook on the text model completes it with what the vision tower wrote
+into `inputs_embeds` and with what the KV cache remembers. Nothing is kept on a module, so two conversations, two forwards
+before one backward, beams and re-used caches cannot get into each other's way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from .context import VisualContext, VisualMemory, attach_memory, memory_of
+from .families import FEATURE_KEYWORDS, VisionLanguageModel
+from .positions import placeholder_mask
+
+
+CONTEXT = "visual_context"  # the keyword argument
+VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
+
+
+class Tap:
+    """The hooks of one model, shared by all tuners on it.
+
+    Args:
+        vlm: The model's parts.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel):
+        self.vlm = vlm
+        self._handles = [
+            vlm.multimodal.register_forward_pre_hook(self._note_inputs, with_kwargs=True),
+            vlm.text_model.register_forward_pre_hook(self._complete_context, with_kwargs=True),
+            vlm.text_model.register_forward_hook(self._keep_memory, with_kwargs=True),
+        ]
+
+    @staticmethod
+    def on(vlm: VisionLanguageModel) -> Tap:
+        """The tap of a model, attached now if there is none yet."""
+        tap = vlm.text_model.__dict__.get("_visual_tap")
+        if tap is None:
+            tap = vlm.text_model.__dict__["_visual_tap"] = Tap(vlm)
+        return tap
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        del self.vlm.text_model.__dict__["_visual_tap"]
+
+    def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        inputs = _by_name(module, args, kwargs)
+        given_mask = kwargs.pop(VISUAL_MASK, None)
+        return args, {**kwargs, CONTEXT: VisualContext(self._visual_mask(inputs, given_mask))}
+
+    def _visual_mask(self, inputs: dict[str, Any], given_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """`(batch, seq_len)`, bool; `None` if no features come with this forward."""
+        input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if input_ids is None and inputs_embeds is not None:
+            return _check_mask(given_mask, inputs_embeds)
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        # A placeholder id without features is plain text: a model may well sample one.
+        token_ids = [
+            token_id
+            for modality, keywords in FEATURE_KEYWORDS.items()
+            if encoded.get(modality) is not None or any(inputs.get(keyword) is not None for keyword in keywords)
+            for token_id in self.vlm.placeholder_ids[modality]
+        ]
+        return placeholder_mask(input_ids, token_ids) if token_ids else None
+
+    def _complete_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        inputs = _by_name(module, args, kwargs)
+        _refuse_packed(inputs)
+        input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        given_mask = kwargs.pop(VISUAL_MASK, None)
+        context = kwargs.get(CONTEXT)
+        if context is None:  # the text model is called by itself
+            context = VisualContext(None if inputs_embeds is None else _check_mask(given_mask, inputs_embeds))
+        if inputs_embeds is None:
+            inputs_embeds = torch.empty(*input_ids.shape, 0, device=input_ids.device)  # text only: nothing to read
+
+        cache = inputs.get("past_key_values")
+        past_length = cache.get_seq_length() if cache is not None else 0
+        memory = _remembered(cache, past_length, inputs_embeds.shape[0])
+        context.read(inputs_embeds, memory, past_length)
+        if cache is not None:
+            attach_memory(cache, context.memory)
+        return args, {**kwargs, CONTEXT: context}
+
+    def _keep_memory(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Attach the memory to a cache that the text model made itself."""
+        if _by_name(module, args, kwargs).get("past_key_values") is not None:
+            return
+        outputs = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        for cache in outputs:
+            if isinstance(cache, Cache):
+                attach_memory(cache, kwargs[CONTEXT].memory)
+
+
+def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All inputs of a forward by name, positional ones included."""
+    if not args:
+        return kwargs
+    return {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
+
+
+def _check_mask(mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    if mask is None:
+        raise ValueError(
+            "With inputs_embeds instead of input_ids, the adapter cannot know which tokens are visual. Pass "
+            f"{VISUAL_MASK}, a bool tensor of shape {tuple(inputs_embeds.shape[:2])} that is True at the positions "
+            "where image or video features stand (all False for text alone)."
+        )
+    if mask.dtype != torch.bool or mask.shape != inputs_embeds.shape[:2]:
+        raise ValueError(
+            f"{VISUAL_MASK} must be a bool tensor of shape {tuple(inputs_embeds.shape[:2])}, as inputs_embeds has it; "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}."
+        )
+    return mask
+
+
+def _refuse_packed(inputs: dict[str, Any]) -> None:
+    packed = [name for name in ("cu_seq_lens_q", "block_table", "cache") if inputs.get(name) is not None]
+    if packed:
+        raise NotImplementedError(
+            f"This forward packs several conversations into one row ({', '.join(packed)} given), as generate_batch and "
+            "paged continuous batching do. The adapter could not tell their images apart. Use generate with a padded "
+            "batch instead."
+        )
+
+
+def _remembered(cache: Cache | None, past_length: int | torch.Tensor, batch_size: int) -> VisualMemory:
+    """The memory that `cache` carries, brought up to date with it."""
+    memory = memory_of(cache)
+    if memory is None:
+        if int(past_length) > 0:
+            raise ValueError(
+                f"The first {int(past_length)} tokens of this KV cache were computed before the adapter was attached, so "
+                "the images among them are unknown to it. Start with a new cache."
+            )
+        return VisualMemory()
+    if isinstance(past_length, int):  # a static cache, whose length is a tensor, cannot be cropped
+        memory = memory.cropped(past_length)
+    if not memory.is_empty and memory.slots.shape[0] != batch_size:
+        raise ValueError(
+            f"The KV cache remembers the images of {memory.slots.shape[0]} rows, but this batch has {batch_size}. Expand "
+            "a cache with its own methods (batch_repeat_interleave, batch_select_indices)."
+        )
+    return memory

@@ -1,0 +1,257 @@
+"""What the tuners share: configs that remember their file, layers added beside the base's modules, unloading."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .families import VisionLanguageModel, find_vlm
+from .tap import Tap
+
+
+PEFT_PREFIX = "base_model.model."  # PEFT saves every key below this name
+
+
+class VisualConfig(PeftConfig):
+    """Base of our configs.
+
+    `target_modules` holds, after attaching, the names of the decoder layers that carry the adapter, for PEFT's own code
+    to read. It is not a field: which layers is said by `layers_to_transform`.
+    """
+
+    target_modules: tuple[str, ...] | None = None
+    _source: AdapterFile | None = None
+
+    def set_source(self, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> None:
+        """Remember the folder or Hub repository this config was loaded from."""
+        self._source = AdapterFile(path, subfolder, hub_kwargs)
+
+
+class AdapterFile:
+    """The weights file of a saved adapter, read no further than its header.
+
+    Args:
+        path: A folder or a Hub repository id.
+        subfolder: The adapter's folder inside it.
+        hub_kwargs: Arguments of `huggingface_hub.hf_hub_download`, such as `revision` and `token`.
+    """
+
+    def __init__(self, path: str | os.PathLike, subfolder: str | None = None, hub_kwargs: dict[str, Any] | None = None):
+        self.path = os.fspath(path)
+        self.subfolder = subfolder
+        self.hub_kwargs = hub_kwargs or {}
+
+    def locate(self) -> str:
+        """The file on this machine, downloaded if need be.
+
+        Raises:
+            FileNotFoundError: A folder without `adapter_model.safetensors`. Other formats are not read: they can run
+                code.
+        """
+        folder = os.path.join(self.path, self.subfolder or "")
+        if os.path.isdir(folder):
+            file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+            if not os.path.isfile(file):
+                raise FileNotFoundError(
+                    f"There is no {SAFETENSORS_WEIGHTS_NAME} in {folder}, which holds {sorted(os.listdir(folder))}. "
+                    "Adapters are read from safetensors files only."
+                )
+            return file
+        return hf_hub_download(self.path, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.hub_kwargs)
+
+    def check(self, expected: dict[str, tuple[int, ...]], base: dict[str, tuple[int, ...]]) -> None:
+        """Compare the tensors in the file with those an adapter needs.
+
+        Args:
+            expected: Shape of every tensor that must be there, by key.
+            base: Shape of every tensor of the base model, by key: those may be there as well.
+
+        Raises:
+            ValueError: The file is damaged, or a tensor is missing, superfluous or of another shape.
+        """
+        file = self.locate()
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+        problems = [f"{key} is missing" for key in expected if key not in found]
+        for key, shape in found.items():
+            wanted = expected.get(key, base.get(key))
+            if wanted is None:
+                problems.append(f"{key} belongs to nothing in this model")
+            elif wanted != shape:
+                problems.append(f"{key} has shape {shape}, this model needs {wanted}")
+        if problems:
+            shown = "".join(f"\n  - {problem}" for problem in problems[:10])
+            more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+            raise ValueError(
+                f"{file} does not fit this model ({len(problems)} of its tensors); nothing was attached:{shown}{more}\n"
+                "Check that the adapter was trained on this base model."
+            )
+
+
+class VisualTunerLayer(BaseTunerLayer):
+    """Base of our layers: a child that stands beside the base's modules and is joined to them by hooks."""
+
+    def join(self) -> None:
+        """Put the hooks on."""
+        raise NotImplementedError
+
+    def part(self) -> None:
+        """Take the hooks off."""
+        raise NotImplementedError
+
+    def get_base_layer(self) -> nn.Module:
+        # An AttributeError, so that hasattr(layer, "weight") is False rather than an error.
+        raise AttributeError(f"{type(self).__name__} stands beside the base's modules and wraps none.")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(MERGE_REFUSAL)
+
+    def unmerge(self) -> None:
+        raise NotImplementedError(MERGE_REFUSAL)
+
+
+MERGE_REFUSAL = (
+    "This adapter computes something that no weight of the base model can express, so it cannot be merged into it. Keep it "
+    "attached (saving, loading and switching adapters need no merging), or take it off with unload()."
+)
+
+
+class VisualTuner(BaseTuner):
+    """Base of our tuners. A subclass names its layer class, its child's name and what it needs of a file."""
+
+    tuner_layer_cls: type[VisualTunerLayer]
+    child_name: str  # the attribute of a base module under which the tuner layer stands
+    target_module_mapping: dict[str, list[str]] = {}
+
+    @property
+    def vlm(self) -> VisionLanguageModel:
+        """The parts of the model this tuner is attached to."""
+        return find_vlm(self.model)
+
+    def expected_shapes(self, config: PeftConfig, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that the adapter has at one base module, by its name in the tuner layer."""
+        raise NotImplementedError
+
+    def targeted_names(self, config: PeftConfig, vlm: VisionLanguageModel) -> tuple[str, ...]:
+        """The full names of the base modules that get a tuner layer."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any):
+        return self.model(*args, **kwargs)  # not model.forward, which would skip the hooks on the model itself
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PEFT wraps modules_to_save by copying modules, and a copy must not carry our hooks: they come back at the end,
+        # on whatever stands in the module's place then.
+        for layer in self._tuner_layers():
+            layer.part()
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._remove_adapter(adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            if not getattr(model, "peft_config", None) and getattr(model, "_hf_peft_config_loaded", False):
+                model._hf_peft_config_loaded = False  # transformers' add_adapter sets it before it injects
+            raise
+        finally:
+            self._join_layers()
+
+    def _prepare_adapter_config(self, peft_config: VisualConfig, model_config: dict) -> VisualConfig:
+        vlm = self.vlm
+        # A copy, so that the caller's config can be used again for a model of another depth.
+        resolved = copy.copy(peft_config)
+        resolved.target_modules = self.targeted_names(resolved, vlm)
+        if resolved._source is not None:
+            self._check_source(resolved)
+        for name, config in self.peft_config.items():
+            if config is peft_config:
+                self.peft_config[name] = resolved
+        return resolved
+
+    def _check_source(self, config: VisualConfig) -> None:
+        base = {
+            PEFT_PREFIX + key.replace(".original_module.", "."): tuple(tensor.shape)
+            for key, tensor in self.model.state_dict().items()
+        }
+        expected = {}
+        for name in config.target_modules:
+            for key, shape in self.expected_shapes(config, self.model.get_submodule(name)).items():
+                expected[f"{PEFT_PREFIX}{name}.{self.child_name}.{key}"] = shape
+        for suffix in getattr(config, "modules_to_save", None) or ():
+            owners = tuple(
+                f"{PEFT_PREFIX}{name}." for name, _ in self.model.named_modules() if name.endswith(suffix) and name
+            )
+            expected.update({key: shape for key, shape in base.items() if key.startswith(owners)})
+        config._source.check(expected, base)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: VisualConfig, key: str) -> bool:
+        return key in peft_config.target_modules
+
+    def _tuner_layers(self) -> list[VisualTunerLayer]:
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def _join_layers(self) -> None:
+        layers = self._tuner_layers()
+        for layer in layers:
+            layer.join()
+        if layers:
+            Tap.on(self.vlm)
+
+    def _remove_layers(self, layers: list[VisualTunerLayer]) -> None:
+        for module in list(self.model.modules()):
+            child = module._modules.get(self.child_name)
+            if any(child is layer for layer in layers):
+                child.part()
+                delattr(module, self.child_name)
+        if not any(isinstance(module, VisualTunerLayer) for module in self.model.modules()):
+            Tap.on(self.vlm).remove()
+
+    def _remove_adapter(self, adapter_name: str) -> None:
+        """Undo a failed injection."""
+        layers = self._tuner_layers()
+        for layer in layers:
+            if adapter_name in layer._all_available_adapter_names():
+                layer.delete_adapter(adapter_name)
+        emptied = [layer for layer in layers if not layer._all_available_adapter_names()]
+        if emptied:
+            self._remove_layers(emptied)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # PEFT would save the tensors of every tuner layer, also another tuner's that is nested below.
+        own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls))
+        return {key: tensor for key, tensor in state_dict.items() if key.startswith(own)}
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_REFUSAL)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        self._remove_layers(self._tuner_layers())
+        for name, module in list(self.model.named_modules()):
+            # Only what these adapters wrapped: another tuner's layers and wrappers, nested below, stay.
+            if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= set(self.peft_config):
+                parent, _, child_name = name.rpartition(".")
+                original = module.unload_and_optionally_merge_module(False, False, None)
+                setattr(self.model.get_submodule(parent), child_name, original)
+        configs = getattr(self.model, "peft_config", {})
+        for name in set(configs) & set(self.peft_config):
+            if configs[name] is self.peft_config[name]:
+                del configs[name]
+        if not configs and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
