@@ -334,7 +334,9 @@ class TinyVLM:
 
     def build(self, seed: int = 0, **kwargs: Any) -> T.PreTrainedModel:
         """A random model, in eval mode, with weights large enough that attention is not uniform."""
-        model = getattr(T, self.model_class)._from_config(self.config(), **kwargs).eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = getattr(T, self.model_class)._from_config(self.config(), **kwargs).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

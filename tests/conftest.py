@@ -1,0 +1,81 @@
+"""The tables every test runs over: families of models, and methods."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants the network is a broken test
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model
+from tiny_vlms import FAMILIES, TinyVLM
+
+from peft_pvm import PVMConfig
+
+
+torch.set_num_threads(1)  # tests run side by side
+transformers.logging.set_verbosity_error()
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method under test.
+
+    Attributes:
+        config: Makes its configuration, given field values.
+        activate: Makes a freshly attached adapter change the model's output.
+    """
+
+    config: Callable[..., PeftConfig]
+    activate: Callable[[torch.nn.Module], None]
+
+    def attach(self, model: torch.nn.Module, **fields) -> PeftModel:
+        peft_model = get_peft_model(model, self.config(**fields))
+        self.activate(peft_model)
+        return peft_model.eval()
+
+
+def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
+    """Draw every PVM weight at a scale at which the branch matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".pvm_" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                if parameter.dim() == 2:
+                    parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+                else:
+                    parameter.copy_((0.5 if "pvm_gate." in name else 1.0) + 0.1 * noise)
+
+
+METHODS = {
+    "pvm": Method(config=lambda **fields: PVMConfig(**{"r": 32, **fields}), activate=give_weight),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> TinyVLM:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(params=METHODS)
+def method(request) -> Method:
+    return METHODS[request.param]
+
+
+def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, **kwargs).logits
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()

@@ -1,0 +1,138 @@
+"""What holds for every method on every family, however it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TOLERANCE, Method, difference, logits
+from tiny_vlms import TinyVLM
+
+
+MIXED_BATCH = ("t4 i t3 i t6", "t7 i t5", "t9")  # two images, one, none
+
+
+def test_off_is_bit_identical(family: TinyVLM, method: Method):
+    model = family.build()
+    inputs = family.inputs(model, *MIXED_BATCH)
+    base = logits(model, inputs)
+    names, hooks = set(model.state_dict()), _hooks(model)
+
+    attached = method.attach(model)
+    assert difference(logits(attached, inputs), base) > 100 * TOLERANCE, "the method does nothing: nothing is tested"
+    with attached.disable_adapter():
+        assert torch.equal(logits(attached, inputs), base)
+    assert names <= {name.removeprefix("base_model.model.") for name in attached.state_dict()}
+
+    model = attached.unload()
+    assert torch.equal(logits(model, inputs), base)
+    assert set(model.state_dict()) == names
+    assert _hooks(model) == hooks
+    assert not hasattr(model, "peft_config")
+
+
+def _hooks(model: torch.nn.Module) -> dict[str, list]:
+    return {name: [*m._forward_hooks.values(), *m._forward_pre_hooks.values()] for name, m in model.named_modules()}
+
+
+def test_cached_decoding_equals_the_full_forward(family: TinyVLM, method: Method):
+    """Prompt, answer token by token, a second image into the same cache, answer again."""
+    model = method.attach(family.build())
+    first, whole = "t4 i t3", "t4 i t3 i t6"
+    first_turn = family.inputs(model.get_base_model(), first)["input_ids"].shape[1]
+    length = family.inputs(model.get_base_model(), whole)["input_ids"].shape[1]
+    inputs = family.inputs(model.get_base_model(), whole)
+    expected = logits(model, inputs, use_cache=False)
+
+    cuts = [0, first_turn - 2, first_turn - 1, first_turn, length - 4, length - 3, length - 2, length - 1, length]
+    cache, pieces = None, []
+    for start, stop in zip(cuts, cuts[1:]):
+        piece = family.inputs(model.get_base_model(), whole, start=start, stop=stop)
+        with torch.no_grad():
+            output = model(**piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    assert difference(torch.cat(pieces, 1), expected) < TOLERANCE
+
+
+def test_left_padded_batch_equals_its_rows_alone(family: TinyVLM, method: Method):
+    model = method.attach(family.build())
+    together = logits(model, family.inputs(model.get_base_model(), *MIXED_BATCH))
+    for row, conversation in enumerate(MIXED_BATCH):
+        alone = logits(model, family.inputs(model.get_base_model(), conversation))
+        assert difference(together[row : row + 1, -alone.shape[1] :], alone) < TOLERANCE
+
+
+def test_eager_and_sdpa_agree(family: TinyVLM, method: Method):
+    on, off = [], []
+    for implementation in ("eager", "sdpa"):
+        model = method.attach(family.build(attn_implementation=implementation))
+        inputs = family.inputs(model.get_base_model(), *MIXED_BATCH)
+        real = inputs["attention_mask"].bool()  # what a padding token computes is nobody's business
+        on.append(logits(model, inputs)[real])
+        with model.disable_adapter():
+            off.append(logits(model, inputs)[real])
+    # Qwen3.5's linear attention alone differs by 1.6e-5 between the two.
+    assert difference(*on) < TOLERANCE + difference(*off)
+
+
+def test_no_conversation_sees_anothers_image(family: TinyVLM, method: Method):
+    model = method.attach(family.build())
+    base = model.get_base_model()
+
+    # In one batch: another image in the first row changes nothing in the second.
+    inputs = family.inputs(base, "t4 i t3", "t4 i t5")
+    changed = {name: tensor.clone() for name, tensor in inputs.items()}
+    half = changed["pixel_values"].shape[0] // 2
+    changed["pixel_values"][:half] += 1.0
+    before, after = logits(model, inputs), logits(model, changed)
+    assert difference(before[0, -3:], after[0, -3:]) > TOLERANCE
+    if not _routes_tokens_together(base):
+        assert torch.equal(before[1], after[1])
+    assert difference(before[1], after[1]) < TOLERANCE
+
+    # One after the other: a conversation without an image, after one with.
+    text = family.inputs(base, "t9")
+    with model.disable_adapter():
+        expected = logits(model, text)
+    logits(model, inputs)
+    assert torch.equal(logits(model, text), expected)
+
+
+def test_interleaved_conversations_stay_apart(family: TinyVLM, method: Method):
+    model = method.attach(family.build())
+    base = model.get_base_model()
+    conversations = ("t4 i t6", "t5 i i t7")
+    expected = [logits(model, family.inputs(base, conversation), use_cache=False)[:, -3:] for conversation in conversations]
+    caches, steps = [None, None], [[], []]
+    for step in range(4):
+        for number, conversation in enumerate(conversations):
+            length = family.inputs(base, conversation)["input_ids"].shape[1]
+            start, stop = (0, length - 3) if step == 0 else (length - 4 + step, length - 3 + step)
+            piece = family.inputs(base, conversation, start=start, stop=stop)
+            with torch.no_grad():
+                output = model(**piece, past_key_values=caches[number], use_cache=True)
+            caches[number] = output.past_key_values
+            steps[number].append(output.logits[:, -1:])
+    for decoded, whole in zip(steps, expected):
+        assert difference(torch.cat(decoded[1:], 1), whole) < TOLERANCE
+
+
+def _routes_tokens_together(model: torch.nn.Module) -> bool:
+    """A mixture of experts computes one expert's tokens of all rows in one product: equal, but not to the last bit."""
+    return "moe" in model.config.model_type or model.config.model_type == "llama4"
+
+
+@pytest.mark.parametrize("rows", [("t9",), ("t4 i t6",), ("t4 i t3 i t6", "t9")], ids=["none", "one", "mixed"])
+def test_memory_free_rows_get_exactly_nothing(family: TinyVLM, rows: tuple[str, ...], method: Method):
+    model = method.attach(family.build())
+    inputs = family.inputs(model.get_base_model(), *rows)
+    with model.disable_adapter():
+        base = logits(model, inputs)
+    on = logits(model, inputs)
+    for row, conversation in enumerate(rows):
+        if "i" in conversation:
+            assert difference(on[row], base[row]) > 100 * TOLERANCE
+        elif _routes_tokens_together(model.get_base_model()):
+            assert difference(on[row], base[row]) < TOLERANCE
+        else:
+            assert torch.equal(on[row], base[row])
