@@ -108,6 +108,7 @@ class VisionLanguageModel:
     """A model with its parts found.
 
     Attributes:
+        model: The model itself.
         multimodal: The module that takes `input_ids` together with pixel values and calls the text model.
         text_model: The decoder stack (`layers`, `embed_tokens`).
         text_model_name: Its name inside the model.
@@ -115,6 +116,7 @@ class VisionLanguageModel:
         placeholder_ids: For each modality, its placeholder token ids.
     """
 
+    model: nn.Module
     multimodal: nn.Module
     text_model: nn.Module
     text_model_name: str
@@ -197,7 +199,7 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
                 f"{sorted(children)}",
                 f"a decoder layer with {block.looked_for}" + ("" if text_type in BLOCKS else " and no other norm"),
             )
-    return VisionLanguageModel(multimodal, text_model, text_model_name, block, placeholder_ids)
+    return VisionLanguageModel(model, multimodal, text_model, text_model_name, block, placeholder_ids)
 
 
 def is_tuner_child(module: nn.Module) -> bool:

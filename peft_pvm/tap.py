@@ -38,6 +38,13 @@ class Tap:
             vlm.text_model.register_forward_pre_hook(self._complete_context, with_kwargs=True),
             vlm.text_model.register_forward_hook(self._keep_memory, with_kwargs=True),
         ]
+        # On this one model, set aside until the tap is removed. The forward refuses packed rows too, but generate_batch
+        # works in a thread of its own and would only log that. And generate refuses keywords that it does not know.
+        self._shadows = {
+            "init_continuous_batching": self._refuse_continuous_batching,
+            "_validate_model_kwargs": self._validate_other_model_kwargs,
+        }
+        vlm.model.__dict__.update(self._shadows)
 
     @staticmethod
     def on(vlm: VisionLanguageModel) -> Tap:
@@ -51,7 +58,16 @@ class Tap:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+        for name in self._shadows:
+            del self.vlm.model.__dict__[name]
         del self.vlm.text_model.__dict__["_visual_tap"]
+
+    def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(f"generate_batch and paged continuous batching {PACKED_REFUSAL}")
+
+    def _validate_other_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        model = self.vlm.model
+        type(model)._validate_model_kwargs(model, {k: v for k, v in model_kwargs.items() if k != VISUAL_MASK})
 
     def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = _by_name(module, args, kwargs)
@@ -127,11 +143,13 @@ def _check_mask(mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch
 def _refuse_packed(inputs: dict[str, Any]) -> None:
     packed = [name for name in ("cu_seq_lens_q", "block_table", "cache") if inputs.get(name) is not None]
     if packed:
-        raise NotImplementedError(
-            f"This forward packs several conversations into one row ({', '.join(packed)} given), as generate_batch and "
-            "paged continuous batching do. The adapter could not tell their images apart. Use generate with a padded "
-            "batch instead."
-        )
+        raise NotImplementedError(f"This forward ({', '.join(packed)} given) {PACKED_REFUSAL}")
+
+
+PACKED_REFUSAL = (
+    "would put several conversations into one row, where the adapter could not tell their images apart. Use generate with "
+    "a padded batch, or take the adapter off with unload()."
+)
 
 
 def _remembered(cache: Cache | None, past_length: int | torch.Tensor, batch_size: int) -> VisualMemory:

@@ -1,0 +1,330 @@
+"""The memory follows the KV cache, whatever generation does with it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from conftest import METHODS, TOLERANCE, difference, logits
+from peft import PeftModel
+from tiny_vlms import EOS, FAMILIES, IMAGE, TinyVLM, VIDEO
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+
+PROMPTS = ("t4 i t3 i t6", "t7 i t5", "t9")
+REPRESENTATIVE = ("qwen3_vl", "llava", "gemma3")  # mRoPE and DeepStack; plain; sandwich norms and sliding windows
+GENERATE = dict(max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
+
+
+@pytest.fixture(params=REPRESENTATIVE)
+def tiny(request) -> TinyVLM:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def model(tiny: TinyVLM) -> PeftModel:
+    return METHODS["pvm"].attach(tiny.build())
+
+
+def generate(tiny: TinyVLM, model: PeftModel, *prompts: str, seed: int | None = None, **kwargs) -> torch.Tensor:
+    if seed is not None:
+        torch.manual_seed(seed)
+    return model.generate(**tiny.prompt(model.get_base_model(), *prompts), **{**GENERATE, "do_sample": False, **kwargs})
+
+
+def test_greedy_uses_the_adapter_and_equals_no_cache(family: TinyVLM):
+    model = METHODS["pvm"].attach(family.build())
+    arguments = dict(output_logits=True, return_dict_in_generate=True)
+    cached = generate(family, model, *PROMPTS, **arguments)
+    uncached = generate(family, model, *PROMPTS, use_cache=False, **arguments)
+    with model.disable_adapter():
+        base = generate(family, model, *PROMPTS, **arguments)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert difference(torch.stack(cached.logits), torch.stack(uncached.logits)) < TOLERANCE
+    assert difference(cached.logits[0][:2], base.logits[0][:2]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(do_sample=True, num_return_sequences=3, seed=0),
+        dict(num_beams=3),
+        dict(num_beams=4, num_return_sequences=2, do_sample=True, seed=0),
+    ],
+    ids=["sampling", "beams", "beam sampling"],
+)
+def test_expanded_rows_equal_no_cache(tiny: TinyVLM, model: PeftModel, arguments: dict):
+    check_equal(
+        model,
+        lambda: generate(tiny, model, *PROMPTS, **arguments),
+        lambda: generate(tiny, model, *PROMPTS, use_cache=False, **arguments),
+    )
+
+
+def check_equal(model: PeftModel, one_way: Callable[[], torch.Tensor], other_way: Callable[[], torch.Tensor]) -> None:
+    """Two ways to generate agree, provided they do without the adapter."""
+    with model.disable_adapter():
+        try:
+            base_agrees = torch.equal(one_way(), other_way())
+        except RuntimeError as error:
+            pytest.skip(f"transformers {transformers.__version__} fails without the adapter: {error}")
+    if not base_agrees:
+        pytest.skip(f"in transformers {transformers.__version__} the two differ without the adapter")
+    assert torch.equal(one_way(), other_way())
+
+
+@pytest.mark.parametrize("kind", ["prompt lookup", "assisted", "static cache", "chunked prefill"])
+def test_other_ways_to_decode_equal_greedy(tiny: TinyVLM, model: PeftModel, kind: str):
+    prompt = PROMPTS[0]
+    arguments = {
+        "prompt lookup": dict(prompt_lookup_num_tokens=3),
+        "assisted": dict(assistant_model=tiny.build(seed=1)),
+        "static cache": dict(cache_implementation="static"),
+        "chunked prefill": dict(prefill_chunk_size=4),
+    }[kind]
+    check_equal(model, lambda: generate(tiny, model, prompt, **arguments), lambda: generate(tiny, model, prompt))
+
+
+def test_two_generations_do_not_leak(tiny: TinyVLM, model: PeftModel):
+    alone = generate(tiny, model, PROMPTS[1])
+    generate(tiny, model, PROMPTS[0])
+    assert torch.equal(generate(tiny, model, PROMPTS[1]), alone)
+
+
+def test_images_are_projected_once(tiny: TinyVLM, model: PeftModel):
+    layer = next(module for name, module in model.named_modules() if name.endswith(".pvm"))
+    widths = []
+    layer.pvm_vision_reducer["default"].register_forward_hook(lambda m, args, out: widths.append(args[0].shape[1]))
+    generate(tiny, model, "t4 i t6")
+    num_visual = len(tiny.image(model.get_base_model(), torch.Generator())[0])
+    assert len(widths) == 1, "once per image, not once per step"
+
+    # A second image into the same cache: only the new one is projected.
+    first, whole = "t4 i t3", "t4 i t3 i t6"
+    stop = tiny.inputs(model.get_base_model(), first)["input_ids"].shape[1]
+    widths.clear()
+    cache = _prefill(tiny, model, whole, stop=stop)
+    _continue(tiny, model, cache, whole, start=stop)
+    assert len(widths) == 2
+    assert widths[0] == widths[1] <= num_visual
+
+
+def test_branch_is_computed_for_unsilenced_text_only(tiny: TinyVLM, model: PeftModel):
+    layer = next(module for name, module in model.named_modules() if name.endswith(".pvm"))
+    widths = []
+    layer.pvm_text_reducer["default"].register_forward_hook(lambda m, args, out: widths.append(args[0].shape[1]))
+    logits(model, tiny.inputs(model.get_base_model(), "t4 i t6", "t9"))
+    visual, _ = tiny.image(model.get_base_model(), torch.Generator())
+    after_image = 6 + (visual[-1] != IMAGE)  # an end-of-image token is text
+    assert widths == [after_image], "the text after the image, not the text before it, not the image"
+    widths.clear()
+    logits(model, tiny.inputs(model.get_base_model(), "t9"))
+    assert widths == [], "without images there is nothing to compute"
+
+
+# ---- operations on the cache between two forwards
+
+LAST = 3  # tokens decoded after the operation
+
+
+def _prefill(tiny: TinyVLM, model: PeftModel, *conversations: str, stop: int | None = None, cache=None):
+    inputs = tiny.inputs(model.get_base_model(), *conversations, stop=stop)
+    with torch.no_grad():
+        return model(**inputs, past_key_values=cache, use_cache=True).past_key_values
+
+
+def _continue(tiny: TinyVLM, model: PeftModel, cache, conversation: str, start: int) -> torch.Tensor:
+    inputs = tiny.inputs(model.get_base_model(), conversation, start=start)
+    return logits(model, inputs, past_key_values=cache, use_cache=True)
+
+
+def _length(tiny: TinyVLM, model: PeftModel, conversation: str) -> int:
+    return tiny.inputs(model.get_base_model(), conversation)["input_ids"].shape[1]
+
+
+@pytest.fixture(params=["qwen3_vl", "llava"])
+def plain(request) -> TinyVLM:
+    """Families whose cache can be cropped anywhere."""
+    return FAMILIES[request.param]
+
+
+def test_deepcopied_cache(tiny: TinyVLM, model: PeftModel):
+    conversation = "t4 i t9"
+    length = _length(tiny, model, conversation)
+    cache = _prefill(tiny, model, conversation, stop=length - LAST)
+    twin = copy.deepcopy(cache)
+    expected = logits(model, tiny.inputs(model.get_base_model(), conversation), use_cache=False)[:, -LAST:]
+    assert difference(_continue(tiny, model, cache, conversation, length - LAST), expected) < TOLERANCE
+    assert difference(_continue(tiny, model, twin, conversation, length - LAST), expected) < TOLERANCE
+
+
+def test_crop_forgets_images(plain: TinyVLM):
+    """Cut a cache in front of its second image and go on as if that had never been."""
+    model = METHODS["pvm"].attach(plain.build())
+    whole = "t4 i t3 i t6"
+    length = _length(plain, model, whole)
+    cache = _prefill(plain, model, whole)
+    kept = _length(plain, model, "t4 i t3")
+    cache.crop(kept - length)
+    inputs = plain.inputs(model.get_base_model(), whole, stop=kept)
+    text = torch.tensor([[11, 12, 13]])
+    positions = inputs["position_ids"].amax(-1, keepdim=True) + torch.arange(1, 4)
+    after = dict(input_ids=text, position_ids=positions, attention_mask=torch.ones(1, kept + 3, dtype=torch.long))
+    cropped = logits(model, after, past_key_values=cache, use_cache=True)
+    fresh = logits(model, after, past_key_values=_prefill(plain, model, whole, stop=kept), use_cache=True)
+    assert difference(cropped, fresh) < TOLERANCE
+
+    cache.crop(-(kept + 3 - 2))  # in front of all images
+    after = dict(input_ids=text, position_ids=positions, attention_mask=torch.ones(1, 5, dtype=torch.long))
+    on = logits(model, after, past_key_values=copy.deepcopy(cache), use_cache=True)
+    with model.disable_adapter():
+        assert torch.equal(on, logits(model, after, past_key_values=cache, use_cache=True))
+
+
+def test_row_operations(plain: TinyVLM):
+    model = METHODS["pvm"].attach(plain.build())
+    conversations = ("t4 i t9", "t6 i t7")
+    length = _length(plain, model, conversations[0])
+    assert length == _length(plain, model, conversations[1])
+    prefix = plain.inputs(model.get_base_model(), *conversations, stop=length - LAST)
+    with torch.no_grad():
+        cache = model(**prefix, use_cache=True).past_key_values
+    rest = plain.inputs(model.get_base_model(), *conversations)
+    rest = {
+        "input_ids": rest["input_ids"][:, -LAST:],
+        "position_ids": rest["position_ids"][..., -LAST:],
+        "attention_mask": rest["attention_mask"],
+    }
+
+    def after(operation, rows: list[int]) -> torch.Tensor:
+        changed = copy.deepcopy(cache)
+        operation(changed)
+        inputs = {
+            name: tensor[:, rows] if name == "position_ids" and tensor.dim() == 3 else tensor[rows]
+            for name, tensor in rest.items()
+        }
+        return logits(model, inputs, past_key_values=changed, use_cache=True)
+
+    expected = logits(model, rest, past_key_values=copy.deepcopy(cache), use_cache=True)
+    cases = {
+        "reorder": (lambda c: c.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+        "repeat": (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        "select": (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
+    }
+    for name, (operation, rows) in cases.items():
+        assert difference(after(operation, rows), expected[rows]) < TOLERANCE, name
+    with pytest.raises(ValueError, match="remembers the images of 2 rows, but this batch has 1"):
+        after(lambda c: None, [0])
+
+
+def test_reset_static_cache_forgets(plain: TinyVLM):
+    model = METHODS["pvm"].attach(plain.build())
+    base = model.get_base_model()
+    cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
+    _prefill(plain, model, "t4 i t9", cache=cache)
+    cache.reset()
+    inputs = plain.inputs(base, "t9")
+    with model.disable_adapter():
+        expected = logits(model, inputs, use_cache=False)
+    assert difference(logits(model, inputs, past_key_values=cache, use_cache=True), expected) < TOLERANCE
+
+
+def test_cache_from_before_attaching_is_refused(plain: TinyVLM):
+    base = plain.build()
+    conversation = "t4 i t9"
+    cache = DynamicCache()
+    inputs = plain.inputs(base, conversation)
+    length = inputs["input_ids"].shape[1]
+    logits(base, plain.inputs(base, conversation, stop=length - LAST), past_key_values=cache, use_cache=True)
+    model = METHODS["pvm"].attach(base)
+    with pytest.raises(ValueError, match="computed before the adapter was attached"):
+        _continue(plain, model, cache, conversation, length - LAST)
+
+
+# ---- inputs that are not the usual ones
+
+
+def test_own_inputs_embeds(tiny: TinyVLM, model: PeftModel):
+    base = model.get_base_model()
+    if tiny is FAMILIES["qwen3_vl"]:
+        tiny = FAMILIES["qwen2_5_vl"]  # DeepStack would still want the images
+        model = METHODS["pvm"].attach(tiny.build())
+        base = model.get_base_model()
+    inputs = tiny.inputs(base, "t4 i t6")
+    seen = []
+    text_model = base.model.language_model
+    handle = text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    expected = logits(model, inputs)
+    handle.remove()
+    own = dict(
+        inputs_embeds=seen[0], attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"]
+    )
+    visual_mask = inputs["input_ids"] == IMAGE
+    assert torch.equal(logits(model, own, visual_mask=visual_mask), expected)
+    with pytest.raises(ValueError, match="Pass visual_mask, a bool tensor of shape"):
+        logits(model, own)
+    with pytest.raises(ValueError, match="must be a bool tensor"):
+        logits(model, own, visual_mask=visual_mask[:, 1:])
+
+    if "inputs_embeds" not in inspect.signature(base.prepare_inputs_for_generation).parameters:
+        return  # generate takes none for this family
+    greedy = generate(tiny, model, "t4 i t6")[:, -GENERATE["max_new_tokens"] :]
+    generated = model.generate(
+        inputs_embeds=seen[0], attention_mask=own["attention_mask"], visual_mask=visual_mask, do_sample=False, **GENERATE
+    )
+    assert torch.equal(generated, greedy)
+
+
+@pytest.mark.parametrize("token", [IMAGE, VIDEO])
+def test_sampled_placeholder_is_text(plain: TinyVLM, token: int):
+    model = METHODS["pvm"].attach(plain.build())
+    base = model.get_base_model()
+    conversation = "t4 i t4"
+    cache = _prefill(plain, model, conversation)
+    length = cache.get_seq_length()
+    positions = plain.inputs(base, conversation)["position_ids"].amax(-1, keepdim=True) + 1
+    step = dict(
+        input_ids=torch.tensor([[token]]),
+        position_ids=positions,
+        attention_mask=torch.ones(1, length + 1, dtype=torch.long),
+    )
+    on = logits(model, step, past_key_values=copy.deepcopy(cache), use_cache=True)
+    with model.disable_adapter():
+        off = logits(model, step, past_key_values=copy.deepcopy(cache), use_cache=True)
+    assert difference(on, off) > 100 * TOLERANCE, "a text token is not silenced"
+    assert copy.deepcopy(cache).visual_memory.slots.shape[1] == cache.visual_memory.slots.shape[1]
+
+
+def test_video(family: TinyVLM):
+    if family.video is None:
+        pytest.skip("this family has no videos, or its test model makes none")
+    model = METHODS["pvm"].attach(family.build())
+    base = model.get_base_model()
+    inputs = family.inputs(base, "t4 v t6")
+    num_visual = int((inputs["input_ids"] == VIDEO).sum() + (inputs["input_ids"] == IMAGE).sum())
+    whole = logits(model, inputs)
+    with model.disable_adapter():
+        assert difference(whole[:, -6:], logits(model, inputs)[:, -6:]) > 100 * TOLERANCE
+    cache = _prefill(family, model, "t4 v t6", stop=inputs["input_ids"].shape[1] - LAST)
+    assert cache.visual_memory.slots.shape[1] == num_visual
+    rest = _continue(family, model, cache, "t4 v t6", inputs["input_ids"].shape[1] - LAST)
+    assert difference(rest, whole[:, -LAST:]) < TOLERANCE
+
+
+def test_continuous_batching_is_refused(plain: TinyVLM):
+    base = plain.build()
+    model = METHODS["pvm"].attach(base)
+    config = GenerationConfig(max_new_tokens=2, eos_token_id=EOS, pad_token_id=0)
+    for owner in (model, base):
+        with pytest.raises(NotImplementedError, match="continuous batching would put several conversations into one row"):
+            owner.generate_batch(inputs=[[5, 6, 7]], generation_config=config)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q given"):
+        logits(model, plain.inputs(base, "t9"), cu_seq_lens_q=torch.tensor([0, 4, 9]))
+    unloaded = model.unload()
+    assert unloaded.init_continuous_batching.__func__ is type(unloaded).init_continuous_batching
