@@ -11,13 +11,21 @@ import torch
 import transformers
 from conftest import METHODS, TOLERANCE, difference, logits
 from peft import PeftModel
-from tiny_vlms import EOS, FAMILIES, IMAGE, TinyVLM, VIDEO
+from tiny_vlms import EOS, FAMILIES, IMAGE, VIDEO, VOCAB, TinyVLM
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 
 PROMPTS = ("t4 i t3 i t6", "t7 i t5", "t9")
 REPRESENTATIVE = ("qwen3_vl", "llava", "gemma3")  # mRoPE and DeepStack; plain; sandwich norms and sliding windows
-GENERATE = dict(max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
+# Special tokens are not sampled: without a cache, the base would take them for images that bring no features.
+GENERATE = dict(
+    max_new_tokens=5,
+    min_new_tokens=5,
+    pad_token_id=0,
+    suppress_tokens=list(range(300, VOCAB)),
+    return_dict_in_generate=True,
+    output_logits=True,
+)
 
 
 @pytest.fixture(params=REPRESENTATIVE)
@@ -30,7 +38,7 @@ def model(tiny: TinyVLM) -> PeftModel:
     return METHODS["pvm"].attach(tiny.build())
 
 
-def generate(tiny: TinyVLM, model: PeftModel, *prompts: str, seed: int | None = None, **kwargs) -> torch.Tensor:
+def generate(tiny: TinyVLM, model: PeftModel, *prompts: str, seed: int | None = None, **kwargs):
     if seed is not None:
         torch.manual_seed(seed)
     return model.generate(**tiny.prompt(model.get_base_model(), *prompts), **{**GENERATE, "do_sample": False, **kwargs})
@@ -38,11 +46,10 @@ def generate(tiny: TinyVLM, model: PeftModel, *prompts: str, seed: int | None = 
 
 def test_greedy_uses_the_adapter_and_equals_no_cache(family: TinyVLM):
     model = METHODS["pvm"].attach(family.build())
-    arguments = dict(output_logits=True, return_dict_in_generate=True)
-    cached = generate(family, model, *PROMPTS, **arguments)
-    uncached = generate(family, model, *PROMPTS, use_cache=False, **arguments)
+    cached = generate(family, model, *PROMPTS)
+    uncached = generate(family, model, *PROMPTS, use_cache=False)
     with model.disable_adapter():
-        base = generate(family, model, *PROMPTS, **arguments)
+        base = generate(family, model, *PROMPTS)
     assert torch.equal(cached.sequences, uncached.sequences)
     assert difference(torch.stack(cached.logits), torch.stack(uncached.logits)) < TOLERANCE
     assert difference(cached.logits[0][:2], base.logits[0][:2]) > 100 * TOLERANCE
@@ -65,16 +72,23 @@ def test_expanded_rows_equal_no_cache(tiny: TinyVLM, model: PeftModel, arguments
     )
 
 
-def check_equal(model: PeftModel, one_way: Callable[[], torch.Tensor], other_way: Callable[[], torch.Tensor]) -> None:
-    """Two ways to generate agree, provided they do without the adapter."""
+def check_equal(model: PeftModel, one_way: Callable, other_way: Callable) -> None:
+    """Two ways to generate agree, in tokens and logits, provided they do without the adapter."""
+
+    def agree() -> bool:
+        one, other = one_way(), other_way()
+        return torch.equal(one.sequences, other.sequences) and all(
+            difference(*step) < TOLERANCE for step in zip(one.logits, other.logits)
+        )
+
     with model.disable_adapter():
         try:
-            base_agrees = torch.equal(one_way(), other_way())
+            base_agrees = agree()
         except RuntimeError as error:
             pytest.skip(f"transformers {transformers.__version__} fails without the adapter: {error}")
     if not base_agrees:
         pytest.skip(f"in transformers {transformers.__version__} the two differ without the adapter")
-    assert torch.equal(one_way(), other_way())
+    assert agree()
 
 
 @pytest.mark.parametrize("kind", ["prompt lookup", "assisted", "static cache", "chunked prefill"])
@@ -92,7 +106,8 @@ def test_other_ways_to_decode_equal_greedy(tiny: TinyVLM, model: PeftModel, kind
 def test_two_generations_do_not_leak(tiny: TinyVLM, model: PeftModel):
     alone = generate(tiny, model, PROMPTS[1])
     generate(tiny, model, PROMPTS[0])
-    assert torch.equal(generate(tiny, model, PROMPTS[1]), alone)
+    again = generate(tiny, model, PROMPTS[1])
+    assert torch.equal(torch.stack(again.logits), torch.stack(alone.logits))
 
 
 def test_images_are_projected_once(tiny: TinyVLM, model: PeftModel):
@@ -274,11 +289,13 @@ def test_own_inputs_embeds(tiny: TinyVLM, model: PeftModel):
 
     if "inputs_embeds" not in inspect.signature(base.prepare_inputs_for_generation).parameters:
         return  # generate takes none for this family
-    greedy = generate(tiny, model, "t4 i t6")[:, -GENERATE["max_new_tokens"] :]
+    if hasattr(base.model, "get_rope_index"):
+        return  # without input_ids the base places the image on one line, so nothing else equals this
+    greedy = generate(tiny, model, "t4 i t6")
     generated = model.generate(
         inputs_embeds=seen[0], attention_mask=own["attention_mask"], visual_mask=visual_mask, do_sample=False, **GENERATE
     )
-    assert torch.equal(generated, greedy)
+    assert torch.equal(torch.stack(generated.logits), torch.stack(greedy.logits))
 
 
 @pytest.mark.parametrize("token", [IMAGE, VIDEO])
