@@ -1,0 +1,121 @@
+"""Models are found by their shape, or refused by name with what was looked for."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_vlms
+import torch
+import transformers as T
+from peft import LoraConfig, get_peft_model
+from tiny_vlms import TinyVLM
+
+from peft_pvm import PVMConfig
+from peft_pvm.families import FAMILIES, find_vlm
+
+
+def test_every_family_of_the_table_is_tested():
+    assert {family.build().config.model_type for family in tiny_vlms.FAMILIES.values()} == set(FAMILIES)
+
+
+def test_finds_the_parts(family: TinyVLM):
+    model = family.build()
+    vlm = find_vlm(model)
+    assert len(vlm.layers) == model.config.get_text_config().num_hidden_layers
+    assert vlm.text_config.hidden_size == tiny_vlms.HIDDEN
+    assert model.get_submodule(vlm.layer_name(1)) is vlm.layers[1]
+    assert vlm.placeholder_ids["image"] == (tiny_vlms.IMAGE,)
+    seen = []
+    vlm.multimodal.register_forward_pre_hook(lambda *_: seen.append("multimodal"))
+    vlm.text_model.register_forward_pre_hook(lambda *_: seen.append("text"))
+    with torch.no_grad():
+        model(**family.inputs(model, "t4 i t3"))
+    assert seen == ["multimodal", "text"]
+
+
+def test_the_residual_is_what_the_ffn_is_added_to(family: TinyVLM):
+    """Independent of how a block is built: its output is the residual stream after attention + what the FFN adds."""
+    model = family.build()
+    vlm = find_vlm(model)
+    attached = get_peft_model(model, PVMConfig(r=32, layers_to_transform=[1]))
+    layer = vlm.layers[1]
+    seen = {}
+    layer.pvm.register_forward_pre_hook(lambda module, args: seen.update(residual=args[0]))
+    # Registered after the adapter's own hook, so it sees the sum; the gate is 0.
+    getattr(layer, vlm.block.ffn_end).register_forward_hook(lambda module, args, output: seen.update(ffn=output))
+    layer.register_forward_hook(lambda module, args, output: seen.update(layer=output))
+    with torch.no_grad():
+        attached(**family.inputs(model, "t4 i t3"))
+    ffn = seen["ffn"][0] if isinstance(seen["ffn"], tuple) else seen["ffn"]
+    scale = getattr(layer, "layer_scalar", 1.0)
+    assert torch.allclose(seen["layer"], (seen["residual"] + ffn.view_as(seen["residual"])) * scale, atol=1e-5)
+
+
+def test_works_below_and_beside_lora():
+    model = tiny_vlms.FAMILIES["llava"].build()
+    get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"]))
+    assert len(find_vlm(model).layers) == tiny_vlms.LAYERS
+
+
+def _text_only():
+    return T.LlamaForCausalLM(T.LlamaConfig(**tiny_vlms.TEXT))
+
+
+def _cross_attention():
+    text = dict(tiny_vlms.TEXT, num_hidden_layers=4, cross_attention_layers=[1, 3])
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_global_layers=1,
+        attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        vision_output_dim=64,
+        intermediate_layers_indices=[0],
+        supported_aspect_ratios=[[1, 1]],
+        max_num_tiles=1,
+    )
+    config = T.MllamaConfig(text_config=text, vision_config=vision, image_token_index=tiny_vlms.IMAGE)
+    return T.MllamaForConditionalGeneration(config)
+
+
+def _other_block():
+    config = T.LlavaConfig(
+        vision_config=T.CLIPVisionConfig(**tiny_vlms.SIGLIP),
+        text_config=T.Olmo2Config(**tiny_vlms.TEXT),
+        image_token_index=tiny_vlms.IMAGE,
+    )
+    return T.LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "complaint"),
+    [
+        (_text_only, r"LlamaForCausalLM \(model_type 'llama'\).*no image placeholder.*Looked for config.image_token_id"),
+        (_cross_attention, r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer.*cross_attn.*Looked for a decoder layer"),
+        (_other_block, r"Olmo2DecoderLayer of text model type 'olmo2'.*post_feedforward_layernorm.*no other norm"),
+        (lambda: torch.nn.Linear(2, 2), r"Linear \(model_type None\)"),
+    ],
+    ids=["text only", "cross-attention", "unknown block", "no transformers model"],
+)
+def test_refuses_others_by_name(build, complaint: str):
+    model = build()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=complaint):
+        get_peft_model(model, PVMConfig(r=32))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_unlisted_model_of_the_common_shape_works():
+    """VipLlava is in no table."""
+    config = T.VipLlavaConfig(
+        vision_config=T.CLIPVisionConfig(**tiny_vlms.SIGLIP),
+        text_config=T.LlamaConfig(**tiny_vlms.TEXT),
+        image_token_index=tiny_vlms.IMAGE,
+        vision_feature_layers=[-1],
+    )
+    model = T.VipLlavaForConditionalGeneration(config).eval()
+    assert model.config.model_type not in FAMILIES
+    vlm = find_vlm(get_peft_model(model, PVMConfig(r=32)).get_base_model())
+    assert all(hasattr(vlm.layers[layer], "pvm") for layer in (1, 2))
