@@ -246,8 +246,7 @@ class VisualTuner(BaseTuner):
             # Only what these adapters wrapped: another tuner's layers and wrappers, nested below, stay.
             if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= set(self.peft_config):
                 parent, _, child_name = name.rpartition(".")
-                original = module.unload_and_optionally_merge_module(False, False, None)
-                setattr(self.model.get_submodule(parent), child_name, original)
+                setattr(self.model.get_submodule(parent), child_name, module.original_module)
         configs = getattr(self.model, "peft_config", {})
         for name in set(configs) & set(self.peft_config):
             if configs[name] is self.peft_config[name]:
