@@ -21,28 +21,29 @@ class VisualMemory:
     values that are functions of the memory itself.
 
     Attributes:
-        embeddings: What the vision tower wrote into `inputs_embeds`, `(batch, num_visual, hidden_size)`, detached, zero
-            where there is no token. `None` before the first image.
-        slots: Positions of these tokens in the KV cache, `(batch, num_visual)`, int64, `EMPTY_SLOT` where there is none.
+        embeddings: What the vision tower wrote into `inputs_embeds`, `(batch, num_visual, hidden_size)`, detached,
+            zero where there is no token. `num_visual` is 0 before the first image.
+        slots: Positions of these tokens in the KV cache, `(batch, num_visual)`, int64, `EMPTY_SLOT` where there is
+            none.
         last_slot: The largest slot, -1 without images.
         is_dense: Whether no slot is empty.
         hidden_states: By layer index, the hidden states of these tokens at that layer, shaped as `embeddings`.
-        projections: What a tuner computed from the memory and wants to find again, by a key of its own: tensors whose
-            first axis is the batch.
+        projections: Keys and values that an adapter made from these tokens, `(batch, heads, num_projected, head_dim)`
+            each, by the adapter's identity. The last tokens may not be projected yet.
     """
 
-    embeddings: torch.Tensor | None = None
-    slots: torch.Tensor | None = None
+    embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
+    slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
     last_slot: int = EMPTY_SLOT
     is_dense: bool = True
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
-    projections: dict[object, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    projections: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _replicas: dict[torch.device, VisualMemory] = field(default_factory=dict, repr=False)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is no visual token in any row."""
-        return self.slots is None
+        return self.slots.shape[1] == 0
 
     def extended(self, embeddings: torch.Tensor, slots: torch.Tensor) -> VisualMemory:
         """The memory with more tokens at its end.
@@ -86,7 +87,7 @@ class VisualMemory:
             self.last_slot,
             self.is_dense,
             {key: function(tensor) for key, tensor in self.hidden_states.items()},
-            {key: tuple(map(function, tensors)) for key, tensors in self.projections.items()},
+            {identity: (function(keys), function(values)) for identity, (keys, values) in self.projections.items()},
         )
 
     def to(self, device: torch.device) -> VisualMemory:
@@ -98,8 +99,8 @@ class VisualMemory:
         return self._replicas[device]
 
 
-class _FollowedByMemory:
-    """Mixin of a cache class: what the cache does to its rows happens to the memory that rides on it."""
+class _FollowedByMemory(Cache):
+    """Mixed into a cache's class: what the cache does to its rows happens to the memory that rides on it."""
 
     visual_memory: VisualMemory
 
@@ -124,14 +125,14 @@ class _FollowedByMemory:
 
 
 @functools.cache
-def _followed(cache_class: type[Cache]) -> type[Cache]:
+def _followed(cache_class: type) -> type[Cache]:
     return type(cache_class.__name__, (_FollowedByMemory, cache_class), {"__module__": cache_class.__module__})
 
 
 def attach_memory(cache: Cache, memory: VisualMemory) -> None:
     """Put `memory` on `cache`, where it shares the cache's life: copies, beams, row selection, reset."""
     if not isinstance(cache, _FollowedByMemory):
-        cache.__class__ = _followed(type(cache))
+        cache.__class__ = _followed(type(cache))  # type: ignore[arg-type]
     cache.visual_memory = memory
 
 
@@ -158,7 +159,7 @@ class MemoryView:
 
 
 class VisualContext:
-    """What one forward knows about its visual tokens. It travels as a keyword argument, down to the attention function.
+    """What one forward knows about its visual tokens. It travels as a keyword argument, down to the attention.
 
     Args:
         visual_mask: Which of this forward's tokens are visual, `(batch, seq_len)`, bool. `None`: none is.
@@ -224,23 +225,25 @@ class VisualContext:
             RuntimeError: The memory holds tokens that were read while nobody kept their hidden states.
         """
         bank = self.memory.hidden_states.get(layer_idx)
-        expected = self.memory.slots.shape[1]
-        if bank is None or bank.shape[1] != expected:
-            new = [] if self.visual_positions is None else [gather_rows(hidden_states.detach(), self.visual_positions)]
-            bank = torch.cat(([] if bank is None else [bank]) + new, 1) if new else bank
-            if bank is None or bank.shape[1] != expected:
-                raise RuntimeError(
-                    f"Layer {layer_idx} did not keep the hidden states of all images in this KV cache: an adapter with "
-                    "memory_source='hidden_states' must be active from the first image on. Start with a new cache."
-                )
-            self.memory.hidden_states[layer_idx] = bank
+        num_visual = self.memory.slots.shape[1]
+        if bank is not None and bank.shape[1] == num_visual:
+            return bank
+        pieces = [] if bank is None else [bank]
+        if self.visual_positions is not None:
+            pieces.append(gather_rows(hidden_states.detach(), self.visual_positions))
+        if sum(piece.shape[1] for piece in pieces) != num_visual:
+            raise RuntimeError(
+                f"Layer {layer_idx} did not keep the hidden states of all images in this KV cache: an adapter with "
+                "memory_source='hidden_states' must be active from the first image on. Start with a new cache."
+            )
+        bank = self.memory.hidden_states[layer_idx] = torch.cat(pieces, 1)
         return bank
 
     def view(self, visibility: str) -> MemoryView | None:
         """Who reads the memory in this forward, for one rule of visibility; `None` if nobody does.
 
-        Where gradients are recorded somebody always reads, if only a padding token (whose output is dropped): a rank of
-        a sharded model that skipped the branch would leave the others waiting in their collectives.
+        Where gradients are recorded somebody always reads, if only a padding token (whose output is dropped): a rank
+        of a sharded model that skipped the branch would leave the others waiting in their collectives.
 
         Args:
             visibility: "causal": a token sees the visual tokens before it. "sample": all of its row that are known.
@@ -250,27 +253,24 @@ class VisualContext:
         return self._views[visibility]
 
     def _make_view(self, visibility: str) -> MemoryView | None:
-        memory, min_queries = self.memory, int(self.records_gradients)
+        memory = self.memory
         if memory.is_empty:
             if not self.records_gradients:
                 return None
-            return MemoryView(torch.full((self.batch_size, 1), EMPTY_SLOT, device=self.device), None, None)
-        filled = memory.slots >= 0
-        if self.visual_mask is None:  # everything in memory stands before every token: the decode path
-            if memory.is_dense:
-                return MemoryView(None, None, None)
-            has_memory = filled.any(1)[:, None, None]
-            return MemoryView(None, (filled[:, None] | ~has_memory).unsqueeze(1), has_memory)
+            nobody = torch.full((self.batch_size, 1), EMPTY_SLOT, device=self.device)
+            return MemoryView(nobody, None, None)
+        if self.visual_mask is None:
+            return self._view_of_the_past()
 
         # Only the tokens that are not silenced read: text with a visual token in sight.
-        length = self.visual_mask.shape[1]
-        slots = torch.arange(length, device=memory.slots.device) + self.past_length
+        filled = memory.slots >= 0
         if visibility == "causal":
-            first_slot = memory.slots.masked_fill(~filled, torch.iinfo(torch.long).max).amin(1, keepdim=True)
+            first_slot = torch.where(filled, memory.slots, torch.iinfo(torch.long).max).amin(1, keepdim=True)
+            slots = torch.arange(self.visual_mask.shape[1], device=self.device) + self.past_length
             reads = ~self.visual_mask & (slots > first_slot)
         else:
             reads = ~self.visual_mask & filled.any(1, keepdim=True)
-        positions = pack(reads, min_length=min_queries)
+        positions = pack(reads, min_length=int(self.records_gradients))
         if positions.shape[1] == 0:
             return None
         if visibility == "causal":
@@ -279,3 +279,11 @@ class VisualContext:
             mask = filled.unsqueeze(1).expand(-1, positions.shape[1], -1)
         mask = mask | (positions < 0).unsqueeze(-1)
         return MemoryView(positions, None if bool(mask.all()) else mask.unsqueeze(1), None)
+
+    def _view_of_the_past(self) -> MemoryView:
+        """No new visual tokens: the whole memory stands before every token. The decode path."""
+        if self.memory.is_dense:
+            return MemoryView(None, None, None)
+        filled = self.memory.slots >= 0
+        has_memory = filled.any(1)[:, None, None]
+        return MemoryView(None, (filled[:, None] | ~has_memory).unsqueeze(1), has_memory)

@@ -1,10 +1,11 @@
-"""Where each family of vision-language models keeps what the tuners need. Every special case of a model is a row here."""
+"""Where each family of vision-language models keeps what the tuners need: a special case of a model is a row here."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from torch import nn
 
@@ -77,7 +78,8 @@ class VLMFamily:
     )
 
 
-_GLM = VLMFamily(placeholders={"image": ("image_token_id",), "video": ("image_token_id",)})  # frames use the image's id
+# The frames of a video use the placeholder of images.
+_GLM = VLMFamily(placeholders={"image": ("image_token_id",), "video": ("image_token_id",)})
 
 # By the model's `model_type`: the families that the tests cover.
 FAMILIES: dict[str, VLMFamily] = {
@@ -124,14 +126,14 @@ class VisionLanguageModel:
     placeholder_ids: Mapping[str, tuple[int, ...]]
 
     @property
-    def text_config(self):
+    def text_config(self) -> Any:
         """The text model's config."""
         return self.text_model.config
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
-        return self.text_model.layers
+        return cast(nn.ModuleList, self.text_model.layers)
 
     def layer_name(self, layer_idx: int) -> str:
         """The full name of a decoder layer inside the model."""
@@ -152,7 +154,7 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
         ValueError: The model is of another shape; the message names the model, what it has and what was looked for.
     """
     config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
+    model_type = getattr(config, "model_type", "")
 
     def refuse(found: str, looked_for: str) -> ValueError:
         return ValueError(
@@ -167,8 +169,8 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
         ids = (getattr(config, name, None) for name in fields)
         placeholder_ids[modality] = tuple(token_id for token_id in ids if token_id is not None)
     if not placeholder_ids["image"]:
-        fields = " or ".join(family.placeholders["image"])
-        raise refuse("its config names no image placeholder token", f"config.{fields}")
+        looked_for = " or ".join(f"config.{name}" for name in family.placeholders["image"])
+        raise refuse("its config names no image placeholder token", looked_for)
 
     modules = dict(model.named_modules())
     text_models = [
@@ -177,7 +179,9 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
         if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens")
     ]
     if len(text_models) != 1:
-        raise refuse(f"it holds {len(text_models)} text models {text_models}", "one module with layers and embed_tokens")
+        raise refuse(
+            f"it holds {len(text_models)} text models {text_models}", "one module with layers and embed_tokens"
+        )
     text_model_name = text_models[0]
     text_model = modules[text_model_name]
 
@@ -188,7 +192,7 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
             "a module whose forward takes input_ids and pixel_values and which calls the text model",
         )
 
-    text_type = getattr(text_model.config, "model_type", None)
+    text_type = getattr(text_model.config, "model_type", "")
     block = BLOCKS.get(text_type, PRE_NORM)
     for layer_idx, layer in enumerate(text_model.layers):
         children = {name for name, child in layer.named_children() if not is_tuner_child(child)}

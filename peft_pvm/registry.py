@@ -1,4 +1,4 @@
-"""Teaches PEFT the names of our tuner types. PEFT has no plug-in mechanism, so its enum of types gains real members."""
+"""Teaches PEFT the names of our tuner types. PEFT has no plug-in mechanism, so its enum of types gains members."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
         if registered is config_cls:
             return
         raise RuntimeError(
-            f"PEFT already has a method {member_name!r} ({registered}), which is not peft_pvm's. Adapters of the two cannot be "
-            "told apart, so peft_pvm does not load. Please report this with your versions (python -m peft_pvm.env)."
+            f"PEFT already has a method {member_name!r} ({registered}), which is not peft_pvm's. Adapters of the two "
+            "cannot be told apart, so peft_pvm does not load. Please report this with your versions (python -m "
+            "peft_pvm.env)."
         )
     member = str.__new__(PeftType, member_name)
     member._name_ = member._value_ = member_name
@@ -57,4 +58,4 @@ def remember_adapter_sources() -> None:
             config.set_source(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
         return config
 
-    PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
+    PeftConfigMixin.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]

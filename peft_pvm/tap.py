@@ -1,9 +1,9 @@
 """The tap: hooks that tell every layer of a vision-language model which tokens are visual.
 
-A hook on the multimodal module notes, from `input_ids` and the features that come with them, which tokens are visual, and
-sends a `VisualContext` along as a keyword argument. A hook on the text model completes it with what the vision tower wrote
-into `inputs_embeds` and with what the KV cache remembers. Nothing is kept on a module, so two conversations, two forwards
-before one backward, beams and re-used caches cannot get into each other's way.
+A hook on the multimodal module notes, from `input_ids` and the features that come with them, which tokens are visual,
+and sends a `VisualContext` along as a keyword argument. A hook on the text model completes it with what the vision
+tower wrote into `inputs_embeds` and with what the KV cache remembers. Nothing is kept on a module, so two
+conversations, two forwards before one backward, beams and re-used caches cannot get into each other's way.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Tap:
             vlm.text_model.register_forward_pre_hook(self._complete_context, with_kwargs=True),
             vlm.text_model.register_forward_hook(self._keep_memory, with_kwargs=True),
         ]
-        # On this one model, set aside until the tap is removed. The forward refuses packed rows too, but generate_batch
-        # works in a thread of its own and would only log that. And generate refuses keywords that it does not know.
+        # On this one model, set aside until the tap is removed. The forward refuses packed rows too, but
+        # generate_batch works in a thread of its own and would only log that. And generate refuses keywords that it
+        # does not know.
         self._shadows = {
             "init_continuous_batching": self._refuse_continuous_batching,
             "_validate_model_kwargs": self._validate_other_model_kwargs,
@@ -67,7 +68,8 @@ class Tap:
 
     def _validate_other_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         model = self.vlm.model
-        type(model)._validate_model_kwargs(model, {k: v for k, v in model_kwargs.items() if k != VISUAL_MASK})
+        validate = type(model)._validate_model_kwargs  # type: ignore[attr-defined]
+        validate(model, {name: value for name, value in model_kwargs.items() if name != VISUAL_MASK})
 
     def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = _by_name(module, args, kwargs)
@@ -76,9 +78,8 @@ class Tap:
 
     def _visual_mask(self, inputs: dict[str, Any], given_mask: torch.Tensor | None) -> torch.Tensor | None:
         """`(batch, seq_len)`, bool; `None` if no features come with this forward."""
-        input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        if input_ids is None and inputs_embeds is not None:
-            return _check_mask(given_mask, inputs_embeds)
+        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
+            return _check_mask(given_mask, inputs["inputs_embeds"])
         encoded = inputs.get("mm_encoder_outputs") or {}
         # A placeholder id without features is plain text: a model may well sample one.
         token_ids = [
@@ -87,18 +88,20 @@ class Tap:
             if encoded.get(modality) is not None or any(inputs.get(keyword) is not None for keyword in keywords)
             for token_id in self.vlm.placeholder_ids[modality]
         ]
-        return placeholder_mask(input_ids, token_ids) if token_ids else None
+        return placeholder_mask(inputs["input_ids"], token_ids) if token_ids else None
 
-    def _complete_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _complete_context(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         inputs = _by_name(module, args, kwargs)
         _refuse_packed(inputs)
-        input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        inputs_embeds = inputs.get("inputs_embeds")
         given_mask = kwargs.pop(VISUAL_MASK, None)
         context = kwargs.get(CONTEXT)
         if context is None:  # the text model is called by itself
             context = VisualContext(None if inputs_embeds is None else _check_mask(given_mask, inputs_embeds))
-        if inputs_embeds is None:
-            inputs_embeds = torch.empty(*input_ids.shape, 0, device=input_ids.device)  # text only: nothing to read
+        if inputs_embeds is None:  # text alone: nothing to read but the shape
+            inputs_embeds = torch.empty(*inputs["input_ids"].shape, 0, device=inputs["input_ids"].device)
 
         cache = inputs.get("past_key_values")
         past_length = cache.get_seq_length() if cache is not None else 0
@@ -147,8 +150,8 @@ def _refuse_packed(inputs: dict[str, Any]) -> None:
 
 
 PACKED_REFUSAL = (
-    "would put several conversations into one row, where the adapter could not tell their images apart. Use generate with "
-    "a padded batch, or take the adapter off with unload()."
+    "would put several conversations into one row, where the adapter could not tell their images apart. Use generate "
+    "with a padded batch, or take the adapter off with unload()."
 )
 
 
@@ -158,15 +161,15 @@ def _remembered(cache: Cache | None, past_length: int | torch.Tensor, batch_size
     if memory is None:
         if int(past_length) > 0:
             raise ValueError(
-                f"The first {int(past_length)} tokens of this KV cache were computed before the adapter was attached, so "
-                "the images among them are unknown to it. Start with a new cache."
+                f"The first {int(past_length)} tokens of this KV cache were computed before the adapter was attached, "
+                "so the images among them are unknown to it. Start with a new cache."
             )
         return VisualMemory()
     if isinstance(past_length, int):  # a static cache, whose length is a tensor, cannot be cropped
         memory = memory.cropped(past_length)
     if not memory.is_empty and memory.slots.shape[0] != batch_size:
         raise ValueError(
-            f"The KV cache remembers the images of {memory.slots.shape[0]} rows, but this batch has {batch_size}. Expand "
-            "a cache with its own methods (batch_repeat_interleave, batch_select_indices)."
+            f"The KV cache remembers the images of {memory.slots.shape[0]} rows, but this batch has {batch_size}. "
+            "Expand a cache with its own methods (batch_repeat_interleave, batch_select_indices)."
         )
     return memory

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -25,11 +23,11 @@ PEFT_PREFIX = "base_model.model."  # PEFT saves every key below this name
 class VisualConfig(PeftConfig):
     """Base of our configs.
 
-    `target_modules` holds, after attaching, the names of the decoder layers that carry the adapter, for PEFT's own code
-    to read. It is not a field: which layers is said by `layers_to_transform`.
+    `target_modules` holds, after attaching, the names of the decoder layers that carry the adapter, for PEFT's own
+    code to read. It is not a field: which layers is said by `layers_to_transform`.
     """
 
-    target_modules: tuple[str, ...] | None = None
+    target_modules: tuple[str, ...] = ()
     _source: AdapterFile | None = None
 
     def set_source(self, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> None:
@@ -46,7 +44,9 @@ class AdapterFile:
         hub_kwargs: Arguments of `huggingface_hub.hf_hub_download`, such as `revision` and `token`.
     """
 
-    def __init__(self, path: str | os.PathLike, subfolder: str | None = None, hub_kwargs: dict[str, Any] | None = None):
+    def __init__(
+        self, path: str | os.PathLike, subfolder: str | None = None, hub_kwargs: dict[str, Any] | None = None
+    ):
         self.path = os.fspath(path)
         self.subfolder = subfolder
         self.hub_kwargs = hub_kwargs or {}
@@ -82,7 +82,7 @@ class AdapterFile:
         file = self.locate()
         try:
             with safe_open(file, framework="pt") as tensors:
-                found = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+                found = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
         problems = [f"{key} is missing" for key in expected if key not in found]
@@ -96,12 +96,12 @@ class AdapterFile:
             shown = "".join(f"\n  - {problem}" for problem in problems[:10])
             more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
             raise ValueError(
-                f"{file} does not fit this model ({len(problems)} of its tensors); nothing was attached:{shown}{more}\n"
-                "Check that the adapter was trained on this base model."
+                f"{file} does not fit this model ({len(problems)} of its tensors), so nothing was attached:{shown}"
+                f"{more}\nCheck that the adapter was trained on this base model."
             )
 
 
-class VisualTunerLayer(BaseTunerLayer):
+class VisualTunerLayer(nn.Module, BaseTunerLayer):
     """Base of our layers: a child that stands beside the base's modules and is joined to them by hooks."""
 
     def join(self) -> None:
@@ -124,8 +124,8 @@ class VisualTunerLayer(BaseTunerLayer):
 
 
 MERGE_REFUSAL = (
-    "This adapter computes something that no weight of the base model can express, so it cannot be merged into it. Keep it "
-    "attached (saving, loading and switching adapters need no merging), or take it off with unload()."
+    "This adapter computes something that no weight of the base model can express, so it cannot be merged into it. "
+    "Keep it attached (saving, loading and switching adapters need no merging), or take it off with unload()."
 )
 
 
@@ -134,27 +134,34 @@ class VisualTuner(BaseTuner):
 
     tuner_layer_cls: type[VisualTunerLayer]
     child_name: str  # the attribute of a base module under which the tuner layer stands
-    target_module_mapping: dict[str, list[str]] = {}
 
     @property
     def vlm(self) -> VisionLanguageModel:
         """The parts of the model this tuner is attached to."""
         return find_vlm(self.model)
 
-    def expected_shapes(self, config: PeftConfig, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def expected_shapes(self, config: VisualConfig, layer: nn.Module) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that the adapter has at one base module, by its name in the tuner layer."""
         raise NotImplementedError
 
-    def targeted_names(self, config: PeftConfig, vlm: VisionLanguageModel) -> tuple[str, ...]:
-        """The full names of the base modules that get a tuner layer."""
+    def resolve(self, config: VisualConfig) -> VisualConfig:
+        """The config with everything spelled out that depends on the base model: a copy where that changes it.
+
+        Raises:
+            ValueError: The config does not fit the base model.
+        """
+        raise NotImplementedError
+
+    def targeted_names(self, config: VisualConfig) -> tuple[str, ...]:
+        """The full names of the base modules that get a tuner layer, for a resolved config."""
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any):
         return self.model(*args, **kwargs)  # not model.forward, which would skip the hooks on the model itself
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # PEFT wraps modules_to_save by copying modules, and a copy must not carry our hooks: they come back at the end,
-        # on whatever stands in the module's place then.
+        # PEFT wraps modules_to_save by copying modules, and a copy must not carry our hooks: they come back at the
+        # end, on whatever stands in the module's place then.
         for layer in self._tuner_layers():
             layer.part()
         try:
@@ -163,24 +170,23 @@ class VisualTuner(BaseTuner):
             self._remove_adapter(adapter_name)
             self.peft_config.pop(adapter_name, None)
             if not getattr(model, "peft_config", None) and getattr(model, "_hf_peft_config_loaded", False):
-                model._hf_peft_config_loaded = False  # transformers' add_adapter sets it before it injects
+                # transformers' add_adapter sets it before it injects
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
         finally:
             self._join_layers()
 
     def _prepare_adapter_config(self, peft_config: VisualConfig, model_config: dict) -> VisualConfig:
-        vlm = self.vlm
-        # A copy, so that the caller's config can be used again for a model of another depth.
-        resolved = copy.copy(peft_config)
-        resolved.target_modules = self.targeted_names(resolved, vlm)
+        resolved = self.resolve(peft_config)
+        resolved.target_modules = self.targeted_names(resolved)
         if resolved._source is not None:
-            self._check_source(resolved)
+            self._check_file(resolved._source, resolved)
         for name, config in self.peft_config.items():
             if config is peft_config:
                 self.peft_config[name] = resolved
         return resolved
 
-    def _check_source(self, config: VisualConfig) -> None:
+    def _check_file(self, file: AdapterFile, config: VisualConfig) -> None:
         base = {
             PEFT_PREFIX + key.replace(".original_module.", "."): tuple(tensor.shape)
             for key, tensor in self.model.state_dict().items()
@@ -194,7 +200,7 @@ class VisualTuner(BaseTuner):
                 f"{PEFT_PREFIX}{name}." for name, _ in self.model.named_modules() if name.endswith(suffix) and name
             )
             expected.update({key: shape for key, shape in base.items() if key.startswith(owners)})
-        config._source.check(expected, base)
+        file.check(expected, base)
 
     @staticmethod
     def _check_target_module_exists(peft_config: VisualConfig, key: str) -> bool:
@@ -235,16 +241,42 @@ class VisualTuner(BaseTuner):
         own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls))
         return {key: tensor for key, tensor in state_dict.items() if key.startswith(own)}
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        # Loading into an adapter that is there already: PEFT would leave what is missing as it is, and say nothing.
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        needed = {
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, cls.tuner_layer_cls)
+            for key in module.state_dict()
+            if f".{adapter_name}." in f"{key}."
+        }
+        missing = sorted(needed - remapped.keys())
+        if missing:
+            raise ValueError(
+                f"The weights for adapter {adapter_name!r} lack {', '.join(missing)}; nothing was loaded."
+            )
+        return remapped
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSAL)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT declares None and returns the model
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
         self._remove_layers(self._tuner_layers())
         for name, module in list(self.model.named_modules()):
             # Only what these adapters wrapped: another tuner's layers and wrappers, nested below, stay.
-            if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= set(self.peft_config):
+            if not isinstance(module, AuxiliaryTrainingWrapper):
+                continue
+            if module._get_available_adapters() <= set(self.peft_config):
                 parent, _, child_name = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child_name, module.original_module)
         configs = getattr(self.model, "peft_config", {})

@@ -59,7 +59,8 @@ def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
 METHODS = {
     "pvm": Method(config=lambda **fields: PVMConfig(**{"r": 32, **fields}), activate=give_weight),
     "pvm-hidden-states": Method(
-        config=lambda **fields: PVMConfig(**{"r": 32, "memory_source": "hidden_states", **fields}), activate=give_weight
+        config=lambda **fields: PVMConfig(**{"r": 32, "memory_source": "hidden_states", **fields}),
+        activate=give_weight,
     ),
 }
 

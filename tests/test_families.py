@@ -92,10 +92,16 @@ def _other_block():
 @pytest.mark.parametrize(
     ("build", "complaint"),
     [
-        (_text_only, r"LlamaForCausalLM \(model_type 'llama'\).*no image placeholder.*Looked for config.image_token_id"),
-        (_cross_attention, r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer.*cross_attn.*Looked for a decoder layer"),
+        (
+            _text_only,
+            r"LlamaForCausalLM \(model_type 'llama'\).*no image placeholder.*Looked for config.image_token_id",
+        ),
+        (
+            _cross_attention,
+            r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer.*cross_attn.*Looked for a decoder layer",
+        ),
         (_other_block, r"Olmo2DecoderLayer of text model type 'olmo2'.*post_feedforward_layernorm.*no other norm"),
-        (lambda: torch.nn.Linear(2, 2), r"Linear \(model_type None\)"),
+        (lambda: torch.nn.Linear(2, 2), r"Linear \(model_type ''\)"),
     ],
     ids=["text only", "cross-attention", "unknown block", "no transformers model"],
 )

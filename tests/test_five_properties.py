@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import TOLERANCE, Method, difference, logits
@@ -45,7 +47,7 @@ def test_cached_decoding_equals_the_full_forward(family: TinyVLM, method: Method
 
     cuts = [0, first_turn - 2, first_turn - 1, first_turn, length - 4, length - 3, length - 2, length - 1, length]
     cache, pieces = None, []
-    for start, stop in zip(cuts, cuts[1:]):
+    for start, stop in itertools.pairwise(cuts):
         piece = family.inputs(model.get_base_model(), whole, start=start, stop=stop)
         with torch.no_grad():
             output = model(**piece, past_key_values=cache, use_cache=True)
@@ -102,7 +104,9 @@ def test_interleaved_conversations_stay_apart(family: TinyVLM, method: Method):
     model = method.attach(family.build())
     base = model.get_base_model()
     conversations = ("t4 i t6", "t5 i i t7")
-    expected = [logits(model, family.inputs(base, conversation), use_cache=False)[:, -3:] for conversation in conversations]
+    expected = [
+        logits(model, family.inputs(base, conversation), use_cache=False)[:, -3:] for conversation in conversations
+    ]
     caches, steps = [None, None], [[], []]
     for step in range(4):
         for number, conversation in enumerate(conversations):

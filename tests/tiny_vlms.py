@@ -1,7 +1,7 @@
 """Tiny random models of every family, and batches for them. Nothing is downloaded.
 
-A conversation is written as a string: "t4 i t3" is 4 text tokens, an image, 3 text tokens; "v" is a video. Its tokens and
-pixels depend on the string alone, so that a conversation is the same in every batch.
+A conversation is written as a string: "t4 i t3" is 4 text tokens, an image, 3 text tokens; "v" is a video. Its tokens
+and pixels depend on the string alone, so that a conversation is the same in every batch.
 """
 
 from __future__ import annotations
@@ -406,7 +406,9 @@ class TinyVLM:
         visuals = self._collate([[visual for _, visual in self._render(model, row)[1]] for row in conversations])
         grids = {name: visuals[name] for name in ("image_grid_thw", "video_grid_thw") if name in visuals}
         types = _token_types(input_ids)
-        return model.model.get_rope_index(input_ids, mm_token_type_ids=types, attention_mask=attention_mask, **grids)[0]
+        return model.model.get_rope_index(input_ids, mm_token_type_ids=types, attention_mask=attention_mask, **grids)[
+            0
+        ]
 
 
 def _token_types(input_ids: torch.Tensor) -> torch.Tensor:

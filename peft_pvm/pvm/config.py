@@ -22,23 +22,25 @@ class PVMConfig(VisualConfig):
     embeddings there by cross-attention without positions, so the distance to the image does not matter.
 
     Args:
-        r: Width of the branch, a multiple of the base model's head size. The paper takes 512 (1024 and 2048 did worse).
-        layers_to_transform: The decoder layers that get a branch: "strided" or a list of indices. "strided" is the
-            paper's set for Qwen3-VL-4B (5, 11, 17) and Qwen3-VL-8B (8, 16, 24), and on other models three layers at 2/9,
-            4/9 and 6/9 of the depth.
-        init_gate: Initial value of the scalar that scales the branch. 0 leaves the model's output as it is, and learns:
-            only the gate has a gradient in the first step, everything from the second step on.
+        r: Width of the branch, a multiple of the base model's head size. The paper takes 512 (1024 and 2048 did
+            worse).
+        layers_to_transform: The decoder layers that get a branch: "strided" or a list of indices (or one).
+            "strided" is the paper's set for Qwen3-VL-4B (5, 11, 17) and Qwen3-VL-8B (8, 16, 24), and on other models
+            three layers at 2/9, 4/9 and 6/9 of the depth.
+        init_gate: Initial value of the scalar that scales the branch. 0 leaves the model's output as it is, and
+            learns: only the gate has a gradient in the first step, everything from the second step on.
         memory_visibility: Which visual tokens a text token may look up. "causal": those before it, which keeps cached
             decoding equal to the full forward over several turns and hides later images from earlier answers.
             "sample": all of its sample, also later ones, as in the authors' code.
         memory_source: What is looked up. "embeddings": what the vision tower wrote into the input embeddings.
             "hidden_states": the hidden states of the visual tokens at the same layer, the paper's ablation, which did
-            far worse than no branch at all (33.4 against 59.4; the paper does not say which states, this is our reading).
+            far worse than no branch at all (33.4 against 59.4; the paper does not say which states, this is our
+            reading).
         mlp_ratio: Width of the branch's MLP, as a multiple of `r`. `None` takes the base model's ratio.
         modules_to_save: Modules of the base model that are trained and saved along with the adapter.
-        init_weights: Whether to initialise so that training can start from the unchanged model: the gate as `init_gate`
-            says, all matrices from N(0, initializer_range) of the base. `False` also draws the gate, from N(0, 1), so
-            that the branch acts at once: for tests.
+        init_weights: Whether to initialise so that training can start from the unchanged model: the gate as
+            `init_gate` says, all matrices from N(0, initializer_range) of the base. `False` also draws the gate, from
+            N(0, 1), so that the branch acts at once: for tests.
 
     Raises:
         ValueError: A value that is not among the choices. Whether `r` and the layers fit the base model is checked on
@@ -48,11 +50,11 @@ class PVMConfig(VisualConfig):
     r: int = field(
         default=512, metadata={"help": "Width of the branch; must be a multiple of the base model's head size."}
     )
-    layers_to_transform: Literal["strided"] | list[int] | int = field(
+    layers_to_transform: list[int] | int | Literal["strided"] = field(
         default="strided",
         metadata={
-            "help": "Indices of the decoder layers that get a branch, or 'strided': the paper's layers for Qwen3-VL-4B and "
-            "-8B, on other models three layers at 2/9, 4/9 and 6/9 of the depth."
+            "help": "Indices of the decoder layers that get a branch, or 'strided': the paper's layers for "
+            "Qwen3-VL-4B and -8B, on other models three layers at 2/9, 4/9 and 6/9 of the depth."
         },
     )
     init_gate: float = field(
@@ -74,7 +76,8 @@ class PVMConfig(VisualConfig):
         },
     )
     mlp_ratio: float | None = field(
-        default=None, metadata={"help": "Width of the branch's MLP as a multiple of r; None takes the base model's ratio."}
+        default=None,
+        metadata={"help": "Width of the branch's MLP as a multiple of r; None takes the base model's ratio."},
     )
     modules_to_save: list[str] | None = field(
         default=None,
@@ -82,30 +85,34 @@ class PVMConfig(VisualConfig):
     )
     init_weights: bool = field(
         default=True,
-        metadata={"help": "True starts training from the unchanged model; False also draws the gate at random, for tests."},
+        metadata={
+            "help": "True starts training from the unchanged model; False also draws the gate at random, for tests."
+        },
     )
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.PVM
+        self.peft_type = PeftType("PVM")
         _check("r", self.r, _is_int(self.r) and self.r > 0, "a positive integer")
-        layers = self.layers_to_transform
-        if _is_int(layers):
-            self.layers_to_transform = layers = [layers]
-        valid = layers == "strided" or (
-            isinstance(layers, (list, tuple)) and bool(layers) and all(_is_int(i) and i >= 0 for i in layers)
-        )
-        _check("layers_to_transform", layers, valid, "'strided' or a non-empty list of layer indices from 0 on")
-        if layers != "strided":
-            _check("layers_to_transform", layers, len(set(layers)) == len(layers), "a list without repetitions")
-            self.layers_to_transform = sorted(layers)
+        if self.layers_to_transform != "strided":
+            self.layers_to_transform = _layer_list(self.layers_to_transform)
         _check("init_gate", self.init_gate, isinstance(self.init_gate, (int, float)), "a number")
         choices = f"one of {MEMORY_VISIBILITY}"
         _check("memory_visibility", self.memory_visibility, self.memory_visibility in MEMORY_VISIBILITY, choices)
         choices = f"one of {MEMORY_SOURCE}"
         _check("memory_source", self.memory_source, self.memory_source in MEMORY_SOURCE, choices)
         ratio = self.mlp_ratio
-        _check("mlp_ratio", ratio, ratio is None or (isinstance(ratio, (int, float)) and ratio > 0), "positive or None")
+        _check(
+            "mlp_ratio", ratio, ratio is None or (isinstance(ratio, (int, float)) and ratio > 0), "positive or None"
+        )
+
+
+def _layer_list(layers: list[int] | int) -> list[int]:
+    indices = [layers] if isinstance(layers, int) else layers
+    valid = isinstance(indices, (list, tuple)) and bool(indices) and all(_is_int(i) and i >= 0 for i in indices)
+    _check("layers_to_transform", layers, valid, "'strided' or a non-empty list of layer indices from 0 on")
+    _check("layers_to_transform", layers, len(set(indices)) == len(indices), "a list without repetitions")
+    return sorted(indices)
 
 
 def _is_int(value: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,75 +17,13 @@ from ..positions import gather_rows, scatter_rows
 from ..tap import CONTEXT
 from ..tuner import VisualTunerLayer
 from .config import PVMConfig
+from .shape import BranchShape
 
 
 _identities = itertools.count()
 
 
-@dataclass(frozen=True)
-class BranchShape:
-    """The sizes of a branch, derived from the base model's.
-
-    Attributes:
-        hidden_size: Width of the residual stream, D.
-        r: Width of the branch.
-        head_dim: Size of a head, the base model's.
-        num_heads: `r / head_dim`.
-        num_key_value_heads: `num_heads` by the base's grouping ratio, at least 1, a divisor of `num_heads`.
-        intermediate_size: Width of the branch's MLP.
-        hidden_act: The base's activation function, by name.
-        eps: The base's norm epsilon.
-        initializer_range: Standard deviation of fresh matrices.
-    """
-
-    hidden_size: int
-    r: int
-    head_dim: int
-    num_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    hidden_act: str
-    eps: float
-    initializer_range: float
-
-    @classmethod
-    def of(cls, config: PVMConfig, text_config: Any) -> BranchShape:
-        """The shape that `config` asks for on a base model with `text_config`.
-
-        Raises:
-            ValueError: `config.r` is not a multiple of the head size.
-        """
-        base_heads = text_config.num_attention_heads
-        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // base_heads
-        if config.r % head_dim:
-            raise ValueError(
-                f"PVMConfig.r is {config.r}, but must be a multiple of the base model's head size {head_dim}: "
-                f"{head_dim}, {2 * head_dim}, {3 * head_dim}, ..."
-            )
-        num_heads = config.r // head_dim
-        base_groups = base_heads // (getattr(text_config, "num_key_value_heads", None) or base_heads)
-        num_key_value_heads = max(1, num_heads // base_groups)
-        while num_heads % num_key_value_heads:
-            num_key_value_heads -= 1
-        ratio = config.mlp_ratio or text_config.intermediate_size / text_config.hidden_size
-        return cls(
-            hidden_size=text_config.hidden_size,
-            r=config.r,
-            head_dim=head_dim,
-            num_heads=num_heads,
-            num_key_value_heads=num_key_value_heads,
-            intermediate_size=int(config.r * ratio),
-            hidden_act=_first(text_config, "hidden_act", "hidden_activation"),
-            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps"),
-            initializer_range=text_config.initializer_range,
-        )
-
-
-def _first(config: Any, *names: str) -> Any:
-    return next(value for name in names if (value := getattr(config, name, None)) is not None)
-
-
-class PVMLayer(nn.Module, VisualTunerLayer):
+class PVMLayer(VisualTunerLayer):
     """A cross-attention branch from the text tokens of one decoder layer to the visual memory.
 
     With `x` the residual stream after self-attention, the layer's output becomes `x + FFN(norm(x)) + PVM(x, memory)`,
@@ -117,6 +55,22 @@ class PVMLayer(nn.Module, VisualTunerLayer):
         "pvm_gate",
     )
     other_param_names = ("pvm_config", "pvm_shape", "pvm_identity")
+
+    pvm_text_reducer: Mapping[str, nn.Linear]
+    pvm_vision_reducer: Mapping[str, nn.Linear]
+    pvm_input_norm: Mapping[str, nn.RMSNorm]
+    pvm_q_proj: Mapping[str, nn.Linear]
+    pvm_k_proj: Mapping[str, nn.Linear]
+    pvm_v_proj: Mapping[str, nn.Linear]
+    pvm_o_proj: Mapping[str, nn.Linear]
+    pvm_q_norm: Mapping[str, nn.RMSNorm]
+    pvm_k_norm: Mapping[str, nn.RMSNorm]
+    pvm_post_attn_norm: Mapping[str, nn.RMSNorm]
+    pvm_gate_proj: Mapping[str, nn.Linear]
+    pvm_up_proj: Mapping[str, nn.Linear]
+    pvm_down_proj: Mapping[str, nn.Linear]
+    pvm_output_expander: Mapping[str, nn.Linear]
+    pvm_gate: nn.ParameterDict
 
     def __init__(self, decoder_layer: nn.Module, block: DecoderBlock, layer_idx: int):
         super().__init__()
@@ -201,7 +155,8 @@ class PVMLayer(nn.Module, VisualTunerLayer):
             handle.remove()
         self._handles = []
 
-    # The hooks run in this order within one forward of the decoder layer, also when gradient checkpointing runs it again.
+    # The hooks run in this order within one forward of the decoder layer, also when gradient checkpointing runs it
+    # again.
 
     def _take_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._context = kwargs.get(CONTEXT)
@@ -237,7 +192,9 @@ class PVMLayer(nn.Module, VisualTunerLayer):
             without images; `None` if nothing is to be added.
         """
         updates = (
-            self._branch(adapter, hidden_states, context) for adapter in self.active_adapters if adapter in self.pvm_gate
+            self._branch(adapter, hidden_states, context)
+            for adapter in self.active_adapters
+            if adapter in self.pvm_gate
         )
         total = None
         for update in updates:
@@ -247,15 +204,15 @@ class PVMLayer(nn.Module, VisualTunerLayer):
 
     def _branch(self, adapter: str, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
         config, shape = self.pvm_config[adapter], self.pvm_shape[adapter]
-        if config.memory_source == "hidden_states" and not context.memory.is_empty:
+        if context.memory.is_empty:  # read by nobody, or in training by padding
+            bank = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[2])
+        elif config.memory_source == "hidden_states":
             bank = context.hidden_states_bank(self.layer_idx, hidden_states)
         else:
             bank = context.memory.embeddings
         view = context.view(config.memory_visibility)
         if view is None:
             return None
-        if bank is None:  # no image anywhere, but gradients: read a memory of zeros, drop the result
-            bank = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[2])
         keys, values = self._project(adapter, bank, context)
 
         readers = hidden_states if view.positions is None else gather_rows(hidden_states, view.positions)
@@ -276,9 +233,7 @@ class PVMLayer(nn.Module, VisualTunerLayer):
             update = scatter_rows(update, view.positions, hidden_states.shape[1])
         return update if view.has_memory is None else torch.where(view.has_memory, update, 0)
 
-    def _project(
-        self, adapter: str, bank: torch.Tensor, context: VisualContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _project(self, adapter: str, bank: torch.Tensor, context: VisualContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the memory, `(batch, num_key_value_heads, num_visual, head_dim)` each.
 
         In inference they are kept with the memory, so that every visual token is projected once.
@@ -287,7 +242,7 @@ class PVMLayer(nn.Module, VisualTunerLayer):
         identity = self.pvm_identity[adapter]
         known = context.memory.projections.get(identity) if keeps else None
         num_known = 0 if known is None else known[0].shape[2]
-        if num_known == bank.shape[1]:
+        if known is not None and num_known == bank.shape[1]:
             return known
         head_dim = self.pvm_shape[adapter].head_dim
         memory = self._cast_input_dtype(bank[:, num_known:], self.pvm_vision_reducer[adapter].weight.dtype)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..families import VisionLanguageModel
 from ..tuner import VisualTuner
 from .config import PVMConfig
-from .layer import BranchShape, PVMLayer
+from .layer import PVMLayer
+from .shape import BranchShape
 
 
 # The paper's layer sets (section 4.1), by model type, depth and hidden size.
@@ -24,12 +25,16 @@ def strided_layers(text_config: Any) -> list[int]:
     """What `layers_to_transform="strided"` means for a base model.
 
     Returns:
-        The paper's layers for the models it names, else three layers at 2/9, 4/9 and 6/9 of the depth (fewer where these
-        fall together).
+        The paper's layers for the models it names, else three layers at 2/9, 4/9 and 6/9 of the depth (fewer where
+        these fall together).
     """
     depth = text_config.num_hidden_layers
     known = PAPER_LAYERS.get((text_config.model_type, depth, text_config.hidden_size))
-    return known or sorted({round(depth * ninths / 9) for ninths in (2, 4, 6)})
+    return known or sorted({min(round(depth * ninths / 9), depth - 1) for ninths in (2, 4, 6)})
+
+
+def _indices(config: PVMConfig) -> list[int]:
+    return cast(list[int], config.layers_to_transform)
 
 
 class PVMModel(VisualTuner):
@@ -57,18 +62,26 @@ class PVMModel(VisualTuner):
     child_name = "pvm"
     tuner_layer_cls = PVMLayer
 
-    def targeted_names(self, config: PVMConfig, vlm: VisionLanguageModel) -> tuple[str, ...]:
-        depth = len(vlm.layers)
+    def resolve(self, config: PVMConfig) -> PVMConfig:
+        vlm = self.vlm
+        BranchShape.of(config, vlm.text_config)
         if config.layers_to_transform == "strided":
-            config.layers_to_transform = strided_layers(vlm.text_config)
-        too_deep = [layer_idx for layer_idx in config.layers_to_transform if layer_idx >= depth]
+            # A copy, so that the caller's config can be used again for a model of another depth.
+            resolved = copy.copy(config)
+            resolved.layers_to_transform = strided_layers(vlm.text_config)
+            return resolved
+        depth = len(vlm.layers)
+        too_deep = [layer_idx for layer_idx in _indices(config) if layer_idx >= depth]
         if too_deep:
             raise ValueError(
                 f"PVMConfig.layers_to_transform names layers {too_deep}, but the text model has only {depth} layers "
                 f"(0 to {depth - 1})."
             )
-        BranchShape.of(config, vlm.text_config)
-        return tuple(vlm.layer_name(layer_idx) for layer_idx in config.layers_to_transform)
+        return config
+
+    def targeted_names(self, config: PVMConfig) -> tuple[str, ...]:
+        vlm = self.vlm
+        return tuple(vlm.layer_name(layer_idx) for layer_idx in _indices(config))
 
     def expected_shapes(self, config: PVMConfig, layer: nn.Module) -> dict[str, tuple[int, ...]]:
         vlm = self.vlm
@@ -91,4 +104,5 @@ class PVMModel(VisualTuner):
         if not hasattr(target, self.child_name):
             layer_idx = [layer is target for layer in vlm.layers].index(True)
             target.add_module(self.child_name, PVMLayer(target, vlm.block, layer_idx))
-        target.pvm.update_layer(adapter_name, peft_config, BranchShape.of(peft_config, vlm.text_config))
+        layer = cast(PVMLayer, target.get_submodule(self.child_name))
+        layer.update_layer(adapter_name, peft_config, BranchShape.of(peft_config, vlm.text_config))

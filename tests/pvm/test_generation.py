@@ -41,7 +41,9 @@ def model(tiny: TinyVLM) -> PeftModel:
 def generate(tiny: TinyVLM, model: PeftModel, *prompts: str, seed: int | None = None, **kwargs):
     if seed is not None:
         torch.manual_seed(seed)
-    return model.generate(**tiny.prompt(model.get_base_model(), *prompts), **{**GENERATE, "do_sample": False, **kwargs})
+    return model.generate(
+        **tiny.prompt(model.get_base_model(), *prompts), **{**GENERATE, "do_sample": False, **kwargs}
+    )
 
 
 def test_greedy_uses_the_adapter_and_equals_no_cache(family: TinyVLM):
@@ -277,9 +279,7 @@ def test_own_inputs_embeds(tiny: TinyVLM, model: PeftModel):
     )
     expected = logits(model, inputs)
     handle.remove()
-    own = dict(
-        inputs_embeds=seen[0], attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"]
-    )
+    own = dict(inputs_embeds=seen[0], attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"])
     visual_mask = inputs["input_ids"] == IMAGE
     assert torch.equal(logits(model, own, visual_mask=visual_mask), expected)
     with pytest.raises(ValueError, match="Pass visual_mask, a bool tensor of shape"):
@@ -293,7 +293,11 @@ def test_own_inputs_embeds(tiny: TinyVLM, model: PeftModel):
         return  # without input_ids the base places the image on one line, so nothing else equals this
     greedy = generate(tiny, model, "t4 i t6")
     generated = model.generate(
-        inputs_embeds=seen[0], attention_mask=own["attention_mask"], visual_mask=visual_mask, do_sample=False, **GENERATE
+        inputs_embeds=seen[0],
+        attention_mask=own["attention_mask"],
+        visual_mask=visual_mask,
+        do_sample=False,
+        **GENERATE,
     )
     assert torch.equal(torch.stack(generated.logits), torch.stack(greedy.logits))
 
@@ -339,7 +343,9 @@ def test_continuous_batching_is_refused(plain: TinyVLM):
     model = METHODS["pvm"].attach(base)
     config = GenerationConfig(max_new_tokens=2, eos_token_id=EOS, pad_token_id=0)
     for owner in (model, base):
-        with pytest.raises(NotImplementedError, match="continuous batching would put several conversations into one row"):
+        with pytest.raises(
+            NotImplementedError, match="continuous batching would put several conversations into one row"
+        ):
             owner.generate_batch(inputs=[[5, 6, 7]], generation_config=config)
     with pytest.raises(NotImplementedError, match="cu_seq_lens_q given"):
         logits(model, plain.inputs(base, "t9"), cu_seq_lens_q=torch.tensor([0, 4, 9]))

@@ -1,7 +1,7 @@
-"""Agreement with the authors' code: tests/data/pvm_qwen3vl.safetensors holds a tiny model's weights and what it computed.
+"""Agreement with the authors' code: tests/data/pvm_qwen3vl.safetensors holds a tiny model and what it computed.
 
-The outputs were made in float64, but the authors' norms and softmax work in float32, hence the tolerance. In the batch of
-two, the authors' run gave NaN for the whole left-padded row, so that row is compared with itself run alone instead.
+The outputs were made in float64, but the authors' norms and softmax work in float32, hence the tolerance. In the batch
+of two, the authors' run gave NaN for the whole left-padded row, so that row is compared with itself run alone instead.
 """
 
 from __future__ import annotations

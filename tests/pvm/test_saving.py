@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import METHODS, difference, logits
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
 from transformers import PreTrainedModel
@@ -220,7 +221,11 @@ REFUSED = {
     "hidden size": (lambda path: None, _wide, r"has shape \(\d+, 64\), this model needs \(\d+, 32\)|Check that"),
     "too few layers": (lambda path: None, _shallow, r"names layers \[2\], but the text model has only 2 layers"),
     "other layers": (_set_field(layers_to_transform=[0, 2]), None, r"layers.0.pvm.\S+ is missing"),
-    "head size": (_set_field(r=24), None, "PVMConfig.r is 24, but must be a multiple of the base model's head size 16"),
+    "head size": (
+        _set_field(r=24),
+        None,
+        "PVMConfig.r is 24, but must be a multiple of the base model's head size 16",
+    ),
 }
 
 
@@ -252,6 +257,19 @@ def test_refusals_leave_another_adapter_as_it_was(tiny: TinyVLM, saved: Path, ca
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.skipif(
+    not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"), reason="PEFT before 0.21 does not ask the tuner"
+)
+def test_incomplete_weights_for_an_attached_adapter_are_refused(tiny: TinyVLM, saved: Path):
+    model = from_pretrained(tiny.build(), saved)
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    expected = logits(model, inputs)
+    weights = {name: tensor * 2 for name, tensor in load_file(saved / WEIGHTS).items() if name != MISSING}
+    with pytest.raises(ValueError, match=r"lack \S+layers.1.pvm.pvm_k_proj.default.weight; nothing was loaded"):
+        set_peft_model_state_dict(model, weights)
+    assert torch.equal(logits(model, inputs), expected)
+
+
 def test_refused_configuration_leaves_the_model_as_it_was(tiny: TinyVLM):
     model = tiny.build()
     before = _state(model)
@@ -265,7 +283,7 @@ def test_refused_configuration_leaves_the_model_as_it_was(tiny: TinyVLM):
 def test_unknown_adapter_is_refused(tiny: TinyVLM, tmp_path: Path):
     model = tiny.build()
     before = _state(model)
-    with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
         PeftModel.from_pretrained(model, str(tmp_path / "nowhere"))
     assert _state(model) == before
 

@@ -48,7 +48,9 @@ def test_starts_unchanged_and_every_parameter_learns(family: TinyVLM):
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     loss_of(model, inputs).backward()
-    first = {name: parameter.grad.abs().max().item() for name, parameter in model.named_parameters() if name in trainable}
+    first = {
+        name: parameter.grad.abs().max().item() for name, parameter in model.named_parameters() if name in trainable
+    }
     assert all(first[name] > 0 for name in trainable if "pvm_gate." in name), "the gate learns at once"
     optimizer.step()
     optimizer.zero_grad()

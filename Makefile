@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes its own virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+WORKERS ?= auto
+PYTEST = pytest -n $(WORKERS) -q
+
+.PHONY: demo test test-oldest quality style clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python -m peft_pvm.lab demo
+
+test: $(VENV)/.installed
+	$(VENV)/bin/$(PYTEST)
+
+# The oldest transformers and peft that are supported.
+test-oldest: $(VENV_OLDEST)/.installed
+	$(VENV_OLDEST)/bin/$(PYTEST) tests --ignore tests/lab
+
+quality: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+style: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 10) else None'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab,dev]'
+	touch $@
+
+$(VENV_OLDEST)/.installed: constraints-oldest.txt pyproject.toml
+	test -d $(VENV_OLDEST) || $(PYTHON) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[lab,dev]'
+	touch $@

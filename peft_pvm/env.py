@@ -1,0 +1,38 @@
+"""`python -m peft_pvm.env` prints what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+
+PACKAGES = ("peft-pvm", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface-hub", "trl", "vllm")
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python, of the packages that matter and of the device.
+
+    Returns:
+        What is reported, by name, in the order in which it is printed. A package that is missing says so.
+    """
+    report = {"Python": platform.python_version(), "Platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            report[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            report[package] = "not installed"
+    report["CPU threads"] = str(torch.get_num_threads())
+    if torch.cuda.is_available():
+        report["GPU"] = (
+            f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}, {torch.cuda.device_count()} in all)"
+        )
+    else:
+        report["GPU"] = "none"
+    return report
+
+
+if __name__ == "__main__":
+    for name, value in environment().items():
+        print(f"- {name}: {value}")

@@ -1,0 +1,71 @@
+"""The sizes of a PVM branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .config import PVMConfig
+
+
+@dataclass(frozen=True)
+class BranchShape:
+    """The sizes of a branch, derived from the base model's.
+
+    Attributes:
+        hidden_size: Width of the residual stream, D.
+        r: Width of the branch.
+        head_dim: Size of a head, the base model's.
+        num_heads: `r / head_dim`.
+        num_key_value_heads: `num_heads` by the base's grouping ratio, at least 1, a divisor of `num_heads`.
+        intermediate_size: Width of the branch's MLP.
+        hidden_act: The base's activation function, by name.
+        eps: The base's norm epsilon.
+        initializer_range: Standard deviation of fresh matrices.
+    """
+
+    hidden_size: int
+    r: int
+    head_dim: int
+    num_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    hidden_act: str
+    eps: float
+    initializer_range: float
+
+    @classmethod
+    def of(cls, config: PVMConfig, text_config: Any) -> BranchShape:
+        """The shape that `config` asks for on a base model with `text_config`.
+
+        Raises:
+            ValueError: `config.r` is not a multiple of the head size.
+        """
+        base_heads = text_config.num_attention_heads
+        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // base_heads
+        if config.r % head_dim:
+            raise ValueError(
+                f"PVMConfig.r is {config.r}, but must be a multiple of the base model's head size {head_dim}: "
+                f"{head_dim}, {2 * head_dim}, {3 * head_dim}, ..."
+            )
+        num_heads = config.r // head_dim
+        base_groups = base_heads // (getattr(text_config, "num_key_value_heads", None) or base_heads)
+        num_key_value_heads = max(1, num_heads // base_groups)
+        while num_heads % num_key_value_heads:
+            num_key_value_heads -= 1
+        ratio = config.mlp_ratio or text_config.intermediate_size / text_config.hidden_size
+        return cls(
+            hidden_size=text_config.hidden_size,
+            r=config.r,
+            head_dim=head_dim,
+            num_heads=num_heads,
+            num_key_value_heads=num_key_value_heads,
+            intermediate_size=int(config.r * ratio),
+            hidden_act=_first(text_config, "hidden_act", "hidden_activation"),
+            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps"),
+            initializer_range=text_config.initializer_range,
+        )
+
+
+def _first(config: Any, *names: str) -> Any:
+    return next(value for name in names if (value := getattr(config, name, None)) is not None)

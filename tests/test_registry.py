@@ -1,0 +1,60 @@
+"""PEFT knows our types as its own, and loudly refuses to have two of one name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+import peft_pvm
+from peft_pvm import PVMConfig, PVMModel
+from peft_pvm.registry import register, remember_adapter_sources
+
+
+def test_is_a_real_member():
+    assert PeftType("PVM") is PeftType.PVM is PeftType["PVM"]
+    assert PeftType.PVM in list(PeftType)
+    assert PeftType.PVM == "PVM"
+    assert PeftType.PVM.value == PeftType.PVM.name == "PVM"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.PVM] is PVMConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["PVM"] is PVMModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.PVM] == "pvm_"
+
+
+def test_registering_again_changes_nothing():
+    members, loader = list(PeftType), PeftConfig.from_pretrained.__func__
+    register("pvm", PVMConfig, PVMModel)
+    remember_adapter_sources()
+    assert list(PeftType) == members
+    assert PeftConfig.from_pretrained.__func__ is loader
+
+
+def test_a_taken_name_is_refused():
+    with pytest.raises(RuntimeError, match="PEFT already has a method 'LORA'"):
+        register("lora", PVMConfig, PVMModel)
+
+
+def test_importing_registers_and_nothing_else():
+    """No attention function, no model class, no default changes by the import."""
+    script = (
+        "import json, sys, peft, transformers\n"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"
+        "before = (sorted(peft.PeftType), sorted(functions.keys()), sorted(sys.modules))\n"
+        "import peft_pvm\n"
+        "after = (sorted(peft.PeftType), sorted(functions.keys()), sorted(sys.modules))\n"
+        "print(json.dumps([[str(x) for x in set(b) - set(a)] for a, b in zip(before, after)]))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    types, functions, modules = json.loads(run.stdout)
+    assert types == ["PeftType.PVM"]
+    assert functions == []
+    heavy = ("matplotlib", "sklearn", "rich", "trl", "datasets", "vllm", "peft_pvm.lab")
+    assert not [name for name in modules if name.startswith(heavy)]
+
+
+def test_public_names():
+    assert set(peft_pvm.__all__) <= set(dir(peft_pvm))
