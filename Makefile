@@ -31,12 +31,12 @@ clean:
 	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 10) else None'
+	@$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab,dev]'
 	touch $@
 
 $(VENV_OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 	test -d $(VENV_OLDEST) || $(PYTHON) -m venv $(VENV_OLDEST)
-	$(VENV_OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[lab,dev]'
+	$(VENV_OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[test]'
 	touch $@

@@ -17,6 +17,11 @@ def test_every_family_of_the_table_is_tested():
     assert {family.build().config.model_type for family in tiny_vlms.FAMILIES.values()} == set(FAMILIES)
 
 
+def test_every_family_with_videos_is_tested_with_videos(family: TinyVLM):
+    multimodal = find_vlm(family.build()).multimodal
+    assert hasattr(multimodal, "get_video_features") == (family.video is not None)
+
+
 def test_finds_the_parts(family: TinyVLM):
     model = family.build()
     vlm = find_vlm(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -301,15 +301,33 @@ def _onevision_video(model, generator):
     return [VIDEO] * 4, {"pixel_values_videos": torch.randn(1, 3, 3, 28, 28, generator=generator)}
 
 
-def _gemma4_visual(model, generator):
+def _gemma4_positions(frames: int) -> torch.Tensor:
     rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
-    positions = torch.stack([columns, rows], -1).reshape(1, 16, 2)
+    return torch.stack([columns, rows], -1).reshape(1, 16, 2).expand(frames, -1, -1)
+
+
+def _gemma4_image(model, generator):
     pixels = torch.randn(1, 16, 48, generator=generator)
-    return [START, *[IMAGE] * 4, END], {"pixel_values": pixels, "image_position_ids": positions}
+    return [START, *[IMAGE] * 4, END], {"pixel_values": pixels, "image_position_ids": _gemma4_positions(1)}
+
+
+def _gemma4_video(model, generator):
+    pixels = torch.randn(2, 16, 48, generator=generator)
+    arguments = {"video_position_ids": _gemma4_positions(2), "num_frames_per_video": torch.tensor([2])}
+    return [START, *[VIDEO] * 8, END], {"pixel_values_videos": pixels, **arguments}
 
 
 def _image_sizes() -> torch.Tensor:
     return torch.tensor([[28, 28]])
+
+
+@dataclass
+class Rendered:
+    """A conversation in tokens: ids, modality of each (0 text, 1 image, 2 video), and where which pixels stand."""
+
+    ids: list[int] = field(default_factory=list)
+    types: list[int] = field(default_factory=list)
+    visuals: list[tuple[int, dict[str, torch.Tensor]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -347,24 +365,21 @@ class TinyVLM:
 
     def inputs(self, model: T.PreTrainedModel, *conversations: str, start: int = 0, stop: int | None = None):
         """A left-padded batch; `start` and `stop` cut a piece out of a single conversation, between images."""
-        rows, pixels = [], []
-        for conversation in conversations:
-            ids, row_pixels = self._render(model, conversation)
-            stop_at = len(ids) if stop is None else stop
-            rows.append(ids)
-            pixels.append([visual for first, visual in row_pixels if start <= first < stop_at])
-        width = max(map(len, rows))
-        input_ids = torch.tensor([[PAD] * (width - len(ids)) + ids for ids in rows])
-        attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows])
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        batch["position_ids"] = self._position_ids(model, conversations, input_ids, attention_mask)
+        rows = [self._render(model, conversation) for conversation in conversations]
+        width = max(len(row.ids) for row in rows)
         stop = width if stop is None else stop
-        batch["input_ids"] = batch["input_ids"][:, start:stop]
-        batch["attention_mask"] = batch["attention_mask"][:, :stop]
-        batch["position_ids"] = batch["position_ids"][..., start:stop]
-        batch.update(self._collate(pixels))
+        input_ids = torch.tensor([[PAD] * (width - len(row.ids)) + row.ids for row in rows])
+        types = torch.tensor([[0] * (width - len(row.ids)) + row.types for row in rows], dtype=torch.int)
+        attention_mask = torch.tensor([[0] * (width - len(row.ids)) + [1] * len(row.ids) for row in rows])
+        pixels = [[arguments for first, arguments in row.visuals if start <= first < stop] for row in rows]
+        batch = {
+            "input_ids": input_ids[:, start:stop],
+            "attention_mask": attention_mask[:, :stop],
+            "position_ids": self._position_ids(model, rows, input_ids, types, attention_mask)[..., start:stop],
+            **self._collate(pixels),
+        }
         if "image_grid_thw" in batch or "video_grid_thw" in batch:
-            batch["mm_token_type_ids"] = _token_types(batch["input_ids"])
+            batch["mm_token_type_ids"] = types[:, start:stop]
         if self.is_prefix_lm:
             batch["token_type_ids"] = torch.ones_like(batch["input_ids"])  # all suffix, which is causal
         return batch
@@ -375,19 +390,20 @@ class TinyVLM:
         del batch["position_ids"]
         return batch
 
-    def _render(self, model, conversation: str):
+    def _render(self, model, conversation: str) -> Rendered:
         generator = torch.Generator().manual_seed(zlib.crc32(conversation.encode()))
-        ids: list[int] = []
-        pixels = []
+        row = Rendered()
         for segment in conversation.split():
             if segment[0] == "t":
-                ids += torch.randint(10, 290, (int(segment[1:]),), generator=generator).tolist()
+                ids = torch.randint(10, 290, (int(segment[1:]),), generator=generator).tolist()
+                types = [0] * len(ids)
             else:
-                visual = {"i": self.image, "v": self.video}[segment]
-                token_ids, arguments = visual(model, generator)
-                pixels.append((len(ids), arguments))
-                ids += token_ids
-        return ids, pixels
+                ids, arguments = {"i": self.image, "v": self.video}[segment](model, generator)
+                types = [{"i": 1, "v": 2}[segment] * (token_id in (IMAGE, VIDEO)) for token_id in ids]
+                row.visuals.append((len(row.ids), arguments))
+            row.ids += ids
+            row.types += types
+        return row
 
     def _collate(self, pixels: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
         visuals = [visual for row in pixels for visual in row]
@@ -400,29 +416,27 @@ class TinyVLM:
         names = {name for visual in visuals for name in visual}
         return {name: torch.cat([visual[name] for visual in visuals if name in visual]) for name in sorted(names)}
 
-    def _position_ids(self, model, conversations, input_ids, attention_mask) -> torch.Tensor:
+    def _position_ids(self, model, rows: list[Rendered], input_ids, types, attention_mask) -> torch.Tensor:
         if not hasattr(getattr(model, "model", None), "get_rope_index"):
             return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        visuals = self._collate([[visual for _, visual in self._render(model, row)[1]] for row in conversations])
+        visuals = self._collate([[arguments for _, arguments in row.visuals] for row in rows])
         grids = {name: visuals[name] for name in ("image_grid_thw", "video_grid_thw") if name in visuals}
-        types = _token_types(input_ids)
         return model.model.get_rope_index(input_ids, mm_token_type_ids=types, attention_mask=attention_mask, **grids)[
             0
         ]
 
 
-def _token_types(input_ids: torch.Tensor) -> torch.Tensor:
-    return ((input_ids == IMAGE) + 2 * (input_ids == VIDEO)).int()
-
-
 GRID = _grid_visual("image", IMAGE)
+VIDEO_BY_FRAME = _grid_visual("video", VIDEO, frames=2)
+VIDEO_IN_ONE = _grid_visual("video", VIDEO)
+GLM_VIDEO = _grid_visual("video", IMAGE, frames=2)
 
 FAMILIES = {
-    "qwen3_vl": TinyVLM("Qwen3VLForConditionalGeneration", _qwen3_vl, GRID, _grid_visual("video", VIDEO, 2)),
-    "qwen3_vl_moe": TinyVLM("Qwen3VLMoeForConditionalGeneration", _qwen3_vl_moe, GRID),
-    "qwen3_5": TinyVLM("Qwen3_5ForConditionalGeneration", _qwen3_5, GRID),
-    "qwen2_5_vl": TinyVLM("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, GRID, _grid_visual("video", VIDEO)),
-    "qwen2_vl": TinyVLM("Qwen2VLForConditionalGeneration", _qwen2_vl, GRID, _grid_visual("video", VIDEO)),
+    "qwen3_vl": TinyVLM("Qwen3VLForConditionalGeneration", _qwen3_vl, GRID, VIDEO_BY_FRAME),
+    "qwen3_vl_moe": TinyVLM("Qwen3VLMoeForConditionalGeneration", _qwen3_vl_moe, GRID, VIDEO_BY_FRAME),
+    "qwen3_5": TinyVLM("Qwen3_5ForConditionalGeneration", _qwen3_5, GRID, VIDEO_BY_FRAME),
+    "qwen2_5_vl": TinyVLM("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, GRID, VIDEO_IN_ONE),
+    "qwen2_vl": TinyVLM("Qwen2VLForConditionalGeneration", _qwen2_vl, GRID, VIDEO_IN_ONE),
     "llava": TinyVLM("LlavaForConditionalGeneration", _llava, _square_visual(4)),
     "llava_next": TinyVLM("LlavaNextForConditionalGeneration", _llava_next, _tiled_visual(10)),
     "llava_onevision": TinyVLM(
@@ -434,9 +448,9 @@ FAMILIES = {
     "smolvlm": TinyVLM("SmolVLMForConditionalGeneration", _smolvlm, _square_visual(1), pixels_by_row=True),
     "paligemma": TinyVLM("PaliGemmaForConditionalGeneration", _paligemma, _square_visual(4), is_prefix_lm=True),
     "gemma3": TinyVLM("Gemma3ForConditionalGeneration", _gemma3, _square_visual(4)),
-    "gemma4": TinyVLM("Gemma4ForConditionalGeneration", _gemma4, _gemma4_visual),
-    "glm4v": TinyVLM("Glm4vForConditionalGeneration", _glm4v, GRID),
-    "glm4v_moe": TinyVLM("Glm4vMoeForConditionalGeneration", _glm4v_moe, GRID),
+    "gemma4": TinyVLM("Gemma4ForConditionalGeneration", _gemma4, _gemma4_image, _gemma4_video),
+    "glm4v": TinyVLM("Glm4vForConditionalGeneration", _glm4v, GRID, GLM_VIDEO),
+    "glm4v_moe": TinyVLM("Glm4vMoeForConditionalGeneration", _glm4v_moe, GRID, GLM_VIDEO),
     "aya_vision": TinyVLM("AyaVisionForConditionalGeneration", _aya_vision, _square_visual(1)),
     "llama4": TinyVLM("Llama4ForConditionalGeneration", _llama4, _square_visual(1)),
 }

@@ -322,9 +322,9 @@ def test_sampled_placeholder_is_text(plain: TinyVLM, token: int):
     assert copy.deepcopy(cache).visual_memory.slots.shape[1] == cache.visual_memory.slots.shape[1]
 
 
-def test_video(family: TinyVLM):
-    if family.video is None:
-        pytest.skip("this family has no videos, or its test model makes none")
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.video])
+def test_video(name: str):
+    family = FAMILIES[name]
     model = METHODS["pvm"].attach(family.build())
     base = model.get_base_model()
     inputs = family.inputs(base, "t4 v t6")
