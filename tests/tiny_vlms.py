@@ -6,6 +6,7 @@ and pixels depend on the string alone, so that a conversation is the same in eve
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -312,9 +313,12 @@ def _gemma4_image(model, generator):
 
 
 def _gemma4_video(model, generator):
-    pixels = torch.randn(2, 16, 48, generator=generator)
-    arguments = {"video_position_ids": _gemma4_positions(2), "num_frames_per_video": torch.tensor([2])}
-    return [START, *[VIDEO] * 8, END], {"pixel_values_videos": pixels, **arguments}
+    ids = [START, *[VIDEO] * 8, END]
+    pixels, positions = torch.randn(2, 16, 48, generator=generator), _gemma4_positions(2)
+    if "num_frames_per_video" not in inspect.signature(model.model.forward).parameters:  # transformers before 5.23
+        return ids, {"pixel_values_videos": pixels[None], "video_position_ids": positions[None]}
+    arguments = {"video_position_ids": positions, "num_frames_per_video": torch.tensor([2])}
+    return ids, {"pixel_values_videos": pixels, **arguments}
 
 
 def _image_sizes() -> torch.Tensor:
