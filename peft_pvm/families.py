@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
@@ -208,8 +209,6 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
 
 def is_tuner_child(module: nn.Module) -> bool:
     """Whether `module` was put beside the base's modules by a tuner (of this package or another)."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     return isinstance(module, BaseTunerLayer) and not hasattr(module, "base_layer")
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .adapter_file import AdapterFile
 from .families import VisionLanguageModel, find_vlm
 from .tap import Tap
 
@@ -33,72 +31,6 @@ class VisualConfig(PeftConfig):
     def set_source(self, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> None:
         """Remember the folder or Hub repository this config was loaded from."""
         self._source = AdapterFile(path, subfolder, hub_kwargs)
-
-
-class AdapterFile:
-    """The weights file of a saved adapter, read no further than its header.
-
-    Args:
-        path: A folder or a Hub repository id.
-        subfolder: The adapter's folder inside it.
-        hub_kwargs: Arguments of `huggingface_hub.hf_hub_download`, such as `revision` and `token`.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike, subfolder: str | None = None, hub_kwargs: dict[str, Any] | None = None
-    ):
-        self.path = os.fspath(path)
-        self.subfolder = subfolder
-        self.hub_kwargs = hub_kwargs or {}
-
-    def locate(self) -> str:
-        """The file on this machine, downloaded if need be.
-
-        Raises:
-            FileNotFoundError: A folder without `adapter_model.safetensors`. Other formats are not read: they can run
-                code.
-        """
-        folder = os.path.join(self.path, self.subfolder or "")
-        if os.path.isdir(folder):
-            file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-            if not os.path.isfile(file):
-                raise FileNotFoundError(
-                    f"There is no {SAFETENSORS_WEIGHTS_NAME} in {folder}, which holds {sorted(os.listdir(folder))}. "
-                    "Adapters are read from safetensors files only."
-                )
-            return file
-        return hf_hub_download(self.path, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.hub_kwargs)
-
-    def check(self, expected: dict[str, tuple[int, ...]], base: dict[str, tuple[int, ...]]) -> None:
-        """Compare the tensors in the file with those an adapter needs.
-
-        Args:
-            expected: Shape of every tensor that must be there, by key.
-            base: Shape of every tensor of the base model, by key: those may be there as well.
-
-        Raises:
-            ValueError: The file is damaged, or a tensor is missing, superfluous or of another shape.
-        """
-        file = self.locate()
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
-        problems = [f"{key} is missing" for key in expected if key not in found]
-        for key, shape in found.items():
-            wanted = expected.get(key, base.get(key))
-            if wanted is None:
-                problems.append(f"{key} belongs to nothing in this model")
-            elif wanted != shape:
-                problems.append(f"{key} has shape {shape}, this model needs {wanted}")
-        if problems:
-            shown = "".join(f"\n  - {problem}" for problem in problems[:10])
-            more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-            raise ValueError(
-                f"{file} does not fit this model ({len(problems)} of its tensors), so nothing was attached:{shown}"
-                f"{more}\nCheck that the adapter was trained on this base model."
-            )
 
 
 class VisualTunerLayer(nn.Module, BaseTunerLayer):
@@ -179,8 +111,10 @@ class VisualTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: VisualConfig, model_config: dict) -> VisualConfig:
         resolved = self.resolve(peft_config)
         resolved.target_modules = self.targeted_names(resolved)
-        if resolved._source is not None:
-            self._check_file(resolved._source, resolved)
+        file = resolved._source
+        # A folder with a configuration alone is a fine start for training, but nothing to run.
+        if file is not None and (resolved.inference_mode or not file.is_config_only()):
+            self._check_file(file, resolved)
         for name, config in self.peft_config.items():
             if config is peft_config:
                 self.peft_config[name] = resolved

@@ -122,7 +122,6 @@ class PVMLayer(VisualTunerLayer):
         self.pvm_shape[adapter_name] = shape
         self.pvm_identity[adapter_name] = next(_identities)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The dtype of the FFN's norm: unlike the matrices it is never quantised.

@@ -202,6 +202,26 @@ def test_crop_forgets_images(plain: TinyVLM):
         assert torch.equal(on, logits(model, after, past_key_values=cache, use_cache=True))
 
 
+def test_crop_takes_the_image_from_one_row_alone(plain: TinyVLM):
+    model = METHODS["pvm"].attach(plain.build())
+    base = model.get_base_model()
+    early, late = "t2 i t14", "t12 i t4"
+    inputs = plain.inputs(base, early, late)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    cache.crop(11 - cache.get_seq_length())
+    after = dict(
+        input_ids=torch.tensor([[11, 12], [11, 12]]),
+        position_ids=inputs["position_ids"][..., 11:13],
+        attention_mask=torch.ones(2, 13, dtype=torch.long),
+    )
+    on = logits(model, after, past_key_values=copy.deepcopy(cache), use_cache=True)
+    with model.disable_adapter():
+        off = logits(model, after, past_key_values=cache, use_cache=True)
+    assert difference(on[0], off[0]) > 100 * TOLERANCE
+    assert torch.equal(on[1], off[1])
+
+
 def test_row_operations(plain: TinyVLM):
     model = METHODS["pvm"].attach(plain.build())
     conversations = ("t4 i t9", "t6 i t7")

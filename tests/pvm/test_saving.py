@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -278,6 +279,20 @@ def test_refused_configuration_leaves_the_model_as_it_was(tiny: TinyVLM):
             attach(model, PVMConfig(r=32, layers_to_transform=[1, 7]))
         assert _state(model) == before
     model.add_adapter(PVMConfig(r=32))
+
+
+def test_a_configuration_alone_starts_a_new_adapter(tiny: TinyVLM, saved: Path, tmp_path: Path):
+    PVMConfig(r=32).save_pretrained(tmp_path / "recipe")
+    get_peft_model(tiny.build(), PVMConfig.from_pretrained(tmp_path / "recipe"))
+    with pytest.raises(FileNotFoundError, match=f"There is no {WEIGHTS}"):
+        from_pretrained(tiny.build(), tmp_path / "recipe")
+
+    # Of an adapter for another base, the configuration can still be used.
+    config = PVMConfig.from_pretrained(saved)
+    wide = _wide(tiny)
+    with pytest.raises(ValueError, match=r"pass dataclasses\.replace\(config\)"):
+        get_peft_model(wide, config)
+    get_peft_model(wide, dataclasses.replace(config, layers_to_transform=[1]))
 
 
 def test_unknown_adapter_is_refused(tiny: TinyVLM, tmp_path: Path):
