@@ -99,6 +99,23 @@ def test_modules_to_save(tiny: TinyVLM, tmp_path: Path):
     assert torch.equal(logits(model.unload(), inputs), logits(base, inputs))
 
 
+def test_modules_to_save_of_a_second_adapter(tiny: TinyVLM, saved: Path, tmp_path: Path):
+    """PEFT copies the module that carries the first adapter's hook: the hook must follow it, not be copied."""
+    second = METHODS["pvm"].attach(tiny.build(), modules_to_save=["post_attention_layernorm"])
+    with torch.no_grad():
+        for name, parameter in second.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    second.save_pretrained(tmp_path / "second")
+    model = from_pretrained(tiny.build(), saved, adapter_name="first")
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    expected = {"first": logits(model, inputs), "second": logits(second, inputs)}
+    model.load_adapter(str(tmp_path / "second"), adapter_name="second")
+    for name in ("second", "first"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model, inputs), expected[name])
+
+
 def test_loading_for_training(tiny: TinyVLM, saved: Path):
     model = from_pretrained(tiny.build(), saved, is_trainable=True)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
