@@ -46,8 +46,8 @@ class Batch:
     """Questions about mosaics, one mosaic a row.
 
     Attributes:
-        inputs: Keyword arguments of a Qwen3-VL forward, `logits_to_keep` included: the logits come at the query tokens,
-            `(rows, questions, vocab_size)`.
+        inputs: Keyword arguments of a Qwen3-VL forward, `logits_to_keep` included: the logits come at the query
+            tokens, `(rows, questions, vocab_size)`.
         answers: The right answer tokens, `(rows, questions)`, int64.
         cells: The cells asked for, `(rows, questions)`, int64, row by row from the top left.
     """
@@ -60,8 +60,8 @@ class Batch:
 def is_held_out(content: bytes) -> bool:
     """Whether a piece of material belongs to the test split: about one in five does.
 
-    It depends on the content alone, so that no image can be on both sides, and a topic that a later Python adds does not
-    move the others.
+    It depends on the content alone, so that no image can be on both sides, and a topic that a later Python adds does
+    not move the others.
     """
     return zlib.crc32(content) % 5 == 0
 
@@ -92,8 +92,8 @@ def load_material(split: Split) -> Material:
 def patchify(mosaics: torch.Tensor) -> torch.Tensor:
     """Cut images into the flat patches that Qwen3-VL takes, as `Qwen2VLImageProcessor` orders them.
 
-    Patches come one merge block after the other; inside a patch, channels come first and every frame stands twice, since
-    the model takes frames in pairs.
+    Patches come one merge block after the other; inside a patch, channels come first and every frame stands twice,
+    since the model takes frames in pairs.
 
     Args:
         mosaics: `(rows, height, width)`, float32, from 0 to 1, both sides multiples of 8.
@@ -114,8 +114,8 @@ def patchify(mosaics: torch.Tensor) -> torch.Tensor:
 def make_batch(split: Split, rows: int, distractor_length: int, questions: int, generator: torch.Generator) -> Batch:
     """Draw mosaics, text and questions.
 
-    A row is: vision start, 9 image tokens, vision end, the distractor, then query, answer, query, answer, ..., query. The
-    cells of a row are distinct, so no answer given in the row tells another.
+    A row is: vision start, 9 image tokens, vision end, the distractor, then query, answer, query, answer, ..., query.
+    The cells of a row are distinct, so no answer given in the row tells another.
 
     Args:
         split: Where digits and text come from, "train" or "test".
@@ -135,7 +135,9 @@ def make_batch(split: Split, rows: int, distractor_length: int, questions: int, 
         ("questions", questions, 1, NUM_CELLS),
     ):
         if value < low or (high is not None and value > high):
-            raise ValueError(f"{name} is {value}, but must be at least {low}" + (f" and at most {high}." if high else "."))
+            raise ValueError(
+                f"{name} is {value}, but must be at least {low}" + (f" and at most {high}." if high else ".")
+            )
 
     chosen = torch.randint(len(material.labels), (rows, NUM_CELLS), generator=generator)
     digits = material.labels[chosen]

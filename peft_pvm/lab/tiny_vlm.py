@@ -8,7 +8,7 @@ from importlib.resources import files
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from . import mosaic
@@ -28,8 +28,8 @@ def tiny_vlm_config() -> Qwen3VLConfig:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=4096,
-        # The usual 0.02 suits widths in the thousands. At this one, it would leave a fresh branch of PVM, which draws its
-        # matrices with the same deviation, below the epsilon of its last norm.
+        # The usual 0.02 suits widths in the thousands. At this one, it would leave a fresh branch of PVM, which draws
+        # its matrices with the same deviation, below the epsilon of its last norm.
         initializer_range=0.08,
         pad_token_id=mosaic.PAD,
         rope_parameters={
@@ -99,8 +99,9 @@ def load_tiny_vlm(path: str | os.PathLike = SHIPPED) -> Qwen3VLForConditionalGen
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if "config" not in metadata:
-            raise ValueError(f"{path} was not written by save_tiny_vlm: its metadata hold {sorted(metadata)}, no 'config'.")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+            raise ValueError(
+                f"{path} was not written by save_tiny_vlm: its metadata hold {sorted(metadata)}, no 'config'."
+            )
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(json.loads(metadata["config"])))
-    model.load_state_dict(tensors)
+    model.load_state_dict(load_file(path))
     return model.eval()

@@ -23,6 +23,22 @@ from .shape import BranchShape
 _identities = itertools.count()
 
 
+class Gate(nn.Module):
+    """One learnable scalar. A module of its own, so that what moves weights about (offloading) finds it like any.
+
+    Args:
+        value: Its initial value.
+    """
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), float(value)))
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor times the scalar."""
+        return self.weight * tensor
+
+
 class PVMLayer(VisualTunerLayer):
     """A cross-attention branch from the text tokens of one decoder layer to the visual memory.
 
@@ -70,12 +86,12 @@ class PVMLayer(VisualTunerLayer):
     pvm_up_proj: Mapping[str, nn.Linear]
     pvm_down_proj: Mapping[str, nn.Linear]
     pvm_output_expander: Mapping[str, nn.Linear]
-    pvm_gate: nn.ParameterDict
+    pvm_gate: Mapping[str, Gate]
 
     def __init__(self, decoder_layer: nn.Module, block: DecoderBlock, layer_idx: int):
         super().__init__()
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict() if name == "pvm_gate" else nn.ModuleDict())
+            setattr(self, name, nn.ModuleDict())
         self.pvm_config: dict[str, PVMConfig] = {}
         self.pvm_shape: dict[str, BranchShape] = {}
         self.pvm_identity: dict[str, int] = {}  # tells adapters of one name apart that followed one another
@@ -104,20 +120,24 @@ class PVMLayer(VisualTunerLayer):
             "pvm_down_proj": (shape.intermediate_size, width),
             "pvm_output_expander": (width, shape.hidden_size),
         }
-        for name, (in_features, out_features) in linears.items():
-            linear = nn.Linear(in_features, out_features, bias=False)
-            nn.init.normal_(linear.weight, std=shape.initializer_range)
-            getattr(self, name)[adapter_name] = linear
         norms = {
             "pvm_input_norm": width,
             "pvm_q_norm": shape.head_dim,
             "pvm_k_norm": shape.head_dim,
             "pvm_post_attn_norm": width,
         }
+        gate = Gate(config.init_gate)
+        if not config.init_weights:
+            nn.init.normal_(gate.weight)
+        weights: dict[str, nn.Module] = {"pvm_gate": gate}
+        for name, (in_features, out_features) in linears.items():
+            linear = nn.Linear(in_features, out_features, bias=False)
+            nn.init.normal_(linear.weight, std=shape.initializer_range)
+            weights[name] = linear
         for name, features in norms.items():
-            getattr(self, name)[adapter_name] = nn.RMSNorm(features, eps=shape.eps)
-        gate = torch.full((1,), float(config.init_gate)) if config.init_weights else torch.randn(1)
-        self.pvm_gate[adapter_name] = nn.Parameter(gate)
+            weights[name] = nn.RMSNorm(features, eps=shape.eps)
+        for name in self.adapter_layer_names:
+            getattr(self, name)[adapter_name] = weights[name]
         self.pvm_config[adapter_name] = config
         self.pvm_shape[adapter_name] = shape
         self.pvm_identity[adapter_name] = next(_identities)
@@ -131,8 +151,7 @@ class PVMLayer(VisualTunerLayer):
             weights = getattr(self, name)
             if adapter_name not in weights:
                 continue
-            parameters = [weights[adapter_name]] if name == "pvm_gate" else list(weights[adapter_name].parameters())
-            if any(parameter.device.type == "meta" for parameter in parameters):
+            if any(parameter.device.type == "meta" for parameter in weights[adapter_name].parameters()):
                 continue  # low_cpu_mem_usage: the weights come later
             weights[adapter_name] = weights[adapter_name].to(device or reference.device, dtype=reference.dtype)
 
@@ -226,7 +245,7 @@ class PVMLayer(VisualTunerLayer):
         activated = ACT2FN[shape.hidden_act](self.pvm_gate_proj[adapter](normed)) * self.pvm_up_proj[adapter](normed)
         latent = attended + self.pvm_down_proj[adapter](activated)
         expanded = self.pvm_output_expander[adapter](latent)
-        update = self.pvm_gate[adapter] * F.rms_norm(expanded, expanded.shape[-1:], eps=shape.eps)
+        update = self.pvm_gate[adapter](F.rms_norm(expanded, expanded.shape[-1:], eps=shape.eps))
         update = update.to(hidden_states.dtype)
         if view.positions is not None:
             update = scatter_rows(update, view.positions, hidden_states.shape[1])

@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "pvm_qwen3vl.safetensors"
 IDS = dict(image_token_id=290, video_token_id=291, vision_start_token_id=292, vision_end_token_id=293)
 TOLERANCE = 1e-4
 NAMES = {  # the authors' names
-    "gate_alpha": "pvm_gate.default",
+    "gate_alpha": "pvm_gate.default.weight",
     "text_reducer": "pvm_text_reducer.default",
     "vision_reducer": "pvm_vision_reducer.default",
     "output_expander": "pvm_output_expander.default",

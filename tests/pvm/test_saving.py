@@ -72,7 +72,7 @@ def test_file_holds_the_adapter_under_the_bases_names(saved: Path):
     prefixes = tuple(f"base_model.model.model.language_model.layers.{layer}.pvm.pvm_" for layer in layers)
     assert len(keys) == 15 * len(layers)
     assert all(key.startswith(prefixes) for key in keys)
-    assert "base_model.model.model.language_model.layers.1.pvm.pvm_gate" in keys
+    assert "base_model.model.model.language_model.layers.1.pvm.pvm_gate.weight" in keys
     assert sorted(path.name for path in saved.iterdir()) == ["README.md", "adapter_config.json", WEIGHTS]
 
 
