@@ -173,6 +173,7 @@ class VisualContext:
         self.batch_size = 0
         self.device = torch.device("cpu")
         self.records_gradients = False
+        self.refusal: Exception | None = None  # why nobody can know what is visual here
         self._views: dict[str, MemoryView | None] = {}
 
     def read(self, inputs_embeds: torch.Tensor, memory: VisualMemory, past_length: int | torch.Tensor) -> None:
@@ -197,6 +198,11 @@ class VisualContext:
         self.visual_positions = positions
         slots = torch.where(positions >= 0, positions + past_length, EMPTY_SLOT)
         self.memory = memory.extended(gather_rows(inputs_embeds, positions), slots)
+
+    def check(self) -> None:
+        """Raise the refusal if there is one. Whoever is about to read the context calls this first."""
+        if self.refusal is not None:
+            raise self.refusal
 
     def to(self, device, *args, **kwargs) -> VisualContext:
         """The context on another device (accelerate moves the keyword arguments of a dispatched model's layers)."""

@@ -4,6 +4,9 @@ A hook on the multimodal module notes, from `input_ids` and the features that co
 and sends a `VisualContext` along as a keyword argument. A hook on the text model completes it with what the vision
 tower wrote into `inputs_embeds` and with what the KV cache remembers. Nothing is kept on a module, so two
 conversations, two forwards before one backward, beams and re-used caches cannot get into each other's way.
+
+Where the tap cannot know what is visual, it says so in the context. An active adapter raises that; with the adapter
+disabled the base goes its own way.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import nn
 from transformers import Cache
 
 from .context import VisualContext, VisualMemory, attach_memory, memory_of
-from .families import FEATURE_KEYWORDS, VisionLanguageModel
+from .families import FEATURE_KEYWORDS, VisionLanguageModel, is_tuner_child
 from .positions import placeholder_mask
 
 
@@ -42,8 +45,8 @@ class Tap:
         # generate_batch works in a thread of its own and would only log that. And generate refuses keywords that it
         # does not know.
         self._shadows = {
-            "init_continuous_batching": self._refuse_continuous_batching,
-            "_validate_model_kwargs": self._validate_other_model_kwargs,
+            "init_continuous_batching": self._init_continuous_batching,
+            "_validate_model_kwargs": self._validate_model_kwargs,
         }
         vlm.model.__dict__.update(self._shadows)
 
@@ -63,10 +66,13 @@ class Tap:
             del self.vlm.model.__dict__[name]
         del self.vlm.text_model.__dict__["_visual_tap"]
 
-    def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(f"generate_batch and paged continuous batching {PACKED_REFUSAL}")
+    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.vlm.model
+        if any(is_tuner_child(module) and not module.disable_adapters for module in model.modules()):
+            raise NotImplementedError(f"generate_batch and paged continuous batching {PACKED_REFUSAL}")
+        return type(model).init_continuous_batching(model, *args, **kwargs)  # type: ignore[attr-defined]
 
-    def _validate_other_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         model = self.vlm.model
         validate = type(model)._validate_model_kwargs  # type: ignore[attr-defined]
         validate(model, {name: value for name, value in model_kwargs.items() if name != VISUAL_MASK})
@@ -74,12 +80,14 @@ class Tap:
     def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = _by_name(module, args, kwargs)
         given_mask = kwargs.pop(VISUAL_MASK, None)
-        return args, {**kwargs, CONTEXT: VisualContext(self._visual_mask(inputs, given_mask))}
-
-    def _visual_mask(self, inputs: dict[str, Any], given_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """`(batch, seq_len)`, bool; `None` if no features come with this forward."""
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
-            return _check_mask(given_mask, inputs["inputs_embeds"])
+            context = _context_of_own_embeds(given_mask, inputs["inputs_embeds"])
+        else:
+            context = VisualContext(self._placeholders(inputs))
+        return args, {**kwargs, CONTEXT: context}
+
+    def _placeholders(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """`(batch, seq_len)`, bool; `None` if no features come with this forward."""
         encoded = inputs.get("mm_encoder_outputs") or {}
         # A placeholder id without features is plain text: a model may well sample one.
         token_ids = [
@@ -94,31 +102,36 @@ class Tap:
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         inputs = _by_name(module, args, kwargs)
-        _refuse_packed(inputs)
-        inputs_embeds = inputs.get("inputs_embeds")
+        inputs_embeds, cache = inputs.get("inputs_embeds"), inputs.get("past_key_values")
         given_mask = kwargs.pop(VISUAL_MASK, None)
         context = kwargs.get(CONTEXT)
-        if context is None:  # the text model is called by itself
-            context = VisualContext(None if inputs_embeds is None else _check_mask(given_mask, inputs_embeds))
         if inputs_embeds is None:  # text alone: nothing to read but the shape
+            context = context or VisualContext(None)
             inputs_embeds = torch.empty(*inputs["input_ids"].shape, 0, device=inputs["input_ids"].device)
+        elif context is None:  # the text model is called by itself
+            context = _context_of_own_embeds(given_mask, inputs_embeds)
 
-        cache = inputs.get("past_key_values")
         past_length = cache.get_seq_length() if cache is not None else 0
-        memory = _remembered(cache, past_length, inputs_embeds.shape[0])
-        context.read(inputs_embeds, memory, past_length)
-        if cache is not None:
-            attach_memory(cache, context.memory)
+        try:
+            _refuse_packed(inputs)
+            memory = _remembered(cache, past_length)
+        except (NotImplementedError, ValueError) as refusal:
+            context.refusal = refusal
+        if context.refusal is None:
+            context.read(inputs_embeds, memory, past_length)
+            if cache is not None:
+                attach_memory(cache, context.memory)
         return args, {**kwargs, CONTEXT: context}
 
     def _keep_memory(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Attach the memory to a cache that the text model made itself."""
-        if _by_name(module, args, kwargs).get("past_key_values") is not None:
+        context = kwargs[CONTEXT]
+        if context.refusal is not None or _by_name(module, args, kwargs).get("past_key_values") is not None:
             return
         outputs = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for cache in outputs:
             if isinstance(cache, Cache):
-                attach_memory(cache, kwargs[CONTEXT].memory)
+                attach_memory(cache, context.memory)
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -128,19 +141,23 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
     return {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
 
 
-def _check_mask(mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-    if mask is None:
-        raise ValueError(
+def _context_of_own_embeds(visual_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> VisualContext:
+    """The context of a forward whose caller has merged the features in, and has to say where."""
+    shape = tuple(inputs_embeds.shape[:2])
+    if visual_mask is None:
+        context = VisualContext(None)
+        context.refusal = ValueError(
             "With inputs_embeds instead of input_ids, the adapter cannot know which tokens are visual. Pass "
-            f"{VISUAL_MASK}, a bool tensor of shape {tuple(inputs_embeds.shape[:2])} that is True at the positions "
-            "where image or video features stand (all False for text alone)."
+            f"{VISUAL_MASK}, a bool tensor of shape {shape} that is True at the positions where image or video "
+            "features stand (all False for text alone)."
         )
-    if mask.dtype != torch.bool or mask.shape != inputs_embeds.shape[:2]:
+        return context
+    if visual_mask.dtype != torch.bool or visual_mask.shape != shape:
         raise ValueError(
-            f"{VISUAL_MASK} must be a bool tensor of shape {tuple(inputs_embeds.shape[:2])}, as inputs_embeds has it; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}."
+            f"{VISUAL_MASK} must be a bool tensor of shape {shape}, as inputs_embeds has it; got {visual_mask.dtype} "
+            f"of shape {tuple(visual_mask.shape)}."
         )
-    return mask
+    return VisualContext(visual_mask)
 
 
 def _refuse_packed(inputs: dict[str, Any]) -> None:
@@ -155,7 +172,7 @@ PACKED_REFUSAL = (
 )
 
 
-def _remembered(cache: Cache | None, past_length: int | torch.Tensor, batch_size: int) -> VisualMemory:
+def _remembered(cache: Cache | None, past_length: int | torch.Tensor) -> VisualMemory:
     """The memory that `cache` carries, brought up to date with it."""
     memory = memory_of(cache)
     if memory is None:
@@ -167,9 +184,4 @@ def _remembered(cache: Cache | None, past_length: int | torch.Tensor, batch_size
         return VisualMemory()
     if isinstance(past_length, int):  # a static cache, whose length is a tensor, cannot be cropped
         memory = memory.cropped(past_length)
-    if not memory.is_empty and memory.slots.shape[0] != batch_size:
-        raise ValueError(
-            f"The KV cache remembers the images of {memory.slots.shape[0]} rows, but this batch has {batch_size}. "
-            "Expand a cache with its own methods (batch_repeat_interleave, batch_select_indices)."
-        )
     return memory

@@ -209,13 +209,12 @@ class PVMLayer(VisualTunerLayer):
             `(batch, seq_len, hidden_size)` in the dtype of `hidden_states`, exactly 0 at visual tokens and in rows
             without images; `None` if nothing is to be added.
         """
-        updates = (
-            self._branch(adapter, hidden_states, context)
-            for adapter in self.active_adapters
-            if adapter in self.pvm_gate
-        )
         total = None
-        for update in updates:
+        for adapter in self.active_adapters:
+            if adapter not in self.pvm_gate:
+                continue
+            context.check()
+            update = self._branch(adapter, hidden_states, context)
             if update is not None:
                 total = update if total is None else total + update
         return total

@@ -54,8 +54,8 @@ class PVMModel(VisualTuner):
             configuration was loaded with does not. The model is then as it was.
 
     Example:
-        >>> model = get_peft_model(model, PVMConfig(r=512, layers_to_transform="strided"))  # doctest: +SKIP
-        >>> model.print_trainable_parameters()  # doctest: +SKIP
+        model = get_peft_model(model, PVMConfig(r=512, layers_to_transform="strided"))
+        model.print_trainable_parameters()
     """
 
     prefix = "pvm_"

@@ -254,8 +254,6 @@ def test_row_operations(plain: TinyVLM):
     }
     for name, (operation, rows) in cases.items():
         assert difference(after(operation, rows), expected[rows]) < TOLERANCE, name
-    with pytest.raises(ValueError, match="remembers the images of 2 rows, but this batch has 1"):
-        after(lambda c: None, [0])
 
 
 def test_reset_static_cache_forgets(plain: TinyVLM):
@@ -283,6 +281,34 @@ def test_cache_from_before_attaching_is_refused(plain: TinyVLM):
 
 
 # ---- inputs that are not the usual ones
+
+
+def test_disabled_adapter_refuses_nothing(plain: TinyVLM):
+    """What an active adapter must refuse, the base takes: with the adapter disabled it must go on taking it."""
+    base = plain.build()
+    conversation = "t4 i t9"
+    inputs = plain.inputs(base, conversation)
+    length = inputs["input_ids"].shape[1]
+    text = plain.inputs(base, "t9")
+    own = dict(inputs_embeds=base.get_input_embeddings()(text["input_ids"]), attention_mask=text["attention_mask"])
+    packed = dict(text, cu_seq_lens_q=torch.tensor([0, 4, 9]))
+    cache = DynamicCache()
+    logits(base, plain.inputs(base, conversation, stop=length - LAST), past_key_values=cache, use_cache=True)
+    rest = plain.inputs(base, conversation, start=length - LAST)
+
+    def everything(model) -> list[torch.Tensor]:
+        old = dict(past_key_values=copy.deepcopy(cache), use_cache=True)
+        return [logits(model, own), logits(model, packed), logits(model, rest, **old)]
+
+    expected = everything(base)
+    model = METHODS["pvm"].attach(base)
+    with model.disable_adapter():
+        assert all(torch.equal(*pair) for pair in zip(everything(model), expected))
+        manager = base.init_continuous_batching(generation_config=GenerationConfig(eos_token_id=EOS, pad_token_id=0))
+        assert manager is not None
+    for refused in (own, packed):
+        with pytest.raises((ValueError, NotImplementedError)):
+            logits(model, refused)
 
 
 def test_own_inputs_embeds(tiny: TinyVLM, model: PeftModel):
