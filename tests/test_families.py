@@ -10,11 +10,13 @@ from peft import LoraConfig, get_peft_model
 from tiny_vlms import TinyVLM
 
 from peft_pvm import PVMConfig
-from peft_pvm.families import FAMILIES, find_vlm
+from peft_pvm.families import BLOCKS, FAMILIES, find_vlm
 
 
-def test_every_family_of_the_table_is_tested():
-    assert {family.build().config.model_type for family in tiny_vlms.FAMILIES.values()} == set(FAMILIES)
+def test_every_row_of_the_tables_is_tested():
+    configs = [family.build().config for family in tiny_vlms.FAMILIES.values()]
+    assert {config.model_type for config in configs} == set(FAMILIES)
+    assert set(BLOCKS) <= {config.get_text_config().model_type for config in configs}
 
 
 def test_every_family_with_videos_is_tested_with_videos(family: TinyVLM):

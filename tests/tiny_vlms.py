@@ -188,10 +188,22 @@ def _smolvlm():
     )
 
 
-def _paligemma():
+def _llava_cohere():
+    config = _llava()
+    config.text_config = T.CohereConfig(**TEXT)
+    return config
+
+
+def _paligemma(text=None):
     vision = T.SiglipVisionConfig(**SIGLIP, projection_dim=HIDDEN, vision_use_head=False)
-    text = T.GemmaConfig(**TEXT, head_dim=16)
+    text = text or T.GemmaConfig(**TEXT, head_dim=16)
     return T.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=HIDDEN)
+
+
+def _paligemma2():
+    # No soft cap on attention: sdpa leaves it out, so that the base itself would differ between kernels.
+    attention = dict(query_pre_attn_scalar=16, attn_logit_softcapping=None, layer_types=["full_attention"] * LAYERS)
+    return _paligemma(T.Gemma2Config(**TEXT, head_dim=16, **attention))
 
 
 def _gemma3():
@@ -442,6 +454,7 @@ FAMILIES = {
     "qwen2_5_vl": TinyVLM("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, GRID, VIDEO_IN_ONE),
     "qwen2_vl": TinyVLM("Qwen2VLForConditionalGeneration", _qwen2_vl, GRID, VIDEO_IN_ONE),
     "llava": TinyVLM("LlavaForConditionalGeneration", _llava, _square_visual(4)),
+    "llava_cohere": TinyVLM("LlavaForConditionalGeneration", _llava_cohere, _square_visual(4)),
     "llava_next": TinyVLM("LlavaNextForConditionalGeneration", _llava_next, _tiled_visual(10)),
     "llava_onevision": TinyVLM(
         "LlavaOnevisionForConditionalGeneration", _llava_onevision, _tiled_visual(10), _onevision_video
@@ -451,6 +464,7 @@ FAMILIES = {
     "idefics3": TinyVLM("Idefics3ForConditionalGeneration", _idefics3, _square_visual(1), pixels_by_row=True),
     "smolvlm": TinyVLM("SmolVLMForConditionalGeneration", _smolvlm, _square_visual(1), pixels_by_row=True),
     "paligemma": TinyVLM("PaliGemmaForConditionalGeneration", _paligemma, _square_visual(4), is_prefix_lm=True),
+    "paligemma2": TinyVLM("PaliGemmaForConditionalGeneration", _paligemma2, _square_visual(4), is_prefix_lm=True),
     "gemma3": TinyVLM("Gemma3ForConditionalGeneration", _gemma3, _square_visual(4)),
     "gemma4": TinyVLM("Gemma4ForConditionalGeneration", _gemma4, _gemma4_image, _gemma4_video),
     "glm4v": TinyVLM("Glm4vForConditionalGeneration", _glm4v, GRID, GLM_VIDEO),
