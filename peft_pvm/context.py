@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -95,7 +96,15 @@ class VisualMemory:
         if self.is_empty or self.embeddings.device == device:
             return self
         if device not in self._replicas:
-            self._replicas[device] = self.mapped(lambda tensor: tensor.to(device))
+            # What fills up is shared: a layer and an adapter's identity there stay on their device.
+            self._replicas[device] = VisualMemory(
+                self.embeddings.to(device),
+                self.slots.to(device),
+                self.last_slot,
+                self.is_dense,
+                self.hidden_states,
+                self.projections,
+            )
         return self._replicas[device]
 
 
@@ -103,6 +112,10 @@ class _FollowedByMemory(Cache):
     """Mixed into a cache's class: what the cache does to its rows happens to the memory that rides on it."""
 
     visual_memory: VisualMemory
+    visual_length: int  # tokens that the memory covers; more in the cache came without the tap reading them
+
+    def __reduce__(self):
+        return _restored, (type(self).__bases__[1], dict(self.__dict__))
 
     def _map_memory(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.visual_memory = self.visual_memory.mapped(function)
@@ -121,7 +134,7 @@ class _FollowedByMemory(Cache):
 
     def reset(self):
         super().reset()
-        self.visual_memory = VisualMemory()
+        self.visual_memory, self.visual_length = VisualMemory(), 0
 
 
 @functools.cache
@@ -129,11 +142,25 @@ def _followed(cache_class: type) -> type[Cache]:
     return type(cache_class.__name__, (_FollowedByMemory, cache_class), {"__module__": cache_class.__module__})
 
 
-def attach_memory(cache: Cache, memory: VisualMemory) -> None:
-    """Put `memory` on `cache`, where it shares the cache's life: copies, beams, row selection, reset."""
+def _restored(cache_class: type, state: dict[str, Any]) -> Cache:
+    cache = object.__new__(_followed(cache_class))
+    cache.__dict__.update(state)
+    return cache
+
+
+def attach_memory(cache: Cache, memory: VisualMemory, length: int | torch.Tensor) -> None:
+    """Put `memory` on `cache`, where it shares the cache's life: copies, beams, row selection, reset.
+
+    Args:
+        cache: The cache.
+        memory: The visual tokens among the first `length`.
+        length: Number of tokens that the tap has read. Not kept for a static cache, whose length is a tensor.
+    """
     if not isinstance(cache, _FollowedByMemory):
         cache.__class__ = _followed(type(cache))  # type: ignore[arg-type]
     cache.visual_memory = memory
+    if isinstance(length, int):
+        cache.visual_length = length
 
 
 def memory_of(cache: Cache | None) -> VisualMemory | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -164,6 +165,11 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
             "model of the same shape works without being listed, any other needs a row in peft_pvm/families.py."
         )
 
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model is already a PeftModel. Attach to what it wraps: get_peft_model(model.get_base_model(), "
+            "config), or use transformers' add_adapter for several adapters of different types."
+        )
     family = FAMILIES.get(model_type, VLMFamily())
     placeholder_ids = {}
     for modality, fields in family.placeholders.items():
@@ -204,6 +210,11 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
                 f"{sorted(children)}",
                 f"a decoder layer with {block.looked_for}" + ("" if text_type in BLOCKS else " and no other norm"),
             )
+    if getattr(text_model.config, "residual_multiplier", 1) != 1:
+        raise refuse(
+            f"its text model (type {text_type!r}) scales what its layers add to the residual stream",
+            "a text model without residual_multiplier",
+        )
     return VisionLanguageModel(model, multimodal, text_model, text_model_name, block, placeholder_ids)
 
 

@@ -47,7 +47,7 @@ def remember_adapter_sources() -> None:
     subclass's own `from_pretrained` would not be asked.
     """
     original = PeftConfigMixin.__dict__["from_pretrained"].__func__
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "remembers_adapter_sources"):
         return
 
     @functools.wraps(original)
@@ -58,4 +58,5 @@ def remember_adapter_sources() -> None:
             config.set_source(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
         return config
 
+    from_pretrained.remembers_adapter_sources = True  # type: ignore[attr-defined]
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]

@@ -15,6 +15,7 @@ import inspect
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Cache
 
@@ -68,7 +69,7 @@ class Tap:
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         model = self.vlm.model
-        if any(is_tuner_child(module) and not module.disable_adapters for module in model.modules()):
+        if any(_is_active(module) for module in model.modules()):
             raise NotImplementedError(f"generate_batch and paged continuous batching {PACKED_REFUSAL}")
         return type(model).init_continuous_batching(model, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -83,20 +84,27 @@ class Tap:
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
             context = _context_of_own_embeds(given_mask, inputs["inputs_embeds"])
         else:
-            context = VisualContext(self._placeholders(inputs))
+            context = self._context_of_ids(inputs)
         return args, {**kwargs, CONTEXT: context}
 
-    def _placeholders(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """`(batch, seq_len)`, bool; `None` if no features come with this forward."""
+    def _context_of_ids(self, inputs: dict[str, Any]) -> VisualContext:
+        """The usual case: `input_ids`, and features for the placeholders among them."""
         encoded = inputs.get("mm_encoder_outputs") or {}
-        # A placeholder id without features is plain text: a model may well sample one.
-        token_ids = [
-            token_id
-            for modality, keywords in FEATURE_KEYWORDS.items()
-            if encoded.get(modality) is not None or any(inputs.get(keyword) is not None for keyword in keywords)
-            for token_id in self.vlm.placeholder_ids[modality]
-        ]
-        return placeholder_mask(inputs["input_ids"], token_ids) if token_ids else None
+        context = VisualContext(None)
+        for modality, keywords in FEATURE_KEYWORDS.items():
+            # A placeholder id without features is plain text: a model may well sample one.
+            if encoded.get(modality) is None and all(inputs.get(keyword) is None for keyword in keywords):
+                continue
+            token_ids = self.vlm.placeholder_ids[modality]
+            mask = placeholder_mask(inputs["input_ids"], token_ids)
+            if not bool(mask.any()):
+                context.refusal = ValueError(
+                    f"This forward brings {modality} features, but none of the placeholder ids that "
+                    f"{type(self.vlm.model).__name__}'s config names for them ({token_ids}) is among input_ids. "
+                    "If this model uses another token, it needs a row in peft_pvm/families.py."
+                )
+            context.visual_mask = mask if context.visual_mask is None else context.visual_mask | mask
+        return context
 
     def _complete_context(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -113,14 +121,14 @@ class Tap:
 
         past_length = cache.get_seq_length() if cache is not None else 0
         try:
-            _refuse_packed(inputs)
+            _refuse_packed(inputs, past_length)
             memory = _remembered(cache, past_length)
         except (NotImplementedError, ValueError) as refusal:
             context.refusal = refusal
         if context.refusal is None:
             context.read(inputs_embeds, memory, past_length)
             if cache is not None:
-                attach_memory(cache, context.memory)
+                attach_memory(cache, context.memory, past_length + inputs_embeds.shape[1])
         return args, {**kwargs, CONTEXT: context}
 
     def _keep_memory(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -131,7 +139,7 @@ class Tap:
         outputs = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for cache in outputs:
             if isinstance(cache, Cache):
-                attach_memory(cache, context.memory)
+                attach_memory(cache, context.memory, cache.get_seq_length())
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -141,27 +149,43 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
     return {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
 
 
+def _is_active(module: nn.Module) -> bool:
+    if not isinstance(module, BaseTunerLayer) or not is_tuner_child(module) or module.disable_adapters:
+        return False
+    return bool(set(module.active_adapters) & set(module._all_available_adapter_names()))
+
+
 def _context_of_own_embeds(visual_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> VisualContext:
     """The context of a forward whose caller has merged the features in, and has to say where."""
     shape = tuple(inputs_embeds.shape[:2])
+    context = VisualContext(None)
     if visual_mask is None:
-        context = VisualContext(None)
         context.refusal = ValueError(
             "With inputs_embeds instead of input_ids, the adapter cannot know which tokens are visual. Pass "
             f"{VISUAL_MASK}, a bool tensor of shape {shape} that is True at the positions where image or video "
             "features stand (all False for text alone)."
         )
-        return context
-    if visual_mask.dtype != torch.bool or visual_mask.shape != shape:
-        raise ValueError(
-            f"{VISUAL_MASK} must be a bool tensor of shape {shape}, as inputs_embeds has it; got {visual_mask.dtype} "
-            f"of shape {tuple(visual_mask.shape)}."
+    elif not isinstance(visual_mask, torch.Tensor) or visual_mask.dtype != torch.bool or visual_mask.shape != shape:
+        given = getattr(visual_mask, "dtype", type(visual_mask).__name__)
+        context.refusal = ValueError(
+            f"{VISUAL_MASK} must be a bool tensor of shape {shape}, as inputs_embeds has it; got {given} of shape "
+            f"{tuple(getattr(visual_mask, 'shape', ()))}."
         )
-    return VisualContext(visual_mask)
+    else:
+        context.visual_mask = visual_mask
+    return context
 
 
-def _refuse_packed(inputs: dict[str, Any]) -> None:
+def _refuse_packed(inputs: dict[str, Any], past_length: int | torch.Tensor) -> None:
     packed = [name for name in ("cu_seq_lens_q", "block_table", "cache") if inputs.get(name) is not None]
+    positions = inputs.get("position_ids")
+    fresh = isinstance(past_length, int) and past_length == 0
+    if positions is not None and fresh and inputs.get("attention_mask") is None:
+        # transformers takes positions that start again, without an attention mask, for packed rows. Of several axes,
+        # the first is that of text, or of time, and grows along the row as well.
+        axis = positions if positions.dim() == 2 else positions[0]
+        if bool((axis.diff(dim=-1) < 0).any()):
+            packed.append("position_ids that start again")
     if packed:
         raise NotImplementedError(f"This forward ({', '.join(packed)} given) {PACKED_REFUSAL}")
 
@@ -175,13 +199,13 @@ PACKED_REFUSAL = (
 def _remembered(cache: Cache | None, past_length: int | torch.Tensor) -> VisualMemory:
     """The memory that `cache` carries, brought up to date with it."""
     memory = memory_of(cache)
-    if memory is None:
-        if int(past_length) > 0:
-            raise ValueError(
-                f"The first {int(past_length)} tokens of this KV cache were computed before the adapter was attached, "
-                "so the images among them are unknown to it. Start with a new cache."
-            )
-        return VisualMemory()
-    if isinstance(past_length, int):  # a static cache, whose length is a tensor, cannot be cropped
+    unread = int(past_length) if memory is None else 0
+    if memory is not None and isinstance(past_length, int):  # a static cache, whose length is a tensor, never shrinks
+        unread = past_length - cache.visual_length  # type: ignore[union-attr]
         memory = memory.cropped(past_length)
-    return memory
+    if unread > 0:
+        raise ValueError(
+            f"{unread} tokens of this KV cache were computed without the adapter knowing which of them are visual (it "
+            "was not attached yet, or they came as inputs_embeds without visual_mask). Start with a new cache."
+        )
+    return memory or VisualMemory()

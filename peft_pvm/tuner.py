@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig
@@ -35,6 +37,10 @@ class VisualConfig(PeftConfig):
 
 class VisualTunerLayer(nn.Module, BaseTunerLayer):
     """Base of our layers: a child that stands beside the base's modules and is joined to them by hooks."""
+
+    def config_of(self, adapter_name: str) -> VisualConfig:
+        """The configuration that an adapter was attached with."""
+        raise NotImplementedError
 
     def join(self) -> None:
         """Put the hooks on."""
@@ -94,7 +100,16 @@ class VisualTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT wraps modules_to_save by copying modules, and a copy must not carry our hooks: they come back at the
         # end, on whatever stands in the module's place then.
-        for layer in self._tuner_layers():
+        layers = self._tuner_layers()
+        for layer in layers:
+            if adapter_name not in layer._all_available_adapter_names():
+                continue
+            self.peft_config[adapter_name] = layer.config_of(adapter_name)  # PEFT has put the new one there
+            raise ValueError(
+                f"An adapter {adapter_name!r} is already attached to this model. Take another name "
+                "(adapter_name=...), or take it off first with unload() or delete_adapter()."
+            )
+        for layer in layers:
             layer.part()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -107,6 +122,15 @@ class VisualTuner(BaseTuner):
             raise
         finally:
             self._join_layers()
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not choose adapters row by row (adapter_names). Use set_adapter and "
+                "separate batches."
+            )
+        yield
 
     def _prepare_adapter_config(self, peft_config: VisualConfig, model_config: dict) -> VisualConfig:
         resolved = self.resolve(peft_config)
@@ -180,16 +204,21 @@ class VisualTuner(BaseTuner):
         # Loading into an adapter that is there already: PEFT would leave what is missing as it is, and say nothing.
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         needed = {
-            f"{name}.{key}"
+            f"{name}.{key}": tensor.shape
             for name, module in model.named_modules()
             if isinstance(module, cls.tuner_layer_cls)
-            for key in module.state_dict()
-            if f".{adapter_name}." in f"{key}."
+            for key, tensor in module.state_dict().items()
+            if key.split(".")[1] == adapter_name
         }
-        missing = sorted(needed - remapped.keys())
-        if missing:
+        problems = [f"{key} is missing" for key in sorted(needed.keys() - remapped.keys())]
+        for key, tensor in remapped.items():
+            if key in needed and tensor.shape != needed[key]:
+                problems.append(f"{key} has shape {tuple(tensor.shape)}, the adapter needs {tuple(needed[key])}")
+            elif key not in needed and f".{cls.child_name}.{cls.prefix}" in key:
+                problems.append(f"{key} belongs to nothing in the adapter")
+        if problems:
             raise ValueError(
-                f"The weights for adapter {adapter_name!r} lack {', '.join(missing)}; nothing was loaded."
+                f"The weights do not fit adapter {adapter_name!r}; nothing was loaded: {'; '.join(problems)}"
             )
         return remapped
 

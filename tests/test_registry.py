@@ -39,7 +39,7 @@ def test_a_taken_name_is_refused():
 
 
 def test_importing_registers_and_nothing_else():
-    """No attention function, no model class, no default changes by the import."""
+    """But for PeftConfig.from_pretrained, which also remembers where a config came from."""
     script = (
         "import json, sys, peft, transformers\n"
         "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,15 +97,17 @@ class PVMConfig(VisualConfig):
         _check("r", self.r, _is_int(self.r) and self.r > 0, "a positive integer")
         if self.layers_to_transform != "strided":
             self.layers_to_transform = _layer_list(self.layers_to_transform)
-        _check("init_gate", self.init_gate, isinstance(self.init_gate, (int, float)), "a number")
+        _check("init_gate", self.init_gate, _is_number(self.init_gate), "a finite number")
+        _check("init_weights", self.init_weights, isinstance(self.init_weights, bool), "True or False")
+        modules = self.modules_to_save
+        valid = modules is None or (isinstance(modules, (list, tuple)) and all(isinstance(m, str) for m in modules))
+        _check("modules_to_save", modules, valid, "a list of module names or None")
         choices = f"one of {MEMORY_VISIBILITY}"
         _check("memory_visibility", self.memory_visibility, self.memory_visibility in MEMORY_VISIBILITY, choices)
         choices = f"one of {MEMORY_SOURCE}"
         _check("memory_source", self.memory_source, self.memory_source in MEMORY_SOURCE, choices)
         ratio = self.mlp_ratio
-        _check(
-            "mlp_ratio", ratio, ratio is None or (isinstance(ratio, (int, float)) and ratio > 0), "positive or None"
-        )
+        _check("mlp_ratio", ratio, ratio is None or (_is_number(ratio) and ratio > 0), "a positive number or None")
 
 
 def _layer_list(layers: list[int] | int) -> list[int]:
@@ -117,6 +120,10 @@ def _layer_list(layers: list[int] | int) -> list[int]:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check(name: str, value: object, valid: bool, accepted: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,8 +103,8 @@ class PVMLayer(VisualTunerLayer):
         self._block = block
         self._decoder_layer = (decoder_layer,)  # in a tuple: the parent is no submodule
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._context: VisualContext | None = None
-        self._residual: torch.Tensor | None = None
+        # Between the hooks of one forward, by thread: a server may run several conversations on one model.
+        self._in_flight: dict[int, tuple[VisualContext | None, torch.Tensor | None]] = {}
 
     def update_layer(self, adapter_name: str, config: PVMConfig, shape: BranchShape) -> None:
         """Add an adapter, freshly initialised."""
@@ -146,7 +147,7 @@ class PVMLayer(VisualTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The dtype of the FFN's norm: unlike the matrices it is never quantised.
         norm = getattr(self._decoder_layer[0], self._block.ffn_norm or "input_layernorm")
-        reference = next(norm.parameters())
+        reference = next(itertools.chain(norm.parameters(), self._decoder_layer[0].parameters()))
         for name in self.adapter_layer_names:
             weights = getattr(self, name)
             if adapter_name not in weights:
@@ -154,6 +155,14 @@ class PVMLayer(VisualTunerLayer):
             if any(parameter.device.type == "meta" for parameter in weights[adapter_name].parameters()):
                 continue  # low_cpu_mem_usage: the weights come later
             weights[adapter_name] = weights[adapter_name].to(device or reference.device, dtype=reference.dtype)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for adapter_name in self.pvm_identity:  # what a cache kept was projected by the old weights
+            self.pvm_identity[adapter_name] = next(_identities)
+
+    def config_of(self, adapter_name: str) -> PVMConfig:
+        return self.pvm_config[adapter_name]
 
     def join(self) -> None:
         if self._handles:
@@ -177,19 +186,22 @@ class PVMLayer(VisualTunerLayer):
     # again.
 
     def _take_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._context = kwargs.get(CONTEXT)
+        _, residual = self._in_flight.get(_thread(), (None, None))  # of a parallel block, whose norm comes first
+        self._in_flight[_thread()] = (kwargs.get(CONTEXT), residual)
 
     def _take_residual(self, module: nn.Module, args: tuple) -> None:
-        self._residual = args[0]
+        context, _ = self._in_flight.get(_thread(), (None, None))
+        self._in_flight[_thread()] = (context, args[0])
 
     def _add_to_residual(self, module: nn.Module, args: tuple, output: Any) -> None:
         # Parallel block: the stream after attention exists only as a sum that the layer forms at its end.
-        self._residual = self._residual + (output[0] if isinstance(output, tuple) else output)
+        context, residual = self._in_flight[_thread()]
+        attention = output[0] if isinstance(output, tuple) else output
+        self._in_flight[_thread()] = (context, residual + attention)
 
     def _add_branch(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        context, hidden_states = self._context, self._residual
-        self._context = self._residual = None
-        if context is None or self.disable_adapters:
+        context, hidden_states = self._in_flight.pop(_thread(), (None, None))
+        if context is None or hidden_states is None or self.disable_adapters:
             return None
         update = self(hidden_states, context)
         if update is None:
@@ -236,6 +248,8 @@ class PVMLayer(VisualTunerLayer):
         text = self._cast_input_dtype(readers, self.pvm_text_reducer[adapter].weight.dtype)
         text = self.pvm_input_norm[adapter](self.pvm_text_reducer[adapter](text))
         queries = self.pvm_q_norm[adapter](_split_heads(self.pvm_q_proj[adapter](text), shape.head_dim))
+        # Keys may have been kept under another autocast dtype.
+        keys, values = keys.to(queries.dtype), values.to(queries.dtype)
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=view.mask, enable_gqa=shape.num_heads != shape.num_key_value_heads
         )
@@ -271,6 +285,10 @@ class PVMLayer(VisualTunerLayer):
         if keeps:
             context.memory.projections[identity] = (keys, values)
         return keys, values
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _split_heads(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -39,7 +39,8 @@ class BranchShape:
         """The shape that `config` asks for on a base model with `text_config`.
 
         Raises:
-            ValueError: `config.r` is not a multiple of the head size.
+            ValueError: `config.r` is not a multiple of the head size, the MLP would have no width, or `text_config`
+                lacks what the sizes come from.
         """
         base_heads = text_config.num_attention_heads
         head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // base_heads
@@ -53,7 +54,15 @@ class BranchShape:
         num_key_value_heads = max(1, num_heads // base_groups)
         while num_heads % num_key_value_heads:
             num_key_value_heads -= 1
-        ratio = config.mlp_ratio or text_config.intermediate_size / text_config.hidden_size
+        ratio = config.mlp_ratio
+        if ratio is None:
+            ratio = (
+                _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio") / text_config.hidden_size
+            )
+        if int(config.r * ratio) < 1:
+            raise ValueError(
+                f"PVMConfig.mlp_ratio is {ratio}, which leaves the branch's MLP no width at r={config.r}."
+            )
         return cls(
             hidden_size=text_config.hidden_size,
             r=config.r,
@@ -62,10 +71,15 @@ class BranchShape:
             num_key_value_heads=num_key_value_heads,
             intermediate_size=int(config.r * ratio),
             hidden_act=_first(text_config, "hidden_act", "hidden_activation"),
-            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps"),
+            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"),
             initializer_range=text_config.initializer_range,
         )
 
 
-def _first(config: Any, *names: str) -> Any:
-    return next(value for name in names if (value := getattr(config, name, None)) is not None)
+def _first(text_config: Any, *names: str, hint: str = "") -> Any:
+    for name in names:
+        if (value := getattr(text_config, name, None)) is not None:
+            return value
+    raise ValueError(
+        f"{type(text_config).__name__} has none of {', '.join(names)}, which PVM's sizes come from{hint}."
+    )

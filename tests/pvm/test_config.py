@@ -24,13 +24,18 @@ from peft_pvm.pvm.shape import BranchShape
         (dict(layers_to_transform=[-1]), r"layers_to_transform is \[-1\]"),
         (dict(layers_to_transform=[2, 2]), r"layers_to_transform is \[2, 2\], but must be a list without repetitions"),
         (dict(layers_to_transform=None), "layers_to_transform is None"),
-        (dict(init_gate="zero"), "init_gate is 'zero', but must be a number"),
+        (dict(init_gate="zero"), "init_gate is 'zero', but must be a finite number"),
         (dict(memory_visibility="all"), r"memory_visibility is 'all', but must be one of \('causal', 'sample'\)"),
         (
             dict(memory_source="pixels"),
             r"memory_source is 'pixels', but must be one of \('embeddings', 'hidden_states'\)",
         ),
-        (dict(mlp_ratio=0), "mlp_ratio is 0, but must be positive or None"),
+        (dict(init_gate=float("nan")), "init_gate is nan"),
+        (dict(init_gate=True), "init_gate is True"),
+        (dict(mlp_ratio=float("inf")), "mlp_ratio is inf"),
+        (dict(init_weights="no"), "init_weights is 'no', but must be True or False"),
+        (dict(modules_to_save="lm_head"), "modules_to_save is 'lm_head', but must be a list of module names"),
+        (dict(mlp_ratio=0), "mlp_ratio is 0, but must be a positive number or None"),
     ],
 )
 def test_bad_values(fields: dict, complaint: str):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers
 from conftest import METHODS, TOLERANCE, difference, logits
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from tiny_vlms import EOS, FAMILIES, IMAGE, VIDEO, VOCAB, TinyVLM
 from transformers import DynamicCache, GenerationConfig, StaticCache
+
+from peft_pvm.tap import Tap
 
 
 PROMPTS = ("t4 i t3 i t6", "t7 i t5", "t9")
@@ -276,8 +280,95 @@ def test_cache_from_before_attaching_is_refused(plain: TinyVLM):
     length = inputs["input_ids"].shape[1]
     logits(base, plain.inputs(base, conversation, stop=length - LAST), past_key_values=cache, use_cache=True)
     model = METHODS["pvm"].attach(base)
-    with pytest.raises(ValueError, match="computed before the adapter was attached"):
+    with pytest.raises(ValueError, match="tokens of this KV cache were computed without the adapter knowing"):
         _continue(plain, model, cache, conversation, length - LAST)
+
+
+def test_tokens_that_the_tap_did_not_read_are_refused(plain: TinyVLM):
+    """Also in a cache that it knows: grown while unloaded, or by embeddings of unknown kind while disabled."""
+    model = METHODS["pvm"].attach(plain.build())
+    base = model.get_base_model()
+    first, whole = "t4 i t3", "t4 i t3 i t9"
+    stop, length = _length(plain, model, first), _length(plain, model, whole)
+    known = _prefill(plain, model, whole, stop=stop)
+    with model.disable_adapter():
+        own = base.get_input_embeddings()(torch.tensor([[11, 12]]))
+        positions = plain.inputs(base, whole, start=stop, stop=stop + 2)["position_ids"]
+        grown = copy.deepcopy(known)
+        logits(model, dict(inputs_embeds=own, position_ids=positions), past_key_values=grown, use_cache=True)
+    with pytest.raises(ValueError, match=r"^2 tokens of this KV cache"):
+        logits(model, dict(input_ids=torch.tensor([[11]]), position_ids=positions[..., -1:]), past_key_values=grown)
+
+    base = model.unload()
+    middle = plain.inputs(base, whole, start=stop, stop=length - LAST)
+    logits(base, middle, past_key_values=known, use_cache=True)
+    with pytest.raises(ValueError, match="tokens of this KV cache were computed without"):
+        _continue(plain, METHODS["pvm"].attach(base), known, whole, length - LAST)
+
+
+def test_pickled_cache(plain: TinyVLM):
+    model = METHODS["pvm"].attach(plain.build())
+    conversation = "t4 i t9"
+    length = _length(plain, model, conversation)
+    cache = _prefill(plain, model, conversation, stop=length - LAST)
+    twin = pickle.loads(pickle.dumps(cache))
+    results = [_continue(plain, model, each, conversation, length - LAST) for each in (cache, twin)]
+    assert torch.equal(*results)
+    twin.reset()
+    assert twin.visual_memory.is_empty
+
+
+def test_new_weights_project_the_memory_again(plain: TinyVLM):
+    model = METHODS["pvm"].attach(plain.build())
+    conversation = "t4 i t9"
+    length = _length(plain, model, conversation)
+    cache = _prefill(plain, model, conversation, stop=length - LAST)
+    weights = get_peft_model_state_dict(model)
+    set_peft_model_state_dict(model, {name: tensor * 1.5 for name, tensor in weights.items()})
+    kept = _continue(plain, model, copy.deepcopy(cache), conversation, length - LAST)
+    cache.visual_memory.projections.clear()
+    assert torch.equal(kept, _continue(plain, model, cache, conversation, length - LAST))
+
+
+def test_autocast_may_end_between_prefill_and_decode(plain: TinyVLM):
+    model = METHODS["pvm"].attach(plain.build())
+    conversation = "t4 i t9"
+    length = _length(plain, model, conversation)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = _prefill(plain, model, conversation, stop=length - LAST)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.float(), layer.values.float()
+    assert _continue(plain, model, cache, conversation, length - LAST).isfinite().all()
+
+
+@pytest.mark.parametrize("memory_source", ["embeddings", "hidden_states"])
+def test_context_may_be_moved_between_layers(plain: TinyVLM, memory_source: str):
+    """accelerate moves keyword arguments to each layer's device: another one than the memory's, but for its name."""
+    model = METHODS["pvm"].attach(plain.build(), memory_source=memory_source)
+    first, whole = "t4 i t3", "t4 i t3 i t9"
+    stop, length = _length(plain, model, first), _length(plain, model, whole)
+    expected = logits(model, plain.inputs(model.get_base_model(), whole), use_cache=False)[:, -LAST:]
+
+    def move(module, args, kwargs):
+        return args, {**kwargs, "visual_context": kwargs["visual_context"].to("cpu:0")}
+
+    for layer in model.get_base_model().model.language_model.layers:
+        layer.register_forward_pre_hook(move, with_kwargs=True)
+    cache = _prefill(plain, model, whole, stop=stop)
+    with torch.no_grad():
+        middle = plain.inputs(model.get_base_model(), whole, start=stop, stop=length - LAST)
+        cache = model(**middle, past_key_values=cache, use_cache=True).past_key_values
+    assert difference(_continue(plain, model, cache, whole, length - LAST), expected) < TOLERANCE
+
+
+def test_two_threads_on_one_model(plain: TinyVLM):
+    model = METHODS["pvm"].attach(plain.build())
+    base = model.get_base_model()
+    inputs = [plain.inputs(base, "t4 i t6"), plain.inputs(base, "t5 i i t8 i t3")]
+    expected = [logits(model, each) for each in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda number: logits(model, inputs[number % 2]), range(100)))
+    assert all(torch.equal(logits_, expected[number % 2]) for number, logits_ in enumerate(found))
 
 
 # ---- inputs that are not the usual ones
@@ -346,6 +437,30 @@ def test_own_inputs_embeds(tiny: TinyVLM, model: PeftModel):
         **GENERATE,
     )
     assert torch.equal(torch.stack(generated.logits), torch.stack(greedy.logits))
+
+
+def test_rows_packed_by_positions_are_refused():
+    tiny = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(tiny.build())
+    one, other = (tiny.inputs(model.get_base_model(), row) for row in ("t4 i t6", "t9"))
+    packed = {name: torch.cat([one[name], other[name]], -1) for name in ("input_ids", "position_ids")}
+    with pytest.raises(NotImplementedError, match="position_ids that start again given"):
+        logits(model, {**packed, "pixel_values": one["pixel_values"]})
+
+
+def test_features_without_placeholders_are_refused():
+    """An unlisted model may mark its videos by another token than its config says."""
+    tiny = FAMILIES["qwen2_vl"]
+    base = tiny.build()
+    inputs = tiny.inputs(base, "t4 v t6")
+    model = METHODS["pvm"].attach(base)
+    find_tap(model).vlm.placeholder_ids["video"] = (299,)
+    with pytest.raises(ValueError, match=r"brings video features, but none of the placeholder ids .*\(299,\)"):
+        logits(model, inputs)
+
+
+def find_tap(model: PeftModel) -> Tap:
+    return next(m.__dict__["_visual_tap"] for m in model.modules() if "_visual_tap" in m.__dict__)
 
 
 @pytest.mark.parametrize("token", [IMAGE, VIDEO])

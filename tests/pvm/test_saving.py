@@ -283,7 +283,7 @@ def test_incomplete_weights_for_an_attached_adapter_are_refused(tiny: TinyVLM, s
     inputs = tiny.inputs(model.get_base_model(), *ROWS)
     expected = logits(model, inputs)
     weights = {name: tensor * 2 for name, tensor in load_file(saved / WEIGHTS).items() if name != MISSING}
-    with pytest.raises(ValueError, match=r"lack \S+layers.1.pvm.pvm_k_proj.default.weight; nothing was loaded"):
+    with pytest.raises(ValueError, match=r"nothing was loaded: \S+layers.1.pvm.pvm_k_proj.default.weight is missing"):
         set_peft_model_state_dict(model, weights)
     assert torch.equal(logits(model, inputs), expected)
 
@@ -310,6 +310,28 @@ def test_a_configuration_alone_starts_a_new_adapter(tiny: TinyVLM, saved: Path, 
     with pytest.raises(ValueError, match=r"pass dataclasses\.replace\(config\)"):
         get_peft_model(wide, config)
     get_peft_model(wide, dataclasses.replace(config, layers_to_transform=[1]))
+
+
+def test_an_attached_adapter_is_not_overwritten(tiny: TinyVLM):
+    base = tiny.build()
+    model = METHODS["pvm"].attach(base)
+    inputs = tiny.inputs(base, *ROWS)
+    expected = logits(model, inputs)
+    with pytest.raises(ValueError, match="An adapter 'default' is already attached"):
+        get_peft_model(base, PVMConfig(r=16))
+    assert model.peft_config["default"].r == 32
+    assert torch.equal(logits(model, inputs), expected)
+    with pytest.raises(
+        ValueError, match=r"already a PeftModel. Attach to what it wraps: get_peft_model\(model.get_base"
+    ):
+        get_peft_model(model, PVMConfig(r=32), adapter_name="other")
+
+
+def test_adapters_by_row_are_refused(tiny: TinyVLM):
+    model = METHODS["pvm"].attach(tiny.build())
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    with pytest.raises(NotImplementedError, match="does not choose adapters row by row"):
+        logits(model, inputs, adapter_names=["default", "__base__"])
 
 
 def test_unknown_adapter_is_refused(tiny: TinyVLM, tmp_path: Path):
