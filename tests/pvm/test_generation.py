@@ -147,6 +147,21 @@ def test_branch_is_computed_for_unsilenced_text_only(tiny: TinyVLM, model: PeftM
     assert widths == [], "without images there is nothing to compute"
 
 
+def test_sample_visibility_shows_later_images():
+    tiny = FAMILIES["llava"]
+    base = tiny.build()
+    image_first, image_later = tiny.inputs(base, "i t6"), tiny.inputs(base, "t4 i t3")
+    plain = logits(base, image_later)
+    found = {}
+    for visibility in ("causal", "sample"):
+        model = METHODS["pvm"].attach(base, memory_visibility=visibility)
+        found[visibility] = logits(model, image_first), logits(model, image_later)
+        base = model.unload()
+    assert torch.equal(found["causal"][0], found["sample"][0])
+    assert torch.equal(found["causal"][1][:, :4], plain[:, :4]), "text before the image sees nothing"
+    assert difference(found["sample"][1][:, :4], plain[:, :4]) > 100 * TOLERANCE
+
+
 # ---- operations on the cache between two forwards
 
 LAST = 3  # tokens decoded after the operation
