@@ -96,9 +96,19 @@ def _other_block():
     return T.LlavaForConditionalGeneration(config)
 
 
+def _scaled_residual():
+    config = T.LlavaConfig(
+        vision_config=T.CLIPVisionConfig(**tiny_vlms.SIGLIP),
+        text_config=T.GraniteConfig(**tiny_vlms.TEXT, residual_multiplier=0.1),
+        image_token_index=tiny_vlms.IMAGE,
+    )
+    return T.LlavaForConditionalGeneration(config)
+
+
 @pytest.mark.parametrize(
     ("build", "complaint"),
     [
+        (_scaled_residual, r"its text model \(type 'granite'\) scales what its layers add.*residual_multiplier"),
         (
             _text_only,
             r"LlamaForCausalLM \(model_type 'llama'\).*no image placeholder.*Looked for config.image_token_id",
@@ -110,7 +120,7 @@ def _other_block():
         (_other_block, r"Olmo2DecoderLayer of text model type 'olmo2'.*post_feedforward_layernorm.*no other norm"),
         (lambda: torch.nn.Linear(2, 2), r"Linear \(model_type ''\)"),
     ],
-    ids=["text only", "cross-attention", "unknown block", "no transformers model"],
+    ids=["scaled residual", "text only", "cross-attention", "unknown block", "no transformers model"],
 )
 def test_refuses_others_by_name(build, complaint: str):
     model = build()

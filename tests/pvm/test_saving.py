@@ -278,12 +278,23 @@ def test_refusals_leave_another_adapter_as_it_was(tiny: TinyVLM, saved: Path, ca
 @pytest.mark.skipif(
     not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"), reason="PEFT before 0.21 does not ask the tuner"
 )
-def test_incomplete_weights_for_an_attached_adapter_are_refused(tiny: TinyVLM, saved: Path):
+@pytest.mark.parametrize("case", ["missing", "shape", "extra"])
+def test_weights_that_do_not_fit_an_attached_adapter_are_refused(tiny: TinyVLM, saved: Path, case: str):
     model = from_pretrained(tiny.build(), saved)
     inputs = tiny.inputs(model.get_base_model(), *ROWS)
     expected = logits(model, inputs)
     weights = {name: tensor * 2 for name, tensor in load_file(saved / WEIGHTS).items() if name != MISSING}
-    with pytest.raises(ValueError, match=r"nothing was loaded: \S+layers.1.pvm.pvm_k_proj.default.weight is missing"):
+    if case == "shape":
+        weights[MISSING] = torch.zeros(16, 31)
+    elif case == "extra":
+        weights[MISSING] = torch.zeros(16, 32)
+        weights[MISSING.replace("layers.1", "layers.0")] = torch.zeros(16, 32)
+    complaint = {
+        "missing": r"layers.1.pvm.pvm_k_proj.default.weight is missing",
+        "shape": r"layers.1.pvm.pvm_k_proj.default.weight has shape \(16, 31\), the adapter needs \(16, 32\)",
+        "extra": r"layers.0.pvm.pvm_k_proj.weight belongs to nothing in the adapter",
+    }[case]
+    with pytest.raises(ValueError, match=rf"nothing was loaded: \S+{complaint}"):
         set_peft_model_state_dict(model, weights)
     assert torch.equal(logits(model, inputs), expected)
 
