@@ -1,11 +1,13 @@
 """Adapters that keep vision-language models looking at the image. Importing registers their types with PEFT."""
 
+from .dipe import DIPEConfig, DIPEModel
 from .pvm import PVMConfig, PVMModel
 from .registry import register, remember_adapter_sources
 
 
 __version__ = "0.1.0"
-__all__ = ["PVMConfig", "PVMModel"]
+__all__ = ["DIPEConfig", "DIPEModel", "PVMConfig", "PVMModel"]
 
 register("pvm", PVMConfig, PVMModel)
+register("dipe", DIPEConfig, DIPEModel)
 remember_adapter_sources()

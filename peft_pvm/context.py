@@ -1,171 +1,20 @@
-"""What the tuners know about visual tokens: `VisualContext` for one forward, `VisualMemory` across decode steps."""
+"""`VisualContext`: what one forward knows about its tokens. It travels as a keyword argument, down to the attention."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
-from transformers import Cache
 
-from .positions import EMPTY_SLOT, causally_visible, gather_rows, pack
-
-
-@dataclass(eq=False)
-class VisualMemory:
-    """The visual tokens seen so far by a batch of conversations. It rides on their KV cache.
-
-    A memory is never changed by later tokens: reading another image makes a new memory, so a forward that still needs
-    the old one (gradient checkpointing, a copied cache) keeps it. Only `hidden_states` and `projections` fill up, with
-    values that are functions of the memory itself.
-
-    Attributes:
-        embeddings: What the vision tower wrote into `inputs_embeds`, `(batch, num_visual, hidden_size)`, detached,
-            zero where there is no token. `num_visual` is 0 before the first image.
-        slots: Positions of these tokens in the KV cache, `(batch, num_visual)`, int64, `EMPTY_SLOT` where there is
-            none.
-        last_slot: The largest slot, -1 without images.
-        is_dense: Whether no slot is empty.
-        hidden_states: By layer index, the hidden states of these tokens at that layer, shaped as `embeddings`.
-        projections: Keys and values that an adapter made from these tokens, `(batch, heads, num_projected, head_dim)`
-            each, by the adapter's identity. The last tokens may not be projected yet.
-    """
-
-    embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
-    slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
-    last_slot: int = EMPTY_SLOT
-    is_dense: bool = True
-    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
-    projections: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    _replicas: dict[torch.device, VisualMemory] = field(default_factory=dict, repr=False)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is no visual token in any row."""
-        return self.slots.shape[1] == 0
-
-    def extended(self, embeddings: torch.Tensor, slots: torch.Tensor) -> VisualMemory:
-        """The memory with more tokens at its end.
-
-        Args:
-            embeddings: `(batch, num_new, hidden_size)`.
-            slots: `(batch, num_new)`, `EMPTY_SLOT` where a row has fewer tokens.
-        """
-        embeddings = embeddings.detach()
-        last_slot, is_dense = int(slots.max()), bool((slots >= 0).all())
-        if self.is_empty:
-            return VisualMemory(embeddings, slots, last_slot, is_dense)
-        return VisualMemory(
-            torch.cat([self.embeddings, embeddings], 1),
-            torch.cat([self.slots, slots], 1),
-            max(self.last_slot, last_slot),
-            self.is_dense and is_dense,
-            dict(self.hidden_states),
-            dict(self.projections),
-        )
-
-    def cropped(self, length: int) -> VisualMemory:
-        """The memory of a cache that was cut to its first `length` positions."""
-        if self.is_empty or length > self.last_slot:
-            return self
-        kept = (self.slots >= 0) & (self.slots < length)
-        if not bool(kept.any()):
-            return VisualMemory()
-        slots = torch.where(kept, self.slots, EMPTY_SLOT)
-        return VisualMemory(
-            self.embeddings, slots, int(slots.max()), False, dict(self.hidden_states), dict(self.projections)
-        )
-
-    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> VisualMemory:
-        """The memory with `function` applied to every tensor; the first axis of each is the batch."""
-        if self.is_empty:
-            return self
-        return VisualMemory(
-            function(self.embeddings),
-            function(self.slots),
-            self.last_slot,
-            self.is_dense,
-            {key: function(tensor) for key, tensor in self.hidden_states.items()},
-            {identity: (function(keys), function(values)) for identity, (keys, values) in self.projections.items()},
-        )
-
-    def to(self, device: torch.device) -> VisualMemory:
-        """The memory on another device; it is copied once, then found again."""
-        if self.is_empty or self.embeddings.device == device:
-            return self
-        if device not in self._replicas:
-            # What fills up is shared: a layer and an adapter's identity there stay on their device.
-            self._replicas[device] = VisualMemory(
-                self.embeddings.to(device),
-                self.slots.to(device),
-                self.last_slot,
-                self.is_dense,
-                self.hidden_states,
-                self.projections,
-            )
-        return self._replicas[device]
+from .memory import Runs, VisualMemory
+from .positions import EMPTY_SLOT, causally_visible, gather_rows, modalities, pack, run_anchors, run_starts
+from .visibility import real_tokens
 
 
-class _FollowedByMemory(Cache):
-    """Mixed into a cache's class: what the cache does to its rows happens to the memory that rides on it."""
-
-    visual_memory: VisualMemory
-    visual_length: int  # tokens that the memory covers; more in the cache came without the tap reading them
-
-    def __reduce__(self):
-        return _restored, (type(self).__bases__[1], dict(self.__dict__))
-
-    def _map_memory(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.visual_memory = self.visual_memory.mapped(function)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor):
-        super().reorder_cache(beam_idx)
-        self._map_memory(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int):
-        super().batch_repeat_interleave(repeats)
-        self._map_memory(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor):
-        super().batch_select_indices(indices)
-        self._map_memory(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def reset(self):
-        super().reset()
-        self.visual_memory, self.visual_length = VisualMemory(), 0
-
-
-@functools.cache
-def _followed(cache_class: type) -> type[Cache]:
-    return type(cache_class.__name__, (_FollowedByMemory, cache_class), {"__module__": cache_class.__module__})
-
-
-def _restored(cache_class: type, state: dict[str, Any]) -> Cache:
-    cache = object.__new__(_followed(cache_class))
-    cache.__dict__.update(state)
-    return cache
-
-
-def attach_memory(cache: Cache, memory: VisualMemory, length: int | torch.Tensor) -> None:
-    """Put `memory` on `cache`, where it shares the cache's life: copies, beams, row selection, reset.
-
-    Args:
-        cache: The cache.
-        memory: The visual tokens among the first `length`.
-        length: Number of tokens that the tap has read. Not kept for a static cache, whose length is a tensor.
-    """
-    if not isinstance(cache, _FollowedByMemory):
-        cache.__class__ = _followed(type(cache))  # type: ignore[arg-type]
-    cache.visual_memory = memory
-    if isinstance(length, int):
-        cache.visual_length = length
-
-
-def memory_of(cache: Cache | None) -> VisualMemory | None:
-    """The memory riding on `cache`, `None` if there is none."""
-    return getattr(cache, "visual_memory", None)
+CONTEXT = "visual_context"  # the keyword argument
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -186,22 +35,38 @@ class MemoryView:
 
 
 class VisualContext:
-    """What one forward knows about its visual tokens. It travels as a keyword argument, down to the attention.
+    """What one forward knows about its tokens.
 
     Args:
         visual_mask: Which of this forward's tokens are visual, `(batch, seq_len)`, bool. `None`: none is.
+        attention_mask: The mask the model was given, in any of its forms.
+
+    Attributes:
+        visual_positions: Where the visual tokens stand in this forward, as `pack` gives them. `None`: nowhere.
+        memory: The tokens known up to here, this forward's included.
+        past_length: Number of tokens in the cache before this forward; a tensor for a static cache.
+        position_ids: What the rotary embedding was given, `(batch, seq_len, axes)`, int64.
+        anchors: The position of the first token of the run that holds each token, `(batch, seq_len)`, int64.
+        keeps_positions: Whether `position_ids` are wanted in the memory.
+        steering: By layer index, what adapters do to the attention there.
+        refusal: Why nobody can know what is visual here.
     """
 
-    def __init__(self, visual_mask: torch.Tensor | None):
+    def __init__(self, visual_mask: torch.Tensor | None, attention_mask: Any = None):
         self.visual_mask = visual_mask
+        self.attention_mask = attention_mask
         self.visual_positions: torch.Tensor | None = None
         self.memory = VisualMemory()
         self.past_length: int | torch.Tensor = 0
-        self.batch_size = 0
+        self.batch_size = self.seq_len = 0
         self.device = torch.device("cpu")
         self.records_gradients = False
-        self.refusal: Exception | None = None  # why nobody can know what is visual here
-        self._views: dict[str, MemoryView | None] = {}
+        self.position_ids: torch.Tensor | None = None
+        self.anchors: torch.Tensor | None = None
+        self.keeps_positions = False
+        self.steering: dict[int, Any] = {}
+        self.refusal: Exception | None = None
+        self._derived: dict[Any, Any] = {}
 
     def read(self, inputs_embeds: torch.Tensor, memory: VisualMemory, past_length: int | torch.Tensor) -> None:
         """Take in the text model's inputs: extends `memory` by this forward's visual tokens.
@@ -213,7 +78,8 @@ class VisualContext:
         """
         self.memory = memory
         self.past_length = past_length
-        self.batch_size, self.device = inputs_embeds.shape[0], inputs_embeds.device
+        self.batch_size, self.seq_len = inputs_embeds.shape[:2]
+        self.device = inputs_embeds.device
         self.records_gradients = torch.is_grad_enabled()
         if self.visual_mask is None:
             return
@@ -226,6 +92,43 @@ class VisualContext:
         slots = torch.where(positions >= 0, positions + past_length, EMPTY_SLOT)
         self.memory = memory.extended(gather_rows(inputs_embeds, positions), slots)
 
+    def note_positions(self, position_ids: torch.Tensor) -> None:
+        """Take in what the rotary embedding is given. Only the first call of a forward counts.
+
+        Args:
+            position_ids: `(batch or 1, seq_len)` or `(axes, batch or 1, seq_len)`, integer.
+        """
+        if self.position_ids is not None or self.refusal is not None:
+            return
+        by_axis = position_ids if position_ids.dim() == 3 else position_ids.unsqueeze(0)
+        self.position_ids = by_axis.movedim(0, -1).expand(self.batch_size, self.seq_len, -1).long()
+        # Positions of tokens that were read before anybody kept them are lost.
+        nobody_kept = self.memory.position_ids is None and self.memory.runs is not None
+        self.anchors = self._read_runs(self.position_ids[..., 0])
+        if self.keeps_positions and not nobody_kept:
+            known = self.memory.position_ids
+            positions = self.position_ids if known is None else torch.cat([known, self.position_ids], 1)
+            self.memory = replace(self.memory, position_ids=positions)
+        else:
+            self.memory = replace(self.memory, position_ids=None)
+
+    def _read_runs(self, positions: torch.Tensor) -> torch.Tensor:
+        """The anchors of this forward's tokens; runs that start here go into the memory."""
+        runs = self.memory.runs
+        if runs is None:
+            runs = Runs.none(self.batch_size, self.device)
+        if self.visual_mask is None and not runs.awaits_text:  # the decode path: text goes on
+            return runs.open_anchor.unsqueeze(1).expand_as(positions)
+        visual_mask = torch.zeros_like(positions, dtype=torch.bool) if self.visual_mask is None else self.visual_mask
+        modality = modalities(visual_mask, real_tokens(self.attention_mask, visual_mask.shape, self.past_length))
+        starts = run_starts(modality, runs.open_modality)
+        found = pack(starts)
+        first = found.clamp(min=0)
+        slots = torch.where(found >= 0, found + self.past_length, EMPTY_SLOT)
+        extended = runs.extended(slots, positions.gather(1, first), modality.gather(1, first))
+        self.memory = replace(self.memory, runs=extended)
+        return run_anchors(starts, positions, runs.open_anchor)
+
     def check(self) -> None:
         """Raise the refusal if there is one. Whoever is about to read the context calls this first."""
         if self.refusal is not None:
@@ -237,12 +140,44 @@ class VisualContext:
         moved = VisualContext(self.visual_mask)
         moved.__dict__.update(self.__dict__)
         moved.device = device
-        moved._views = {}
+        moved._derived = {}
         moved.memory = self.memory.to(device)
-        for name in ("visual_mask", "visual_positions", "past_length"):
+        for name in ("visual_mask", "visual_positions", "past_length", "position_ids", "anchors"):
             value = getattr(self, name)
             setattr(moved, name, value.to(device) if isinstance(value, torch.Tensor) else value)
         return moved
+
+    def derived(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` returns, made once in this forward for all layers that ask for the same `key`."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    def first_key(self, num_keys: int) -> int | torch.Tensor:
+        """The position in the cache of the first of the last `num_keys` keys; a tensor for a static cache.
+
+        Layers with a sliding window hand out fewer keys than there are tokens, static caches hand out more.
+        """
+        first = self.past_length + self.seq_len - num_keys
+        return max(first, 0) if isinstance(first, int) else first.clamp(min=0)
+
+    def visual_keys(self, num_keys: int) -> torch.Tensor:
+        """Which of the keys that a layer hands to its attention belong to visual tokens.
+
+        Args:
+            num_keys: How many keys that are.
+
+        Returns:
+            `(batch, num_keys)`, bool.
+        """
+        return self.derived(("visual_keys", num_keys), lambda: self._make_visual_keys(num_keys))
+
+    def _make_visual_keys(self, num_keys: int) -> torch.Tensor:
+        slots = self.memory.slots - self.first_key(num_keys)
+        mask = torch.zeros(self.batch_size, num_keys + 1, dtype=torch.bool, device=self.device)
+        # What is not among the keys (padding, or fallen out of a sliding window) goes to an extra column.
+        slots = torch.where((self.memory.slots >= 0) & (slots >= 0), slots, num_keys)
+        return mask.scatter_(1, slots, True)[:, :num_keys]
 
     def hidden_states_bank(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """The hidden states at one layer of all visual tokens in memory, this forward's included.
@@ -281,9 +216,7 @@ class VisualContext:
         Args:
             visibility: "causal": a token sees the visual tokens before it. "sample": all of its row that are known.
         """
-        if visibility not in self._views:
-            self._views[visibility] = self._make_view(visibility)
-        return self._views[visibility]
+        return self.derived(visibility, lambda: self._make_view(visibility))
 
     def _make_view(self, visibility: str) -> MemoryView | None:
         memory = self.memory

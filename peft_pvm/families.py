@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -64,6 +64,13 @@ BLOCKS: dict[str, DecoderBlock] = {
     "gemma4_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
+}
+
+
+# By the text model's `model_type`: which attention modules rotate queries and keys by position. Elsewhere all do.
+ROTATES: dict[str, Callable[[nn.Module], bool]] = {
+    "cohere2": lambda attention: attention.sliding_window is not None,
+    "llama4_text": lambda attention: bool(attention.use_rope),
 }
 
 
@@ -133,9 +140,29 @@ class VisionLanguageModel:
         return self.text_model.config
 
     @property
+    def rotary(self) -> nn.Module | None:
+        """The module that turns positions into rotations, where the text model has one."""
+        return getattr(self.text_model, "rotary_emb", None)
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
         return cast(nn.ModuleList, self.text_model.layers)
+
+    @property
+    def self_attentions(self) -> dict[int, nn.Module]:
+        """By layer index, the self-attention modules. Layers of linear attention, which has no scores, have none."""
+        by_layer = {layer_idx: getattr(layer, "self_attn", None) for layer_idx, layer in enumerate(self.layers)}
+        return {layer_idx: attention for layer_idx, attention in by_layer.items() if attention is not None}
+
+    def rotates(self, attention: nn.Module) -> bool:
+        """Whether an attention module rotates queries and keys by their positions."""
+        return ROTATES.get(self.text_config.model_type, lambda _: True)(attention)
+
+    def layer_type(self, layer_idx: int) -> str | None:
+        """The type of a layer, for a rotary embedding that tells types apart."""
+        layer_types = getattr(self.text_config, "layer_types", None)
+        return None if layer_types is None else layer_types[layer_idx]
 
     def layer_name(self, layer_idx: int) -> str:
         """The full name of a decoder layer inside the model."""
@@ -202,6 +229,12 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
     text_type = getattr(text_model.config, "model_type", "")
     block = BLOCKS.get(text_type, PRE_NORM)
     for layer_idx, layer in enumerate(text_model.layers):
+        if hasattr(layer, "cross_attn"):
+            raise refuse(
+                f"its decoder layer {layer_idx} ({type(layer).__name__}) looks at the image by cross-attention, so that "
+                "no image token stands among the text tokens whose distance could grow",
+                "image tokens in the sequence that self-attention reads",
+            )
         children = {name for name, child in layer.named_children() if not is_tuner_child(child)}
         # Norms in unknown places change where the branch belongs, so an unlisted layer must have no other children.
         if not block.fits(layer) or (text_type not in BLOCKS and not children <= PRE_NORM_CHILDREN):

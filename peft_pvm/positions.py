@@ -1,4 +1,4 @@
-"""Where visual tokens stand in a batch: pure functions on tensors, with no model in sight."""
+"""Where tokens stand in a batch, and which are visual: pure functions on tensors, with no model in sight."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 
 EMPTY_SLOT = -1  # marks padding in a table of positions
+TEXT, VISUAL, PADDING = 0, 1, -1  # the modality of a token
 
 
 def placeholder_mask(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
@@ -116,3 +117,62 @@ def causally_visible(slots: torch.Tensor, positions: torch.Tensor) -> torch.Tens
     """
     slots = slots.unsqueeze(1)
     return (slots >= 0) & (slots < positions.unsqueeze(2))
+
+
+def modalities(visual_mask: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """The modality of every token.
+
+    Args:
+        visual_mask: Which tokens are visual, `(batch, seq_len)`, bool.
+        real: Which tokens are not padding, as `visual_mask`. `None`: all.
+
+    Returns:
+        `(batch, seq_len)`, int64: `TEXT`, `VISUAL` or `PADDING`.
+
+    Example:
+        >>> modalities(torch.tensor([[False, False, True]]), torch.tensor([[False, True, True]]))
+        tensor([[-1,  0,  1]])
+    """
+    modality = torch.where(visual_mask, VISUAL, TEXT)
+    return modality if real is None else torch.where(real, modality, PADDING)
+
+
+def run_starts(modality: torch.Tensor, open_modality: torch.Tensor) -> torch.Tensor:
+    """Mark the first token of every contiguous run of one modality. Padding belongs to no run and ends none.
+
+    Args:
+        modality: As `modalities` gives it, `(batch, seq_len)`, int64.
+        open_modality: The modality of the last real token before, `PADDING` if there is none, `(batch,)`, int64.
+
+    Returns:
+        `(batch, seq_len)`, bool.
+
+    Example:
+        >>> run_starts(torch.tensor([[-1, 0, 0, 1, 1, 0]]), torch.tensor([-1]))
+        tensor([[False,  True, False,  True, False,  True]])
+    """
+    extended = torch.cat([open_modality.unsqueeze(1), modality], 1)
+    places = torch.arange(extended.shape[1], device=modality.device).expand_as(extended)
+    last_real = torch.where(extended != PADDING, places, 0).cummax(1).values[:, :-1]
+    return (modality != PADDING) & (modality != extended.gather(1, last_real))
+
+
+def run_anchors(starts: torch.Tensor, positions: torch.Tensor, open_anchor: torch.Tensor) -> torch.Tensor:
+    """The position of the first token of the run that holds each token (DIPE, arXiv 2603.10863).
+
+    Args:
+        starts: As `run_starts` gives it, `(batch, seq_len)`, bool.
+        positions: The positions of these tokens, `(batch, seq_len)`, int64.
+        open_anchor: The anchor of the run that goes on from before, `(batch,)`, int64.
+
+    Returns:
+        `(batch, seq_len)`, int64.
+
+    Example:
+        >>> starts = torch.tensor([[False, True, False, True]])
+        >>> run_anchors(starts, torch.tensor([[5, 6, 7, 8]]), torch.tensor([2]))
+        tensor([[2, 6, 6, 8]])
+    """
+    extended = torch.cat([open_anchor.unsqueeze(1), positions], 1)
+    places = torch.arange(1, extended.shape[1], device=positions.device).expand_as(positions)
+    return extended.gather(1, torch.where(starts, places, 0).cummax(1).values)

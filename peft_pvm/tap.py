@@ -12,6 +12,7 @@ disabled the base goes its own way.
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Cache
 
-from .context import VisualContext, VisualMemory, attach_memory, memory_of
+from .context import CONTEXT, VisualContext
 from .families import FEATURE_KEYWORDS, VisionLanguageModel, is_tuner_child
+from .memory import VisualMemory, attach_memory, memory_of
 from .positions import placeholder_mask
 
 
-CONTEXT = "visual_context"  # the keyword argument
 VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
 
 
@@ -42,6 +43,10 @@ class Tap:
             vlm.text_model.register_forward_pre_hook(self._complete_context, with_kwargs=True),
             vlm.text_model.register_forward_hook(self._keep_memory, with_kwargs=True),
         ]
+        if vlm.rotary is not None:
+            self._handles.append(vlm.rotary.register_forward_pre_hook(self._note_positions, with_kwargs=True))
+        # Of the forward that is running, by thread, for the rotary embedding, which is given no keyword arguments.
+        self._in_flight: dict[int, VisualContext] = {}
         # On this one model, set aside until the tap is removed. The forward refuses packed rows too, but
         # generate_batch works in a thread of its own and would only log that. And generate refuses keywords that it
         # does not know.
@@ -85,6 +90,7 @@ class Tap:
             context = _context_of_own_embeds(given_mask, inputs["inputs_embeds"])
         else:
             context = self._context_of_ids(inputs)
+        context.attention_mask = inputs.get("attention_mask")
         return args, {**kwargs, CONTEXT: context}
 
     def _context_of_ids(self, inputs: dict[str, Any]) -> VisualContext:
@@ -118,6 +124,8 @@ class Tap:
             inputs_embeds = torch.empty(*inputs["input_ids"].shape, 0, device=inputs["input_ids"].device)
         elif context is None:  # the text model is called by itself
             context = _context_of_own_embeds(given_mask, inputs_embeds)
+        if context.attention_mask is None:
+            context.attention_mask = inputs.get("attention_mask")
 
         past_length = cache.get_seq_length() if cache is not None else 0
         try:
@@ -127,19 +135,24 @@ class Tap:
             context.refusal = refusal
         if context.refusal is None:
             context.read(inputs_embeds, memory, past_length)
-            if cache is not None:
-                attach_memory(cache, context.memory, past_length + inputs_embeds.shape[1])
+        self._in_flight[this_thread()] = context
         return args, {**kwargs, CONTEXT: context}
 
+    def _note_positions(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = self._in_flight.get(this_thread())
+        if context is not None:
+            context.note_positions(_by_name(module, args, kwargs)["position_ids"])
+
     def _keep_memory(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Attach the memory to a cache that the text model made itself."""
+        """Put the memory on the cache, which may be one that the text model made itself."""
+        self._in_flight.pop(this_thread(), None)
         context = kwargs[CONTEXT]
-        if context.refusal is not None or _by_name(module, args, kwargs).get("past_key_values") is not None:
+        if context.refusal is not None:
             return
         outputs = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
-        for cache in outputs:
+        for cache in (_by_name(module, args, kwargs).get("past_key_values"), *outputs):
             if isinstance(cache, Cache):
-                attach_memory(cache, context.memory, cache.get_seq_length())
+                attach_memory(cache, context.memory, context.past_length + context.seq_len)
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +160,11 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
     if not args:
         return kwargs
     return {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
+
+
+def this_thread() -> int:
+    """What tells forwards that run side by side on one model apart."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _is_active(module: nn.Module) -> bool:

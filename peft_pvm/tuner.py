@@ -169,10 +169,10 @@ class VisualTuner(BaseTuner):
 
     def _join_layers(self) -> None:
         layers = self._tuner_layers()
+        if layers:
+            Tap.on(self.vlm)  # first: hooks run in the order they were put on, and some of ours read what it notes
         for layer in layers:
             layer.join()
-        if layers:
-            Tap.on(self.vlm)
 
     def _remove_layers(self, layers: list[VisualTunerLayer]) -> None:
         for module in list(self.model.modules()):

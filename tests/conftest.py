@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants the network is a broken 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 
-from peft_pvm import PVMConfig
+from peft_pvm import DIPEConfig, PVMConfig
 
 
 torch.set_num_threads(1)  # tests run side by side
@@ -32,10 +33,13 @@ class Method:
     Attributes:
         config: Makes its configuration, given field values.
         activate: Makes a freshly attached adapter change the model's output.
+        text_alone: What a row without images is to it: "untouched", to the bit, also beside rows with images;
+            "equal", where another kernel may compute the same; or "changed".
     """
 
     config: Callable[..., PeftConfig]
-    activate: Callable[[torch.nn.Module], None]
+    activate: Callable[[torch.nn.Module], None] = lambda model: None
+    text_alone: Literal["untouched", "equal", "changed"] = "untouched"
 
     def attach(self, model: torch.nn.Module, **fields) -> PeftModel:
         peft_model = get_peft_model(model, self.config(**fields))
@@ -62,6 +66,7 @@ METHODS = {
         config=lambda **fields: PVMConfig(**{"r": 32, "memory_source": "hidden_states", **fields}),
         activate=give_weight,
     ),
+    "dipe": Method(config=DIPEConfig, text_alone="equal"),
 }
 
 

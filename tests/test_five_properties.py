@@ -107,8 +107,10 @@ def test_no_conversation_sees_anothers_image(family: TinyVLM, method: Method):
 
     # One after the other: a conversation without an image, after one with.
     text = family.inputs(base, "t9")
-    with model.disable_adapter():
-        expected = logits(model, text)
+    expected = logits(model, text)
+    if method.text_alone != "changed":
+        with model.disable_adapter():
+            assert torch.equal(logits(model, text), expected)
     logits(model, inputs)
     assert torch.equal(logits(model, text), expected)
 
@@ -140,16 +142,16 @@ def _routes_tokens_together(model: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("rows", [("t9",), ("t4 i t6",), ("t4 i t3 i t6", "t9")], ids=["none", "one", "mixed"])
-def test_memory_free_rows_get_exactly_nothing(family: TinyVLM, rows: tuple[str, ...], method: Method):
+def test_rows_without_images(family: TinyVLM, rows: tuple[str, ...], method: Method):
     model = method.attach(family.build())
     inputs = family.inputs(model.get_base_model(), *rows)
     with model.disable_adapter():
         base = logits(model, inputs)
     on = logits(model, inputs)
     for row, conversation in enumerate(rows):
-        if "i" in conversation:
+        if "i" in conversation or method.text_alone == "changed":
             assert difference(on[row], base[row]) > 100 * TOLERANCE
-        elif _routes_tokens_together(model.get_base_model()):
+        elif _routes_tokens_together(model.get_base_model()) or (method.text_alone == "equal" and len(rows) > 1):
             assert difference(on[row], base[row]) < TOLERANCE
         else:
             assert torch.equal(on[row], base[row])

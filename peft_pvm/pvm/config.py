@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from peft.utils import PeftType
 
+from ..checks import check, is_int, is_number, layer_list
 from ..tuner import VisualConfig
 
 
@@ -94,38 +94,15 @@ class PVMConfig(VisualConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType("PVM")
-        _check("r", self.r, _is_int(self.r) and self.r > 0, "a positive integer")
+        check(self, "r", is_int(self.r) and self.r > 0, "a positive integer")
         if self.layers_to_transform != "strided":
-            self.layers_to_transform = _layer_list(self.layers_to_transform)
-        _check("init_gate", self.init_gate, _is_number(self.init_gate), "a finite number")
-        _check("init_weights", self.init_weights, isinstance(self.init_weights, bool), "True or False")
+            self.layers_to_transform = layer_list(self, "'strided'")
+        check(self, "init_gate", is_number(self.init_gate), "a finite number")
+        check(self, "init_weights", isinstance(self.init_weights, bool), "True or False")
         modules = self.modules_to_save
         valid = modules is None or (isinstance(modules, (list, tuple)) and all(isinstance(m, str) for m in modules))
-        _check("modules_to_save", modules, valid, "a list of module names or None")
-        choices = f"one of {MEMORY_VISIBILITY}"
-        _check("memory_visibility", self.memory_visibility, self.memory_visibility in MEMORY_VISIBILITY, choices)
-        choices = f"one of {MEMORY_SOURCE}"
-        _check("memory_source", self.memory_source, self.memory_source in MEMORY_SOURCE, choices)
+        check(self, "modules_to_save", valid, "a list of module names or None")
+        check(self, "memory_visibility", self.memory_visibility in MEMORY_VISIBILITY, f"one of {MEMORY_VISIBILITY}")
+        check(self, "memory_source", self.memory_source in MEMORY_SOURCE, f"one of {MEMORY_SOURCE}")
         ratio = self.mlp_ratio
-        _check("mlp_ratio", ratio, ratio is None or (_is_number(ratio) and ratio > 0), "a positive number or None")
-
-
-def _layer_list(layers: list[int] | int) -> list[int]:
-    indices = [layers] if isinstance(layers, int) else layers
-    valid = isinstance(indices, (list, tuple)) and bool(indices) and all(_is_int(i) and i >= 0 for i in indices)
-    _check("layers_to_transform", layers, valid, "'strided' or a non-empty list of layer indices from 0 on")
-    _check("layers_to_transform", layers, len(set(indices)) == len(indices), "a list without repetitions")
-    return sorted(indices)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check(name: str, value: object, valid: bool, accepted: str) -> None:
-    if not valid:
-        raise ValueError(f"PVMConfig.{name} is {value!r}, but must be {accepted}.")
+        check(self, "mlp_ratio", ratio is None or (is_number(ratio) and ratio > 0), "a positive number or None")

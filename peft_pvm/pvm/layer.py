@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..context import VisualContext
+from ..context import CONTEXT, VisualContext
 from ..families import DecoderBlock
 from ..positions import gather_rows, scatter_rows
-from ..tap import CONTEXT
+from ..tap import this_thread
 from ..tuner import VisualTunerLayer
 from .config import PVMConfig
 from .shape import BranchShape
@@ -186,21 +185,21 @@ class PVMLayer(VisualTunerLayer):
     # again.
 
     def _take_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        _, residual = self._in_flight.get(_thread(), (None, None))  # of a parallel block, whose norm comes first
-        self._in_flight[_thread()] = (kwargs.get(CONTEXT), residual)
+        _, residual = self._in_flight.get(this_thread(), (None, None))  # of a parallel block, whose norm comes first
+        self._in_flight[this_thread()] = (kwargs.get(CONTEXT), residual)
 
     def _take_residual(self, module: nn.Module, args: tuple) -> None:
-        context, _ = self._in_flight.get(_thread(), (None, None))
-        self._in_flight[_thread()] = (context, args[0])
+        context, _ = self._in_flight.get(this_thread(), (None, None))
+        self._in_flight[this_thread()] = (context, args[0])
 
     def _add_to_residual(self, module: nn.Module, args: tuple, output: Any) -> None:
         # Parallel block: the stream after attention exists only as a sum that the layer forms at its end.
-        context, residual = self._in_flight[_thread()]
+        context, residual = self._in_flight[this_thread()]
         attention = output[0] if isinstance(output, tuple) else output
-        self._in_flight[_thread()] = (context, residual + attention)
+        self._in_flight[this_thread()] = (context, residual + attention)
 
     def _add_branch(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        context, hidden_states = self._in_flight.pop(_thread(), (None, None))
+        context, hidden_states = self._in_flight.pop(this_thread(), (None, None))
         if context is None or hidden_states is None or self.disable_adapters:
             return None
         update = self(hidden_states, context)
@@ -285,10 +284,6 @@ class PVMLayer(VisualTunerLayer):
         if keeps:
             context.memory.projections[identity] = (keys, values)
         return keys, values
-
-
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _split_heads(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:

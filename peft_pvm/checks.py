@@ -1,0 +1,36 @@
+"""Checks of config fields, with one form of message."""
+
+from __future__ import annotations
+
+import math
+
+
+def check(config: object, name: str, valid: bool, accepted: str) -> None:
+    """Raise a ValueError that names the field, its value and what is accepted, unless `valid`."""
+    if not valid:
+        raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}, but must be {accepted}.")
+
+
+def is_int(value: object) -> bool:
+    """Whether `value` is an int and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite int or float and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def layer_list(config: object, other: str) -> list[int]:
+    """The field `layers_to_transform`, an index or several, as a sorted list.
+
+    Args:
+        config: The config.
+        other: What else the field may be, for the message.
+    """
+    layers = getattr(config, "layers_to_transform")  # noqa: B009  # configs share the field, not a class
+    indices = [layers] if isinstance(layers, int) else layers
+    valid = isinstance(indices, (list, tuple)) and bool(indices) and all(is_int(i) and i >= 0 for i in indices)
+    check(config, "layers_to_transform", valid, f"{other} or a non-empty list of layer indices from 0 on")
+    check(config, "layers_to_transform", len(set(indices)) == len(indices), "a list without repetitions")
+    return sorted(indices)

@@ -1,0 +1,97 @@
+"""Scores with anchored positions between tokens of different modality."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..attention import AttentionCall
+from ..rotation import Tables, rotate, rotation_tables, unit
+
+
+class AnchoredScoring:
+    """How the scores of one layer are made (arXiv 2603.10863).
+
+    With `R` the rotation by position, `p` the positions, and the anchor of a token the position of the first token of
+    the contiguous run of one modality that holds it::
+
+        score(i, j) = R(p_i) q_i . R(p_j) k_j * scaling          if i and j are of one modality
+                      R(anchor_i) q_i . R(p_j) k_j * scaling     otherwise
+
+    Args:
+        rotary: The text model's rotary embedding.
+        layer_type: The layer's type, for a rotary embedding that tells types apart.
+    """
+
+    def __init__(self, rotary: nn.Module, layer_type: str | None):
+        self.rotary = rotary
+        self.layer_type = layer_type
+
+    def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the attention function returns: `(batch, num_queries, heads, value_dim)`, and weights or `None`."""
+        if call.context.memory.is_empty:  # one modality
+            return call.run_kernel(call.query, call.key, call.value)
+        if call.query.shape[2] == 1:
+            return self._attend_once(call)
+        query, key = self.widen(call)
+        # Fused kernels want values as wide as keys.
+        value_dim = call.value.shape[-1]
+        output, weights = call.run_kernel(query, key, F.pad(call.value, (0, key.shape[-1] - value_dim)))
+        return output[..., :value_dim], weights
+
+    def widen(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys of twice the width, whose products are the scores: exact on any kernel.
+
+        Keys are split by modality, `[text or 0, visual or 0]`; queries hold what each kind of key is to be met with.
+        """
+        query, anchored = call.query, self._anchored_query(call)
+        visual_queries = call.visual_queries[:, None, :, None]
+        visual_keys = call.context.visual_keys(call.key.shape[2])[:, None, :, None]
+        to_text = torch.where(visual_queries, anchored, query)
+        to_visual = torch.where(visual_queries, query, anchored)
+        split = [call.key.masked_fill(visual_keys, 0), call.key.masked_fill(~visual_keys, 0)]
+        return torch.cat([to_text, to_visual], -1), torch.cat(split, -1)
+
+    def _attend_once(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A single query: two rows of scores and a choice between them, so that the cache is read and not copied."""
+        key, value = call.key, call.value
+        kv_heads, num_keys = key.shape[1:3]
+        rows = torch.cat([_by_kv_head(call.query, kv_heads), _by_kv_head(self._anchored_query(call), kv_heads)], 2)
+        same, cross = (rows @ key.transpose(2, 3) * call.scaling).chunk(2, 2)
+        of_one_modality = call.context.visual_keys(num_keys) == call.visual_queries
+        scores = torch.where(of_one_modality[:, None, None], same, cross).float()
+        softcap = call.kwargs.get("softcap")
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.reshape(scores.shape[0], -1, 1, num_keys)  # all heads, as masks have them
+        visibility = call.visibility
+        mask, bias = visibility.mask(), visibility.bias()
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = F.softmax(scores, -1).to(value.dtype)
+        weights = F.dropout(weights, call.kwargs.get("dropout", 0.0), call.module.training)
+        output = (_by_kv_head(weights, kv_heads) @ value).reshape(weights.shape[0], 1, -1, value.shape[-1])
+        return output, weights if call.kernel == "eager" or call.wants_weights else None
+
+    def _anchored_query(self, call: AttentionCall) -> torch.Tensor:
+        """The rotated queries, turned on from their own position to their anchor."""
+        context, num_queries = call.context, call.query.shape[2]
+
+        def turn() -> Tables:
+            assert context.anchors is not None and context.position_ids is not None
+            return unit(
+                rotation_tables(self.rotary, context.anchors.unsqueeze(-1) - context.position_ids, self.layer_type)
+            )
+
+        tables = context.derived(("dipe", self.layer_type), turn)
+        if isinstance(tables, torch.Tensor):
+            return rotate(call.module, call.query, tables[:, -num_queries:])
+        return rotate(call.module, call.query, (tables[0][:, -num_queries:], tables[1][:, -num_queries:]))
+
+
+def _by_kv_head(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """`(batch, heads, 1, ...)` to `(batch, kv_heads, heads / kv_heads, ...)`."""
+    return tensor.reshape(tensor.shape[0], kv_heads, -1, tensor.shape[-1])

@@ -1,0 +1,31 @@
+"""The configuration of a DIPE adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft.utils import PeftType
+
+from ..steering import SteeringConfig
+
+
+@dataclass
+class DIPEConfig(SteeringConfig):
+    """Configuration of DIPE, arXiv 2603.10863. It has no parameters.
+
+    Scores between tokens of different modality are computed as if the query stood where its contiguous run of text, or
+    of visual tokens, begins. So the distance from generated text to the image stays as it was at its first token.
+    Pairs of one modality, and keys, keep their positions.
+
+    The paper trains with DIPE from pretraining on. On a model that was trained without, it is a zero-shot change of
+    positions: measure it.
+
+    Args:
+        layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all that rotate queries and
+            keys by position.
+        init_weights: Without effect: there are no weights. PEFT expects the field.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType("DIPE")

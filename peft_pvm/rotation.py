@@ -1,0 +1,84 @@
+"""Rotating queries and keys by other positions than their own, with the model's own rotary embedding."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+
+Tables = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # complex numbers, or cosines and sines
+
+
+def rotation_tables(rotary: nn.Module, position_ids: torch.Tensor, layer_type: str | None) -> Tables:
+    """What `rotary` makes of some positions, in fp32.
+
+    Its undecorated forward is called: scalings that follow the length of the sequence stay as the model's own call
+    left them.
+
+    Args:
+        rotary: The text model's rotary embedding.
+        position_ids: `(batch, seq_len, axes)`, integer; may be negative.
+        layer_type: The type of layer to make them for, where `rotary` tells types apart.
+    """
+    by_axis = position_ids.movedim(-1, 0)
+    arguments: dict[str, Any] = {"position_ids": by_axis if by_axis.shape[0] > 1 else by_axis[0]}
+    forward = inspect.unwrap(type(rotary).forward)
+    if "layer_type" in inspect.signature(forward).parameters:
+        arguments["layer_type"] = layer_type
+    like = torch.empty(0, dtype=torch.float32, device=position_ids.device)
+    with torch.no_grad():
+        return forward(rotary, like, **arguments)
+
+
+def unit(tables: Tables) -> Tables:
+    """The tables without the factor that YaRN and its kin multiply attention by: they keep lengths."""
+    if isinstance(tables, torch.Tensor):
+        return tables / tables.abs()
+    length = (tables[0].square() + tables[1].square()).sqrt()
+    return tables[0] / length, tables[1] / length
+
+
+def inverse(tables: Tables) -> Tables:
+    """The tables that undo these, the factor included."""
+    if isinstance(tables, torch.Tensor):
+        return tables.reciprocal()
+    length = tables[0].square() + tables[1].square()
+    return tables[0] / length, -tables[1] / length
+
+
+def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """Rotate as the attention module does itself: by its own function, on halves, pairs or a part of the head.
+
+    Args:
+        attention: The attention module.
+        states: Queries or keys, `(batch, heads, seq_len, head_dim)`.
+        tables: Of `(batch, seq_len, ...)`.
+
+    Returns:
+        As `states`, in its dtype; computed in fp32 at least.
+    """
+    wide = states if states.dtype == torch.float64 else states.float()
+    if isinstance(tables, torch.Tensor):
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * tables.unsqueeze(1)).flatten(-2).to(states.dtype)
+    function = rotary_function(attention)
+    assert function is not None
+    if next(iter(inspect.signature(function).parameters)) == "x":
+        rotated = function(wide, *tables, unsqueeze_dim=1)
+    else:
+        rotated, _ = function(wide, wide[:, :1], *tables)
+    return rotated.to(states.dtype)
+
+
+def rotary_function(attention: nn.Module) -> Any:
+    """The function by which an attention module rotates, `None` if it has none by a known name."""
+    for cls in type(attention).__mro__:
+        namespace = vars(sys.modules[cls.__module__])
+        for name in ("apply_rotary_pos_emb", "apply_rotary_emb"):
+            if name in namespace:
+                return namespace[name]
+    return None

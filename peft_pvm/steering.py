@@ -1,0 +1,156 @@
+"""What DIPE and T-DRS share: adapters without parameters that stand beside the text model and steer its attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, cast
+
+from torch import nn
+
+from .attention import is_steerable, release, steer
+from .checks import check, layer_list
+from .context import CONTEXT, VisualContext
+from .families import VisionLanguageModel
+from .tuner import VisualConfig, VisualTuner, VisualTunerLayer
+
+
+@dataclass
+class SteeringConfig(VisualConfig):
+    """Fields of every adapter that steers attention.
+
+    Args:
+        layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all that it can act on.
+        init_weights: Without effect: there are no weights. PEFT expects the field.
+    """
+
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Indices of the decoder layers it acts on, or None: all that it can act on."},
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Without effect: there are no weights."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.layers_to_transform is not None:
+            self.layers_to_transform = layer_list(self, "None")
+        check(self, "init_weights", isinstance(self.init_weights, bool), "True or False")
+
+
+Config = TypeVar("Config", bound=SteeringConfig)
+
+
+class SteeringLayer(VisualTunerLayer, Generic[Config]):
+    """A child of the text model that tells each forward what to do to the attention of which layers.
+
+    Args:
+        vlm: The model's parts.
+        layers: The decoder layers that the method can act on.
+    """
+
+    adapter_layer_names = ()
+    other_param_names = ("adapter_configs",)
+
+    def __init__(self, vlm: VisionLanguageModel, layers: list[int]):
+        super().__init__()
+        self.layers = layers
+        self.adapter_configs: dict[str, Config] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self._vlm = (vlm,)  # in a tuple: the parent is no submodule
+        self._release: list[Any] = []
+
+    def steer(self, context: VisualContext, configs: list[Config]) -> None:
+        """Put what the active adapters do into the context of a forward.
+
+        Args:
+            context: It is complete but for positions.
+            configs: Of the active adapters, at least one.
+        """
+        raise NotImplementedError
+
+    def config_of(self, adapter_name: str) -> Config:
+        return self.adapter_configs[adapter_name]
+
+    def join(self) -> None:
+        if self._release:
+            return
+        vlm = self._vlm[0]
+        handle = vlm.text_model.register_forward_pre_hook(self._steer_forward, with_kwargs=True)
+        attentions = list(vlm.self_attentions.values())
+        for attention in attentions:
+            steer(attention)
+        self._release = [handle.remove, *(lambda attention=attention: release(attention) for attention in attentions)]
+
+    def part(self) -> None:
+        for undo in self._release:
+            undo()
+        self._release = []
+
+    def _steer_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = cast(VisualContext, kwargs[CONTEXT])
+        self.prepare(context)
+        if self.disable_adapters:
+            return
+        configs = [self.adapter_configs[name] for name in self.active_adapters if name in self.adapter_configs]
+        if configs:
+            context.check()
+            self.steer(context, configs)
+
+    def prepare(self, context: VisualContext) -> None:
+        """What a forward has to keep even while no adapter is active."""
+
+    def layers_of(self, config: Config) -> list[int]:
+        """The layers that an adapter acts on."""
+        return self.layers if config.layers_to_transform is None else cast(list[int], config.layers_to_transform)
+
+
+class SteeringTuner(VisualTuner):
+    """Base of the tuners. A subclass says on which layers it can act."""
+
+    def steerable_layers(self) -> list[int]:
+        """The layers that the method can act on.
+
+        Raises:
+            ValueError: There is none; the message says why.
+        """
+        vlm = self.vlm
+        for layer_idx, attention in vlm.self_attentions.items():
+            if not is_steerable(attention):
+                raise ValueError(
+                    f"{type(attention).__name__} (decoder layer {layer_idx} of {type(vlm.model).__name__}) does not "
+                    "look up its kernel in transformers' AttentionInterface, which is how "
+                    f"{type(self).__name__} changes attention."
+                )
+        return list(vlm.self_attentions)
+
+    def resolve(self, config: Any) -> Any:
+        layers = self.steerable_layers()
+        wrong = [layer_idx for layer_idx in config.layers_to_transform or () if layer_idx not in layers]
+        if wrong:
+            raise ValueError(
+                f"{type(config).__name__}.layers_to_transform names layers {wrong}, but on {type(self.model).__name__} "
+                f"the method can act on layers {layers} only."
+            )
+        return config
+
+    def targeted_names(self, config: Any) -> tuple[str, ...]:
+        return (self.vlm.text_model_name,)
+
+    def expected_shapes(self, config: Any, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not hasattr(target, self.child_name):
+            target.add_module(self.child_name, self.tuner_layer_cls(self.vlm, self.steerable_layers()))  # type: ignore[call-arg]
+        layer = cast(SteeringLayer, target.get_submodule(self.child_name))
+        layer.adapter_configs[adapter_name] = peft_config

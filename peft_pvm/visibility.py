@@ -1,0 +1,119 @@
+"""Which keys a query may attend to, read off the masks of every attention kernel: pure, with no model in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Which of `num_keys` keys each of `num_queries` queries may attend to.
+
+    Args:
+        attention_mask: What the kernel is given. `None`: causal. `(batch, num_keys or fewer)`: causal, and False or 0
+            at padding. `(batch or 1, heads or 1, num_queries, num_keys or more)`: bool, or float to be added to the
+            scores. Or the `BlockMask` of flex attention.
+        num_queries: Length of the queries.
+        num_keys: Length of the keys.
+        first_column: The key that belongs to the first query; the others follow. A tensor for a static cache.
+        is_causal: Whether a query sees only keys up to its own, where the mask does not say.
+        sliding_window: How many keys up to its own a query sees, where the mask does not say. `None`: all.
+        device: Where to build masks.
+    """
+
+    attention_mask: Any
+    num_queries: int
+    num_keys: int
+    first_column: int | torch.Tensor
+    is_causal: bool = True
+    sliding_window: int | None = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """The key that belongs to each query, `(num_queries,)`, int64."""
+        return torch.arange(self.num_queries, device=self.device) + self.first_column
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """Whether every query sees all keys up to its own and no others."""
+        return self.attention_mask is None and self.is_causal and self.sliding_window is None
+
+    def mask(self, queries: slice = slice(None), keys: slice = slice(None)) -> torch.Tensor | None:
+        """The part of the mask for some queries and some keys.
+
+        Returns:
+            Bool, broadcastable to `(batch, heads, queries, keys)`. `None`: each sees all.
+        """
+        mask = self.attention_mask
+        if isinstance(mask, BlockMask):
+            batch = torch.arange(mask.shape[0], device=self.device)[:, None, None, None]
+            rows = torch.arange(self.num_queries, device=self.device)[queries][:, None]
+            return mask.mask_mod(batch, torch.zeros_like(batch), rows, self._keys(keys))
+        if mask is not None and mask.dim() == 4:
+            part = mask[:, :, queries, : self.num_keys][..., keys]
+            return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+
+        visible = None
+        if self.num_queries > 1 or self.sliding_window is not None or mask is not None:
+            own, others = self.columns[queries][:, None], self._keys(keys)
+            visible = others <= own if self.is_causal else torch.ones_like(others <= own)
+            if self.sliding_window is not None:
+                visible = visible & (others > own - self.sliding_window)
+            visible = visible[None, None]
+        if mask is not None:
+            padded = torch.nn.functional.pad(mask.bool(), (0, max(self.num_keys - mask.shape[1], 0)))
+            real = padded[:, : self.num_keys][:, None, None, keys]
+            visible = real if visible is None else visible & real
+        return visible
+
+    def bias(self, queries: slice = slice(None), keys: slice = slice(None)) -> torch.Tensor | None:
+        """What a float mask adds to the scores of the keys that are visible, shaped like `mask`."""
+        mask = self.attention_mask
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.dtype == torch.bool:
+            return None
+        return mask[:, :, queries, : self.num_keys][..., keys]
+
+    def _keys(self, keys: slice) -> torch.Tensor:
+        return torch.arange(self.num_keys, device=self.device)[keys]
+
+
+def real_tokens(
+    attention_mask: Any, shape: tuple[int, ...] | torch.Size, past_length: int | torch.Tensor
+) -> torch.Tensor | None:
+    """Which tokens of a forward are not padding.
+
+    Args:
+        attention_mask: The mask a model is given, in any form that `Visibility` takes or a dict of them by layer type,
+            of which that of full attention counts.
+        shape: `(batch, seq_len)` of this forward.
+        past_length: Number of tokens in the cache.
+
+    Returns:
+        `(batch, seq_len)`, bool: in a mask of four axes, the tokens that see themselves. `None`: all.
+    """
+    if isinstance(attention_mask, Mapping):
+        by_type = [mask for mask in attention_mask.values() if mask is not None]
+        attention_mask = attention_mask.get("full_attention", by_type[0] if by_type else None)
+    if attention_mask is None:
+        return None
+    batch, seq_len = shape
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -seq_len:].bool()
+    device = past_length.device if isinstance(past_length, torch.Tensor) else None
+    num_keys = attention_mask.shape[-1]
+    visibility = Visibility(attention_mask, seq_len, num_keys, past_length, device=device or _device_of(attention_mask))
+    visible = visibility.mask()
+    assert visible is not None
+    visible = visible[:, 0].expand(batch, seq_len, num_keys)
+    return visible.gather(2, visibility.columns.expand(batch, -1).unsqueeze(2)).squeeze(2)
+
+
+def _device_of(attention_mask: Any) -> torch.device:
+    tensor = attention_mask.kv_num_blocks if isinstance(attention_mask, BlockMask) else attention_mask
+    return tensor.device
