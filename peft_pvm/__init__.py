@@ -3,11 +3,13 @@
 from .dipe import DIPEConfig, DIPEModel
 from .pvm import PVMConfig, PVMModel
 from .registry import register, remember_adapter_sources
+from .tdrs import TDRSConfig, TDRSModel
 
 
 __version__ = "0.1.0"
-__all__ = ["DIPEConfig", "DIPEModel", "PVMConfig", "PVMModel"]
+__all__ = ["DIPEConfig", "DIPEModel", "PVMConfig", "PVMModel", "TDRSConfig", "TDRSModel"]
 
 register("pvm", PVMConfig, PVMModel)
 register("dipe", DIPEConfig, DIPEModel)
+register("tdrs", TDRSConfig, TDRSModel)
 remember_adapter_sources()

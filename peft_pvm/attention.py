@@ -122,7 +122,7 @@ class Steering:
 
 
 def steered_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -137,19 +137,23 @@ def steered_attention(
         NotImplementedError: The kernel is asked for something that a steered function does not do.
     """
     context: VisualContext | None = kwargs.get(CONTEXT)
-    steering = None if context is None else context.steering.get(module.layer_idx)  # type: ignore[arg-type]
-    if context is None or steering is None:
+    steering = None if context is None else context.steering.get(module.layer_idx)
+    scoring = weighing = None
+    if context is not None and steering is not None:
+        scoring = None if context.memory.is_empty else steering.scoring  # with text alone there is one modality
+        weighing = steering.weighing
+    if context is None or (scoring is None and weighing is None):
         return base_kernel(kernel, module)(query, key, value, attention_mask, **kwargs)
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"{type(module).__name__} has {unknown}, which DIPE and T-DRS do not know.")
     call = AttentionCall(module, query, key, value, attention_mask, context, kernel, kwargs)
-    if steering.weighing is None:
-        assert steering.scoring is not None
-        return steering.scoring.attend(call)
-    if steering.scoring is not None:
-        query, key = steering.scoring.widen(call)
-    return steering.weighing.attend(call, query, key)
+    if weighing is None:
+        assert scoring is not None
+        return scoring.attend(call)
+    if scoring is not None:
+        query, key = scoring.widen(call)
+    return weighing.attend(call, query, key)
 
 
 def base_kernel(kernel: str, module: nn.Module) -> Callable[..., tuple[Any, Any]]:
@@ -207,16 +211,16 @@ def steered_name(kernel: str) -> str:
     return name
 
 
-def steer(attention: nn.Module) -> None:
+def steer(attention: Any) -> None:
     """Let adapters steer an attention module. Count with `release`."""
     view = attention.config
     if not isinstance(view, ConfigView):
         view = ConfigView(view)
-        attention.config = view  # type: ignore[assignment]
+        attention.config = view
     view.__dict__["users"] += 1
 
 
-def release(attention: nn.Module) -> None:
+def release(attention: Any) -> None:
     """Take back one `steer`; after the last one the module is as it was."""
     view = attention.config
     assert isinstance(view, ConfigView)

@@ -1,4 +1,4 @@
-"""`VisualContext`: what one forward knows about its tokens. It travels as a keyword argument, down to the attention."""
+"""`VisualContext`: what one forward knows about its tokens, sent down to the attention as a keyword argument."""
 
 from __future__ import annotations
 
@@ -173,8 +173,10 @@ class VisualContext:
         return self.derived(("visual_keys", num_keys), lambda: self._make_visual_keys(num_keys))
 
     def _make_visual_keys(self, num_keys: int) -> torch.Tensor:
-        slots = self.memory.slots - self.first_key(num_keys)
         mask = torch.zeros(self.batch_size, num_keys + 1, dtype=torch.bool, device=self.device)
+        if self.memory.is_empty:
+            return mask[:, :num_keys]
+        slots = self.memory.slots - self.first_key(num_keys)
         # What is not among the keys (padding, or fallen out of a sliding window) goes to an extra column.
         slots = torch.where((self.memory.slots >= 0) & (slots >= 0), slots, num_keys)
         return mask.scatter_(1, slots, True)[:, :num_keys]

@@ -231,8 +231,8 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
     for layer_idx, layer in enumerate(text_model.layers):
         if hasattr(layer, "cross_attn"):
             raise refuse(
-                f"its decoder layer {layer_idx} ({type(layer).__name__}) looks at the image by cross-attention, so that "
-                "no image token stands among the text tokens whose distance could grow",
+                f"its decoder layer {layer_idx} ({type(layer).__name__}) looks at the image by cross-attention, so "
+                "that no image token stands among the text tokens whose distance could grow",
                 "image tokens in the sequence that self-attention reads",
             )
         children = {name for name, child in layer.named_children() if not is_tuner_child(child)}

@@ -78,8 +78,15 @@ class Runs:
 
     def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Runs:
         """The table with `function` applied to every tensor; the first axis of each is the batch."""
-        tensors = (self.starts, self.anchors, self.modalities, self.open_anchor, self.open_modality)
-        return Runs(*map(function, tensors), self.last_start, self.awaits_text)
+        return Runs(
+            function(self.starts),
+            function(self.anchors),
+            function(self.modalities),
+            function(self.open_anchor),
+            function(self.open_modality),
+            self.last_start,
+            self.awaits_text,
+        )
 
 
 @dataclass(eq=False)

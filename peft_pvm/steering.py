@@ -129,8 +129,8 @@ class SteeringTuner(VisualTuner):
         wrong = [layer_idx for layer_idx in config.layers_to_transform or () if layer_idx not in layers]
         if wrong:
             raise ValueError(
-                f"{type(config).__name__}.layers_to_transform names layers {wrong}, but on {type(self.model).__name__} "
-                f"the method can act on layers {layers} only."
+                f"{type(config).__name__}.layers_to_transform names layers {wrong}, but on "
+                f"{type(self.model).__name__} the method can act on layers {layers} only."
             )
         return config
 
@@ -151,6 +151,6 @@ class SteeringTuner(VisualTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not hasattr(target, self.child_name):
-            target.add_module(self.child_name, self.tuner_layer_cls(self.vlm, self.steerable_layers()))  # type: ignore[call-arg]
+            target.add_module(self.child_name, self.tuner_layer_cls(self.vlm, self.steerable_layers()))
         layer = cast(SteeringLayer, target.get_submodule(self.child_name))
         layer.adapter_configs[adapter_name] = peft_config

@@ -79,6 +79,26 @@ class Visibility:
             return None
         return mask[:, :, queries, : self.num_keys][..., keys]
 
+    def ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many real tokens stand before each key and before each query's own key.
+
+        A key that no query sees is taken for padding.
+
+        Returns:
+            `(batch or 1, 1, num_keys)` and `(batch or 1, 1, num_queries)`, int64. Of padding itself: anything.
+        """
+        mask = self.attention_mask
+        if mask is None:
+            return self._keys(slice(None))[None, None], self.columns[None, None]
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            real = torch.nn.functional.pad(mask.bool(), (0, max(self.num_keys - mask.shape[1], 0)))[:, : self.num_keys]
+        else:
+            visible = self.mask()
+            assert visible is not None
+            real = visible.any(dim=2).any(dim=1)
+        ranks = (real.long().cumsum(1) - 1).unsqueeze(1)
+        return ranks, ranks[..., self.columns]
+
     def _keys(self, keys: slice) -> torch.Tensor:
         return torch.arange(self.num_keys, device=self.device)[keys]
 
@@ -107,7 +127,9 @@ def real_tokens(
         return attention_mask[:, -seq_len:].bool()
     device = past_length.device if isinstance(past_length, torch.Tensor) else None
     num_keys = attention_mask.shape[-1]
-    visibility = Visibility(attention_mask, seq_len, num_keys, past_length, device=device or _device_of(attention_mask))
+    visibility = Visibility(
+        attention_mask, seq_len, num_keys, past_length, device=device or _device_of(attention_mask)
+    )
     visible = visibility.mask()
     assert visible is not None
     visible = visible[:, 0].expand(batch, seq_len, num_keys)

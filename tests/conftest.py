@@ -17,7 +17,7 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 
-from peft_pvm import DIPEConfig, PVMConfig
+from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
 
 
 torch.set_num_threads(1)  # tests run side by side
@@ -67,6 +67,11 @@ METHODS = {
         activate=give_weight,
     ),
     "dipe": Method(config=DIPEConfig, text_alone="equal"),
+    "tdrs": Method(config=TDRSConfig, text_alone="changed"),
+    "tdrs-inter": Method(
+        config=lambda **fields: TDRSConfig(**{"pairs": "inter", "dc_floor": 0.1, "re_floor": 0.2, **fields}),
+        text_alone="equal",
+    ),
 }
 
 
@@ -88,3 +93,7 @@ def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **kwargs) ->
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape
     return (a - b).abs().max().item()
+
+
+def in_double(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}

@@ -9,7 +9,7 @@ import transformers as T
 from peft import LoraConfig, get_peft_model
 from tiny_vlms import TinyVLM
 
-from peft_pvm import PVMConfig
+from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
 from peft_pvm.families import BLOCKS, FAMILIES, find_vlm
 
 
@@ -115,18 +115,19 @@ def _scaled_residual():
         ),
         (
             _cross_attention,
-            r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer.*cross_attn.*Looked for a decoder layer",
+            r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer\) looks at the image by cross-attention, so that no image",
         ),
         (_other_block, r"Olmo2DecoderLayer of text model type 'olmo2'.*post_feedforward_layernorm.*no other norm"),
         (lambda: torch.nn.Linear(2, 2), r"Linear \(model_type ''\)"),
     ],
     ids=["scaled residual", "text only", "cross-attention", "unknown block", "no transformers model"],
 )
-def test_refuses_others_by_name(build, complaint: str):
+@pytest.mark.parametrize("config", [PVMConfig(r=32), DIPEConfig(), TDRSConfig()], ids=["pvm", "dipe", "tdrs"])
+def test_refuses_others_by_name(build, complaint: str, config: PeftConfig):
     model = build()
     names = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match=complaint):
-        get_peft_model(model, PVMConfig(r=32))
+        get_peft_model(model, config)
     assert [name for name, _ in model.named_modules()] == names
 
 

@@ -30,8 +30,6 @@ class AnchoredScoring:
 
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the attention function returns: `(batch, num_queries, heads, value_dim)`, and weights or `None`."""
-        if call.context.memory.is_empty:  # one modality
-            return call.run_kernel(call.query, call.key, call.value)
         if call.query.shape[2] == 1:
             return self._attend_once(call)
         query, key = self.widen(call)
@@ -81,7 +79,8 @@ class AnchoredScoring:
         context, num_queries = call.context, call.query.shape[2]
 
         def turn() -> Tables:
-            assert context.anchors is not None and context.position_ids is not None
+            assert context.anchors is not None
+            assert context.position_ids is not None
             return unit(
                 rotation_tables(self.rotary, context.anchors.unsqueeze(-1) - context.position_ids, self.layer_type)
             )

@@ -55,7 +55,7 @@ class DIPEModel(SteeringTuner):
         ]
         if vlm.rotary is None or not layers:
             raise ValueError(
-                f"{type(vlm.model).__name__} has no layer that rotates queries and keys by position (a text model with "
-                "rotary_emb, whose modeling file has apply_rotary_pos_emb), so DIPE has no distance to hold."
+                f"{type(vlm.model).__name__} has no layer that rotates queries and keys by position (a text model "
+                "with rotary_emb, whose modeling file has apply_rotary_pos_emb), so DIPE has no distance to hold."
             )
         return layers

@@ -1,0 +1,123 @@
+"""The T-DRS tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from ..attention import AttentionCall, Steering
+from ..context import VisualContext
+from ..families import VisionLanguageModel
+from ..rotation import Tables, inverse, rotate, rotation_tables
+from ..steering import SteeringLayer, SteeringTuner
+from .blockwise import Inputs, blockwise_attention
+from .config import TDRSConfig
+
+
+class Reweighting:
+    """How the scores of one layer are weighed, by one adapter.
+
+    Args:
+        config: The adapter's configuration.
+        vlm: The model's parts.
+        layer_idx: The layer.
+    """
+
+    def __init__(self, config: TDRSConfig, vlm: VisionLanguageModel, layer_idx: int):
+        self.config = config
+        self.rotary = vlm.rotary if vlm.rotates(vlm.self_attentions[layer_idx]) else None
+        self.layer_type = vlm.layer_type(layer_idx)
+
+    def attend(
+        self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the attention function returns: `(batch, num_queries, heads, value_dim)`, and weights or `None`."""
+        inter = None
+        if self.config.pairs == "inter":
+            inter = call.visual_queries, call.context.visual_keys(key.shape[2])
+        content_query, content_key = self._contents(call)
+        inputs = Inputs(
+            query,
+            key,
+            call.value,
+            content_query,
+            content_key,
+            call.visibility,
+            inter,
+            call.scaling,
+            call.kwargs.get("softcap"),
+            call.kwargs.get("dropout", 0.0),
+        )
+        return blockwise_attention(inputs, self.config, call.wants_weights)
+
+    def _contents(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys without position, of length 1."""
+        if self.rotary is None:
+            return F.normalize(call.query, dim=-1), F.normalize(call.key, dim=-1)
+        context, num_queries, num_keys = call.context, call.query.shape[2], call.key.shape[2]
+        positions = context.memory.position_ids
+        if positions is None or context.position_ids is None:
+            raise RuntimeError(
+                "The KV cache holds tokens whose positions nobody kept: T-DRS must be attached from the first token "
+                "on. Start with a new cache."
+            )
+        of_keys = positions[:, max(positions.shape[1] - num_keys, 0) :]
+        of_keys = F.pad(of_keys, (0, 0, 0, num_keys - of_keys.shape[1]))  # what a static cache has not filled yet
+        of_queries = context.position_ids[:, -num_queries:]
+        query = rotate(call.module, call.query, self._undo(context, "queries", of_queries))
+        key = rotate(call.module, call.key, self._undo(context, "keys", of_keys))
+        return F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+
+    def _undo(self, context: VisualContext, what: str, positions: torch.Tensor) -> Tables:
+        assert self.rotary is not None
+        rotary = self.rotary
+        make: Callable[[], Tables] = lambda: inverse(rotation_tables(rotary, positions, self.layer_type))  # noqa: E731
+        return context.derived(("tdrs", what, self.layer_type, positions.shape[1]), make)
+
+
+class TDRSLayer(SteeringLayer[TDRSConfig]):
+    """Stands beside the text model and reweights scores in the layers of the active adapters, one for each layer."""
+
+    def prepare(self, context: VisualContext) -> None:
+        context.keeps_positions = True
+
+    def steer(self, context: VisualContext, configs: list[TDRSConfig]) -> None:
+        taken: set[int] = set()
+        for config in configs:
+            layers = set(self.layers_of(config))
+            if taken & layers:
+                raise ValueError(
+                    f"{len(configs)} T-DRS adapters are active and meet on layers {sorted(taken & layers)}, but "
+                    "attention is reweighted once. Choose one with set_adapter, or give them different "
+                    "layers_to_transform."
+                )
+            taken |= layers
+            if config.is_off or (config.pairs == "inter" and context.memory.is_empty):
+                continue
+            for layer_idx in layers:
+                steering = context.steering.setdefault(layer_idx, Steering())
+                steering.weighing = Reweighting(config, self._vlm[0], layer_idx)
+
+
+class TDRSModel(SteeringTuner):
+    """Attaches T-DRS to a vision-language model. Source: arXiv 2511.09868.
+
+    The text model gets a child `tdrs` without parameters. Layers of linear attention (Qwen3.5) are left as they are.
+
+    Args:
+        model: A vision-language model from transformers.
+        config: The adapter's configuration.
+        adapter_name: The adapter's name.
+
+    Raises:
+        ValueError: The model is not one that fits, or the configuration does not fit the model.
+
+    Example:
+        model = get_peft_model(model, TDRSConfig(sd_strength=3.0))
+    """
+
+    prefix = "tdrs_"
+    child_name = "tdrs"
+    tuner_layer_cls = TDRSLayer

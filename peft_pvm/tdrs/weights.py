@@ -1,0 +1,124 @@
+"""The reweighting of T-DRS (arXiv 2511.09868) on blocks of scores: pure functions, with no model in sight.
+
+`docs/t-drs.md` says which of this the paper states and which is our reading.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+from ..checks import is_number
+
+
+LARGEST_FLOOR = 0.999  # a multiple of the least weight is cut to this; at 1, distance would not matter at all
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a factor falls to at the farthest key.
+
+    Attributes:
+        value: A number, or the multiple of the row's least attention weight.
+        is_multiple: Which of the two.
+    """
+
+    value: float
+    is_multiple: bool
+
+    @staticmethod
+    def of(value: float | str) -> Floor:
+        """A floor from what a config says.
+
+        Example:
+            >>> Floor.of("3*min"), Floor.of(0.1)
+            (Floor(value=3.0, is_multiple=True), Floor(value=0.1, is_multiple=False))
+        """
+        if isinstance(value, str):
+            return Floor(float(value.partition("*")[0]), True)
+        return Floor(float(value), False)
+
+    @staticmethod
+    def is_valid(value: object) -> bool:
+        """Whether a config may say this."""
+        if isinstance(value, str):
+            return re.fullmatch(r"\d+(\.\d+)?\*min", value) is not None and float(value.partition("*")[0]) > 0
+        return is_number(value) and 0 < value < 1  # type: ignore[operator]
+
+    def exponent(self, log_least: torch.Tensor | None) -> torch.Tensor | float:
+        """Minus the logarithm of the floor.
+
+        Args:
+            log_least: Logarithm of each row's least attention weight, any shape; may be `None` for a plain number.
+
+        Returns:
+            Shaped as `log_least`, or a number.
+
+        Example:
+            >>> Floor.of("3*min").exponent(torch.tensor([0.01]).log()).neg().exp()
+            tensor([0.0300])
+        """
+        if not self.is_multiple:
+            return -math.log(self.value)
+        assert log_least is not None
+        return (-math.log(self.value) - log_least).clamp(min=-math.log(LARGEST_FLOOR))
+
+
+def semantic_position(similarity: torch.Tensor) -> torch.Tensor:
+    """sem_pos: how near a key is in meaning, from the cosine of query and key without rotation.
+
+    Args:
+        similarity: From -1 to 1, any shape.
+
+    Returns:
+        From 0 to 1.
+
+    Example:
+        >>> semantic_position(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    return (similarity + 1) / 2
+
+
+def distance_boost(
+    semantic: torch.Tensor,
+    distance: torch.Tensor,
+    farthest: torch.Tensor,
+    dc_exponent: torch.Tensor | float,
+    re_exponent: torch.Tensor | float,
+    dc_strength: float,
+    re_strength: float,
+) -> torch.Tensor:
+    """What the last two steps add to an attention weight of 1: lambda_dc w(d / scale) + lambda_re r_re(d / scale).
+
+    With scale = 1 + sem_pos and x = d / (scale d_max), the Gaussian and the rational quadratic factor of the paper are
+    w = exp(-a x^2) and r_re = (1 + a x^2)^(-b / log(1 + a)), where exp(-a) and exp(-b) are the floors: at the farthest
+    key and scale 1 they fall to these.
+
+    Args:
+        semantic: sem_pos of every pair, `(..., queries, keys)`.
+        distance: Number of tokens between query and key, broadcastable to `semantic`; its sign does not matter.
+        farthest: The largest distance to a key that a query sees, d_max, broadcastable to `(..., queries, 1)`.
+        dc_exponent: a, as `Floor.exponent` gives it, broadcastable to `(..., queries, 1)`.
+        re_exponent: b, as `dc_exponent`.
+        dc_strength: lambda_dc.
+        re_strength: lambda_re.
+
+    Returns:
+        Shaped as `semantic`, 0 or more.
+
+    Example:
+        >>> semantic, distance = torch.zeros(2), torch.tensor([0.0, 8.0])
+        >>> floor = Floor.of(0.1).exponent(None)
+        >>> distance_boost(semantic, distance, torch.tensor(8.0), floor, floor, 1.0, 0.0)
+        tensor([1.0000, 0.1000])
+    """
+    scaled = dc_exponent * (distance / (farthest.clamp(min=1) * (1 + semantic))).square()
+    near = dc_strength * torch.exp(-scaled) if dc_strength else 0.0
+    if not re_strength:
+        return near + torch.zeros_like(semantic)
+    power = re_exponent / torch.log1p(torch.as_tensor(dc_exponent, dtype=semantic.dtype, device=semantic.device))
+    return near + re_strength * torch.exp(-power * torch.log1p(scaled))
