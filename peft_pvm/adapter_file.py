@@ -10,6 +10,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 
+FORMAT_VERSION = "1"  # of the files we write, in their metadata
+
+
 class AdapterFile:
     """The weights file of a saved adapter, read no further than its header.
 

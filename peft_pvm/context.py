@@ -77,7 +77,8 @@ class VisualContext:
             past_length: Number of tokens in the cache; a tensor for a static cache.
         """
         self.memory = memory
-        self.past_length = past_length
+        # A static cache counts in place, layer by layer.
+        self.past_length = past_length.clone() if isinstance(past_length, torch.Tensor) else past_length
         self.batch_size, self.seq_len = inputs_embeds.shape[:2]
         self.device = inputs_embeds.device
         self.records_gradients = torch.is_grad_enabled()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
+from peft.utils import PeftType
+from safetensors.torch import save_file
 from torch import nn
 
+from .adapter_file import FORMAT_VERSION, SAFETENSORS_WEIGHTS_NAME
 from .attention import is_steerable, release, steer
+from .cards import write_card
 from .checks import check, layer_list
 from .context import CONTEXT, VisualContext
 from .families import VisionLanguageModel
@@ -23,6 +28,11 @@ class SteeringConfig(VisualConfig):
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
 
+    method: ClassVar[str]
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]  # its number on arXiv
+
     layers_to_transform: list[int] | int | None = field(
         default=None,
         metadata={"help": "Indices of the decoder layers it acts on, or None: all that it can act on."},
@@ -31,9 +41,21 @@ class SteeringConfig(VisualConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.peft_type = PeftType(self.method.upper())
         if self.layers_to_transform is not None:
             self.layers_to_transform = layer_list(self, "None")
         check(self, "init_weights", isinstance(self.init_weights, bool), "True or False")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the whole adapter: the configuration, a weights file without tensors, and a card.
+
+        PEFT and transformers call this at the end of their own saving, of which this is all that matters here: PEFT
+        writes a file that does not say what it belongs to, transformers writes none.
+        """
+        super().save_pretrained(os.fspath(save_directory), **kwargs)
+        metadata = {"format": "pt", "method": self.method, "version": FORMAT_VERSION}
+        save_file({}, os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata=metadata)
+        write_card(self, save_directory)
 
 
 Config = TypeVar("Config", bound=SteeringConfig)
@@ -68,6 +90,9 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
             configs: Of the active adapters, at least one.
         """
         raise NotImplementedError
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapter_configs)
 
     def config_of(self, adapter_name: str) -> Config:
         return self.adapter_configs[adapter_name]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
-from tiny_vlms import FAMILIES, TinyVLM
+from tiny_vlms import FAMILIES, VOCAB, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
 
@@ -75,8 +75,33 @@ METHODS = {
 }
 
 
+PROMPTS = ("t4 i t3 i t6", "t7 i t5", "t9")
+REPRESENTATIVE = ("qwen3_vl", "llava", "gemma3")  # mRoPE and DeepStack; plain; sandwich norms and sliding windows
+# Special tokens are not sampled: without a cache, the base would take them for images that bring no features.
+GENERATE = dict(
+    max_new_tokens=5,
+    min_new_tokens=5,
+    pad_token_id=0,
+    suppress_tokens=list(range(300, VOCAB)),
+    return_dict_in_generate=True,
+    output_logits=True,
+)
+LAST = 3  # tokens decoded after the operation
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> TinyVLM:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(params=REPRESENTATIVE)
+def tiny(request) -> TinyVLM:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(params=["qwen3_vl", "llava"])
+def plain(request) -> TinyVLM:
+    """Families whose cache can be cropped anywhere."""
     return FAMILIES[request.param]
 
 
@@ -97,3 +122,26 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def in_double(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+
+
+def generate(tiny: TinyVLM, model: PeftModel, *prompts: str, seed: int | None = None, **kwargs):
+    if seed is not None:
+        torch.manual_seed(seed)
+    return model.generate(
+        **tiny.prompt(model.get_base_model(), *prompts), **{**GENERATE, "do_sample": False, **kwargs}
+    )
+
+
+def prefill(tiny: TinyVLM, model: PeftModel, *conversations: str, stop: int | None = None, cache=None):
+    inputs = tiny.inputs(model.get_base_model(), *conversations, stop=stop)
+    with torch.no_grad():
+        return model(**inputs, past_key_values=cache, use_cache=True).past_key_values
+
+
+def resume(tiny: TinyVLM, model: PeftModel, cache, conversation: str, start: int) -> torch.Tensor:
+    inputs = tiny.inputs(model.get_base_model(), conversation, start=start)
+    return logits(model, inputs, past_key_values=cache, use_cache=True)
+
+
+def length_of(tiny: TinyVLM, model: PeftModel, conversation: str) -> int:
+    return tiny.inputs(model.get_base_model(), conversation)["input_ids"].shape[1]

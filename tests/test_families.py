@@ -6,7 +6,7 @@ import pytest
 import tiny_vlms
 import torch
 import transformers as T
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from tiny_vlms import TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
@@ -115,7 +115,7 @@ def _scaled_residual():
         ),
         (
             _cross_attention,
-            r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer\) looks at the image by cross-attention, so that no image",
+            r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer\) looks at the image by cross-attention, so",
         ),
         (_other_block, r"Olmo2DecoderLayer of text model type 'olmo2'.*post_feedforward_layernorm.*no other norm"),
         (lambda: torch.nn.Linear(2, 2), r"Linear \(model_type ''\)"),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from peft.utils import PeftType
+from typing import ClassVar
 
 from ..steering import SteeringConfig
 
@@ -26,6 +25,11 @@ class DIPEConfig(SteeringConfig):
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType("DIPE")
+    method: ClassVar[str] = "dipe"
+    title: ClassVar[str] = "DIPE: the distance between text and image does not grow"
+    summary: ClassVar[str] = (
+        "Scores between tokens of different modality are computed as if the query stood where its run of text began. "
+        "The paper trains with it from pretraining on; on a model that was trained without, it is a zero-shot change "
+        "of positions."
+    )
+    paper: ClassVar[str] = "2603.10863"

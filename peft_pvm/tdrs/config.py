@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
-
-from peft.utils import PeftType
+from typing import ClassVar, Literal
 
 from ..checks import check, is_number
 from ..steering import SteeringConfig
@@ -44,6 +42,14 @@ class TDRSConfig(SteeringConfig):
         ValueError: A value out of its range or not among the choices.
     """
 
+    method: ClassVar[str] = "tdrs"
+    title: ClassVar[str] = "T-DRS: attention reweighted by similarity and distance"
+    summary: ClassVar[str] = (
+        "Three steps at inference: similar keys weigh more, near keys weigh more (similar ones count as nearer), and "
+        "distant keys keep a share."
+    )
+    paper: ClassVar[str] = "2511.09868"
+
     form: Literal["weights", "logits"] = field(
         default="weights",
         metadata={"help": "What distance multiplies: attention 'weights', renormalised after, or scores ('logits')."},
@@ -80,7 +86,6 @@ class TDRSConfig(SteeringConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType("TDRS")
         for name, choices in (("form", FORMS), ("pairs", PAIRS), ("kernel", KERNELS)):
             check(self, name, getattr(self, name) in choices, f"one of {choices}")
         for name in ("sd_strength", "dc_strength", "re_strength"):
