@@ -4,10 +4,11 @@ from .dipe import DIPEConfig, DIPEModel
 from .pvm import PVMConfig, PVMModel
 from .registry import register, remember_adapter_sources
 from .tdrs import TDRSConfig, TDRSModel
+from .trial import attached
 
 
 __version__ = "0.1.0"
-__all__ = ["DIPEConfig", "DIPEModel", "PVMConfig", "PVMModel", "TDRSConfig", "TDRSModel"]
+__all__ = ["DIPEConfig", "DIPEModel", "PVMConfig", "PVMModel", "TDRSConfig", "TDRSModel", "attached"]
 
 register("pvm", PVMConfig, PVMModel)
 register("dipe", DIPEConfig, DIPEModel)

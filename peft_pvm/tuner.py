@@ -73,6 +73,12 @@ class VisualTuner(BaseTuner):
     tuner_layer_cls: type[VisualTunerLayer]
     child_name: str  # the attribute of a base module under which the tuner layer stands
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any):
+        # Adapters of several types on one model share one table of configs, which PEFT writes to before it asks us.
+        if adapter_name in getattr(model, "peft_config", {}):
+            raise _name_is_taken(adapter_name)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
     @property
     def vlm(self) -> VisionLanguageModel:
         """The parts of the model this tuner is attached to."""
@@ -105,17 +111,13 @@ class VisualTuner(BaseTuner):
             if adapter_name not in layer._all_available_adapter_names():
                 continue
             self.peft_config[adapter_name] = layer.config_of(adapter_name)  # PEFT has put the new one there
-            raise ValueError(
-                f"An adapter {adapter_name!r} is already attached to this model. Take another name "
-                "(adapter_name=...), or take it off first with unload() or delete_adapter()."
-            )
+            raise _name_is_taken(adapter_name)
         for layer in layers:
             layer.part()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            self._remove_adapter(adapter_name)
-            self.peft_config.pop(adapter_name, None)
+            self.remove_adapter(adapter_name)
             if not getattr(model, "peft_config", None) and getattr(model, "_hf_peft_config_loaded", False):
                 # transformers' add_adapter sets it before it injects
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
@@ -183,8 +185,13 @@ class VisualTuner(BaseTuner):
         if not any(isinstance(module, VisualTunerLayer) for module in self.model.modules()):
             Tap.on(self.vlm).remove()
 
-    def _remove_adapter(self, adapter_name: str) -> None:
-        """Undo a failed injection."""
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Take one adapter off, with the layers that hold no other. Unlike `delete_adapter`, it chooses no successor.
+
+        Args:
+            adapter_name: Its name.
+        """
+        self.peft_config.pop(adapter_name, None)
         layers = self._tuner_layers()
         for layer in layers:
             if adapter_name in layer._all_available_adapter_names():
@@ -234,18 +241,26 @@ class VisualTuner(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        self._remove_layers(self._tuner_layers())
+        layers = self._tuner_layers()
+        own = {adapter_name for layer in layers for adapter_name in layer._all_available_adapter_names()}
+        self._remove_layers(layers)
         for name, module in list(self.model.named_modules()):
             # Only what these adapters wrapped: another tuner's layers and wrappers, nested below, stay.
             if not isinstance(module, AuxiliaryTrainingWrapper):
                 continue
-            if module._get_available_adapters() <= set(self.peft_config):
+            if module._get_available_adapters() <= own:
                 parent, _, child_name = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child_name, module.original_module)
-        configs = getattr(self.model, "peft_config", {})
-        for name in set(configs) & set(self.peft_config):
-            if configs[name] is self.peft_config[name]:
-                del configs[name]
+        configs = getattr(self.model, "peft_config", {})  # of all tuners on the model, where several are nested
+        for adapter_name in own & set(configs):
+            del configs[adapter_name]
         if not configs and hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+
+def _name_is_taken(adapter_name: str) -> ValueError:
+    return ValueError(
+        f"An adapter {adapter_name!r} is already attached to this model. Take another name (adapter_name=...), or "
+        "take it off first with unload() or delete_adapter()."
+    )
