@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
+import torch
 from peft.utils import PeftType
 from safetensors.torch import save_file
 from torch import nn
@@ -90,6 +91,9 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
             configs: Of the active adapters, at least one.
         """
         raise NotImplementedError
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        pass  # nothing to move
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapter_configs)
