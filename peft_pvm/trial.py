@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
@@ -59,7 +60,9 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
         for config in configs:
             name = f"attached_{next(_numbers)}"
             tuner_cls = cast(Any, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type])  # type: ignore[index]
-            tuners.append((name, tuner_cls(base, copy.copy(config), name)))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
+                tuners.append((name, tuner_cls(base, copy.copy(config), name)))
             names = [name for name, _ in tuners]
             for layer in base.modules():
                 if isinstance(layer, VisualTunerLayer):

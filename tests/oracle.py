@@ -136,11 +136,10 @@ def reweighted(config, scores, similarity, distance, hidden, inter):
         return torch.full_like(least, value)
 
     far = distance.abs().expand_as(scores).masked_fill(hidden, 0).amax(-1, keepdim=True)
+    far = torch.where(far > 0, far, 1)  # a query that sees but itself: every distance is 0
     sigma = far / (-2 * floor(config.dc_floor).log()).sqrt()
-    sigma = torch.where(far > 0, sigma, 1)
     gaussian = torch.exp(-((distance / scale / sigma) ** 2) / 2)
     alpha = -floor(config.re_floor).log() / torch.log1p(far**2 / (2 * sigma**2))
-    alpha = torch.where(far > 0, alpha, 1)
     rational = (1 + distance**2 / (2 * (sigma * scale) ** 2)) ** -alpha
     boost = torch.where(applies, config.dc_strength * gaussian + config.re_strength * rational, 0)
     if config.form == "weights":

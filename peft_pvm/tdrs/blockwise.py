@@ -13,8 +13,8 @@ from .config import TDRSConfig
 from .weights import Floor, distance_boost, semantic_position
 
 
-BLOCK_ELEMENTS = 2**20  # scores in a block, over all rows and heads
-QUERY_BLOCK = 128
+BLOCK_ELEMENTS = 2**17  # scores in a block, over all rows and heads: larger ones leave a CPU's cache
+KEYS_IN_BLOCK = 256  # aimed at
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +73,9 @@ def blockwise_attention(
     tensors = (inputs.query, inputs.key, inputs.value, inputs.content_query, inputs.content_key)
     records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     outputs, all_weights = [], []
-    for start in range(0, num_queries, QUERY_BLOCK):
-        rows = slice(start, min(start + QUERY_BLOCK, num_queries))
+    size = max(BLOCK_ELEMENTS // (KEYS_IN_BLOCK * inputs.query.shape[0] * inputs.query.shape[1]), 16)
+    for start in range(0, num_queries, size):
+        rows = slice(start, min(start + size, num_queries))
         output, weights = checkpoint(block.attend, rows, use_reentrant=False) if records else block.attend(rows)
         outputs.append(output.to(inputs.value.dtype))
         all_weights.append(weights)

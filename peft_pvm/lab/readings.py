@@ -1,0 +1,59 @@
+"""What T-DRS leaves open, measured: the tiny model's accuracy under each reading, without any training."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..tdrs import TDRSConfig
+from ..trial import attached
+from .tiny_vlm import load_tiny_vlm
+from .train import accuracy
+
+
+LENGTHS = (128, 256, 512, 2048)
+SD_ALONE = {"dc_strength": 0.0, "re_strength": 0.0}
+READINGS: dict[str, dict[str, Any] | None] = {
+    "base": None,
+    "all three steps, as by default": {},
+    "re_strength 0.8": {"re_strength": 0.8},
+    "SD alone": SD_ALONE,
+    "SD alone, sd_strength 3": {**SD_ALONE, "sd_strength": 3.0},
+    "SD alone, text-visual pairs": {**SD_ALONE, "pairs": "inter"},
+    "DC alone": {"sd_strength": 0.0, "re_strength": 0.0},
+    "re alone": {"sd_strength": 0.0, "dc_strength": 0.0},
+    "SD and DC": {"re_strength": 0.0},
+    "form logits": {"form": "logits"},
+    "form logits, DC alone": {"form": "logits", "sd_strength": 0.0, "re_strength": 0.0},
+    "text-visual pairs": {"pairs": "inter"},
+    "form logits, text-visual pairs": {"form": "logits", "pairs": "inter"},
+    "floors 0.1": {"dc_floor": 0.1, "re_floor": 0.1},
+}
+
+
+def compare_readings(questions: int = 200, seed: int = 0) -> None:
+    """Print a table of accuracies, one row per reading.
+
+    Args:
+        questions: Held-out questions per cell.
+        seed: Decides the questions.
+    """
+    start = time.perf_counter()
+    model = load_tiny_vlm()
+    title = f"Which digit was in that cell? {questions} held-out questions a cell, by bytes of text between"
+    table = Table("T-DRS", *map(str, LENGTHS), title=title)
+    for name, fields in READINGS.items():
+        with attached(model, *([] if fields is None else [TDRSConfig(**fields)])):
+            results = [accuracy(model, length, questions, seed, name) for length in LENGTHS]
+        table.add_row(name, *(f"{result.value:.3f} ± {result.standard_error:.3f}" for result in results))
+    console = Console()
+    console.print(table)
+    seconds = time.perf_counter() - start
+    console.print(
+        f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}, {seconds:.0f} s."
+    )

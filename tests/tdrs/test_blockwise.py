@@ -1,0 +1,166 @@
+"""T-DRS block by block: equal to whole matrices, in memory that grows with the length; gradients and weights."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import difference, in_double, logits
+from oracle import oracle, reweighted
+from tiny_vlms import FAMILIES
+
+from peft_pvm import DIPEConfig, TDRSConfig, attached
+from peft_pvm.tdrs import blockwise
+from peft_pvm.tdrs.blockwise import Inputs, blockwise_attention
+from peft_pvm.visibility import Visibility
+
+
+def random_inputs(visibility: Visibility, seed: int = 0, **fields: Any) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    num_queries, num_keys = visibility.num_queries, visibility.num_keys
+
+    def draw(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(2, heads, length, 16, generator=generator)
+
+    content = F.normalize(draw(4, num_queries), dim=-1), F.normalize(draw(2, num_keys), dim=-1)
+    scores = draw(4, num_queries), draw(2, num_keys), draw(2, num_keys)
+    return Inputs(*scores, *content, visibility, **{"inter": None, "scaling": 0.25, **fields})
+
+
+def naive(inputs: Inputs, config: TDRSConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """On whole matrices, in float64."""
+    key, value, content_key = (
+        tensor.double().repeat_interleave(2, 1) for tensor in (inputs.key, inputs.value, inputs.content_key)
+    )
+    scores = inputs.query.double() @ key.transpose(2, 3) * inputs.scaling
+    similarity = inputs.content_query.double() @ content_key.transpose(2, 3)
+    visible = inputs.visibility.mask()
+    hidden = torch.zeros_like(scores, dtype=torch.bool) if visible is None else ~visible.expand_as(scores)
+    columns = inputs.visibility.columns.double()
+    distance = (columns[:, None] - torch.arange(key.shape[2]))[None, None]
+    weights = reweighted(config, scores, similarity, distance, hidden, torch.ones_like(hidden))
+    return (weights @ value).transpose(1, 2), weights
+
+
+@pytest.mark.parametrize("form", ["weights", "logits"])
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "first"), [(1, 700, 699), (300, 300, 0), (65, 700, 635)], ids=["decode", "", "cached"]
+)
+def test_equals_whole_matrices(form: str, num_queries: int, num_keys: int, first: int, monkeypatch):
+    """Also in other blocks, which change nothing."""
+    inputs = random_inputs(Visibility(None, num_queries, num_keys, first))
+    config = TDRSConfig(form=form)
+    expected, expected_weights = naive(inputs, config)
+    output, weights = blockwise_attention(inputs, config)
+    assert weights is None
+    assert difference(output.double(), expected) < 1e-5
+    output, weights = blockwise_attention(inputs, config, wants_weights=True)
+    assert difference(output.double(), expected) < 1e-5
+    assert difference(weights.double(), expected_weights) < 1e-5
+    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 2**10)
+    assert difference(blockwise_attention(inputs, config)[0].double(), expected) < 1e-5
+
+
+def test_gradients_equal_those_of_whole_matrices():
+    visibility = Visibility(None, 70, 70, 0)
+    inputs = random_inputs(visibility)
+    tensors = (inputs.query, inputs.key, inputs.value, inputs.content_query, inputs.content_key)
+    for config in (TDRSConfig(), TDRSConfig(form="logits", dc_floor=0.1)):
+        gradients = []
+        for compute in (naive, blockwise_attention):
+            for tensor in tensors:
+                tensor.grad = None
+                tensor.requires_grad_()
+            compute(inputs, config)[0].square().sum().backward()
+            gradients.append([tensor.grad for tensor in tensors])
+        assert all(difference(*pair) < 1e-4 for pair in zip(*gradients))
+        assert all(gradient.abs().max() > 1e-2 for gradient in gradients[0])
+
+
+def test_gradients_through_a_model():
+    family = FAMILIES["qwen3_vl"]
+    inputs = family.inputs(family.build(), "t4 i t3 i t6")
+    gradients = []
+    for kind in ("oracle", "ours"):
+        model = family.build()
+        embeddings = model.get_input_embeddings()
+        if kind == "oracle":
+            with oracle(model, inputs, dipe=True, tdrs=TDRSConfig()) as reference:
+                reference(**in_double(inputs)).logits.square().mean().backward()
+        else:
+            with attached(model, DIPEConfig(), TDRSConfig()):
+                embeddings.weight.requires_grad_()
+                model(**inputs, use_cache=False).logits.square().mean().backward()
+        gradients.append(embeddings.weight.grad.double())
+    assert gradients[0].abs().max() > 1e-3
+    assert difference(*gradients) < 2e-5
+
+
+def test_true_weights_are_returned():
+    """With `output_attentions`, on the eager kernel and on sdpa, which itself returns none."""
+    family = FAMILIES["llava"]
+    for kernel in ("eager", "sdpa"):
+        model = family.build(attn_implementation=kernel)
+        inputs = family.inputs(model, "t4 i t6")
+        with oracle(family.build(), inputs, tdrs=TDRSConfig()) as reference, torch.no_grad():
+            expected = reference(**in_double(inputs), output_attentions=True).attentions
+        with attached(model, TDRSConfig()), torch.no_grad():
+            outputs = model(**inputs, output_attentions=True)
+            assert len(outputs.attentions) == len(expected) == 3
+            for found, true in zip(outputs.attentions, expected):
+                assert difference(found.double(), true) < 1e-5
+            assert difference(outputs.logits, logits(model, inputs)) < 1e-5
+
+
+def test_dropout_is_applied():
+    inputs = random_inputs(Visibility(None, 64, 64, 0), dropout=0.5)
+    config = TDRSConfig()
+    torch.manual_seed(0)
+    drawn = torch.stack([blockwise_attention(inputs, config)[0] for _ in range(200)])
+    expected, _ = naive(inputs, config)
+    assert difference(drawn[0], drawn[1]) > 0.1
+    assert difference(drawn.mean(0)[:, 16:].double(), expected[:, 16:]) < 0.5
+
+
+MEASURE = """
+import resource, torch
+import torch.nn.functional as F
+from peft_pvm import TDRSConfig
+from peft_pvm.tdrs.blockwise import Inputs, blockwise_attention
+from peft_pvm.visibility import Visibility
+
+torch.set_num_threads(1)
+length = 16_384
+torch.manual_seed(0)
+query, key, value, content_query, content_key = (torch.randn(1, 8, length, 64) for _ in range(5))
+contents = F.normalize(content_query, dim=-1), F.normalize(content_key, dim=-1)
+visibility = Visibility(None, length, length, 0)
+inputs = Inputs(query, key, value, *contents, visibility, None, 0.125)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+output, _ = blockwise_attention(inputs, TDRSConfig())
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert output.isfinite().all()
+print((after - before) * 1024)
+"""
+
+
+def test_memory_is_linear_in_length():
+    """16,384 tokens, 8 heads of 64: one matrix of scores would take 8 GiB."""
+    run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    peak = int(run.stdout)
+    assert 0 < peak < 2**30
+    print(f"peak extra memory: {peak / 2**20:.0f} MiB")
+
+
+def test_a_row_of_padding_is_finite_and_changes_nothing():
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, :5] = False
+    inputs = random_inputs(Visibility(mask, 12, 12, 0))
+    output, _ = blockwise_attention(inputs, TDRSConfig())
+    assert output.isfinite().all()
+    assert math.isfinite(output.sum())

@@ -1,0 +1,103 @@
+"""`attached`: adapters for the length of a block, leaving no trace."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import METHODS, difference, logits
+from peft import LoraConfig, PeftModel
+from tiny_vlms import FAMILIES
+
+from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, attached
+from peft_pvm.attention import ConfigView
+
+
+ROWS = ("t4 i t3 i t6", "t7 i t5")
+ALL = (DIPEConfig(), TDRSConfig(), PVMConfig(r=32, init_weights=False))
+
+
+def state(model: torch.nn.Module) -> dict:
+    """Everything an adapter could leave behind."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {
+        "modules": [(name, type(module), sorted(vars(module))) for name, module in base.named_modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()],
+        "configs": [(type(m.config), id(_config_of(m))) for m in base.modules() if hasattr(m, "config")],
+        "trainable": [parameter.requires_grad for parameter in base.parameters()],
+        "adapters": sorted(getattr(base, "peft_config", {})),
+        "active": [list(m.active_adapters) for m in base.modules() if hasattr(m, "_active_adapter")],
+    }
+
+
+def _config_of(module: torch.nn.Module):
+    """The config itself, also where an adapter has put a view in front of it."""
+    return module.config.config if isinstance(module.config, ConfigView) else module.config
+
+
+def test_on_a_plain_model(family):
+    model = family.build()
+    inputs = family.inputs(model, *ROWS)
+    base, before = logits(model, inputs), state(model)
+    with attached(model, *ALL) as same:
+        assert same is model
+        on = logits(model, inputs)
+        assert difference(on, base) > 1e-3
+        model.generate(**family.prompt(model, ROWS[0]), max_new_tokens=2)
+    assert state(model) == before
+    assert torch.equal(logits(model, inputs), base)
+    with attached(model):
+        assert state(model) == before
+
+
+@pytest.mark.parametrize("method", ["pvm", "dipe", "tdrs-inter"])
+def test_beside_an_adapter_of_the_same_and_of_other_types(method: str):
+    family = FAMILIES["qwen3_vl"]
+    model = METHODS[method].attach(family.build())
+    model.add_adapter("other", METHODS[method].config(layers_to_transform=[0]))
+    model.set_adapter("default")
+    inputs = family.inputs(model.get_base_model(), *ROWS)
+    alone, before = logits(model, inputs), state(model)
+    configs = [config for config in ALL if not (method == "tdrs-inter" and isinstance(config, TDRSConfig))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with attached(model, *configs):
+            assert difference(logits(model, inputs), alone) > 1e-3
+            with attached(model, DIPEConfig(layers_to_transform=1)):
+                logits(model, inputs)
+    assert state(model) == before
+    assert torch.equal(logits(model, inputs), alone)
+
+
+def test_after_an_exception():
+    family = FAMILIES["llava"]
+    model = family.build()
+    inputs = family.inputs(model, *ROWS)
+    base, before = logits(model, inputs), state(model)
+    with pytest.raises(KeyError, match="mine"), attached(model, *ALL):
+        raise KeyError("mine")
+    assert state(model) == before
+    with (
+        pytest.raises(ValueError, match=r"names layers \[7\]"),
+        attached(model, *ALL, DIPEConfig(layers_to_transform=7)),
+    ):
+        pass
+    assert state(model) == before
+    assert torch.equal(logits(model, inputs), base)
+
+
+def test_others_are_refused(tmp_path):
+    family = FAMILIES["llava"]
+    model = family.build()
+    with pytest.raises(TypeError, match="not LoraConfig"), attached(model, LoraConfig()):
+        pass
+    METHODS["pvm"].attach(family.build()).save_pretrained(tmp_path)
+    with (
+        pytest.raises(ValueError, match="starts adapters afresh"),
+        attached(model, PVMConfig.from_pretrained(tmp_path)),
+    ):
+        pass
+    METHODS["dipe"].attach(family.build()).save_pretrained(tmp_path)
+    with attached(model, DIPEConfig.from_pretrained(tmp_path)):
+        pass
