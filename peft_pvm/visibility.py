@@ -54,12 +54,17 @@ class Visibility:
         if isinstance(mask, BlockMask):
             batch = torch.arange(mask.shape[0], device=self.device)[:, None, None, None]
             rows = torch.arange(self.num_queries, device=self.device)[queries][:, None]
-            return mask.mask_mod(batch, torch.zeros_like(batch), rows, self._keys(keys))
+            part = mask.mask_mod(batch, torch.zeros_like(batch), rows, self._keys(keys))
+            return part[(None,) * (4 - part.dim())]  # a rule that does not look at the batch gives no such axis
         if mask is not None and mask.dim() == 4:
             part = mask[:, :, queries, : self.num_keys][..., keys]
             return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
 
         visible = None
+        if self.is_plain_causal and isinstance(self.first_column, int):
+            first_query, last_key = queries.indices(self.num_queries)[0], keys.indices(self.num_keys)[1] - 1
+            if last_key <= self.first_column + first_query:
+                return None
         if self.num_queries > 1 or self.sliding_window is not None or mask is not None:
             own, others = self.columns[queries][:, None], self._keys(keys)
             visible = others <= own if self.is_causal else torch.ones_like(others <= own)

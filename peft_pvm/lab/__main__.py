@@ -1,4 +1,4 @@
-"""`python -m peft_pvm.lab demo` and `python -m peft_pvm.lab train-base`."""
+"""`python -m peft_pvm.lab demo`, `readings` and `train-base`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import warnings
 
 from .demo import run_demo
+from .readings import compare_readings
 from .tiny_vlm import SHIPPED, new_tiny_vlm, save_tiny_vlm
 from .train import accuracy, train_base
 
@@ -21,6 +22,9 @@ def main() -> None:
     demo.add_argument("--hidden-share", type=float, default=0.5, help="share of them that hide the image")
     demo.add_argument("--questions", type=int, default=200, help="test questions for every length")
     demo.add_argument("--seed", type=int, default=0)
+    readings = commands.add_parser("readings", help="test T-DRS on the tiny model under each reading of the paper")
+    readings.add_argument("--questions", type=int, default=200, help="test questions for every length")
+    readings.add_argument("--seed", type=int, default=0)
     base = commands.add_parser("train-base", help="train the tiny model again")
     base.add_argument("--out", default=SHIPPED, help="the file; by default the shipped one is overwritten")
     base.add_argument("--steps", type=int, default=1000)
@@ -30,6 +34,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if arguments.command == "demo":
         run_demo(arguments.out, arguments.steps, arguments.hidden_share, arguments.questions, arguments.seed)
+        return
+    if arguments.command == "readings":
+        compare_readings(arguments.questions, arguments.seed)
         return
     start = time.perf_counter()
     model = new_tiny_vlm(arguments.seed)

@@ -16,7 +16,7 @@ from .tiny_vlm import load_tiny_vlm
 from .train import accuracy
 
 
-LENGTHS = (128, 256, 512, 2048)
+LENGTHS = (128, 256, 512)
 SD_ALONE = {"dc_strength": 0.0, "re_strength": 0.0}
 READINGS: dict[str, dict[str, Any] | None] = {
     "base": None,

@@ -89,7 +89,8 @@ class _Block:
     def __init__(self, inputs: Inputs, config: TDRSConfig, wants_weights: bool):
         self.inputs, self.config, self.wants_weights = inputs, config, wants_weights
         self.floors = Floor.of(config.dc_floor), Floor.of(config.re_floor)
-        self.key_ranks, self.query_ranks = inputs.visibility.ranks()
+        self.key_ranks, self.query_ranks = (ranks.to(inputs.dtype) for ranks in inputs.visibility.ranks())
+        self.query = inputs.query.to(inputs.dtype) * inputs.scaling
 
     def attend(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Output `(batch, heads, rows, value_dim)` and, if wanted, weights `(batch, heads, rows, num_keys)`."""
@@ -113,15 +114,13 @@ class _Block:
             if applies is not None:
                 boost = torch.where(applies, boost, 0)
             if config.form == "logits":
-                raised, factor = raised + scores * boost, None
-            else:
-                factor = 1 + boost
+                raised = torch.addcmul(raised, scores, boost)
             raised = _hide(raised, visible)
             block_largest = raised.detach().amax(-1, keepdim=True)
             new_largest = block_largest if largest is None else torch.maximum(largest, block_largest)
             weights = torch.exp(raised - new_largest)
-            if factor is not None:
-                weights = weights * factor
+            if config.form == "weights":
+                weights = torch.addcmul(weights, weights, boost)
             block_total = weights.sum(-1, keepdim=True)
             weights = F.dropout(weights, inputs.dropout)
             block_attended = self._by_kv_head(weights) @ inputs.value[:, :, keys].to(weights.dtype)
@@ -177,7 +176,7 @@ class _Block:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Scores, scores after the semantic step, sem_pos, what is visible and what is reweighted."""
         inputs = self.inputs
-        scores = self._products(inputs.query[:, :, rows], inputs.key[:, :, keys]) * inputs.scaling
+        scores = self._products(self.query[:, :, rows], inputs.key[:, :, keys])
         if inputs.softcap is not None:
             scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
         bias = inputs.visibility.bias(rows, keys)
@@ -188,8 +187,8 @@ class _Block:
         if inputs.inter is not None:
             of_queries, of_keys = inputs.inter
             applies = (of_queries[:, rows, None] != of_keys[:, None, keys]).unsqueeze(1)
-        step = self.config.sd_strength * semantic
-        raised = scores + (step if applies is None else torch.where(applies, step, 0))
+        step = semantic if applies is None else torch.where(applies, semantic, 0)
+        raised = torch.add(scores, step, alpha=self.config.sd_strength)
         return scores, raised, semantic, inputs.visibility.mask(rows, keys), applies
 
     def _products(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -50,7 +51,27 @@ class Reweighting:
             call.kwargs.get("softcap"),
             call.kwargs.get("dropout", 0.0),
         )
+        if self._takes_triton(inputs, call.wants_weights):
+            from .triton_kernel import triton_attention
+
+            return triton_attention(inputs, self.config), None
         return blockwise_attention(inputs, self.config, call.wants_weights)
+
+    def _takes_triton(self, inputs: Inputs, wants_weights: bool) -> bool:
+        if self.config.kernel == "blockwise":
+            return False
+        if self.config.kernel == "triton":
+            if wants_weights:
+                raise NotImplementedError(
+                    "The Triton kernel does not return attention weights. Use TDRSConfig(kernel='auto')."
+                )
+            return True
+        needs_blockwise = wants_weights or inputs.dropout > 0 or inputs.query.dtype == torch.float64
+        records = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (inputs.query, inputs.key, inputs.value)
+        )
+        on_gpu = inputs.query.is_cuda and importlib.util.find_spec("triton") is not None
+        return on_gpu and not needs_blockwise and not records
 
     def _contents(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys without position, of length 1."""

@@ -116,9 +116,13 @@ def distance_boost(
         >>> distance_boost(semantic, distance, torch.tensor(8.0), floor, floor, 1.0, 0.0)
         tensor([1.0000, 0.1000])
     """
-    scaled = dc_exponent * (distance / (farthest.clamp(min=1) * (1 + semantic))).square()
-    near = dc_strength * torch.exp(-scaled) if dc_strength else 0.0
-    if not re_strength:
-        return near + torch.zeros_like(semantic)
-    power = re_exponent / torch.log1p(torch.as_tensor(dc_exponent, dtype=semantic.dtype, device=semantic.device))
-    return near + re_strength * torch.exp(-power * torch.log1p(scaled))
+    dc_exponent = torch.as_tensor(dc_exponent, dtype=semantic.dtype, device=semantic.device)
+    # What depends on the row alone comes first: it is small.
+    scaled = (distance * (dc_exponent.sqrt() / farthest.clamp(min=1)) / (1 + semantic)).square()
+    boost = torch.zeros_like(semantic)
+    if dc_strength:
+        boost = dc_strength * torch.exp(-scaled)
+    if re_strength:
+        power = -re_exponent / torch.log1p(dc_exponent)
+        boost = torch.add(boost, torch.exp(power * torch.log1p(scaled)), alpha=re_strength)
+    return boost
