@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -148,6 +149,25 @@ class VisualContext:
             setattr(moved, name, value.to(device) if isinstance(value, torch.Tensor) else value)
         return moved
 
+    def tail(self, length: int) -> VisualContext:
+        """The context of the last `length` tokens alone. Some models leave the others out of their last layers.
+
+        Gemma 4 does so in layers that share the keys and values of earlier ones, if only the last logits are wanted.
+        """
+        if length == self.seq_len:
+            return self
+        return self.derived(("tail", length), lambda: self._make_tail(length))
+
+    def _make_tail(self, length: int) -> VisualContext:
+        cut = copy.copy(self)
+        cut._derived = {}
+        cut.past_length = self.past_length + self.seq_len - length
+        cut.seq_len = length
+        if self.visual_mask is not None:
+            cut.visual_mask = self.visual_mask[:, -length:]
+            cut.visual_positions = pack(cut.visual_mask)
+        return cut
+
     def derived(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` returns, made once in this forward for all layers that ask for the same `key`."""
         if key not in self._derived:
@@ -205,7 +225,8 @@ class VisualContext:
         if sum(piece.shape[1] for piece in pieces) != num_visual:
             raise RuntimeError(
                 f"Layer {layer_idx} did not keep the hidden states of all images in this KV cache: an adapter with "
-                "memory_source='hidden_states' must be active from the first image on. Start with a new cache."
+                "memory_source='hidden_states' must be active from the first image on, in layers that compute the "
+                "whole prompt. Start with a new cache."
             )
         bank = self.memory.hidden_states[layer_idx] = torch.cat(pieces, 1)
         return bank

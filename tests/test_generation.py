@@ -25,7 +25,7 @@ from conftest import (
     resume,
 )
 from peft import PeftModel
-from tiny_vlms import EOS, FAMILIES, IMAGE, VIDEO, TinyVLM
+from tiny_vlms import EOS, FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from peft_pvm.tap import Tap
@@ -93,6 +93,26 @@ def test_other_ways_to_decode_equal_greedy(tiny: TinyVLM, model: PeftModel, kind
         "chunked prefill": dict(prefill_chunk_size=4),
     }[kind]
     check_equal(model, lambda: generate(tiny, model, prompt, **arguments), lambda: generate(tiny, model, prompt))
+
+
+def test_layers_that_compute_the_last_tokens_alone(method: Method, request):
+    """Of a prompt, the last layers of this Gemma 4 compute only the tokens whose logits are wanted."""
+    model = method.attach(GEMMA4_SHARED.build())
+    base = model.get_base_model()
+    inputs = GEMMA4_SHARED.inputs(base, *PROMPTS)
+    if request.node.callspec.id == "pvm-hidden-states":
+        with pytest.raises(RuntimeError, match="in layers that compute the whole prompt"):
+            logits(model, inputs, logits_to_keep=1)
+        return
+    widths = []
+    attention = base.model.language_model.layers[-1].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+    whole = logits(model, inputs)
+    last = logits(model, inputs, logits_to_keep=1)
+    assert widths == [whole.shape[1], 1]
+    assert difference(last, whole[:, -1:]) < TOLERANCE
 
 
 def test_two_generations_do_not_leak(tiny: TinyVLM, model: PeftModel):

@@ -217,10 +217,9 @@ def _gemma3():
     )
 
 
-def _gemma4():
-    text = T.Gemma4TextConfig(
-        **TEXT, **SLIDING, global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0
-    )
+def _gemma4(**text):
+    text = {**TEXT, **SLIDING, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, **text}
+    text = T.Gemma4TextConfig(**text, global_head_dim=16)
     vision = T.Gemma4VisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -233,6 +232,13 @@ def _gemma4():
     )
     ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, boi_token_id=START, eoi_token_id=END, audio_token_id=AUDIO)
     return T.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **ids)
+
+
+def _gemma4_shared():
+    """The last two layers take the keys and values of earlier ones, and compute only the tokens whose logits count."""
+    layer_types = ["sliding_attention", "full_attention"] * 2
+    per_layer_input = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB)
+    return _gemma4(num_hidden_layers=4, layer_types=layer_types, num_kv_shared_layers=2, **per_layer_input)
 
 
 def _aya_vision():
@@ -472,3 +478,5 @@ FAMILIES = {
     "aya_vision": TinyVLM("AyaVisionForConditionalGeneration", _aya_vision, _square_visual(1)),
     "llama4": TinyVLM("Llama4ForConditionalGeneration", _llama4, _square_visual(1)),
 }
+
+GEMMA4_SHARED = TinyVLM("Gemma4ForConditionalGeneration", _gemma4_shared, _gemma4_image, _gemma4_video)

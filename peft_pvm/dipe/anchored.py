@@ -10,6 +10,9 @@ from ..attention import AttentionCall
 from ..rotation import Tables, rotate, rotation_tables, unit
 
 
+WIDEST_FOR_FLASH = 128  # half of what its kernels take
+
+
 class AnchoredScoring:
     """How the scores of one layer are made (arXiv 2603.10863).
 
@@ -32,6 +35,12 @@ class AnchoredScoring:
         """What the attention function returns: `(batch, num_queries, heads, value_dim)`, and weights or `None`."""
         if call.query.shape[2] == 1:
             return self._attend_once(call)
+        head_dim = call.query.shape[-1]
+        if "flash" in call.kernel and head_dim > WIDEST_FOR_FLASH:
+            raise NotImplementedError(
+                f"DIPE doubles the width of heads for a prefill, and flash attention takes no {2 * head_dim} channels "
+                "a head. Use attn_implementation='sdpa'."
+            )
         query, key = self.widen(call)
         # Fused kernels want values as wide as keys.
         value_dim = call.value.shape[-1]

@@ -1,4 +1,4 @@
-"""The demo: a frozen tiny model forgets its image as text accumulates, and a PVM adapter brings it back."""
+"""The demo: a frozen tiny model forgets its image as text accumulates; what each method does about that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 
+from ..dipe import DIPEConfig
 from ..pvm import PVMConfig
+from ..tdrs import TDRSConfig
+from ..trial import attached
 from .tiny_vlm import load_tiny_vlm
 from .train import Accuracy, accuracy, train_adapter
 
@@ -26,13 +29,15 @@ def run_demo(
     questions: int = 200,
     seed: int = 0,
 ) -> None:
-    """Train a PVM adapter on the shipped tiny model, save it, load it back, and print accuracy by distractor length.
+    """Train a PVM adapter on the shipped tiny model, save it, load it back; print accuracy by distractor length.
+
+    Beside the base and PVM it tests DIPE and T-DRS with their default settings, which need no training.
 
     Args:
         out: Folder for the adapter; by default a temporary one, which is deleted at the end.
         steps: Steps of the adapter's training.
         hidden_share: Share of them with the image hidden from self-attention, see `train_adapter`.
-        questions: Test questions for every length, the same for both models.
+        questions: Test questions for every length, the same in every column.
         seed: Decides initialisation, training questions and test questions.
     """
     if out is not None:
@@ -61,27 +66,33 @@ def _run(folder: str, steps: int, hidden_share: float, questions: int, seed: int
         f"Trained in {training_seconds:.0f} s. Saved to {folder}: {size / 1e6:.2f} MB, loaded back from there."
     )
 
-    base_model, pvm_model = load_tiny_vlm(), PeftModel.from_pretrained(load_tiny_vlm(), folder).eval()
-    base = {length: accuracy(base_model, length, questions, seed, "Testing the base") for length in LENGTHS}
-    pvm = {length: accuracy(pvm_model, length, questions, seed, "Testing with PVM") for length in LENGTHS}
-    console.print(accuracy_table(base, pvm))
+    pvm_model, model = PeftModel.from_pretrained(load_tiny_vlm(), folder).eval(), load_tiny_vlm()
+    results: dict[str, dict[int, Accuracy]] = {}
+    for name, tested, configs in (
+        ("base", model, []),
+        ("base + PVM", pvm_model, []),
+        ("base + DIPE", model, [DIPEConfig()]),
+        ("base + T-DRS", model, [TDRSConfig()]),
+    ):
+        with attached(tested, *configs):
+            results[name] = {length: accuracy(tested, length, questions, seed, name) for length in LENGTHS}
+    console.print(accuracy_table(results))
     seconds = time.perf_counter() - start
     console.print(
         f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}, {seconds:.0f} s."
     )
 
 
-def accuracy_table(base: dict[int, Accuracy], pvm: dict[int, Accuracy]) -> Table:
-    """Both results side by side, one row per distractor length."""
-    questions = {result.questions for result in base.values()}
+def accuracy_table(results: dict[str, dict[int, Accuracy]]) -> Table:
+    """Results side by side, one column for each name, one row for each distractor length."""
+    questions = {result.questions for column in results.values() for result in column.values()}
     title = (
         f"Which digit was in that cell? {', '.join(map(str, questions))} held-out questions a row, ± standard error"
     )
-    table = Table("bytes of text between", "base", "base + PVM", title=title)
+    table = Table("bytes of text between", *results, title=title)
     for column in table.columns:
         column.justify = "right"
-    for length, result in base.items():
-        table.add_row(
-            str(length), *(f"{each.value:.3f} ± {each.standard_error:.3f}" for each in (result, pvm[length]))
-        )
+    for length in next(iter(results.values())):
+        each = (column[length] for column in results.values())
+        table.add_row(str(length), *(f"{result.value:.3f} ± {result.standard_error:.3f}" for result in each))
     return table

@@ -220,6 +220,7 @@ class PVMLayer(VisualTunerLayer):
             `(batch, seq_len, hidden_size)` in the dtype of `hidden_states`, exactly 0 at visual tokens and in rows
             without images; `None` if nothing is to be added.
         """
+        context = context.tail(hidden_states.shape[1])
         total = None
         for adapter in self.active_adapters:
             if adapter not in self.pvm_gate:

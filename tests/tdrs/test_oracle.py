@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from conftest import difference, in_double, logits
 from oracle import oracle
 from peft import get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 
-from peft_pvm import TDRSConfig
+from peft_pvm import TDRSConfig, attached
+from peft_pvm.tdrs import blockwise
+from peft_pvm.tdrs import model as tdrs_model
+from peft_pvm.tdrs.weights import distance_boost
+from peft_pvm.visibility import Visibility
 
 
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
@@ -49,3 +54,50 @@ def test_every_family(family: TinyVLM):
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava", "gemma3"])
 def test_every_setting(name: str, case: str):
     check(FAMILIES[name], TDRSConfig(**CASES[case]))
+
+
+def test_every_strength_zero_is_the_base(family: TinyVLM):
+    base = family.build()
+    inputs = family.inputs(base, *BATCH)
+    expected = logits(base, inputs)
+    with attached(base, TDRSConfig(sd_strength=0.0, dc_strength=0, re_strength=0.0)):
+        assert torch.equal(logits(base, inputs), expected)
+
+
+def _unscaled(semantic, *rest):
+    """Distance in place of distance by similarity."""
+    return distance_boost(torch.zeros_like(semantic), *rest)
+
+
+def _linear(semantic, distance, farthest, *rest):
+    """The square root of distance in place of distance."""
+    return distance_boost(semantic, distance.abs().sqrt() * distance.sign(), farthest, *rest)
+
+
+def _in_slots(visibility):
+    """Padding counted as distance."""
+    keys = torch.arange(visibility.num_keys)[None, None].clamp(min=3) * 2
+    return keys, keys[..., visibility.columns]
+
+
+def _no_turn(tables):
+    """Content with its position."""
+    cosines, sines = tables
+    return torch.ones_like(cosines), torch.zeros_like(sines)
+
+
+WRONG = {
+    "unscaled distance": (blockwise, "distance_boost", _unscaled),
+    "another power of distance": (blockwise, "distance_boost", _linear),
+    "similarity not shifted": (blockwise, "semantic_position", lambda similarity: similarity),
+    "padding counted": (Visibility, "ranks", _in_slots),
+    "rotation left in": (tdrs_model, "inverse", _no_turn),
+}
+
+
+@pytest.mark.parametrize("variant", WRONG)
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
+def test_wrong_variants_are_noticed(name: str, variant: str, monkeypatch):
+    monkeypatch.setattr(*WRONG[variant])
+    with pytest.raises(AssertionError):
+        check(FAMILIES[name], TDRSConfig())
