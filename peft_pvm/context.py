@@ -111,7 +111,7 @@ class VisualContext:
             known = self.memory.position_ids
             positions = self.position_ids if known is None else torch.cat([known, self.position_ids], 1)
             self.memory = replace(self.memory, position_ids=positions)
-        else:
+        elif self.memory.position_ids is not None:
             self.memory = replace(self.memory, position_ids=None)
 
     def _read_runs(self, positions: torch.Tensor) -> torch.Tensor:

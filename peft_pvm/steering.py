@@ -81,7 +81,7 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._vlm = (vlm,)  # in a tuple: the parent is no submodule
-        self._release: list[Any] = []
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     def steer(self, context: VisualContext, configs: list[Config]) -> None:
         """Put what the active adapters do into the context of a forward.
@@ -102,19 +102,20 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
         return self.adapter_configs[adapter_name]
 
     def join(self) -> None:
-        if self._release:
+        if self._handle is not None:
             return
         vlm = self._vlm[0]
-        handle = vlm.text_model.register_forward_pre_hook(self._steer_forward, with_kwargs=True)
-        attentions = list(vlm.self_attentions.values())
-        for attention in attentions:
+        self._handle = vlm.text_model.register_forward_pre_hook(self._steer_forward, with_kwargs=True)
+        for attention in vlm.self_attentions.values():
             steer(attention)
-        self._release = [handle.remove, *(lambda attention=attention: release(attention) for attention in attentions)]
 
     def part(self) -> None:
-        for undo in self._release:
-            undo()
-        self._release = []
+        if self._handle is None:
+            return
+        self._handle.remove()
+        self._handle = None
+        for attention in self._vlm[0].self_attentions.values():
+            release(attention)
 
     def _steer_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = cast(VisualContext, kwargs[CONTEXT])
@@ -144,6 +145,10 @@ class SteeringTuner(VisualTuner):
             ValueError: There is none; the message says why.
         """
         vlm = self.vlm
+        if not vlm.self_attentions:
+            raise ValueError(
+                f"{type(vlm.model).__name__} has no layer with self-attention, which {type(self).__name__} changes."
+            )
         for layer_idx, attention in vlm.self_attentions.items():
             if not is_steerable(attention):
                 raise ValueError(

@@ -6,8 +6,10 @@ import itertools
 
 import pytest
 import torch
-from conftest import TOLERANCE, Method, difference, logits
+from conftest import TOLERANCE, Combination, Method, difference, logits
 from tiny_vlms import FAMILIES, TinyVLM
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 
 MIXED_BATCH = ("t4 i t3 i t6", "t7 i t5", "t9")  # two images, one, none
@@ -65,7 +67,7 @@ def test_left_padded_batch_equals_its_rows_alone(family: TinyVLM, method: Method
 
 
 def test_attention_kernels_agree(family: TinyVLM, method: Method):
-    """Flash attention needs a GPU; of the others, those that transformers has for the family are compared."""
+    """Those that transformers has for the family and a CPU can run."""
     kernels = [kernel for kernel in ("eager", "sdpa", "flex_attention") if _is_supported(family, kernel)]
     on, off = [], []
     with torch.compiler.set_stance("force_eager"):  # flex attention would compile for half a minute
@@ -80,6 +82,59 @@ def test_attention_kernels_agree(family: TinyVLM, method: Method):
     for other in range(1, len(kernels)):
         # Qwen3.5's linear attention alone differs by 1.6e-5 between the first two.
         assert difference(on[0], on[other]) < TOLERANCE + difference(off[0], off[other])
+
+
+def flash_stand_in(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """What flash attention computes: with no mask, or one of two axes; causal, if it is, from the bottom right."""
+    assert module.config._attn_implementation == "flash_stand_in", "it asks its config for its own name"
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if attention_mask is not None and attention_mask.shape[1] < num_keys:  # a static cache that is not full
+        num_keys = attention_mask.shape[1]
+        key, value = key[:, :, :num_keys], value[:, :, :num_keys]
+    own = torch.arange(num_queries)[:, None] + num_keys - num_queries
+    others = torch.arange(num_keys)
+    visible = (others <= own) | (not module.is_causal)
+    if sliding_window is not None:
+        visible = visible & (others > own - sliding_window)
+    visible = visible[None, None]
+    if attention_mask is not None:
+        visible = visible & attention_mask.bool()[:, None, None]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~visible, torch.finfo(query.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("flash_stand_in", flash_stand_in)
+AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
+
+
+def test_flash_attention_is_given_what_it_takes(family: TinyVLM, method: Method | Combination):
+    """Its kernels need a GPU, so that a stand-in of the same manners takes their place: prefill, decode, padding."""
+    on, off = [], []
+    for kernel in (None, "flash_stand_in"):
+        model = family.build()
+        if kernel is not None:
+            model.config.get_text_config()._attn_implementation = kernel
+        model = method.attach(model)
+        base = model.get_base_model()
+        inputs = family.inputs(base, *MIXED_BATCH)
+        real = inputs["attention_mask"].bool()
+        on.append([logits(model, inputs)[real]])
+        with model.disable_adapter():
+            off.append(logits(model, inputs)[real])
+        whole, length = "t4 i t9", family.inputs(base, "t4 i t9")["input_ids"].shape[1]
+        with torch.no_grad():
+            first = family.inputs(base, whole, stop=length - 2)
+            cache = model(**first, use_cache=True).past_key_values
+        for start in (length - 2, length - 1):
+            one = family.inputs(base, whole, start=start, stop=start + 1)
+            on[-1].append(logits(model, one, past_key_values=cache, use_cache=True))
+    if family.is_prefix_lm:
+        return  # PaliGemma's own attention is not causal there
+    assert difference(*off) < TOLERANCE
+    for one, other in zip(*on):
+        assert difference(one, other) < 2 * TOLERANCE
 
 
 def _is_supported(family: TinyVLM, kernel: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,21 @@ def test_switching_and_deleting(llava: TinyVLM, config: PeftConfig):
     with model.disable_adapter():
         assert torch.equal(logits(model, inputs), base)
     assert torch.equal(logits(model.unload(), inputs), base)
+
+
+def test_a_deepcopied_model_is_its_own(llava: TinyVLM, config: PeftConfig):
+    model = llava.build()
+    inputs = llava.inputs(model, *ROWS)
+    base = logits(model, inputs)
+    model = get_peft_model(model, config)
+    on = logits(model, inputs)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, inputs), on)
+    assert torch.equal(logits(twin.unload(), inputs), base)
+    assert torch.equal(logits(model, inputs), on)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(model.unload(), inputs), base)
+    assert torch.equal(logits(twin, inputs), on)
 
 
 def test_merging_is_refused(llava: TinyVLM, config: PeftConfig):

@@ -16,11 +16,13 @@ def main() -> None:
     """Run the command that the arguments name."""
     parser = argparse.ArgumentParser(prog="python -m peft_pvm.lab", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train a PVM adapter on the shipped tiny model and show what it changes")
+    demo = commands.add_parser(
+        "demo", help="train a PVM adapter on the shipped tiny model and show what each method changes"
+    )
     demo.add_argument("--out", help="folder for the adapter; by default a temporary one")
     demo.add_argument("--steps", type=int, default=800, help="steps of the adapter's training")
     demo.add_argument("--hidden-share", type=float, default=0.5, help="share of them that hide the image")
-    demo.add_argument("--questions", type=int, default=200, help="test questions for every length")
+    demo.add_argument("--questions", type=int, default=100, help="test questions for every length")
     demo.add_argument("--seed", type=int, default=0)
     readings = commands.add_parser("readings", help="test T-DRS on the tiny model under each reading of the paper")
     readings.add_argument("--questions", type=int, default=200, help="test questions for every length")

@@ -26,7 +26,7 @@ def run_demo(
     out: str | os.PathLike | None = None,
     steps: int = 800,
     hidden_share: float = 0.5,
-    questions: int = 200,
+    questions: int = 100,
     seed: int = 0,
 ) -> None:
     """Train a PVM adapter on the shipped tiny model, save it, load it back; print accuracy by distractor length.
@@ -70,9 +70,9 @@ def _run(folder: str, steps: int, hidden_share: float, questions: int, seed: int
     results: dict[str, dict[int, Accuracy]] = {}
     for name, tested, configs in (
         ("base", model, []),
-        ("base + PVM", pvm_model, []),
-        ("base + DIPE", model, [DIPEConfig()]),
-        ("base + T-DRS", model, [TDRSConfig()]),
+        ("PVM", pvm_model, []),
+        ("DIPE", model, [DIPEConfig()]),
+        ("T-DRS", model, [TDRSConfig()]),
     ):
         with attached(tested, *configs):
             results[name] = {length: accuracy(tested, length, questions, seed, name) for length in LENGTHS}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..attention import AttentionCall, Steering
 from ..context import VisualContext
@@ -22,14 +23,14 @@ class Reweighting:
 
     Args:
         config: The adapter's configuration.
-        vlm: The model's parts.
-        layer_idx: The layer.
+        rotary: The text model's rotary embedding; `None` in a layer that does not rotate.
+        layer_type: The layer's type, for a rotary embedding that tells types apart.
     """
 
-    def __init__(self, config: TDRSConfig, vlm: VisionLanguageModel, layer_idx: int):
+    def __init__(self, config: TDRSConfig, rotary: nn.Module | None, layer_type: str | None):
         self.config = config
-        self.rotary = vlm.rotary if vlm.rotates(vlm.self_attentions[layer_idx]) else None
-        self.layer_type = vlm.layer_type(layer_idx)
+        self.rotary = rotary
+        self.layer_type = layer_type
 
     def attend(
         self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor
@@ -101,6 +102,14 @@ class Reweighting:
 class TDRSLayer(SteeringLayer[TDRSConfig]):
     """Stands beside the text model and reweights scores in the layers of the active adapters, one for each layer."""
 
+    def __init__(self, vlm: VisionLanguageModel, layers: list[int]):
+        super().__init__(vlm, layers)
+        attentions = vlm.self_attentions
+        self._rotations = {
+            layer_idx: (vlm.rotary if vlm.rotates(attentions[layer_idx]) else None, vlm.layer_type(layer_idx))
+            for layer_idx in layers
+        }
+
     def prepare(self, context: VisualContext) -> None:
         context.keeps_positions = True
 
@@ -119,7 +128,7 @@ class TDRSLayer(SteeringLayer[TDRSConfig]):
                 continue
             for layer_idx in layers:
                 steering = context.steering.setdefault(layer_idx, Steering())
-                steering.weighing = Reweighting(config, self._vlm[0], layer_idx)
+                steering.weighing = Reweighting(config, *self._rotations[layer_idx])
 
 
 class TDRSModel(SteeringTuner):
