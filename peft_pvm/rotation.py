@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 
+ROTARY_FUNCTIONS = ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb", "apply_rotary_emb")
 Tables = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # complex numbers, or cosines and sines
 
 
@@ -34,6 +35,13 @@ def rotation_tables(rotary: nn.Module, position_ids: torch.Tensor, layer_type: s
         return forward(rotary, like, **arguments)
 
 
+def last(tables: Tables, length: int) -> Tables:
+    """The tables of the last `length` tokens."""
+    if isinstance(tables, torch.Tensor):
+        return tables[..., -length:, :]
+    return tables[0][..., -length:, :], tables[1][..., -length:, :]
+
+
 def unit(tables: Tables) -> Tables:
     """The tables without the factor that YaRN and its kin multiply attention by: they keep lengths."""
     if isinstance(tables, torch.Tensor):
@@ -56,7 +64,7 @@ def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.
     Args:
         attention: The attention module.
         states: Queries or keys, `(batch, heads, seq_len, head_dim)`.
-        tables: Of `(batch, seq_len, ...)`.
+        tables: Of `(..., batch, seq_len, channels)`.
 
     Returns:
         As `states`, in its dtype; computed in fp32 at least.
@@ -67,8 +75,12 @@ def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.
         return torch.view_as_real(pairs * tables.unsqueeze(1)).flatten(-2).to(states.dtype)
     function = rotary_function(attention)
     assert function is not None
-    if next(iter(inspect.signature(function).parameters)) == "x":
+    parameters = inspect.signature(function).parameters
+    if "x" in parameters:
         rotated = function(wide, *tables, unsqueeze_dim=1)
+    elif "mrope_section" in parameters:  # Qwen2-VL before transformers 5.17 puts the axes together here
+        sections = attention.config.rope_parameters["mrope_section"]  # type: ignore[union-attr, index]
+        rotated, _ = function(wide, wide[:, :1], *tables, sections)
     else:
         rotated, _ = function(wide, wide[:, :1], *tables)
     return rotated.to(states.dtype)
@@ -78,7 +90,7 @@ def rotary_function(attention: nn.Module) -> Any:
     """The function by which an attention module rotates, `None` if it has none by a known name."""
     for cls in type(attention).__mro__:
         namespace = vars(sys.modules[cls.__module__])
-        for name in ("apply_rotary_pos_emb", "apply_rotary_emb"):
+        for name in ROTARY_FUNCTIONS:
             if name in namespace:
                 return namespace[name]
     return None

@@ -128,6 +128,8 @@ class Tap:
             context.attention_mask = inputs.get("attention_mask")
 
         past_length = cache.get_seq_length() if cache is not None else 0
+        if cache is not None and isinstance(past_length, torch.Tensor) and not cache.is_compileable:
+            past_length = int(past_length)  # crop leaves a tensor in transformers 5.16
         try:
             _refuse_packed(inputs, past_length)
             memory = _remembered(cache, past_length)

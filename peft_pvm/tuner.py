@@ -162,6 +162,19 @@ class VisualTuner(BaseTuner):
             expected.update({key: shape for key, shape in base.items() if key.startswith(owners)})
         file.check(expected, base)
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # PEFT before 0.21 would freeze the adapters of other types that are on the model.
+        others = [
+            parameter
+            for layer in model.modules()
+            if isinstance(layer, BaseTunerLayer) and not isinstance(layer, self.tuner_layer_cls)
+            for parameter in layer.parameters()
+            if parameter.requires_grad
+        ]
+        super()._mark_only_adapters_as_trainable(model)
+        for parameter in others:
+            parameter.requires_grad = True
+
     @staticmethod
     def _check_target_module_exists(peft_config: VisualConfig, key: str) -> bool:
         return key in peft_config.target_modules

@@ -111,6 +111,8 @@ AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
 
 def test_flash_attention_is_given_what_it_takes(family: TinyVLM, method: Method | Combination):
     """Its kernels need a GPU, so that a stand-in of the same manners takes their place: prefill, decode, padding."""
+    if family.is_prefix_lm:
+        pytest.skip("PaliGemma's attention is not causal with flash attention: it differs without any adapter")
     on, off = [], []
     for kernel in (None, "flash_stand_in"):
         model = family.build()
@@ -130,8 +132,6 @@ def test_flash_attention_is_given_what_it_takes(family: TinyVLM, method: Method 
         for start in (length - 2, length - 1):
             one = family.inputs(base, whole, start=start, stop=start + 1)
             on[-1].append(logits(model, one, past_key_values=cache, use_cache=True))
-    if family.is_prefix_lm:
-        return  # PaliGemma's own attention is not causal there
     assert difference(*off) < TOLERANCE
     for one, other in zip(*on):
         assert difference(one, other) < 2 * TOLERANCE

@@ -42,8 +42,11 @@ def test_greedy_uses_the_adapter_and_equals_no_cache(family: TinyVLM, method: Me
     uncached = generate(family, model, *PROMPTS, use_cache=False)
     with model.disable_adapter():
         base = generate(family, model, *PROMPTS)
+        base_uncached = generate(family, model, *PROMPTS, use_cache=False)
     assert torch.equal(cached.sequences, uncached.sequences)
-    assert difference(torch.stack(cached.logits), torch.stack(uncached.logits)) < TOLERANCE
+    # Qwen3.5's linear attention differs by nearly as much without any adapter.
+    rounding = difference(torch.stack(base.logits), torch.stack(base_uncached.logits))
+    assert difference(torch.stack(cached.logits), torch.stack(uncached.logits)) < TOLERANCE + rounding
     assert difference(cached.logits[0][:2], base.logits[0][:2]) > 100 * TOLERANCE
 
 
@@ -100,19 +103,21 @@ def test_layers_that_compute_the_last_tokens_alone(method: Method, request):
     model = method.attach(GEMMA4_SHARED.build())
     base = model.get_base_model()
     inputs = GEMMA4_SHARED.inputs(base, *PROMPTS)
-    if request.node.callspec.id == "pvm-hidden-states":
-        with pytest.raises(RuntimeError, match="in layers that compute the whole prompt"):
-            logits(model, inputs, logits_to_keep=1)
-        return
     widths = []
     attention = base.model.language_model.layers[-1].self_attn
     attention.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
     )
-    whole = logits(model, inputs)
-    last = logits(model, inputs, logits_to_keep=1)
-    assert widths == [whole.shape[1], 1]
-    assert difference(last, whole[:, -1:]) < TOLERANCE
+    with model.disable_adapter():
+        logits(model, inputs, logits_to_keep=1)
+    if widths != [1]:
+        pytest.skip(f"transformers {transformers.__version__} computes all tokens")
+    if request.node.callspec.id == "pvm-hidden-states":
+        with pytest.raises(RuntimeError, match="in layers that compute the whole prompt"):
+            logits(model, inputs, logits_to_keep=1)
+    else:
+        last, whole = logits(model, inputs, logits_to_keep=1), logits(model, inputs)
+        assert difference(last, whole[:, -1:]) < TOLERANCE
 
 
 def test_two_generations_do_not_leak(tiny: TinyVLM, model: PeftModel):

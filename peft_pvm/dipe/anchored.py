@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..attention import AttentionCall
-from ..rotation import Tables, rotate, rotation_tables, unit
+from ..rotation import Tables, last, rotate, rotation_tables, unit
 
 
 WIDEST_FOR_FLASH = 128  # half of what its kernels take
@@ -95,9 +95,7 @@ class AnchoredScoring:
             )
 
         tables = context.derived(("dipe", self.layer_type), turn)
-        if isinstance(tables, torch.Tensor):
-            return rotate(call.module, call.query, tables[:, -num_queries:])
-        return rotate(call.module, call.query, (tables[0][:, -num_queries:], tables[1][:, -num_queries:]))
+        return rotate(call.module, call.query, last(tables, num_queries))
 
 
 def _by_kv_head(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
