@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -16,6 +17,11 @@ from ..rotation import Tables, inverse, rotate, rotation_tables
 from ..steering import SteeringLayer, SteeringTuner
 from .blockwise import Inputs, blockwise_attention
 from .config import TDRSConfig
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class Reweighting:
@@ -71,8 +77,7 @@ class Reweighting:
         records = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (inputs.query, inputs.key, inputs.value)
         )
-        on_gpu = inputs.query.is_cuda and importlib.util.find_spec("triton") is not None
-        return on_gpu and not needs_blockwise and not records
+        return inputs.query.is_cuda and _has_triton() and not needs_blockwise and not records
 
     def _contents(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys without position, of length 1."""

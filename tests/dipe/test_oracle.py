@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import difference, in_double, logits
 from oracle import oracle
 from peft import get_peft_model
@@ -28,3 +29,13 @@ def test_forward(family: TinyVLM, dipe: bool):
     if dipe:
         assert difference(expected, base.double()) > 1000 * TOLERANCE
     assert difference(computed.double(), expected) < TOLERANCE
+
+
+def test_positions_of_padding_do_not_matter(family: TinyVLM):
+    """Padding belongs to no run: the first one begins with the first real token."""
+    model = get_peft_model(family.build(), DIPEConfig())
+    inputs = family.inputs(model.get_base_model(), *BATCH)
+    real = inputs["attention_mask"].bool()
+    expected = logits(model, inputs)[real]
+    inputs["position_ids"] = torch.where(real, inputs["position_ids"], 17)
+    assert difference(logits(model, inputs)[real], expected) < TOLERANCE
