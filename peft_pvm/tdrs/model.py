@@ -72,6 +72,8 @@ class Reweighting:
                 raise NotImplementedError(
                     "The Triton kernel does not return attention weights. Use TDRSConfig(kernel='auto')."
                 )
+            if not _has_triton():
+                raise ImportError("TDRSConfig(kernel='triton') needs Triton, which is not installed.")
             return True
         needs_blockwise = wants_weights or inputs.dropout > 0 or inputs.query.dtype == torch.float64
         records = torch.is_grad_enabled() and any(

@@ -5,6 +5,8 @@ Only this module needs Triton; import it where the kernel is wanted.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 import triton  # type: ignore
@@ -38,10 +40,14 @@ def triton_attention(inputs: Inputs, config: TDRSConfig) -> torch.Tensor:
         `(batch, num_queries, heads, value_dim)`, in the dtype of the values.
 
     Raises:
-        NotImplementedError: Gradients or dropout are asked for.
+        NotImplementedError: Gradients or dropout are asked for, or there is no GPU.
         ValueError: A tensor of another dtype.
     """
     tensors = [inputs.query, inputs.key, inputs.content_query, inputs.content_key, inputs.value]
+    if not inputs.query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise NotImplementedError(
+            f"The Triton kernel needs a GPU; given tensors on {inputs.query.device}. Use kernel='auto'."
+        )
     if inputs.dropout > 0:
         raise NotImplementedError(
             f"The Triton kernel has no dropout; given {inputs.dropout}. Use kernel='blockwise', or set it to 0."

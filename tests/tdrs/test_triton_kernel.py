@@ -269,6 +269,16 @@ if INTERPRETED or DEVICE.type == "cuda":
 
 else:
 
+    def test_without_a_gpu_it_says_so():
+        family = FAMILIES["llava"]
+        model = family.build()
+        inputs = family.inputs(model, "t4 i t6")
+        with attached(model, TDRSConfig(kernel="triton")):
+            with pytest.raises(NotImplementedError, match="needs a GPU; given tensors on cpu"):
+                logits(model, inputs)
+            with pytest.raises(NotImplementedError, match="does not return attention weights"):
+                logits(model, inputs, output_attentions=True)
+
     def test_in_interpreter():
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
