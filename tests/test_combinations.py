@@ -12,6 +12,7 @@ from oracle import oracle
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from tiny_vlms import FAMILIES, TinyVLM
+from transformers import DynamicCache, StaticCache
 
 from peft_pvm import TDRSConfig
 
@@ -149,3 +150,29 @@ def test_two_tdrs_on_one_layer_are_refused():
     model.add_adapter(TDRSConfig(layers_to_transform=[1, 2]), "rest")
     model.set_adapter(["rest", "other"])
     assert logits(model, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["", "static cache"])
+def test_tdrs_needs_the_positions_of_all_tokens(static: bool):
+    """It may be switched on in the middle of a conversation, but must have been attached at its start."""
+    family = FAMILIES["llava"]
+    model = METHODS["dipe"].attach(family.build(), adapter_name="dipe")
+    base = model.get_base_model()
+    length = family.inputs(base, "t4 i t9")["input_ids"].shape[1]
+    rest = family.inputs(base, "t4 i t9", start=length - 2)
+
+    def prefill():
+        cache = StaticCache(config=base.config.get_text_config(), max_cache_len=40) if static else DynamicCache()
+        logits(base, family.inputs(base, "t4 i t9", stop=length - 2), past_key_values=cache, use_cache=True)
+        return cache
+
+    cache = prefill()
+    tdrs = get_peft_model(base, TDRSConfig(), "late")
+    with pytest.raises(RuntimeError, match="must be attached from the first token on"):
+        logits(base, rest, past_key_values=cache, use_cache=True)
+    with tdrs.disable_adapter():
+        cache = prefill()
+    switched_on = logits(base, rest, past_key_values=cache, use_cache=True)
+    with tdrs.disable_adapter():
+        left_off = logits(base, rest, past_key_values=prefill(), use_cache=True)
+    assert difference(switched_on, left_off) > 100 * TOLERANCE
