@@ -70,15 +70,14 @@ class AttentionCall:
             self.attention_mask,
             self.query.shape[2],
             self.key.shape[2],
-            self.context.past_length + self.context.seq_len - self.query.shape[2] - self._first_key,
+            self.context.past_length
+            + self.context.seq_len
+            - self.query.shape[2]
+            - self.context.first_key(self.key.shape[2]),
             getattr(self.module, "is_causal", True) if is_causal is None else is_causal,
             self.kwargs.get("sliding_window"),
             self.query.device,
         )
-
-    @property
-    def _first_key(self) -> int | torch.Tensor:
-        return self.context.first_key(self.key.shape[2])
 
     @property
     def visual_queries(self) -> torch.Tensor:
@@ -137,7 +136,10 @@ def steered_attention(
         NotImplementedError: The kernel is asked for something that a steered function does not do.
     """
     context: VisualContext | None = kwargs.get(CONTEXT)
-    steering = None if context is None else context.steering.get(module.layer_idx)
+    steering = None
+    if context is not None:
+        context.arrived_at.add(module.layer_idx)
+        steering = context.steering.get(module.layer_idx)
     scoring = weighing = None
     if context is not None and steering is not None:
         scoring = None if context.memory.is_empty else steering.scoring  # with text alone there is one modality

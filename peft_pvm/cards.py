@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 PEFT_TEMPLATE = "# Model Card for Model ID"  # the heading of the card that PEFT leaves to be filled in
+MARK = "<!-- Written by peft-pvm, again at every save. Delete this line to keep your changes. -->"
 
 
 def write_card(config: SteeringConfig, folder: str | os.PathLike) -> None:
@@ -27,8 +28,9 @@ def write_card(config: SteeringConfig, folder: str | os.PathLike) -> None:
     path = os.path.join(folder, "README.md")
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
-            if PEFT_TEMPLATE not in file.read():
-                return
+            card = file.read()
+        if PEFT_TEMPLATE not in card and MARK not in card:
+            return
     ModelCard(card_text(config)).save(path)
 
 
@@ -47,6 +49,8 @@ def card_text(config: SteeringConfig) -> str:
         "---",
         data.to_yaml(),
         "---",
+        "",
+        MARK,
         "",
         f"# {config.title}",
         "",

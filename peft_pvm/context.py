@@ -15,6 +15,10 @@ from .visibility import real_tokens
 
 
 CONTEXT = "visual_context"  # the keyword argument
+DROPPED = (
+    "The decoder layers of {model} do not pass keyword arguments on to their attention, so that the adapter learns "
+    "nothing about the image. It cannot work on this model; take it off with unload()."
+)
 T = TypeVar("T")
 
 
@@ -50,6 +54,7 @@ class VisualContext:
         anchors: The position of the first token of the run that holds each token, `(batch, seq_len)`, int64.
         keeps_positions: Whether `position_ids` are wanted in the memory.
         steering: By layer index, what adapters do to the attention there.
+        arrived_at: The layers to whose attention it came down.
         refusal: Why nobody can know what is visual here.
     """
 
@@ -66,6 +71,7 @@ class VisualContext:
         self.anchors: torch.Tensor | None = None
         self.keeps_positions = False
         self.steering: dict[int, Any] = {}
+        self.arrived_at: set[int] = set()
         self.refusal: Exception | None = None
         self._derived: dict[Any, Any] = {}
 
@@ -105,7 +111,8 @@ class VisualContext:
         by_axis = position_ids if position_ids.dim() == 3 else position_ids.unsqueeze(0)
         self.position_ids = by_axis.movedim(0, -1).expand(self.batch_size, self.seq_len, -1).long()
         # Positions of tokens that were read before anybody kept them are lost.
-        nobody_kept = self.memory.position_ids is None and self.memory.runs is not None
+        runs = self.memory.runs
+        nobody_kept = self.memory.position_ids is None and runs is not None and runs.last_start >= 0
         self.anchors = self._read_runs(self.position_ids[..., 0])
         if self.keeps_positions and not nobody_kept:
             known = self.memory.position_ids
@@ -167,6 +174,11 @@ class VisualContext:
             cut.visual_mask = self.visual_mask[:, -length:]
             cut.visual_positions = pack(cut.visual_mask)
         return cut
+
+    def check_arrival(self, model: str) -> None:
+        """Raise a NotImplementedError if a forward has ended that did not bring it down to all that is steered."""
+        if not self.steering.keys() <= self.arrived_at:
+            raise NotImplementedError(DROPPED.format(model=model))
 
     def derived(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` returns, made once in this forward for all layers that ask for the same `key`."""

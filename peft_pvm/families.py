@@ -67,10 +67,10 @@ BLOCKS: dict[str, DecoderBlock] = {
 }
 
 
-# By the text model's `model_type`: which attention modules rotate queries and keys by position. Elsewhere all do.
+# By the text model's `model_type`: which attention modules rotate queries and keys by position. Elsewhere those
+# do whose `use_rope` does not say otherwise.
 ROTATES: dict[str, Callable[[nn.Module], bool]] = {
     "cohere2": lambda attention: attention.sliding_window is not None,
-    "llama4_text": lambda attention: bool(attention.use_rope),
 }
 
 
@@ -157,7 +157,8 @@ class VisionLanguageModel:
 
     def rotates(self, attention: nn.Module) -> bool:
         """Whether an attention module rotates queries and keys by their positions."""
-        return ROTATES.get(self.text_config.model_type, lambda _: True)(attention)
+        rotates = ROTATES.get(self.text_config.model_type, lambda module: bool(getattr(module, "use_rope", True)))
+        return rotates(attention)
 
     def layer_type(self, layer_idx: int) -> str | None:
         """The type of a layer, for a rotary embedding that tells types apart."""

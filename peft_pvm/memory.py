@@ -202,7 +202,7 @@ class _FollowedByMemory(Cache):
     """Mixed into a cache's class: what the cache does to its rows happens to the memory that rides on it."""
 
     visual_memory: VisualMemory
-    visual_length: int  # tokens that the memory covers; more in the cache came without the tap reading them
+    visual_length: int | torch.Tensor  # tokens that the memory covers; more in the cache came without the tap
 
     def __reduce__(self):
         return _restored, (type(self).__bases__[1], dict(self.__dict__))
@@ -244,13 +244,11 @@ def attach_memory(cache: Cache, memory: VisualMemory, length: int | torch.Tensor
     Args:
         cache: The cache.
         memory: The visual tokens among the first `length`.
-        length: Number of tokens that the tap has read. Not kept for a static cache, whose length is a tensor.
+        length: Number of tokens that the tap has read; a tensor for a static cache.
     """
     if not isinstance(cache, _FollowedByMemory):
         cache.__class__ = _followed(type(cache))  # type: ignore[arg-type]
-    cache.visual_memory = memory
-    if isinstance(length, int):
-        cache.visual_length = length
+    cache.visual_memory, cache.visual_length = memory, length
 
 
 def memory_of(cache: Cache | None) -> VisualMemory | None:

@@ -81,9 +81,9 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._vlm = (vlm,)  # in a tuple: the parent is no submodule
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def steer(self, context: VisualContext, configs: list[Config]) -> None:
+    def plan(self, context: VisualContext, configs: list[Config]) -> None:
         """Put what the active adapters do into the context of a forward.
 
         Args:
@@ -102,22 +102,26 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
         return self.adapter_configs[adapter_name]
 
     def join(self) -> None:
-        if self._handle is not None:
+        if self._handles:
             return
         vlm = self._vlm[0]
-        self._handle = vlm.text_model.register_forward_pre_hook(self._steer_forward, with_kwargs=True)
+        self._handles = [
+            vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True),
+            vlm.text_model.register_forward_hook(self._end_forward, with_kwargs=True),
+        ]
         for attention in vlm.self_attentions.values():
             steer(attention)
 
     def part(self) -> None:
-        if self._handle is None:
+        if not self._handles:
             return
-        self._handle.remove()
-        self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         for attention in self._vlm[0].self_attentions.values():
             release(attention)
 
-    def _steer_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = cast(VisualContext, kwargs[CONTEXT])
         self.prepare(context)
         if self.disable_adapters:
@@ -125,7 +129,10 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
         configs = [self.adapter_configs[name] for name in self.active_adapters if name in self.adapter_configs]
         if configs:
             context.check()
-            self.steer(context, configs)
+            self.plan(context, configs)
+
+    def _end_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        cast(VisualContext, kwargs[CONTEXT]).check_arrival(type(self._vlm[0].model).__name__)
 
     def prepare(self, context: VisualContext) -> None:
         """What a forward has to keep even while no adapter is active."""
@@ -155,6 +162,12 @@ class SteeringTuner(VisualTuner):
                     f"{type(attention).__name__} (decoder layer {layer_idx} of {type(vlm.model).__name__}) does not "
                     "look up its kernel in transformers' AttentionInterface, which is how "
                     f"{type(self).__name__} changes attention."
+                )
+            unknown = [name for name in ("kv_lora_rank", "sinks") if hasattr(attention, name)]
+            if unknown:
+                raise ValueError(
+                    f"{type(attention).__name__} (decoder layer {layer_idx} of {type(vlm.model).__name__}) has "
+                    f"{unknown}: {type(self).__name__} knows neither multi-head latent attention nor attention sinks."
                 )
         return list(vlm.self_attentions)
 

@@ -41,7 +41,7 @@ class Tap:
         self._handles = [
             vlm.multimodal.register_forward_pre_hook(self._note_inputs, with_kwargs=True),
             vlm.text_model.register_forward_pre_hook(self._complete_context, with_kwargs=True),
-            vlm.text_model.register_forward_hook(self._keep_memory, with_kwargs=True),
+            vlm.text_model.register_forward_hook(self._keep_memory, with_kwargs=True, always_call=True),
         ]
         if vlm.rotary is not None:
             self._handles.append(vlm.rotary.register_forward_pre_hook(self._note_positions, with_kwargs=True))
@@ -132,7 +132,7 @@ class Tap:
             past_length = int(past_length)  # crop leaves a tensor in transformers 5.16
         try:
             _refuse_packed(inputs, past_length)
-            memory = _remembered(cache, past_length)
+            memory = _remembered(cache, past_length, inputs_embeds.shape[1])
         except (NotImplementedError, ValueError) as refusal:
             context.refusal = refusal
         if context.refusal is None:
@@ -148,8 +148,8 @@ class Tap:
     def _keep_memory(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Put the memory on the cache, which may be one that the text model made itself."""
         self._in_flight.pop(this_thread(), None)
-        context = kwargs[CONTEXT]
-        if context.refusal is not None:
+        context = kwargs.get(CONTEXT)
+        if context is None or context.refusal is not None or output is None:  # None: the forward raised
             return
         outputs = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for cache in (_by_name(module, args, kwargs).get("past_key_values"), *outputs):
@@ -216,12 +216,14 @@ PACKED_REFUSAL = (
 )
 
 
-def _remembered(cache: Cache | None, past_length: int | torch.Tensor) -> VisualMemory:
+def _remembered(cache: Cache | None, past_length: int | torch.Tensor, seq_len: int) -> VisualMemory:
     """The memory that `cache` carries, brought up to date with it."""
     memory = memory_of(cache)
     unread = int(past_length) if memory is None else 0
-    if memory is not None and isinstance(past_length, int):  # a static cache, whose length is a tensor, never shrinks
-        unread = past_length - cache.visual_length  # type: ignore[union-attr]
+    # To learn the length of a static cache is to wait for the device: decoding a token does not ask.
+    if memory is not None and (isinstance(past_length, int) or seq_len > 1):
+        unread = int(past_length - cache.visual_length)  # type: ignore[union-attr]
+    if memory is not None and isinstance(past_length, int):  # a static cache never shrinks
         memory = memory.cropped(past_length)
     if unread > 0:
         raise ValueError(

@@ -25,8 +25,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
     """Attach fresh adapters to a model, all active beside those it has, and take them off at the end.
 
-    The model is then as it was, also after an exception: modules, hooks, adapters and which of them act, what is
-    trainable.
+    They act also where the model's own adapters are disabled. The model is then as it was, also after an exception:
+    modules, hooks, adapters and which of them act. What is trainable does not change, but what they bring is.
 
     Args:
         model: A vision-language model from transformers, or a PeftModel of one.
@@ -54,7 +54,11 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
     had_configs = hasattr(base, "peft_config")
-    acting = {layer: layer.active_adapters for layer in base.modules() if isinstance(layer, VisualTunerLayer)}
+    acting = {
+        layer: (layer.active_adapters, layer.disable_adapters)
+        for layer in base.modules()
+        if isinstance(layer, VisualTunerLayer)
+    }
     tuners: list[tuple[str, VisualTuner]] = []
     try:
         for config in configs:
@@ -66,14 +70,22 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
             names = [name for name, _ in tuners]
             for layer in base.modules():
                 if isinstance(layer, VisualTunerLayer):
-                    layer.set_adapter([*acting.get(layer, []), *names])
+                    others, disabled = acting.get(layer, ([], False))
+                    layer.enable_adapters(True)
+                    layer.set_adapter([*([] if disabled else others), *names])
+        _set_trainable(trainable)
         yield model
     finally:
         for name, tuner in reversed(tuners):
             tuner.remove_adapter(name)
-        for layer, names in acting.items():
+        for layer, (names, disabled) in acting.items():
             layer.set_adapter(names)
-        for parameter, requires_grad in trainable.items():
-            parameter.requires_grad = requires_grad
-        if not had_configs and hasattr(base, "peft_config"):
+            layer.enable_adapters(not disabled)
+        _set_trainable(trainable)
+        if not had_configs and not getattr(base, "peft_config", True):
             del base.peft_config
+
+
+def _set_trainable(trainable: dict[nn.Parameter, bool]) -> None:
+    for parameter, requires_grad in trainable.items():
+        parameter.requires_grad = requires_grad

@@ -129,7 +129,9 @@ def real_tokens(
         return None
     batch, seq_len = shape
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        return attention_mask[:, -seq_len:].bool()
+        # A mask made beforehand for a static cache is longer than what has been read.
+        columns = torch.arange(seq_len, device=attention_mask.device) + past_length
+        return attention_mask.index_select(1, columns).bool()
     device = past_length.device if isinstance(past_length, torch.Tensor) else None
     num_keys = attention_mask.shape[-1]
     visibility = Visibility(

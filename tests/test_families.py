@@ -143,3 +143,43 @@ def test_unlisted_model_of_the_common_shape_works():
     assert model.config.model_type not in FAMILIES
     vlm = find_vlm(get_peft_model(model, PVMConfig(r=32)).get_base_model())
     assert all(hasattr(vlm.layers[layer], "pvm") for layer in (1, 2))
+
+
+CONFIGS = {"pvm": PVMConfig(r=32, init_weights=False), "dipe": DIPEConfig(), "tdrs": TDRSConfig()}
+
+
+def _llava_over(text_config: T.PreTrainedConfig) -> T.PreTrainedModel:
+    config = tiny_vlms.FAMILIES["llava"].config()
+    config.text_config = text_config
+    return tiny_vlms.TinyVLM(
+        "LlavaForConditionalGeneration", lambda: config, tiny_vlms.FAMILIES["llava"].image
+    ).build()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_layers_that_drop_keyword_arguments_are_found_out(config: PeftConfig):
+    """Nemotron's do: the adapter would attach and do nothing."""
+    model = get_peft_model(_llava_over(T.NemotronConfig(**tiny_vlms.TEXT, head_dim=16)), config)
+    inputs = tiny_vlms.FAMILIES["llava"].inputs(model.get_base_model(), "t4 i t6")
+    with pytest.raises(NotImplementedError, match="do not pass keyword arguments on to their attention"):
+        model(**inputs)
+    with model.disable_adapter():
+        assert model(**inputs).logits.isfinite().all()
+
+
+def test_layers_without_rotation_of_an_unlisted_model():
+    """SmolLM3 says by `use_rope` which layers rotate."""
+    text = T.SmolLM3Config(**tiny_vlms.TEXT, no_rope_layers=[1, 0, 1], layer_types=["full_attention"] * 3)
+    model = _llava_over(text)
+    assert get_peft_model(model, DIPEConfig()).base_model.steerable_layers() == [0, 2]
+
+
+@pytest.mark.parametrize("config", [DIPEConfig(), TDRSConfig()], ids=["dipe", "tdrs"])
+def test_latent_attention_is_refused(config: PeftConfig):
+    text = dict(
+        tiny_vlms.TEXT, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16
+    )
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32)
+    model = _llava_over(T.DeepseekV3Config(**text, **experts, first_k_dense_replace=3))
+    with pytest.raises(ValueError, match=r"has \['kv_lora_rank'\]"):
+        get_peft_model(model, config)

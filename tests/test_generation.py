@@ -266,6 +266,21 @@ def test_tokens_that_the_tap_did_not_read_are_refused(plain: TinyVLM, method: Me
         resume(plain, method.attach(base), known, whole, length - LAST)
 
 
+def test_tokens_of_a_static_cache_that_the_tap_did_not_read_are_refused(plain: TinyVLM, method: Method):
+    """As soon as more than one token comes at once: the length of a static cache is not asked for at every step."""
+    model = method.attach(plain.build())
+    base = model.get_base_model()
+    whole = "t4 i t3 i t9"
+    stop, length = length_of(plain, model, "t4 i t3"), length_of(plain, model, whole)
+    cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
+    prefill(plain, model, whole, stop=stop, cache=cache)
+    base = model.unload()
+    middle = plain.inputs(base, whole, start=stop, stop=length - LAST)
+    logits(base, middle, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="tokens of this KV cache were computed without"):
+        resume(plain, method.attach(base), cache, whole, length - LAST)
+
+
 def test_pickled_cache(plain: TinyVLM, method: Method):
     model = method.attach(plain.build())
     conversation = "t4 i t9"

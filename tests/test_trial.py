@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
 import torch
 from conftest import METHODS, difference, logits
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, attached
@@ -68,6 +69,49 @@ def test_beside_an_adapter_of_the_same_and_of_other_types(method: str):
                 logits(model, inputs)
     assert state(model) == before
     assert torch.equal(logits(model, inputs), alone)
+
+
+@pytest.mark.parametrize("through", ["PeftModel", "transformers"])
+def test_beside_disabled_adapters(through: str):
+    """The model's own stay off, those of the block act, of whatever type."""
+    family = FAMILIES["llava"]
+    plain = family.build()
+    inputs = family.inputs(plain, *ROWS)
+    with attached(plain, DIPEConfig()):
+        expected = logits(plain, inputs)
+    model = METHODS["dipe"].attach(family.build(), layers_to_transform=[0])
+    base = model.get_base_model()
+    base._hf_peft_config_loaded = True
+    off = model.disable_adapter() if through == "PeftModel" else contextlib.nullcontext()
+    with off:
+        if through == "transformers":
+            base.disable_adapters()
+        logits(base, inputs)  # transformers puts hooks of its own on in the first forward
+        before = state(model)
+        with attached(model, DIPEConfig()):
+            assert torch.equal(logits(base, inputs), expected)
+        assert state(model) == before
+        assert torch.equal(logits(base, inputs), logits(plain, inputs))
+
+
+def test_what_is_trainable_stays():
+    family = FAMILIES["llava"]
+    model = family.build()
+    with attached(model, DIPEConfig(), PVMConfig(r=32)):
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    frozen = METHODS["pvm"].attach(model)
+    frozen.requires_grad_(False)
+    with attached(frozen, TDRSConfig()):
+        assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+def test_lora_added_inside_stays():
+    family = FAMILIES["llava"]
+    model = family.build()
+    with attached(model, DIPEConfig()):
+        lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"]), "lora")
+    assert list(model.peft_config) == ["lora"]
+    assert lora.peft_config["lora"].peft_type == "LORA"
 
 
 def test_after_an_exception():

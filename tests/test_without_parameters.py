@@ -97,6 +97,18 @@ def test_round_trip(llava: TinyVLM, config: PeftConfig, writer: str, tmp_path: P
     assert torch.equal(logits(again, inputs), expected)
 
 
+def test_a_card_is_written_again(llava: TinyVLM, tmp_path: Path):
+    """With what is saved now, after another adapter and after PEFT has been at it."""
+    get_peft_model(llava.build(), DIPEConfig()).save_pretrained(tmp_path)
+    for strength in (1.0, 3.0, 3.0):
+        get_peft_model(llava.build(), TDRSConfig(sd_strength=strength)).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "`sd_strength` | `3.0`" in card.text
+    assert card.text.count("# T-DRS") == 1
+    assert card.data.tags == ["peft-pvm", "tdrs"]
+    assert not card.data.base_model
+
+
 def test_a_card_of_ones_own_is_kept(llava: TinyVLM, config: PeftConfig, tmp_path: Path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
     get_peft_model(llava.build(), config).save_pretrained(tmp_path)

@@ -19,7 +19,7 @@ class DIPELayer(SteeringLayer[DIPEConfig]):
         assert vlm.rotary is not None
         self._scorings = {layer_idx: AnchoredScoring(vlm.rotary, vlm.layer_type(layer_idx)) for layer_idx in layers}
 
-    def steer(self, context: VisualContext, configs: list[DIPEConfig]) -> None:
+    def plan(self, context: VisualContext, configs: list[DIPEConfig]) -> None:
         for layer_idx in {layer_idx for config in configs for layer_idx in self.layers_of(config)}:
             context.steering.setdefault(layer_idx, Steering()).scoring = self._scorings[layer_idx]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..context import CONTEXT, VisualContext
+from ..context import CONTEXT, DROPPED, VisualContext
 from ..families import DecoderBlock
 from ..positions import gather_rows, scatter_rows
 from ..tap import this_thread
@@ -185,8 +185,12 @@ class PVMLayer(VisualTunerLayer):
     # again.
 
     def _take_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = kwargs.get(CONTEXT)
+        is_active = not self.disable_adapters and any(name in self.pvm_gate for name in self.active_adapters)
+        if context is None and is_active:
+            raise NotImplementedError(DROPPED.format(model=type(self._decoder_layer[0]).__name__))
         _, residual = self._in_flight.get(this_thread(), (None, None))  # of a parallel block, whose norm comes first
-        self._in_flight[this_thread()] = (kwargs.get(CONTEXT), residual)
+        self._in_flight[this_thread()] = (context, residual)
 
     def _take_residual(self, module: nn.Module, args: tuple) -> None:
         context, _ = self._in_flight.get(this_thread(), (None, None))

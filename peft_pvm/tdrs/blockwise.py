@@ -76,7 +76,9 @@ def blockwise_attention(
     size = max(BLOCK_ELEMENTS // (KEYS_IN_BLOCK * inputs.query.shape[0] * inputs.query.shape[1]), 16)
     for start in range(0, num_queries, size):
         rows = slice(start, min(start + size, num_queries))
-        output, weights = checkpoint(block.attend, rows, use_reentrant=False) if records else block.attend(rows)
+        # Scores want fp32 also where the model runs under autocast.
+        with torch.autocast(inputs.query.device.type, enabled=False):
+            output, weights = checkpoint(block.attend, rows, use_reentrant=False) if records else block.attend(rows)
         outputs.append(output.to(inputs.value.dtype))
         all_weights.append(weights)
     output = torch.cat(outputs, 2).transpose(1, 2).contiguous()

@@ -12,8 +12,7 @@ from peft import get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import TDRSConfig, attached
-from peft_pvm.tdrs import blockwise
-from peft_pvm.tdrs import model as tdrs_model
+from peft_pvm.tdrs import blockwise, reweighting
 from peft_pvm.tdrs.weights import distance_boost
 from peft_pvm.visibility import Visibility
 
@@ -91,7 +90,7 @@ WRONG = {
     "another power of distance": (blockwise, "distance_boost", _linear),
     "similarity not shifted": (blockwise, "semantic_position", lambda similarity: similarity),
     "padding counted": (Visibility, "ranks", _in_slots),
-    "rotation left in": (tdrs_model, "inverse", _no_turn),
+    "rotation left in": (reweighting, "inverse", _no_turn),
 }
 
 
