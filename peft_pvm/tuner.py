@@ -23,8 +23,8 @@ PEFT_PREFIX = "base_model.model."  # PEFT saves every key below this name
 class VisualConfig(PeftConfig):
     """Base of our configs.
 
-    `target_modules` holds, after attaching, the names of the decoder layers that carry the adapter, for PEFT's own
-    code to read. It is not a field: which layers is said by `layers_to_transform`.
+    `target_modules` holds, after attaching, the names of the base modules that carry the adapter, for PEFT's own code
+    to read. It is not a field: which layers is said by `layers_to_transform`.
     """
 
     target_modules: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -172,6 +173,10 @@ def test_tdrs_needs_the_positions_of_all_tokens(static: bool):
         logits(base, rest, past_key_values=cache, use_cache=True)
     with tdrs.disable_adapter():
         cache = prefill()
+    if not static:  # nothing is left of what was read without it
+        emptied = copy.deepcopy(cache)
+        emptied.crop(-emptied.get_seq_length())
+        logits(base, family.inputs(base, "t9"), past_key_values=emptied, use_cache=True)
     switched_on = logits(base, rest, past_key_values=cache, use_cache=True)
     with tdrs.disable_adapter():
         left_off = logits(base, rest, past_key_values=prefill(), use_cache=True)

@@ -181,9 +181,9 @@ class _Block:
         scores = self._products(self.query[:, :, rows], inputs.key[:, :, keys])
         if inputs.softcap is not None:
             scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-        bias = inputs.visibility.bias(rows, keys)
-        if bias is not None:
-            scores = scores + bias
+        visible, bias = inputs.visibility.mask(rows, keys), inputs.visibility.bias(rows, keys)
+        if bias is not None and visible is not None:
+            scores = scores + torch.where(visible, bias, 0)  # not -inf, of which gradients would be undefined
         semantic = semantic_position(self._products(inputs.content_query[:, :, rows], inputs.content_key[:, :, keys]))
         applies = None
         if inputs.inter is not None:
@@ -191,7 +191,7 @@ class _Block:
             applies = (of_queries[:, rows, None] != of_keys[:, None, keys]).unsqueeze(1)
         step = semantic if applies is None else torch.where(applies, semantic, 0)
         raised = torch.add(scores, step, alpha=self.config.sd_strength)
-        return scores, raised, semantic, inputs.visibility.mask(rows, keys), applies
+        return scores, raised, semantic, visible, applies
 
     def _products(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """`(batch, heads, queries, keys)`, without repeating keys for the heads that share them."""

@@ -82,6 +82,20 @@ def test_gradients_equal_those_of_whole_matrices():
         assert all(gradient.abs().max() > 1e-2 for gradient in gradients[0])
 
 
+@pytest.mark.parametrize("form", ["weights", "logits"])
+def test_gradients_under_a_mask_of_infinities(form: str):
+    hidden = ~torch.ones(30, 30).tril().bool()
+    mask = torch.zeros(2, 1, 30, 30).masked_fill(hidden, -math.inf)
+    gradients = []
+    for visibility in (Visibility(mask, 30, 30, 0), Visibility(None, 30, 30, 0)):
+        inputs = random_inputs(visibility)
+        inputs.query.requires_grad_()
+        blockwise_attention(inputs, TDRSConfig(form=form))[0].square().sum().backward()
+        gradients.append(inputs.query.grad)
+    assert gradients[0].isfinite().all()
+    assert difference(*gradients) < 1e-4
+
+
 def test_gradients_through_a_model():
     family = FAMILIES["qwen3_vl"]
     inputs = family.inputs(family.build(), "t4 i t3 i t6")
