@@ -82,6 +82,23 @@ def test_gradients_equal_those_of_whole_matrices():
         assert all(gradient.abs().max() > 1e-2 for gradient in gradients[0])
 
 
+def test_training_keeps_no_scores():
+    """For the backward pass, less is kept than one matrix of scores."""
+    inputs = random_inputs(Visibility(None, 600, 600, 0))
+    inputs.query.requires_grad_()
+    kept: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output, _ = blockwise_attention(inputs, TDRSConfig())
+    assert sum(kept) < 2 * 4 * 600 * 600 / 4
+    output.sum().backward()
+    assert inputs.query.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("form", ["weights", "logits"])
 def test_gradients_under_a_mask_of_infinities(form: str):
     hidden = ~torch.ones(30, 30).tril().bool()
