@@ -19,7 +19,7 @@ def test_rotations(family: TinyVLM, factor: float):
     for name in [name for name in vars(rotary) if name.endswith("attention_scaling")]:
         setattr(rotary, name, factor)
     generator = torch.Generator().manual_seed(0)
-    axes = 3 if hasattr(rotary, "mrope_section") else 1
+    axes = 3 if "mrope_section" in vlm.text_config.rope_parameters else 1
     one, other = (torch.randint(-50, 50, (2, 5, axes), generator=generator) for _ in range(2))
     for layer_idx, attention in vlm.self_attentions.items():
         if not vlm.rotates(attention):
