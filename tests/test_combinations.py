@@ -109,6 +109,7 @@ def test_nesting_gives_the_same(expected, order: tuple[str, ...], tmp_path: Path
             continue  # PEFT would take LoRA's layers out of a model that the others still look at
         peft_model.unload()
         remaining.remove(name)
+        assert set(model.peft_config) == set(remaining)
         subset = tuple(name for name in ALL if name in remaining)
         assert difference(logits(model, inputs), results[subset]) < TOLERANCE, subset
 
