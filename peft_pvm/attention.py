@@ -64,20 +64,20 @@ class AttentionCall:
 
     @property
     def visibility(self) -> Visibility:
-        """Which keys each query may attend to."""
+        """Which keys each query may attend to: one object for all layers that are given the same mask."""
+        context, num_queries, num_keys = self.context, self.query.shape[2], self.key.shape[2]
         is_causal = self.kwargs.get("is_causal")
-        return Visibility(
-            self.attention_mask,
-            self.query.shape[2],
-            self.key.shape[2],
-            self.context.past_length
-            + self.context.seq_len
-            - self.query.shape[2]
-            - self.context.first_key(self.key.shape[2]),
-            getattr(self.module, "is_causal", True) if is_causal is None else is_causal,
-            self.kwargs.get("sliding_window"),
-            self.query.device,
-        )
+        is_causal = getattr(self.module, "is_causal", True) if is_causal is None else is_causal
+        window = self.kwargs.get("sliding_window")
+
+        def make() -> Visibility:
+            first_query = context.past_length + context.seq_len - num_queries
+            first_column = first_query - context.first_key(num_keys)
+            mask = self.attention_mask
+            return Visibility(mask, num_queries, num_keys, first_column, is_causal, window, self.query.device)
+
+        # The mask lives as long as what is derived from it, so that its id names it.
+        return context.derived((id(self.attention_mask), num_queries, num_keys, is_causal, window), make)
 
     @property
     def visual_queries(self) -> torch.Tensor:
@@ -140,22 +140,19 @@ def steered_attention(
     if context is not None:
         context.arrived_at.add(module.layer_idx)
         steering = context.steering.get(module.layer_idx)
-    scoring = weighing = None
-    if context is not None and steering is not None:
-        scoring = None if context.memory.is_empty else steering.scoring  # with text alone there is one modality
-        weighing = steering.weighing
-    if context is None or (scoring is None and weighing is None):
+    if context is None or steering is None:
         return base_kernel(kernel, module)(query, key, value, attention_mask, **kwargs)
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"{type(module).__name__} has {unknown}, which DIPE and T-DRS do not know.")
     call = AttentionCall(module, query, key, value, attention_mask, context, kernel, kwargs)
-    if weighing is None:
-        assert scoring is not None
-        return scoring.attend(call)
+    scoring = None if context.memory.is_empty else steering.scoring  # with text alone there is one modality
+    if steering.weighing is not None:
+        query, key = (query, key) if scoring is None else scoring.widen(call)
+        return steering.weighing.attend(call, query, key)
     if scoring is not None:
-        query, key = scoring.widen(call)
-    return weighing.attend(call, query, key)
+        return scoring.attend(call)
+    return base_kernel(kernel, module)(query, key, value, attention_mask, **kwargs)
 
 
 def base_kernel(kernel: str, module: nn.Module) -> Callable[..., tuple[Any, Any]]:
@@ -225,7 +222,8 @@ def steer(attention: Any) -> None:
 def release(attention: Any) -> None:
     """Take back one `steer`; after the last one the module is as it was."""
     view = attention.config
-    assert isinstance(view, ConfigView)
+    if not isinstance(view, ConfigView):
+        return  # somebody has set another config since: it is theirs
     view.__dict__["users"] -= 1
     if view.__dict__["users"] == 0:
         attention.config = view.config

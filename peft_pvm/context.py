@@ -15,11 +15,15 @@ from .visibility import real_tokens
 
 
 CONTEXT = "visual_context"  # the keyword argument
-DROPPED = (
-    "The decoder layers of {model} do not pass keyword arguments on to their attention, so that the adapter learns "
-    "nothing about the image. It cannot work on this model; take it off with unload()."
-)
 T = TypeVar("T")
+
+
+def dropped_keywords(module_name: str) -> NotImplementedError:
+    """The error for a model whose decoder layers keep the context from their attention."""
+    return NotImplementedError(
+        f"The decoder layers of {module_name} do not pass keyword arguments on to their attention, so that the "
+        "adapter learns nothing about the image. It cannot work on this model; take it off with unload()."
+    )
 
 
 @dataclass(eq=False)
@@ -121,6 +125,19 @@ class VisualContext:
         elif self.memory.position_ids is not None:
             self.memory = replace(self.memory, position_ids=None)
 
+    def noted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`position_ids` and `anchors`.
+
+        Raises:
+            NotImplementedError: The text model did not ask its rotary embedding for this forward's positions.
+        """
+        if self.position_ids is None or self.anchors is None:
+            raise NotImplementedError(
+                "The text model did not call its rotary_emb in this forward, so that the positions of its tokens are "
+                "not known. DIPE and T-DRS need them; take the adapter off with unload()."
+            )
+        return self.position_ids, self.anchors
+
     def _read_runs(self, positions: torch.Tensor) -> torch.Tensor:
         """The anchors of this forward's tokens; runs that start here go into the memory."""
         runs = self.memory.runs
@@ -170,15 +187,15 @@ class VisualContext:
         cut._derived = {}
         cut.past_length = self.past_length + self.seq_len - length
         cut.seq_len = length
+        cut.visual_positions = None  # the visual tokens have no hidden states there
         if self.visual_mask is not None:
             cut.visual_mask = self.visual_mask[:, -length:]
-            cut.visual_positions = pack(cut.visual_mask)
         return cut
 
     def check_arrival(self, model: str) -> None:
         """Raise a NotImplementedError if a forward has ended that did not bring it down to all that is steered."""
         if not self.steering.keys() <= self.arrived_at:
-            raise NotImplementedError(DROPPED.format(model=model))
+            raise dropped_keywords(model)
 
     def derived(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` returns, made once in this forward for all layers that ask for the same `key`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import Any
@@ -27,8 +28,9 @@ def rotation_tables(rotary: nn.Module, position_ids: torch.Tensor, layer_type: s
     """
     by_axis = position_ids.movedim(-1, 0)
     arguments: dict[str, Any] = {"position_ids": by_axis if by_axis.shape[0] > 1 else by_axis[0]}
-    forward = inspect.unwrap(type(rotary).forward)
-    if "layer_type" in inspect.signature(forward).parameters:
+    rotary_cls: Any = type(rotary)
+    forward, parameters = _undecorated(rotary_cls)
+    if "layer_type" in parameters:
         arguments["layer_type"] = layer_type
     like = torch.empty(0, dtype=torch.float32, device=position_ids.device)
     with torch.no_grad():
@@ -73,9 +75,8 @@ def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.
     if isinstance(tables, torch.Tensor):
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * tables.unsqueeze(1)).flatten(-2).to(states.dtype)
-    function = rotary_function(attention)
-    assert function is not None
-    parameters = inspect.signature(function).parameters
+    attention_cls: Any = type(attention)
+    function, parameters = _rotary_function(attention_cls)
     if "x" in parameters:
         rotated = function(wide, *tables, unsqueeze_dim=1)
     elif "mrope_section" in parameters:  # Qwen2-VL before transformers 5.17 puts the axes together here
@@ -86,11 +87,28 @@ def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.
     return rotated.to(states.dtype)
 
 
-def rotary_function(attention: nn.Module) -> Any:
-    """The function by which an attention module rotates, `None` if it has none by a known name."""
-    for cls in type(attention).__mro__:
+def has_rotary_function(attention: nn.Module) -> bool:
+    """Whether the function by which an attention module rotates has a known name."""
+    attention_cls: Any = type(attention)
+    return _rotary_function(attention_cls)[0] is not None
+
+
+# Both are asked for every layer of every forward.
+
+
+@functools.cache
+def _rotary_function(attention_cls: type) -> tuple[Any, tuple[str, ...]]:
+    """The function, `None` if there is none, and the names of its parameters."""
+    for cls in attention_cls.__mro__:
         namespace = vars(sys.modules[cls.__module__])
         for name in ROTARY_FUNCTIONS:
             if name in namespace:
-                return namespace[name]
-    return None
+                return namespace[name], tuple(inspect.signature(namespace[name]).parameters)
+    return None, ()
+
+
+@functools.cache
+def _undecorated(rotary_cls: type) -> tuple[Any, tuple[str, ...]]:
+    """The forward of a rotary embedding without its decorators, and the names of its parameters."""
+    forward = inspect.unwrap(rotary_cls.forward)  # type: ignore[attr-defined]
+    return forward, tuple(inspect.signature(forward).parameters)

@@ -17,6 +17,7 @@ from .cards import write_card
 from .checks import check, layer_list
 from .context import CONTEXT, VisualContext
 from .families import VisionLanguageModel
+from .rotation import ROTARY_FUNCTIONS, has_rotary_function
 from .tuner import VisualConfig, VisualTuner, VisualTunerLayer
 
 
@@ -149,7 +150,7 @@ class SteeringTuner(VisualTuner):
         """The layers that the method can act on.
 
         Raises:
-            ValueError: There is none; the message says why.
+            ValueError: There is none, or one that is not known well enough; the message says why.
         """
         vlm = self.vlm
         if not vlm.self_attentions:
@@ -169,6 +170,11 @@ class SteeringTuner(VisualTuner):
                     f"{type(attention).__name__} (decoder layer {layer_idx} of {type(vlm.model).__name__}) has "
                     f"{unknown}: {type(self).__name__} knows neither multi-head latent attention nor attention sinks."
                 )
+            if vlm.rotary is not None and vlm.rotates(attention) and not has_rotary_function(attention):
+                raise ValueError(
+                    f"{type(attention).__name__} (decoder layer {layer_idx} of {type(vlm.model).__name__}) rotates by "
+                    f"none of {ROTARY_FUNCTIONS}, of which {type(self).__name__} needs one."
+                )
         return list(vlm.self_attentions)
 
     def resolve(self, config: Any) -> Any:
@@ -187,17 +193,8 @@ class SteeringTuner(VisualTuner):
     def expected_shapes(self, config: Any, layer: nn.Module) -> dict[str, tuple[int, ...]]:
         return {}
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if not hasattr(target, self.child_name):
-            target.add_module(self.child_name, self.tuner_layer_cls(self.vlm, self.steerable_layers()))
-        layer = cast(SteeringLayer, target.get_submodule(self.child_name))
-        layer.adapter_configs[adapter_name] = peft_config
+    def new_layer(self, target: nn.Module) -> VisualTunerLayer:
+        return self.tuner_layer_cls(self.vlm, self.steerable_layers())
+
+    def add_adapter_to(self, layer: Any, adapter_name: str, config: Any) -> None:
+        layer.adapter_configs[adapter_name] = config

@@ -100,6 +100,21 @@ class VisualTuner(BaseTuner):
         """The full names of the base modules that get a tuner layer, for a resolved config."""
         raise NotImplementedError
 
+    def new_layer(self, target: nn.Module) -> VisualTunerLayer:
+        """A tuner layer without adapters, to stand beside a base module."""
+        raise NotImplementedError
+
+    def add_adapter_to(self, layer: Any, adapter_name: str, config: Any) -> None:
+        """Give a tuner layer one more adapter, for a resolved config."""
+        raise NotImplementedError
+
+    def _create_and_replace(
+        self, peft_config: VisualConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        if not hasattr(target, self.child_name):
+            target.add_module(self.child_name, self.new_layer(target))
+        self.add_adapter_to(target.get_submodule(self.child_name), adapter_name, peft_config)
+
     def forward(self, *args: Any, **kwargs: Any):
         return self.model(*args, **kwargs)  # not model.forward, which would skip the hooks on the model itself
 

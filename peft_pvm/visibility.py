@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Visibility:
     """Which of `num_keys` keys each of `num_queries` queries may attend to.
 
@@ -33,6 +33,7 @@ class Visibility:
     is_causal: bool = True
     sliding_window: int | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
+    _ranks: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
     def columns(self) -> torch.Tensor:
@@ -51,14 +52,8 @@ class Visibility:
             Bool, broadcastable to `(batch, heads, queries, keys)`. `None`: each sees all.
         """
         mask = self.attention_mask
-        if isinstance(mask, BlockMask):
-            batch = torch.arange(mask.shape[0], device=self.device)[:, None, None, None]
-            rows = torch.arange(self.num_queries, device=self.device)[queries][:, None]
-            part = mask.mask_mod(batch, torch.zeros_like(batch), rows, self._keys(keys))
-            return part[(None,) * (4 - part.dim())]  # a rule that does not look at the batch gives no such axis
-        if mask is not None and mask.dim() == 4:
-            part = mask[:, :, queries, : self.num_keys][..., keys]
-            return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+        if isinstance(mask, BlockMask) or (mask is not None and mask.dim() == 4):
+            return self._of_four_axes(queries, keys)
 
         visible = None
         if self.is_plain_causal and isinstance(self.first_column, int):
@@ -72,8 +67,7 @@ class Visibility:
                 visible = visible & (others > own - self.sliding_window)
             visible = visible[None, None]
         if mask is not None:
-            padded = torch.nn.functional.pad(mask.bool(), (0, max(self.num_keys - mask.shape[1], 0)))
-            real = padded[:, : self.num_keys][:, None, None, keys]
+            real = self._padded(mask)[:, None, None, keys]
             visible = real if visible is None else visible & real
         return visible
 
@@ -92,17 +86,34 @@ class Visibility:
         Returns:
             `(batch or 1, 1, num_keys)` and `(batch or 1, 1, num_queries)`, int64. Of padding itself: anything.
         """
+        if self._ranks is None:  # asked by every layer
+            self._ranks = self._count_ranks()
+        return self._ranks
+
+    def _count_ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
         mask = self.attention_mask
         if mask is None:
             return self._keys(slice(None))[None, None], self.columns[None, None]
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            real = torch.nn.functional.pad(mask.bool(), (0, max(self.num_keys - mask.shape[1], 0)))[:, : self.num_keys]
+            real = self._padded(mask)
         else:
-            visible = self.mask()
-            assert visible is not None
-            real = visible.any(dim=2).any(dim=1)
+            real = self._of_four_axes(slice(None), slice(None)).any(dim=2).any(dim=1)
         ranks = (real.long().cumsum(1) - 1).unsqueeze(1)
         return ranks, ranks[..., self.columns]
+
+    def _of_four_axes(self, queries: slice, keys: slice) -> torch.Tensor:
+        mask = self.attention_mask
+        if isinstance(mask, BlockMask):
+            batch = torch.arange(mask.shape[0], device=self.device)[:, None, None, None]
+            rows = torch.arange(self.num_queries, device=self.device)[queries][:, None]
+            part = mask.mask_mod(batch, torch.zeros_like(batch), rows, self._keys(keys))
+            return part[(None,) * (4 - part.dim())]  # a rule that does not look at the batch gives no such axis
+        part = mask[:, :, queries, : self.num_keys][..., keys]
+        return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+
+    def _padded(self, mask: torch.Tensor) -> torch.Tensor:
+        """A mask of two axes, as long as there are keys: what a static cache has not filled is hidden."""
+        return torch.nn.functional.pad(mask.bool(), (0, max(self.num_keys - mask.shape[1], 0)))[:, : self.num_keys]
 
     def _keys(self, keys: slice) -> torch.Tensor:
         return torch.arange(self.num_keys, device=self.device)[keys]
@@ -137,9 +148,7 @@ def real_tokens(
     visibility = Visibility(
         attention_mask, seq_len, num_keys, past_length, device=device or _device_of(attention_mask)
     )
-    visible = visibility.mask()
-    assert visible is not None
-    visible = visible[:, 0].expand(batch, seq_len, num_keys)
+    visible = visibility._of_four_axes(slice(None), slice(None))[:, 0].expand(batch, seq_len, num_keys)
     return visible.gather(2, visibility.columns.expand(batch, -1).unsqueeze(2)).squeeze(2)
 
 

@@ -181,9 +181,10 @@ def in_double(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def generate(tiny: TinyVLM, model: PeftModel, *prompts: str, seed: int | None = None, **kwargs):
     if seed is not None:
         torch.manual_seed(seed)
-    return model.generate(
-        **tiny.prompt(model.get_base_model(), *prompts), **{**GENERATE, "do_sample": False, **kwargs}
-    )
+    base = model.get_base_model()
+    inputs = tiny.prompt(base, *prompts)
+    inputs = in_double(inputs) if base.dtype == torch.float64 else inputs
+    return model.generate(**inputs, **{**GENERATE, "do_sample": False, **kwargs})
 
 
 def prefill(tiny: TinyVLM, model: PeftModel, *conversations: str, stop: int | None = None, cache=None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny_vlms
 import torch
@@ -9,7 +11,7 @@ import transformers as T
 from peft import LoraConfig, PeftConfig, get_peft_model
 from tiny_vlms import TinyVLM
 
-from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
+from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, rotation
 from peft_pvm.families import BLOCKS, FAMILIES, find_vlm
 
 
@@ -183,3 +185,36 @@ def test_latent_attention_is_refused(config: PeftConfig):
     model = _llava_over(T.DeepseekV3Config(**text, **experts, first_k_dense_replace=3))
     with pytest.raises(ValueError, match=r"has \['kv_lora_rank'\]"):
         get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("config", [DIPEConfig(), TDRSConfig()], ids=["dipe", "tdrs"])
+def test_unknown_ways_to_rotate_are_refused(config: PeftConfig, monkeypatch):
+    monkeypatch.setattr(rotation, "ROTARY_FUNCTIONS", ("rotate_somehow",))
+    rotation._rotary_function.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"LlamaAttention \(decoder layer 0 .*\) rotates by none of"):
+            get_peft_model(tiny_vlms.FAMILIES["llava"].build(), config)
+    finally:
+        rotation._rotary_function.cache_clear()
+
+
+@pytest.mark.parametrize("config", [DIPEConfig(), TDRSConfig()], ids=["dipe", "tdrs"])
+def test_positions_that_nobody_asked_for_are_missed(config: PeftConfig):
+    """A text model that does not call its rotary embedding would leave the adapter without positions."""
+    family = tiny_vlms.FAMILIES["llava"]
+    model = get_peft_model(family.build(), config)
+    text_model = model.get_base_model().model.language_model
+    rotary = text_model.rotary_emb
+    del text_model.rotary_emb
+    text_model.__dict__["rotary_emb"] = rotary.forward  # past the hooks
+    with pytest.raises(NotImplementedError, match="did not call its rotary_emb"):
+        model(**family.inputs(model.get_base_model(), "t4 i t6"))
+
+
+def test_a_config_set_while_steered_is_kept():
+    model = tiny_vlms.FAMILIES["llava"].build()
+    attached = get_peft_model(model, DIPEConfig())
+    attention = model.model.language_model.layers[1].self_attn
+    attention.config = mine = copy.deepcopy(attention.config.config)
+    attached.unload()
+    assert attention.config is mine

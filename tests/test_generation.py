@@ -37,16 +37,15 @@ def model(tiny: TinyVLM, method: Method) -> PeftModel:
 
 
 def test_greedy_uses_the_adapter_and_equals_no_cache(family: TinyVLM, method: Method):
-    model = method.attach(family.build())
+    # Cached and whole, Qwen3.5's linear attention sums in different orders: in fp32 that alone can reach the bound.
+    dtype = torch.float64 if family is FAMILIES["qwen3_5"] else torch.float32
+    model = method.attach(family.build(dtype=dtype))
     cached = generate(family, model, *PROMPTS)
     uncached = generate(family, model, *PROMPTS, use_cache=False)
     with model.disable_adapter():
         base = generate(family, model, *PROMPTS)
-        base_uncached = generate(family, model, *PROMPTS, use_cache=False)
     assert torch.equal(cached.sequences, uncached.sequences)
-    # Qwen3.5's linear attention rounds most, and three methods at once add to it.
-    rounding = difference(torch.stack(base.logits), torch.stack(base_uncached.logits))
-    assert difference(torch.stack(cached.logits), torch.stack(uncached.logits)) < 2 * TOLERANCE + rounding
+    assert difference(torch.stack(cached.logits), torch.stack(uncached.logits)) < TOLERANCE
     assert difference(cached.logits[0][:2], base.logits[0][:2]) > 100 * TOLERANCE
 
 
@@ -118,6 +117,27 @@ def test_layers_that_compute_the_last_tokens_alone(method: Method, request):
     else:
         last, whole = logits(model, inputs, logits_to_keep=1), logits(model, inputs)
         assert difference(last, whole[:, -1:]) < TOLERANCE
+
+
+def test_decoding_traces_to_one_graph(method: Method):
+    """A step on a static cache has no data-dependent Python in it, and computes the same when traced."""
+    family = FAMILIES["llava"]
+    model = method.attach(family.build())
+    base = model.get_base_model()
+    prompt = family.inputs(base, "t4 i t9")
+    length = prompt["input_ids"].shape[1]
+    step = dict(
+        input_ids=torch.tensor([[11]]),
+        position_ids=prompt["position_ids"][:, -1:] + 1,
+        attention_mask=torch.ones(1, length + 1, dtype=torch.long),
+    )
+    torch.compiler.reset()
+    results = []
+    for run in (base, torch.compile(base, fullgraph=True, backend="eager")):
+        cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
+        logits(base, prompt, past_key_values=cache, use_cache=True)
+        results.append(logits(run, step, past_key_values=cache, use_cache=True))
+    assert difference(*results) < TOLERANCE
 
 
 def test_two_generations_do_not_leak(tiny: TinyVLM, model: PeftModel):
@@ -229,7 +249,11 @@ def test_reset_static_cache_forgets(plain: TinyVLM, method: Method):
     cache.reset()
     inputs = plain.inputs(base, "t9")
     expected = logits(model, inputs, use_cache=False)
-    assert difference(logits(model, inputs, past_key_values=cache, use_cache=True), expected) < TOLERANCE
+    found = logits(model, inputs, past_key_values=cache, use_cache=True)
+    assert difference(found, expected) < TOLERANCE
+    if method.text_alone != "changed":
+        with model.disable_adapter():
+            assert difference(found, logits(model, inputs, use_cache=False)) < TOLERANCE
 
 
 def test_cache_from_before_attaching_is_refused(plain: TinyVLM, method: Method):

@@ -85,17 +85,13 @@ class AnchoredScoring:
 
     def _anchored_query(self, call: AttentionCall) -> torch.Tensor:
         """The rotated queries, turned on from their own position to their anchor."""
-        context, num_queries = call.context, call.query.shape[2]
 
         def turn() -> Tables:
-            assert context.anchors is not None
-            assert context.position_ids is not None
-            return unit(
-                rotation_tables(self.rotary, context.anchors.unsqueeze(-1) - context.position_ids, self.layer_type)
-            )
+            position_ids, anchors = call.context.noted()
+            return unit(rotation_tables(self.rotary, anchors.unsqueeze(-1) - position_ids, self.layer_type))
 
-        tables = context.derived(("dipe", self.layer_type), turn)
-        return rotate(call.module, call.query, last(tables, num_queries))
+        tables = call.context.derived(("dipe", self.layer_type), turn)
+        return rotate(call.module, call.query, last(tables, call.query.shape[2]))
 
 
 def _by_kv_head(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from torch import nn
+
 from ..attention import Steering
 from ..context import VisualContext
 from ..families import VisionLanguageModel
-from ..rotation import rotary_function
 from ..steering import SteeringLayer, SteeringTuner
 from .anchored import AnchoredScoring
 from .config import DIPEConfig
@@ -16,8 +19,8 @@ class DIPELayer(SteeringLayer[DIPEConfig]):
 
     def __init__(self, vlm: VisionLanguageModel, layers: list[int]):
         super().__init__(vlm, layers)
-        assert vlm.rotary is not None
-        self._scorings = {layer_idx: AnchoredScoring(vlm.rotary, vlm.layer_type(layer_idx)) for layer_idx in layers}
+        rotary = cast(nn.Module, vlm.rotary)  # DIPEModel has made sure that there is one
+        self._scorings = {layer_idx: AnchoredScoring(rotary, vlm.layer_type(layer_idx)) for layer_idx in layers}
 
     def plan(self, context: VisualContext, configs: list[DIPEConfig]) -> None:
         for layer_idx in {layer_idx for config in configs for layer_idx in self.layers_of(config)}:
@@ -48,14 +51,11 @@ class DIPEModel(SteeringTuner):
 
     def steerable_layers(self) -> list[int]:
         vlm = self.vlm
-        layers = [
-            layer_idx
-            for layer_idx in super().steerable_layers()
-            if vlm.rotates(vlm.self_attentions[layer_idx]) and rotary_function(vlm.self_attentions[layer_idx])
-        ]
+        attentions = vlm.self_attentions
+        layers = [layer_idx for layer_idx in super().steerable_layers() if vlm.rotates(attentions[layer_idx])]
         if vlm.rotary is None or not layers:
             raise ValueError(
                 f"{type(vlm.model).__name__} has no layer that rotates queries and keys by position (a text model "
-                "with rotary_emb, whose modeling file has apply_rotary_pos_emb), so DIPE has no distance to hold."
+                "with rotary_emb), so DIPE has no distance to hold."
             )
         return layers

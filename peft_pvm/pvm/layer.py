@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..context import CONTEXT, DROPPED, VisualContext
+from ..context import CONTEXT, VisualContext, dropped_keywords
 from ..families import DecoderBlock
 from ..positions import gather_rows, scatter_rows
 from ..tap import this_thread
@@ -188,7 +188,7 @@ class PVMLayer(VisualTunerLayer):
         context = kwargs.get(CONTEXT)
         is_active = not self.disable_adapters and any(name in self.pvm_gate for name in self.active_adapters)
         if context is None and is_active:
-            raise NotImplementedError(DROPPED.format(model=type(self._decoder_layer[0]).__name__))
+            raise dropped_keywords(type(self._decoder_layer[0]).__name__)
         _, residual = self._in_flight.get(this_thread(), (None, None))  # of a parallel block, whose norm comes first
         self._in_flight[this_thread()] = (context, residual)
 

@@ -90,19 +90,9 @@ class PVMModel(VisualTuner):
             branch.update_layer("adapter", config, BranchShape.of(config, vlm.text_config))
         return {key.replace(".adapter", ""): tuple(tensor.shape) for key, tensor in branch.state_dict().items()}
 
-    def _create_and_replace(
-        self,
-        peft_config: PVMConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
+    def new_layer(self, target: nn.Module) -> PVMLayer:
         vlm = self.vlm
-        if not hasattr(target, self.child_name):
-            layer_idx = [layer is target for layer in vlm.layers].index(True)
-            target.add_module(self.child_name, PVMLayer(target, vlm.block, layer_idx))
-        layer = cast(PVMLayer, target.get_submodule(self.child_name))
-        layer.update_layer(adapter_name, peft_config, BranchShape.of(peft_config, vlm.text_config))
+        return PVMLayer(target, vlm.block, [layer is target for layer in vlm.layers].index(True))
+
+    def add_adapter_to(self, layer: Any, adapter_name: str, config: PVMConfig) -> None:
+        layer.update_layer(adapter_name, config, BranchShape.of(config, self.vlm.text_config))

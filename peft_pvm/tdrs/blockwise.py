@@ -90,7 +90,8 @@ class _Block:
 
     def __init__(self, inputs: Inputs, config: TDRSConfig, wants_weights: bool):
         self.inputs, self.config, self.wants_weights = inputs, config, wants_weights
-        self.floors = Floor.of(config.dc_floor), Floor.of(config.re_floor)
+        # A floor of a step that is off must not cost a pass over the keys.
+        self.floors = Floor.of(config.dc_floor), Floor.of(config.re_floor if config.re_strength else 0.5)
         self.key_ranks, self.query_ranks = (ranks.to(inputs.dtype) for ranks in inputs.visibility.ranks())
         self.query = inputs.query.to(inputs.dtype) * inputs.scaling
 
@@ -98,43 +99,34 @@ class _Block:
         """Output `(batch, heads, rows, value_dim)` and, if wanted, weights `(batch, heads, rows, num_keys)`."""
         inputs, config = self.inputs, self.config
         blocks = self._key_blocks(rows)
-        farthest, log_least = self._row_statistics(rows, blocks)
-        dc_exponent, re_exponent = (floor.exponent(log_least) for floor in self.floors)
+        farthest, dc_exponent, re_exponent = self._row_factors(rows, blocks)
+        shape = *self.query.shape[:2], rows.stop - rows.start
 
-        largest = total = attended = None
+        largest = self.query.new_full((*shape, 1), _lowest(self.query))
+        total = self.query.new_zeros(*shape, 1)
+        attended = self.query.new_zeros(*shape, inputs.value.shape[-1])
         for keys in blocks:
             scores, raised, semantic, visible, applies = self._scores(rows, keys)
-            boost = distance_boost(
-                semantic,
-                self._distance(rows, keys),
-                farthest,
-                dc_exponent,
-                re_exponent,
-                config.dc_strength,
-                config.re_strength,
-            )
-            if applies is not None:
-                boost = torch.where(applies, boost, 0)
-            if config.form == "logits":
+            boost = None
+            if config.knows_distance:
+                strengths = config.dc_strength, config.re_strength
+                distance = self._distance(rows, keys)
+                boost = distance_boost(semantic, distance, farthest, dc_exponent, re_exponent, *strengths)
+                if applies is not None:
+                    boost = torch.where(applies, boost, 0)
+            if boost is not None and config.form == "logits":
                 raised = torch.addcmul(raised, scores, boost)
             raised = _hide(raised, visible)
-            block_largest = raised.detach().amax(-1, keepdim=True)
-            new_largest = block_largest if largest is None else torch.maximum(largest, block_largest)
+            new_largest = torch.maximum(largest, raised.detach().amax(-1, keepdim=True))
             weights = torch.exp(raised - new_largest)
-            if config.form == "weights":
+            if boost is not None and config.form == "weights":
                 weights = torch.addcmul(weights, weights, boost)
-            block_total = weights.sum(-1, keepdim=True)
+            shrink = torch.exp(largest - new_largest)
+            total = total * shrink + weights.sum(-1, keepdim=True)
             weights = F.dropout(weights, inputs.dropout)
             block_attended = self._by_kv_head(weights) @ inputs.value[:, :, keys].to(weights.dtype)
-            block_attended = block_attended.view(*weights.shape[:3], -1)
-            if largest is None or total is None or attended is None:
-                total, attended = block_total, block_attended
-            else:
-                shrink = torch.exp(largest - new_largest)
-                total, attended = total * shrink + block_total, attended * shrink + block_attended
+            attended = attended * shrink + block_attended.view_as(attended)
             largest = new_largest
-        assert total is not None
-        assert attended is not None
         # With weights wanted, there is one block.
         return attended / total, weights / total
 
@@ -150,28 +142,37 @@ class _Block:
         size = max(BLOCK_ELEMENTS // per_key, 64)
         return [slice(start, min(start + size, num_keys)) for start in range(0, num_keys, size)]
 
-    def _row_statistics(self, rows: slice, blocks: list[slice]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The largest distance and the logarithm of the least weight of each row, after the semantic step."""
-        needs_weights = any(floor.is_multiple for floor in self.floors)
-        plain = self.inputs.visibility.is_plain_causal
-        farthest = self.query_ranks[..., rows].unsqueeze(-1) if plain else None
-        log_total = least = None
-        for keys in blocks:
-            if not plain:
+    def _row_factors(
+        self, rows: slice, blocks: list[slice]
+    ) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float]:
+        """What `distance_boost` needs of each row: the largest distance and the exponents of both factors."""
+        farthest = self.query_ranks[..., rows].unsqueeze(-1)  # where the first real token is in sight
+        if not self.config.knows_distance:
+            return farthest, 0.0, 0.0
+        plain, log_least = self.inputs.visibility.is_plain_causal, None
+        if not plain:
+            farthest = torch.zeros_like(farthest)
+            for keys in blocks:
                 visible = self.inputs.visibility.mask(rows, keys)
                 distance = self._distance(rows, keys).abs()
                 seen = distance if visible is None else distance * visible
-                block_farthest = seen.amax(-1, keepdim=True)
-                farthest = block_farthest if farthest is None else torch.maximum(farthest, block_farthest)
-            if needs_weights:
-                _, raised, _, visible, _ = self._scores(rows, keys)
-                block_log_total = _hide(raised, visible).logsumexp(-1, keepdim=True)
-                block_least = raised if visible is None else torch.where(visible, raised, -_lowest(raised))
-                block_least = block_least.amin(-1, keepdim=True)
-                log_total = block_log_total if log_total is None else torch.logaddexp(log_total, block_log_total)
-                least = block_least if least is None else torch.minimum(least, block_least)
-        assert farthest is not None
-        return farthest, None if least is None or log_total is None else least - log_total
+                farthest = torch.maximum(farthest, seen.amax(-1, keepdim=True))
+        if any(floor.is_multiple for floor in self.floors):
+            log_least = self._log_least(rows, blocks)
+        dc_exponent, re_exponent = (floor.exponent(log_least) for floor in self.floors)
+        return farthest, dc_exponent, re_exponent
+
+    def _log_least(self, rows: slice, blocks: list[slice]) -> torch.Tensor:
+        """The logarithm of the least weight of each row, after the semantic step, `(batch, heads, rows, 1)`."""
+        shape = *self.query.shape[:2], rows.stop - rows.start, 1
+        log_total = self.query.new_full(shape, _lowest(self.query))
+        least = self.query.new_full(shape, -_lowest(self.query))
+        for keys in blocks:
+            _, raised, _, visible, _ = self._scores(rows, keys)
+            log_total = torch.logaddexp(log_total, _hide(raised, visible).logsumexp(-1, keepdim=True))
+            seen = raised if visible is None else torch.where(visible, raised, -_lowest(raised))
+            least = torch.minimum(least, seen.amin(-1, keepdim=True))
+        return least - log_total
 
     def _scores(
         self, rows: slice, keys: slice

@@ -95,6 +95,11 @@ class TDRSConfig(SteeringConfig):
             check(self, name, Floor.is_valid(getattr(self, name)), accepted)
 
     @property
+    def knows_distance(self) -> bool:
+        """Whether one of the two steps acts that look at the distance."""
+        return self.dc_strength != 0 or self.re_strength != 0
+
+    @property
     def is_off(self) -> bool:
         """Whether every step has strength 0."""
-        return self.sd_strength == self.dc_strength == self.re_strength == 0
+        return self.sd_strength == 0 and not self.knows_distance

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..attention import AttentionCall
-from ..context import VisualContext
 from ..rotation import Tables, inverse, rotate, rotation_tables
 from .blockwise import Inputs, blockwise_attention
 from .config import TDRSConfig
@@ -81,24 +79,24 @@ class Reweighting:
 
     def _contents(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys without position, of length 1."""
-        if self.rotary is None:
+        rotary = self.rotary
+        if rotary is None:
             return F.normalize(call.query, dim=-1), F.normalize(call.key, dim=-1)
         context, num_queries, num_keys = call.context, call.query.shape[2], call.key.shape[2]
+        own, _ = context.noted()
         positions = context.memory.position_ids
-        if positions is None or context.position_ids is None:
+        if positions is None:
             raise RuntimeError(
                 "The KV cache holds tokens whose positions nobody kept: T-DRS must be attached from the first token "
                 "on. Start with a new cache."
             )
         of_keys = positions[:, max(positions.shape[1] - num_keys, 0) :]
         of_keys = F.pad(of_keys, (0, 0, 0, num_keys - of_keys.shape[1]))  # what a static cache has not filled yet
-        of_queries = context.position_ids[:, -num_queries:]
-        query = rotate(call.module, call.query, self._undo(context, "queries", of_queries))
-        key = rotate(call.module, call.key, self._undo(context, "keys", of_keys))
-        return F.normalize(query, dim=-1), F.normalize(key, dim=-1)
 
-    def _undo(self, context: VisualContext, what: str, positions: torch.Tensor) -> Tables:
-        assert self.rotary is not None
-        rotary = self.rotary
-        make: Callable[[], Tables] = lambda: inverse(rotation_tables(rotary, positions, self.layer_type))  # noqa: E731
-        return context.derived(("tdrs", what, self.layer_type, positions.shape[1]), make)
+        def undo(what: str, positions: torch.Tensor) -> Tables:
+            key = ("tdrs", what, self.layer_type, positions.shape[1])
+            return context.derived(key, lambda: inverse(rotation_tables(rotary, positions, self.layer_type)))
+
+        query = rotate(call.module, call.query, undo("queries", own[:, -num_queries:]))
+        key = rotate(call.module, call.key, undo("keys", of_keys))
+        return F.normalize(query, dim=-1), F.normalize(key, dim=-1)

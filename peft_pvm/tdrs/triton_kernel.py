@@ -177,11 +177,10 @@ class _Launch:
         """
         visibility = self.visibility
         mask = visibility.attention_mask
-        if mask is None:
-            return None, False, None
         if isinstance(mask, BlockMask):
             mask = visibility.mask()  # a rule in Python, which a kernel cannot read: whole, so not linear in length
-            assert mask is not None
+        if mask is None:
+            return None, False, None
         decides = mask.dim() != 2
         if not decides:
             missing = max(visibility.num_keys - mask.shape[1], 0)

@@ -57,13 +57,17 @@ class Floor:
         Returns:
             Shaped as `log_least`, or a number.
 
+        Raises:
+            ValueError: The floor is a multiple, and there is no `log_least`.
+
         Example:
             >>> Floor.of("3*min").exponent(torch.tensor([0.01]).log()).neg().exp()
             tensor([0.0300])
         """
         if not self.is_multiple:
             return -math.log(self.value)
-        assert log_least is not None
+        if log_least is None:
+            raise ValueError(f"The floor {self.value}*min needs the least weight of each row, but log_least is None.")
         return (-math.log(self.value) - log_least).clamp(min=-math.log(LARGEST_FLOOR))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from oracle import oracle, reweighted
 from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, TDRSConfig, attached
-from peft_pvm.tdrs import blockwise
+from peft_pvm.tdrs import blockwise, reweighting
 from peft_pvm.tdrs.blockwise import Inputs, blockwise_attention
 from peft_pvm.visibility import Visibility
 
@@ -47,10 +48,11 @@ def naive(inputs: Inputs, config: TDRSConfig) -> tuple[torch.Tensor, torch.Tenso
     return (weights @ value).transpose(1, 2), weights
 
 
+CASES = {"decode": (1, 700, 699), "whole": (300, 300, 0), "long": (1500, 1500, 0), "cached": (65, 700, 635)}
+
+
 @pytest.mark.parametrize("form", ["weights", "logits"])
-@pytest.mark.parametrize(
-    ("num_queries", "num_keys", "first"), [(1, 700, 699), (300, 300, 0), (65, 700, 635)], ids=["decode", "", "cached"]
-)
+@pytest.mark.parametrize(("num_queries", "num_keys", "first"), CASES.values(), ids=CASES)
 def test_equals_whole_matrices(form: str, num_queries: int, num_keys: int, first: int, monkeypatch):
     """Also in other blocks, which change nothing."""
     inputs = random_inputs(Visibility(None, num_queries, num_keys, first))
@@ -149,13 +151,19 @@ def test_true_weights_are_returned():
 
 
 def test_dropout_is_applied():
+    """To the weights after they were normalised, so that the mean stays: by a regression on what is expected."""
     inputs = random_inputs(Visibility(None, 64, 64, 0), dropout=0.5)
     config = TDRSConfig()
     torch.manual_seed(0)
     drawn = torch.stack([blockwise_attention(inputs, config)[0] for _ in range(200)])
     expected, _ = naive(inputs, config)
     assert difference(drawn[0], drawn[1]) > 0.1
-    assert difference(drawn.mean(0)[:, 16:].double(), expected[:, 16:]) < 0.5
+    mean = drawn.mean(0).double()
+    slope = (mean * expected).sum() / expected.square().sum()
+    assert abs(slope - 1) < 0.02
+    _, weights = blockwise_attention(inputs, config, wants_weights=True)
+    dropped = (weights == 0).double().mean() - (inputs.visibility.mask() == 0).double().mean()
+    assert abs(dropped / (inputs.visibility.mask().double().mean()) - 0.5) < 0.02
 
 
 MEASURE = """
@@ -195,3 +203,35 @@ def test_a_row_of_padding_is_finite_and_changes_nothing():
     output, _ = blockwise_attention(inputs, TDRSConfig())
     assert output.isfinite().all()
     assert math.isfinite(output.sum())
+
+
+@pytest.mark.parametrize(
+    ("changes", "takes"),
+    [
+        ({}, True),
+        ({"kernel": "blockwise"}, False),
+        ({"is_cuda": False}, False),
+        ({"wants_weights": True}, False),
+        ({"dropout": 0.1}, False),
+        ({"dtype": torch.float64}, False),
+        ({"requires_grad": True}, False),
+        ({"requires_grad": True, "no_grad": True}, True),
+        ({"triton": False}, False),
+        ({"triton": False, "kernel": "triton"}, ImportError),
+        ({"wants_weights": True, "kernel": "triton"}, NotImplementedError),
+        ({"is_cuda": False, "kernel": "triton"}, True),
+    ],
+)
+def test_which_kernel_is_chosen(changes: dict[str, Any], takes: bool | type[Exception], monkeypatch):
+    """On what stands for a GPU: the choice looks at nothing but these."""
+    given = {"is_cuda": True, "dtype": torch.float32, "requires_grad": False, "kernel": "auto", **changes}
+    tensor = SimpleNamespace(**{name: given[name] for name in ("is_cuda", "dtype", "requires_grad")})
+    inputs = SimpleNamespace(query=tensor, key=tensor, value=tensor, dropout=changes.get("dropout", 0.0))
+    monkeypatch.setattr(reweighting, "_has_triton", lambda: changes.get("triton", True))
+    weighing = reweighting.Reweighting(TDRSConfig(kernel=given["kernel"]), None, None)
+    with torch.set_grad_enabled("no_grad" not in changes):
+        if isinstance(takes, bool):
+            assert weighing._takes_triton(inputs, changes.get("wants_weights", False)) is takes
+        else:
+            with pytest.raises(takes):
+                weighing._takes_triton(inputs, changes.get("wants_weights", False))
