@@ -33,9 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def check(family: TinyVLM, config: TDRSConfig) -> None:
+def check(family: TinyVLM, config: TDRSConfig, batch: tuple[str, ...] = BATCH) -> None:
     model = family.build()
-    inputs = family.inputs(model, *BATCH)
+    inputs = family.inputs(model, *batch)
     real = inputs["attention_mask"].bool()
     base = logits(model, inputs)[real]
     with oracle(family.build(), inputs, tdrs=config) as reference:
@@ -100,3 +100,9 @@ def test_wrong_variants_are_noticed(name: str, variant: str, monkeypatch):
     monkeypatch.setattr(*WRONG[variant])
     with pytest.raises(AssertionError):
         check(FAMILIES[name], TDRSConfig())
+
+
+def test_layers_with_masks_of_their_own():
+    """Longer than a chunk of Llama 4 and a window of the others: layers see different keys."""
+    for name in ("llama4", "gemma3", "aya_vision"):
+        check(FAMILIES[name], TDRSConfig(), batch=("i t80", "t9 i t60"))
