@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -41,7 +41,7 @@ class AttentionCall:
         kwargs: All other arguments.
     """
 
-    module: nn.Module
+    module: Any
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
@@ -87,6 +87,43 @@ class AttentionCall:
             return torch.zeros(self.query.shape[0], num_queries, dtype=torch.bool, device=self.query.device)
         return mask[:, -num_queries:]
 
+    def attend(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the attention function returns, with what the adapters do to it.
+
+        Returns:
+            `(batch, num_queries, heads, value_dim)`, and weights or `None`.
+
+        Raises:
+            NotImplementedError: The kernel is asked for something that adapters do not know.
+        """
+        steering = self.context.steering.get(self.module.layer_idx)
+        if steering is not None:
+            unknown = [name for name in ("s_aux", "position_bias") if self.kwargs.get(name) is not None]
+            if unknown:
+                raise NotImplementedError(
+                    f"{type(self.module).__name__} has {unknown}, which DIPE and T-DRS do not know."
+                )
+            # With text alone there is one modality.
+            scoring = None if self.context.memory.is_empty else steering.scoring
+            if steering.weighing is not None:
+                query, key = (self.query, self.key) if scoring is None else scoring.widen(self)
+                return steering.weighing.attend(self, query, key)
+            if scoring is not None:
+                return scoring.attend(self)
+        kernel = base_kernel(self.kernel, self.module)
+        return kernel(self.query, self.key, self.value, self.attention_mask, **self.kwargs)
+
+    def attend_to(self, value: torch.Tensor) -> torch.Tensor:
+        """The output for other values: the same weights, whatever makes them.
+
+        Args:
+            value: Shaped as the call's own.
+
+        Returns:
+            `(batch, num_queries, heads, value_dim)`.
+        """
+        return replace(self, value=value).attend()[0]
+
     def run_kernel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
         """The kernel's own output for these queries, keys and values, scaled as they should have been."""
         kwargs = {**self.kwargs, "scaling": self.scaling}
@@ -130,29 +167,16 @@ def steered_attention(
     kernel: str,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An attention function as transformers calls it.
-
-    Raises:
-        NotImplementedError: The kernel is asked for something that a steered function does not do.
-    """
+    """An attention function as transformers calls it. Observers come after the output: they cannot change it."""
     context: VisualContext | None = kwargs.get(CONTEXT)
-    steering = None
-    if context is not None:
-        context.arrived_at.add(module.layer_idx)
-        steering = context.steering.get(module.layer_idx)
-    if context is None or steering is None:
+    if context is None:
         return base_kernel(kernel, module)(query, key, value, attention_mask, **kwargs)
-    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(f"{type(module).__name__} has {unknown}, which DIPE and T-DRS do not know.")
+    context.arrived_at.add(module.layer_idx)
     call = AttentionCall(module, query, key, value, attention_mask, context, kernel, kwargs)
-    scoring = None if context.memory.is_empty else steering.scoring  # with text alone there is one modality
-    if steering.weighing is not None:
-        query, key = (query, key) if scoring is None else scoring.widen(call)
-        return steering.weighing.attend(call, query, key)
-    if scoring is not None:
-        return scoring.attend(call)
-    return base_kernel(kernel, module)(query, key, value, attention_mask, **kwargs)
+    output = call.attend()
+    for observe in context.observers:
+        observe(call)
+    return output
 
 
 def base_kernel(kernel: str, module: nn.Module) -> Callable[..., tuple[Any, Any]]:

@@ -58,6 +58,7 @@ class VisualContext:
         anchors: The position of the first token of the run that holds each token, `(batch, seq_len)`, int64.
         keeps_positions: Whether `position_ids` are wanted in the memory.
         steering: By layer index, what adapters do to the attention there.
+        observers: Each is called with every `AttentionCall` of this forward, once its output is made.
         arrived_at: The layers to whose attention it came down.
         refusal: Why nobody can know what is visual here.
     """
@@ -75,6 +76,7 @@ class VisualContext:
         self.anchors: torch.Tensor | None = None
         self.keeps_positions = False
         self.steering: dict[int, Any] = {}
+        self.observers: list[Callable[[Any], None]] = []
         self.arrived_at: set[int] = set()
         self.refusal: Exception | None = None
         self._derived: dict[Any, Any] = {}

@@ -143,6 +143,33 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
         return self.layers if config.layers_to_transform is None else cast(list[int], config.layers_to_transform)
 
 
+def steerable_attentions(vlm: VisionLanguageModel, needed_by: str) -> dict[int, nn.Module]:
+    """By layer index, the self-attention modules, all of which look up their kernel where it can be steered.
+
+    Args:
+        vlm: The model's parts.
+        needed_by: Who wants to steer or observe them, for the message.
+
+    Raises:
+        ValueError: There is none, or one that cannot be steered; the message says why.
+    """
+    if not vlm.self_attentions:
+        raise ValueError(f"{type(vlm.model).__name__} has no layer with self-attention, which {needed_by} works on.")
+    for layer_idx, attention in vlm.self_attentions.items():
+        where = f"{type(attention).__name__} (decoder layer {layer_idx} of {type(vlm.model).__name__})"
+        if not is_steerable(attention):
+            raise ValueError(
+                f"{where} does not look up its kernel in transformers' AttentionInterface, through which {needed_by} "
+                "reaches attention."
+            )
+        unknown = [name for name in ("kv_lora_rank", "sinks") if hasattr(attention, name)]
+        if unknown:
+            raise ValueError(
+                f"{where} has {unknown}: {needed_by} knows neither multi-head latent attention nor attention sinks."
+            )
+    return vlm.self_attentions
+
+
 class SteeringTuner(VisualTuner):
     """Base of the tuners. A subclass says on which layers it can act."""
 
@@ -153,29 +180,14 @@ class SteeringTuner(VisualTuner):
             ValueError: There is none, or one that is not known well enough; the message says why.
         """
         vlm = self.vlm
-        if not vlm.self_attentions:
-            raise ValueError(
-                f"{type(vlm.model).__name__} has no layer with self-attention, which {type(self).__name__} changes."
-            )
-        for layer_idx, attention in vlm.self_attentions.items():
-            if not is_steerable(attention):
-                raise ValueError(
-                    f"{type(attention).__name__} (decoder layer {layer_idx} of {type(vlm.model).__name__}) does not "
-                    "look up its kernel in transformers' AttentionInterface, which is how "
-                    f"{type(self).__name__} changes attention."
-                )
-            unknown = [name for name in ("kv_lora_rank", "sinks") if hasattr(attention, name)]
-            if unknown:
-                raise ValueError(
-                    f"{type(attention).__name__} (decoder layer {layer_idx} of {type(vlm.model).__name__}) has "
-                    f"{unknown}: {type(self).__name__} knows neither multi-head latent attention nor attention sinks."
-                )
+        attentions = steerable_attentions(vlm, type(self).__name__)
+        for layer_idx, attention in attentions.items():
             if vlm.rotary is not None and vlm.rotates(attention) and not has_rotary_function(attention):
                 raise ValueError(
                     f"{type(attention).__name__} (decoder layer {layer_idx} of {type(vlm.model).__name__}) rotates by "
                     f"none of {ROTARY_FUNCTIONS}, of which {type(self).__name__} needs one."
                 )
-        return list(vlm.self_attentions)
+        return list(attentions)
 
     def resolve(self, config: Any) -> Any:
         layers = self.steerable_layers()

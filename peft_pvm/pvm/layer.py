@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..context import CONTEXT, VisualContext, dropped_keywords
+from ..context import CONTEXT, MemoryView, VisualContext, dropped_keywords
 from ..families import DecoderBlock
 from ..positions import gather_rows, scatter_rows
 from ..tap import this_thread
@@ -230,28 +230,20 @@ class PVMLayer(VisualTunerLayer):
             if adapter not in self.pvm_gate:
                 continue
             context.check()
-            update = self._branch(adapter, hidden_states, context)
+            update = self.branch(adapter, hidden_states, context)
             if update is not None:
                 total = update if total is None else total + update
         return total
 
-    def _branch(self, adapter: str, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
+    def branch(self, adapter: str, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
+        """What one adapter adds, as `forward` returns it, for the context of these tokens alone."""
         config, shape = self.pvm_config[adapter], self.pvm_shape[adapter]
-        if context.memory.is_empty:  # read by nobody, or in training by padding
-            bank = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[2])
-        elif config.memory_source == "hidden_states":
-            bank = context.hidden_states_bank(self.layer_idx, hidden_states)
-        else:
-            bank = context.memory.embeddings
+        bank = self._bank(config, hidden_states, context)
         view = context.view(config.memory_visibility)
         if view is None:
             return None
         keys, values = self._project(adapter, bank, context)
-
-        readers = hidden_states if view.positions is None else gather_rows(hidden_states, view.positions)
-        text = self._cast_input_dtype(readers, self.pvm_text_reducer[adapter].weight.dtype)
-        text = self.pvm_input_norm[adapter](self.pvm_text_reducer[adapter](text))
-        queries = self.pvm_q_norm[adapter](_split_heads(self.pvm_q_proj[adapter](text), shape.head_dim))
+        queries = self._queries(adapter, hidden_states, view)
         # Keys may have been kept under another autocast dtype.
         keys, values = keys.to(queries.dtype), values.to(queries.dtype)
         attended = F.scaled_dot_product_attention(
@@ -267,6 +259,51 @@ class PVMLayer(VisualTunerLayer):
         if view.positions is not None:
             update = scatter_rows(update, view.positions, hidden_states.shape[1])
         return update if view.has_memory is None else torch.where(view.has_memory, update, 0)
+
+    def retrieval(self, adapter: str, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
+        """Which visual tokens each token reads, for inspection: the weights of the branch's cross-attention.
+
+        Args:
+            adapter: The adapter's name.
+            hidden_states: The residual stream after self-attention, `(batch, seq_len, hidden_size)`.
+            context: What is known about visual tokens in a forward of these tokens alone.
+
+        Returns:
+            `(batch, num_heads, seq_len, num_visual)`, fp32, each row adding up to 1, or 0 everywhere for a token that
+            does not read; `None` if none does.
+        """
+        config, shape = self.pvm_config[adapter], self.pvm_shape[adapter]
+        view = context.view(config.memory_visibility)
+        if view is None or context.memory.is_empty:
+            return None
+        keys, _ = self._project(adapter, self._bank(config, hidden_states, context), context)
+        queries = self._queries(adapter, hidden_states, view).float()
+        keys = keys.float().repeat_interleave(shape.num_heads // shape.num_key_value_heads, 1)
+        scores = queries @ keys.transpose(2, 3) * shape.head_dim**-0.5
+        if view.mask is not None:
+            scores = scores.masked_fill(~view.mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1)
+        if view.positions is not None:
+            by_token = weights.transpose(1, 2).flatten(2)
+            by_token = scatter_rows(by_token, view.positions, hidden_states.shape[1])
+            weights = by_token.unflatten(2, (shape.num_heads, -1)).transpose(1, 2)
+        return weights if view.has_memory is None else torch.where(view.has_memory.unsqueeze(1), weights, 0)
+
+    def _bank(self, config: PVMConfig, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor:
+        """What is read, `(batch, num_visual, hidden_size)`."""
+        if context.memory.is_empty:  # read by nobody, or in training by padding
+            return hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[2])
+        if config.memory_source == "hidden_states":
+            return context.hidden_states_bank(self.layer_idx, hidden_states)
+        return context.memory.embeddings
+
+    def _queries(self, adapter: str, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
+        """Of the tokens that read, `(batch, num_heads, num_queries, head_dim)`."""
+        readers = hidden_states if view.positions is None else gather_rows(hidden_states, view.positions)
+        text = self._cast_input_dtype(readers, self.pvm_text_reducer[adapter].weight.dtype)
+        text = self.pvm_input_norm[adapter](self.pvm_text_reducer[adapter](text))
+        head_dim = self.pvm_shape[adapter].head_dim
+        return self.pvm_q_norm[adapter](_split_heads(self.pvm_q_proj[adapter](text), head_dim))
 
     def _project(self, adapter: str, bank: torch.Tensor, context: VisualContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the memory, `(batch, num_key_value_heads, num_visual, head_dim)` each.
