@@ -1,0 +1,73 @@
+"""Which adapters of a model act, whatever their type, and letting only some of them act for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model in which the adapters stand, however often PEFT wrapped it."""
+    while isinstance(model, PeftModel):
+        model = model.get_base_model()
+    return model
+
+
+def acting_adapters(model: nn.Module) -> list[str]:
+    """The adapters that take part in a forward as the model stands, in the order in which they were attached.
+
+    Args:
+        model: A transformers model with adapters of any of PEFT's types that live in layers.
+
+    Returns:
+        Names: those active in some layer that holds them and is not disabled.
+    """
+    acting = set()
+    for layer in _adapter_layers(model):
+        if not layer.disable_adapters:
+            acting |= set(layer.active_adapters) & _held_by(layer)
+    return [name for name in getattr(model, "peft_config", {}) if name in acting]
+
+
+@contextlib.contextmanager
+def only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Of the adapters that act, let only some act for the length of a block. Nothing begins to act.
+
+    Args:
+        model: A transformers model with adapters of any of PEFT's types that live in layers.
+        names: Those that go on acting.
+    """
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    acting = {layer: list(layer.active_adapters) for layer in _adapter_layers(model) if not layer.disable_adapters}
+    try:
+        for layer, active in acting.items():
+            kept = [name for name in active if name in names]
+            if not kept:
+                layer.enable_adapters(False)
+            elif kept != active:
+                layer.set_adapter(kept)
+        yield
+    finally:
+        for layer, active in acting.items():
+            if layer.disable_adapters:
+                layer.enable_adapters(True)
+            if list(layer.active_adapters) != active:
+                layer.set_adapter(active)
+        for parameter, requires_grad in trainable.items():  # PEFT changes it along with what acts
+            parameter.requires_grad = requires_grad
+
+
+def _adapter_layers(model: nn.Module) -> list[Any]:
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def _held_by(layer: Any) -> set[str]:
+    held = layer._get_available_adapters() if hasattr(layer, "_get_available_adapters") else set()
+    return set(held or layer._all_available_adapter_names())

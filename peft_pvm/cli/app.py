@@ -1,0 +1,18 @@
+"""The sub-commands of `peft-pvm`: each in a file of its own, registered here."""
+
+from __future__ import annotations
+
+import typer
+
+from .probe import probe
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def describe() -> None:
+    """Adapters that keep vision-language models looking at the image."""
+
+
+app.command()(probe)

@@ -1,0 +1,21 @@
+"""How much a vision-language model looks at its image while it answers, and what adapters change about that."""
+
+from .decay import Dilution, PowerLaw, fit_dilution, fit_power_law
+from .prompt import build_inputs
+from .result import AdapterRecord, BranchRecord, ForwardRecord, LayerAttention, ProbeResult
+from .run import probe
+
+
+__all__ = [
+    "AdapterRecord",
+    "BranchRecord",
+    "Dilution",
+    "ForwardRecord",
+    "LayerAttention",
+    "PowerLaw",
+    "ProbeResult",
+    "build_inputs",
+    "fit_dilution",
+    "fit_power_law",
+    "probe",
+]

@@ -1,0 +1,35 @@
+"""How visual tokens lie on an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..families import VisionLanguageModel
+
+
+def visual_grids(vlm: VisionLanguageModel, inputs: Mapping[str, Any], num_visual: int) -> list[tuple[int, int]]:
+    """Rows and columns of visual tokens for each image, where they can be told.
+
+    Args:
+        vlm: The model's parts.
+        inputs: What its processor gave for one prompt.
+        num_visual: Number of visual tokens in it.
+
+    Returns:
+        One pair for each image, in order. Empty where they cannot be told: videos, tiles, tokens that end a row.
+    """
+    grid_thw = inputs.get("image_grid_thw")
+    if grid_thw is not None:
+        vision_config = getattr(vlm.model.config, "vision_config", None)
+        merge = getattr(vision_config, "spatial_merge_size", 1)
+        grids = [(height // merge, width // merge) for _, height, width in torch.as_tensor(grid_thw).tolist()]
+    else:
+        pixel_values = inputs.get("pixel_values")
+        side = math.isqrt(num_visual)
+        is_one_image = isinstance(pixel_values, torch.Tensor) and math.prod(pixel_values.shape[:-3]) == 1
+        grids = [(side, side)] if is_one_image else []
+    return grids if sum(rows * columns for rows, columns in grids) == num_visual else []

@@ -1,0 +1,170 @@
+"""A probe's result as one page that needs nothing else: pictures inside, no script, nothing loaded from outside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from .decay import Dilution, PowerLaw
+from .result import ForwardRecord, ProbeResult
+
+
+if TYPE_CHECKING:
+    from .plots import Picture
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111;
+  background: #fff }
+img { max-width: 100%; height: auto }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem }
+th, td { border-bottom: 1px solid #bbb; padding: 0.3rem 0.7rem; text-align: right }
+th:first-child, td:first-child { text-align: left }
+pre { white-space: pre-wrap; background: #f3f3f3; padding: 0.7rem }
+figure { margin: 0 }
+"""
+
+
+def report(result: ProbeResult, pictures: Sequence[Picture]) -> str:
+    """The page.
+
+    Args:
+        result: What was found.
+        pictures: As `draw` makes them of it.
+
+    Returns:
+        A whole HTML document.
+    """
+    sections = [_summary(result), _looked_at(result), _forwards(result), _adapters(result)]
+    sections += [_figure(picture) for picture in pictures]
+    sections += [_tokens(result), _setting(result)]
+    title = escape(f"Probe of {result.model_name}")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        # Browsers ask a server for an icon unless the page says that there is none.
+        '<meta name="viewport" content="width=device-width">\n<link rel="icon" href="data:,">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _summary(result: ProbeResult) -> str:
+    answer = "".join(result.tokens)
+    text = (
+        f"{result.num_prompt_tokens} prompt tokens, {result.num_visual_tokens} of them visual; "
+        f"{len(result.token_ids)} tokens generated."
+    )
+    if result.unobserved_layers:
+        layers = ", ".join(map(str, result.unobserved_layers))
+        text += f" Layers without softmax attention, which have no weights to show: {layers}."
+    return (
+        f"<p>{escape(text)}</p>\n<h2>Prompt</h2>\n<pre>{escape(result.prompt)}</pre>\n"
+        f"<h2>Answer</h2>\n<pre>{escape(answer)}</pre>"
+    )
+
+
+def _looked_at(result: ProbeResult) -> str:
+    return "\n".join(
+        f'<figure><img alt="Image {number + 1} of the prompt" src="{_inlined(image)}"></figure>'
+        for number, image in enumerate(result.images)
+    )
+
+
+def _forwards(result: ProbeResult) -> str:
+    rows = [
+        (
+            forward.name,
+            f"{forward.mean_mass[0]:.3g} → {forward.mean_mass[-1]:.3g}",
+            f"{forward.mean_mass_without_sinks[0]:.3g} → {forward.mean_mass_without_sinks[-1]:.3g}",
+            _exponent(forward.mean_decay),
+            _tokens_to_half(forward.mean_dilution),
+            _mean_divergence(forward),
+            f"{forward.agreement:.0%}",
+        )
+        for forward in result.forwards
+    ]
+    header = (
+        "Forward",
+        "Attention on the image, first → last token",
+        "Without sinks",
+        "Decay exponent",
+        "Dilution: text tokens until half is left",
+        "Mean KL to the base (nats)",
+        "Would have said the same",
+    )
+    explanation = (
+        "Every forward reads the same prompt and answer: the base with every adapter off, the model as it stands, and "
+        "each adapter by itself. Attention on the image is a share of all attention, averaged over heads and layers. "
+        "Read it beside the share without sinks, for a model can put much of its attention on a few visual tokens "
+        "without looking at the image. An exponent of 1 is a fall like one over the number of text tokens; the "
+        "dilution law is what a softmax gives that tells only text from image. The last column is the share of "
+        "generated tokens that are this forward's first choice."
+    )
+    return f"<h2>What was measured</h2>\n<p>{escape(explanation)}</p>\n{_table(header, rows)}"
+
+
+def _exponent(law: PowerLaw | None) -> str:
+    if law is None:
+        return "not fitted"
+    explained = "" if law.r_squared is None else f", R² {law.r_squared:.2f}"
+    return f"{law.exponent:.3f} ± {law.standard_error:.3f}{explained}"
+
+
+def _tokens_to_half(law: Dilution | None) -> str:
+    if law is None:
+        return "not fitted"
+    return f"{law.a:.3g}" if law.r_squared is None else f"{law.a:.3g}, R² {law.r_squared:.2f}"
+
+
+def _mean_divergence(forward: ForwardRecord) -> str:
+    return f"{sum(forward.kl_to_base) / len(forward.kl_to_base):.3g}"
+
+
+def _adapters(result: ProbeResult) -> str:
+    if not result.adapters:
+        return ""
+    rows = []
+    for adapter in result.adapters:
+        alone = "" if adapter.kl_alone is None else f"{sum(adapter.kl_alone) / len(adapter.kl_alone):.3g}"
+        gates = ", ".join(
+            f"{branch.gate:.3g} (layer {branch.layer_idx})"
+            for branch in result.branches
+            if branch.adapter == adapter.name
+        )
+        rows.append((adapter.name, adapter.method, "yes" if adapter.active else "no", alone, gates))
+    header = ("Adapter", "Type", "Acts", "Mean KL to the base by itself (nats)", "Gates")
+    return f"<h2>Adapters</h2>\n{_table(header, rows)}"
+
+
+def _figure(picture: Picture) -> str:
+    return (
+        f"<h2>{escape(picture.title)}</h2>\n<p>{escape(picture.explanation)}</p>\n"
+        f'<figure><img alt="{escape(picture.alternative)}" src="{_inlined(picture.png)}"></figure>'
+    )
+
+
+def _tokens(result: ProbeResult) -> str:
+    rows = [
+        (str(number), repr(token), *(f"{forward.mean_mass[number]:.3g}" for forward in result.forwards))
+        for number, token in enumerate(result.tokens)
+    ]
+    header = ("Number", "Token", *(f"Attention on the image, {forward.name}" for forward in result.forwards))
+    return f"<h2>Token by token</h2>\n{_table(header, rows)}"
+
+
+def _setting(result: ProbeResult) -> str:
+    rows = [(name, str(value)) for name, value in (*result.settings.items(), *result.environment.items())]
+    return f"<h2>Settings and versions</h2>\n{_table(('Name', 'Value'), rows)}"
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def _inlined(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"

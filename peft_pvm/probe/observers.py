@@ -1,0 +1,188 @@
+"""What is watched while a forward runs: attention, hidden states, PVM branches. Nothing here changes the forward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..attention import AttentionCall, release, steer
+from ..context import CONTEXT, VisualContext
+from ..families import VisionLanguageModel
+from ..pvm.layer import PVMLayer
+from ..steering import steerable_attentions
+from ..tap import Tap
+
+
+@dataclass(frozen=True, eq=False)
+class Masses:
+    """Where the last queries of one layer look.
+
+    Attributes:
+        visual: Attention that reaches the visual tokens, `(num_queries, heads)`, fp32.
+        text: Attention that reaches the others, as `visual`.
+        per_token: Attention that reaches each visual token, averaged over heads, `(num_queries, num_visual)`, fp32.
+        text_tokens: How many tokens that are not visual each query sees, `(num_queries,)`, int64.
+    """
+
+    visual: torch.Tensor
+    text: torch.Tensor
+    per_token: torch.Tensor
+    text_tokens: torch.Tensor
+
+
+class AttentionObserver:
+    """Attention weights without a kernel that returns them: the layer attends once more, to indicators of keys.
+
+    With values that are 1 at some keys and 0 at others, the output of attention is the weight that reaches these keys.
+    The weights are those that the layer's own kernel and adapters make, whatever they are.
+
+    Args:
+        num_queries: The last so many queries are recorded.
+
+    Attributes:
+        masses: By layer index.
+    """
+
+    def __init__(self, num_queries: int):
+        self.num_queries = num_queries
+        self.masses: dict[int, Masses] = {}
+
+    def __call__(self, call: AttentionCall) -> None:
+        visual_keys = call.context.visual_keys(call.key.shape[2])[0]
+        each = nn.functional.one_hot(visual_keys.nonzero().squeeze(1), len(visual_keys)).bool()
+        groups = torch.cat([torch.stack([visual_keys, ~visual_keys]), each])
+        reached = torch.cat([self._reached(call, part) for part in groups.split(call.value.shape[-1])], -1)
+        self.masses[call.module.layer_idx] = Masses(
+            reached[..., 0], reached[..., 1], reached[..., 2:].mean(1), self._text_tokens(call, visual_keys)
+        )
+
+    def _reached(self, call: AttentionCall, groups: torch.Tensor) -> torch.Tensor:
+        """The attention that reaches groups of keys, `(num_groups, num_keys)`: `(queries, heads, num_groups)`."""
+        indicators = torch.zeros_like(call.value)
+        indicators[..., : len(groups)] = groups.T.to(indicators.dtype)
+        return call.attend_to(indicators)[0, -self.num_queries :, :, : len(groups)].float()
+
+    def _text_tokens(self, call: AttentionCall, visual_keys: torch.Tensor) -> torch.Tensor:
+        num_queries = min(self.num_queries, call.query.shape[2])
+        mask = call.visibility.mask(slice(call.query.shape[2] - num_queries, None))
+        if mask is None:
+            return (~visual_keys).sum().expand(num_queries)
+        return (mask[0, 0] & ~visual_keys).sum(-1).expand(num_queries)
+
+
+@contextlib.contextmanager
+def observed(vlm: VisionLanguageModel, observer: AttentionObserver) -> Iterator[None]:
+    """Let every softmax attention of the text model call an observer, for the length of a block.
+
+    Args:
+        vlm: The model's parts; adapters may be attached.
+        observer: It is given each `AttentionCall` of each forward.
+
+    Raises:
+        ValueError: The model's attention cannot be reached.
+        NotImplementedError: At the end of the block: a layer kept the context from its attention.
+    """
+    attentions = steerable_attentions(vlm, "The probe")
+    has_tap = "_visual_tap" in vars(vlm.text_model)
+
+    def start_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = cast(VisualContext, kwargs[CONTEXT])
+        context.check()
+        context.observers.append(observer)
+
+    tap = Tap.on(vlm)  # first: our hook reads what its hook sends along
+    handle = vlm.text_model.register_forward_pre_hook(start_forward, with_kwargs=True)
+    for attention in attentions.values():
+        steer(attention)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for attention in attentions.values():
+            release(attention)
+        if not has_tap:
+            tap.remove()
+    missing = sorted(attentions.keys() - observer.masses.keys())
+    if missing:
+        raise NotImplementedError(
+            f"The decoder layers of {type(vlm.model).__name__} do not pass keyword arguments on to their attention "
+            f"(layers {missing}), so that the probe cannot see where it looks."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class BranchTrace:
+    """What one PVM adapter did in one layer.
+
+    Attributes:
+        gate: The learned scalar.
+        relative_update: Norm of the update over that of the residual stream, `(num_queries,)`, fp32.
+        retrieval: Weights over the visual tokens, averaged over heads, `(num_queries, num_visual)`, fp32.
+    """
+
+    gate: float
+    relative_update: torch.Tensor
+    retrieval: torch.Tensor
+
+
+@contextlib.contextmanager
+def branches_observed(model: nn.Module, num_queries: int) -> Iterator[dict[tuple[str, int], BranchTrace]]:
+    """Record what the active PVM adapters do to the last tokens, for the length of a block.
+
+    Args:
+        model: The model they are attached to.
+        num_queries: How many tokens that are.
+
+    Yields:
+        By adapter and layer index; it fills up.
+    """
+    traces: dict[tuple[str, int], BranchTrace] = {}
+
+    def record(layer: PVMLayer, args: tuple[torch.Tensor, VisualContext], output: Any) -> None:
+        hidden_states, context = args[0], args[1].tail(args[0].shape[1])
+        residual = hidden_states[0, -num_queries:].float().norm(dim=-1)
+        for adapter in layer.active_adapters:
+            if adapter not in layer.pvm_gate:
+                continue
+            update = layer.branch(adapter, hidden_states, context)
+            retrieval = layer.retrieval(adapter, hidden_states, context)
+            if update is not None and retrieval is not None:
+                traces[adapter, layer.layer_idx] = BranchTrace(
+                    float(layer.pvm_gate[adapter].weight),
+                    update[0, -num_queries:].float().norm(dim=-1) / residual,
+                    retrieval[0, :, -num_queries:].mean(0),
+                )
+
+    layers = [module for module in model.modules() if isinstance(module, PVMLayer) and not module.disable_adapters]
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(cast(Any, record)).remove)
+        yield traces
+
+
+@contextlib.contextmanager
+def layers_observed(vlm: VisionLanguageModel, num_queries: int) -> Iterator[list[torch.Tensor]]:
+    """Keep what each decoder layer gives for the last tokens, for the length of a block.
+
+    Args:
+        vlm: The model's parts.
+        num_queries: How many tokens that are.
+
+    Yields:
+        One tensor for each layer, `(1, num_queries, hidden_size)`; it fills up.
+    """
+    outputs: list[torch.Tensor] = []
+
+    def keep(layer: nn.Module, args: tuple, output: Any) -> None:
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        outputs.append(hidden_states[:, -num_queries:].clone())
+
+    with contextlib.ExitStack() as stack:
+        for layer in vlm.layers:
+            stack.callback(layer.register_forward_hook(keep).remove)
+        yield outputs

@@ -1,0 +1,351 @@
+"""A probe's result as pictures: readable in print and by the colour-blind. The only file that needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+
+from .result import BranchRecord, ForwardRecord, ProbeResult
+
+
+# Okabe and Ito's colours, without the yellow that paper swallows.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "text.parse_math": False,  # an adapter may have a dollar in its name
+}
+WIDTH = 7.5  # inches
+SMALLEST = 1e-6  # nats: below, a logarithmic axis shows noise
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a report.
+
+    Attributes:
+        name: Of its file, without extension.
+        title: Its heading.
+        explanation: What it shows, in plain words.
+        alternative: What stands for it where it cannot be seen.
+        png: The file.
+    """
+
+    name: str
+    title: str
+    explanation: str
+    alternative: str
+    png: bytes
+
+
+def draw(result: ProbeResult) -> list[Picture]:
+    """All pictures of a result. The same result gives the same bytes.
+
+    Args:
+        result: What to show.
+    """
+    pictures = [_decay(result), _mass_by_layer(result), _layers(result)]
+    if len(result.forwards) > 1:
+        pictures.append(_divergence(result))
+    if all(forward.lens is not None for forward in result.forwards):
+        pictures.append(_lens(result))
+    if result.branches:
+        pictures.append(_updates(result))
+        pictures.append(_retrieval(result))
+    return pictures
+
+
+def _as_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def _styled(function: Any) -> Any:
+    """Draw in our style, whatever the user's is."""
+
+    def draw_one(result: ProbeResult) -> Picture:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE)
+            return function(result)
+
+    return draw_one
+
+
+def _look_of(number: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINES[number % len(LINES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 4,
+        "markevery": 0.12,
+        "linewidth": 1.4,
+    }
+
+
+def _log(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis."""
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _token_axis(axes: Any) -> None:
+    axes.set_xlabel("generated token (number)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _compared(result: ProbeResult) -> list[ForwardRecord]:
+    """Base and all adapters together."""
+    return result.forwards[:2]
+
+
+@_styled
+def _decay(result: ProbeResult) -> Picture:
+    figure, ((by_token, by_text),) = _figure(3.2, 1, 2, sharey=False)
+    for number, forward in enumerate(result.forwards):
+        look = _look_of(number)
+        by_token.plot(forward.mean_mass, label=forward.name, **look)
+        if any(layer.sinks for layer in forward.attention):
+            faint = {**look, "linewidth": 0.8, "markersize": 2, "alpha": 0.6}
+            by_token.plot(forward.mean_mass_without_sinks, label=f"{forward.name}, sinks left out", **faint)
+    by_token.set_ylim(bottom=0)
+    by_token.set_ylabel("share of attention on the image")
+    _token_axis(by_token)
+    by_token.legend()
+    for number, forward in enumerate(_compared(result)):
+        look = _look_of(number)
+        text_tokens = [max(position) for position in zip(*(layer.text_tokens for layer in forward.attention))]
+        points = {**look, "linestyle": "none", "markevery": 1}
+        by_text.plot(text_tokens, [mass or np.nan for mass in forward.mean_mass], label=forward.name, **points)
+        law = forward.mean_decay
+        if law is not None:
+            kept = [(t, mass) for t, mass in zip(text_tokens, forward.mean_mass) if t > 0 and mass > 0]
+            at = np.array([t for t, _ in kept], dtype=float)
+            level = np.mean(np.log([mass for _, mass in kept]) + law.exponent * np.log(at))
+            label = f"exponent {law.exponent:.2f} ± {law.standard_error:.2f}"
+            by_text.plot(at, np.exp(level) * at**-law.exponent, label=label, **{**look, "marker": None})
+    by_text.set_xscale("log")
+    by_text.set_yscale("log")
+    for axis in (by_text.xaxis, by_text.yaxis):
+        _log(axis)
+    by_text.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    by_text.yaxis.set_minor_formatter(StrMethodFormatter("{x:.2g}"))
+    by_text.tick_params(which="both", labelsize=7)
+    by_text.set_xlabel("text tokens seen (number)")
+    by_text.set_ylabel("share of attention on the image")
+    by_text.legend()
+    return Picture(
+        "visual-mass",
+        "How much of its attention goes to the image",
+        "Left: for each generated token, the share of attention that reaches image and video tokens, averaged over "
+        "heads and layers. Right: the same against the number of text tokens in sight, both axes logarithmic; a "
+        "straight line is a power law and its slope the exponent, 1 for a fall like one over the length, 0 for none. "
+        "The share alone misleads: a few visual tokens, the sinks, can hold most of it whatever is asked. Where there "
+        "are any, faint lines leave them out.",
+        "Two line plots: share of attention on the image by generated token, and against text length with fitted "
+        "power laws.",
+        _as_png(figure),
+    )
+
+
+@_styled
+def _mass_by_layer(result: ProbeResult) -> Picture:
+    forwards = _compared(result)
+    figure, (row,) = _figure(3.2, 1, len(forwards), sharey=True)
+    largest = max(mass for forward in forwards for layer in forward.attention for mass in layer.visual_mass)
+    for axes, forward in zip(row, forwards):
+        masses = [layer.visual_mass for layer in forward.attention]
+        image = axes.imshow(masses, aspect="auto", cmap="cividis", vmin=0, vmax=largest or 1, origin="lower")
+        axes.set_title(forward.name)
+        axes.grid(False)
+        _token_axis(axes)
+        step = max(len(masses) // 10, 1)
+        axes.set_yticks(range(0, len(masses), step), [layer.layer_idx for layer in forward.attention[::step]])
+    row[0].set_ylabel("decoder layer (number)")
+    figure.colorbar(image, ax=list(row), label="share of attention on the image")
+    return Picture(
+        "mass-by-layer",
+        "Which layers look at the image, and when",
+        "Each cell is one layer at one generated token; brighter is more attention on the image, averaged over heads. "
+        "Both pictures have the same scale.",
+        "Heat maps of the share of attention on the image by layer and generated token.",
+        _as_png(figure),
+    )
+
+
+@_styled
+def _layers(result: ProbeResult) -> Picture:
+    figure, column = _figure(6.6, 3, 1, sharex=True)
+    masses, exponents, sinks = column[:, 0]
+    for number, forward in enumerate(_compared(result)):
+        look = {**_look_of(number), "markevery": 1}
+        layers = np.array([layer.layer_idx for layer in forward.attention]) + 0.12 * number
+        mean, low, high = (
+            np.array([np.mean(getattr(layer, name)) for layer in forward.attention])
+            for name in ("visual_mass", "lowest_head", "highest_head")
+        )
+        ranges = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
+        masses.errorbar(layers, mean, yerr=ranges, label=forward.name, capsize=2, **look)
+        fitted = [(at, layer.decay) for at, layer in zip(layers, forward.attention) if layer.decay is not None]
+        exponents.errorbar(
+            [at for at, _ in fitted],
+            [law.exponent for _, law in fitted],
+            yerr=[law.standard_error for _, law in fitted],
+            label=forward.name,
+            capsize=2,
+            **look,
+        )
+        sinks.plot(layers, [np.mean(layer.sink_mass) for layer in forward.attention], label=forward.name, **look)
+        for at, layer in zip(layers, forward.attention):
+            if layer.sinks:
+                height = float(np.mean(layer.sink_mass))
+                sinks.annotate(f"{len(layer.sinks)}", (at, height), (0, 4), textcoords="offset points", fontsize=7)
+    masses.set_ylabel("share of attention\non the image")
+    exponents.set_ylabel("decay exponent\n(1 is one over the length)")
+    sinks.set_ylabel("share of attention\non visual sinks")
+    sinks.set_xlabel("decoder layer (number)")
+    sinks.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (masses, sinks):
+        axes.set_ylim(bottom=0)
+    masses.legend()
+    return Picture(
+        "layers",
+        "Layer by layer",
+        "Top: the share of attention on the image, averaged over generated tokens; the bars reach from the head that "
+        "looks least to the one that looks most. Middle: the exponent of its decay with its standard error, where it "
+        "could be fitted. Bottom: what visual sinks hold, visual tokens that draw attention whatever the query; the "
+        "small numbers count them. Mass on sinks is no looking.",
+        "Three plots over decoder layers: attention on the image, decay exponent, attention on visual sinks.",
+        _as_png(figure),
+    )
+
+
+@_styled
+def _divergence(result: ProbeResult) -> Picture:
+    figure, ((axes,),) = _figure(2.8)
+    for number, forward in enumerate(result.forwards):
+        if number > 0:
+            axes.plot(np.maximum(forward.kl_to_base, SMALLEST), label=forward.name, **_look_of(number))
+    axes.set_yscale("log")
+    _log(axes.yaxis)
+    axes.set_ylabel("KL to the base (nats)")
+    _token_axis(axes)
+    axes.legend()
+    return Picture(
+        "divergence",
+        "How much adapters change what comes next",
+        "For each generated token, how far the prediction with adapters is from the base's on the very same text. "
+        f"Differences below {SMALLEST:g} are drawn as {SMALLEST:g}. A difference is a change, not yet an improvement.",
+        "Line plot of the KL divergence to the base for each generated token.",
+        _as_png(figure),
+    )
+
+
+@_styled
+def _lens(result: ProbeResult) -> Picture:
+    figure, ((axes,),) = _figure(2.8)
+    for number, forward in enumerate(_compared(result)):
+        means = [float(np.mean(layer)) for layer in forward.lens or []][:-1]
+        axes.plot(np.maximum(means, SMALLEST), label=forward.name, **{**_look_of(number), "markevery": 1})
+    axes.set_yscale("log")
+    _log(axes.yaxis)
+    axes.set_ylabel("KL to the last layer (nats)")
+    axes.set_xlabel("decoder layer (number)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return Picture(
+        "logit-lens",
+        "When the answer forms",
+        "Each layer's hidden state is read out as if it were the last: how far that prediction is from the final one, "
+        "averaged over generated tokens. The last layer, at 0 by definition, is left out.",
+        "Line plot of the divergence of each layer's prediction from the final one.",
+        _as_png(figure),
+    )
+
+
+@_styled
+def _updates(result: ProbeResult) -> Picture:
+    figure, ((axes,),) = _figure(2.8)
+    for number, branch in enumerate(result.branches):
+        axes.plot(branch.relative_update, label=f"{_place(branch)}, gate {branch.gate:.3g}", **_look_of(number))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("size of update\n(share of residual stream)")
+    _token_axis(axes)
+    axes.legend()
+    return Picture(
+        "updates",
+        "How much PVM adds",
+        "For each generated token, the norm of what a PVM branch adds, divided by the norm of the residual stream "
+        "that it reads. The gate is the learned scalar that the branch is multiplied by.",
+        "Line plot of the relative size of PVM's updates for each generated token.",
+        _as_png(figure),
+    )
+
+
+def _place(branch: BranchRecord) -> str:
+    return f"layer {branch.layer_idx}, {branch.adapter}"
+
+
+@_styled
+def _retrieval(result: ProbeResult) -> Picture:
+    tokens = result.retrieval_tokens
+    figure, rows = _figure(1.4 * len(result.branches) + 0.5, len(result.branches), max(len(tokens), 1))
+    for branch, row in zip(result.branches, rows):
+        largest = max(max(weights) for weights in branch.retrieval.values()) if branch.retrieval else 1.0
+        for axes, token in zip(row, tokens):
+            _draw_weights(axes, result, branch.retrieval[token], largest)
+            axes.set_title(f"token {token}", fontsize=7)
+        row[0].set_ylabel(_place(branch), fontsize=7)
+    where = "laid over the image" if result.grids else "as strips, in the order in which they stand in the prompt"
+    return Picture(
+        "retrieval",
+        "Where PVM looks",
+        f"For some generated tokens, PVM's cross-attention over the visual tokens, averaged over heads, {where}. "
+        "Brighter is more; each row of pictures has one scale. Numbers are those of the generated tokens.",
+        "Maps of PVM's cross-attention over the image for some generated tokens.",
+        _as_png(figure),
+    )
+
+
+def _draw_weights(axes: Any, result: ProbeResult, weights: Sequence[float], largest: float) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    if not result.grids:
+        axes.imshow([weights], aspect="auto", cmap="cividis", vmin=0, vmax=largest)
+        return
+    widest = max(columns for _, columns in result.grids)
+    top, start = 0, 0
+    for number, (height, width) in enumerate(result.grids):
+        extent = (0, width, top + height, top)
+        if number < len(result.images):
+            picture = matplotlib.image.imread(io.BytesIO(result.images[number]), format="png")
+            axes.imshow(picture[..., :3].mean(-1), extent=extent, cmap="gray", vmin=0, vmax=1)
+        part = np.array(weights[start : start + height * width]).reshape(height, width)
+        alpha = 0.65 if number < len(result.images) else 1.0
+        axes.imshow(part, extent=extent, cmap="cividis", vmin=0, vmax=largest, alpha=alpha)
+        top, start = top + height, start + height * width
+    axes.set_xlim(0, widest)
+    axes.set_ylim(top, 0)

@@ -1,0 +1,355 @@
+"""`probe`: generate with a model as it stands, then look at what it did, with its adapters and without."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from ..acting import acting_adapters, base_of, only
+from ..env import environment
+from ..families import FEATURE_KEYWORDS, VisionLanguageModel, find_vlm
+from ..positions import placeholder_mask
+from ..steering import steerable_attentions
+from .decay import fit_dilution, fit_power_law
+from .grid import visual_grids
+from .measures import find_sinks, kl_divergence, logit_lens
+from .observers import AttentionObserver, BranchTrace, Masses, branches_observed, layers_observed, observed
+from .result import (
+    AdapterRecord,
+    BranchRecord,
+    ForwardRecord,
+    LayerAttention,
+    ProbeResult,
+    mean_over_layers,
+    numbers,
+)
+
+
+BASE, TOGETHER = "base", "adapters"  # names of forwards
+RETRIEVALS_KEPT = 6
+Progress = Callable[[str, int, int], None]
+
+
+@torch.no_grad()
+def probe(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    prompt: str = "",
+    decode: Callable[[int], str] = str,
+    images: Sequence[bytes] = (),
+    max_new_tokens: int = 64,
+    sink_factor: float = 10.0,
+    sink_share: float = 0.9,
+    retrieval_tokens: Sequence[int] | None = None,
+    generate_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> ProbeResult:
+    """Measure how much a model looks at its image while it answers, and what its adapters change.
+
+    It generates with the adapters as they stand. Then it runs over prompt and answer once with every adapter off, once
+    with those that act, and once with each of these alone. The model is left as it was, also after an exception.
+
+    Args:
+        model: A vision-language model from transformers, with or without adapters of any of PEFT's types that live in
+            layers, or a PeftModel of one.
+        inputs: What its processor gives for one prompt with an image or a video, on the model's device.
+        prompt: The prompt as text, for the report.
+        decode: Makes text of a token id.
+        images: PNG files of what is looked at, for the report.
+        max_new_tokens: Length of the answer at most.
+        sink_factor: A visual token is a sink in a layer if its attention, averaged over heads, is more than so many
+            times the mean over the visual tokens ...
+        sink_share: ... for at least this share of the generated tokens.
+        retrieval_tokens: The generated tokens, counted from 0, whose retrieval by PVM is kept. `None`: the six whose
+            updates are largest beside the residual stream.
+        generate_kwargs: More arguments for `generate`, which by default is greedy.
+        progress: Called with what is being done, how many steps of it are done and how many there are.
+
+    Returns:
+        The result. `save(folder)` writes a report.
+
+    Raises:
+        ValueError: The inputs are not one prompt with visual tokens, an argument is out of range, an adapter is
+            merged, or the model cannot be probed; the message says why.
+        NotImplementedError: The model or an adapter works in a way that the probe cannot follow.
+    """
+    vlm = find_vlm(base_of(model))
+    names = acting_adapters(vlm.model)
+    _check(vlm, model, inputs, max_new_tokens, sink_factor, sink_share)
+    progress = progress or (lambda description, done, total: None)
+    with _undisturbed(vlm):
+        token_ids = _generate(vlm, inputs, max_new_tokens, generate_kwargs or {}, progress)
+        _check_retrieval(retrieval_tokens, len(token_ids))
+        whole = extended(vlm.model, inputs, token_ids[:-1])
+        planned: dict[str, list[str]] = {BASE: []}
+        if names:
+            planned[TOGETHER] = names
+        if len(names) > 1:
+            planned.update({_alone(name): [name] for name in names})
+        forwards: list[ForwardRecord] = []
+        traces: dict[tuple[str, int], BranchTrace] = {}
+        base_logits: torch.Tensor | None = None
+        for done, (name, acting) in enumerate(planned.items()):
+            progress("looking at the answer", done, len(planned))
+            with only(vlm.model, acting):
+                seen = _look(vlm, whole, len(token_ids))
+            base_logits = seen.logits if base_logits is None else base_logits
+            forwards.append(_record(name, acting, seen, base_logits, token_ids, sink_factor, sink_share))
+            traces = seen.branches if name == TOGETHER else traces
+        progress("looking at the answer", len(planned), len(planned))
+    by_name = {forward.name: forward for forward in forwards}
+    if len(names) == 1:
+        by_name[_alone(names[0])] = by_name[TOGETHER]
+    num_visual = int(_visual_mask(vlm, inputs).sum())
+    return ProbeResult(
+        model_name=getattr(vlm.model.config, "_name_or_path", "") or type(vlm.model).__name__,
+        prompt=prompt,
+        environment=environment(),
+        settings={
+            "max_new_tokens": max_new_tokens,
+            "sink_factor": sink_factor,
+            "sink_share": sink_share,
+            "generate_kwargs": {name: str(value) for name, value in (generate_kwargs or {}).items()},
+            "attn_implementation": vlm.text_config._attn_implementation,
+            "dtype": str(vlm.model.dtype).removeprefix("torch."),
+            "device": str(vlm.model.device),
+        },
+        num_prompt_tokens=inputs["input_ids"].shape[1],
+        num_visual_tokens=num_visual,
+        grids=visual_grids(vlm, inputs, num_visual),
+        token_ids=token_ids,
+        tokens=[decode(token_id) for token_id in token_ids],
+        unobserved_layers=[index for index in range(len(vlm.layers)) if index not in vlm.self_attentions],
+        forwards=forwards,
+        adapters=[
+            AdapterRecord(
+                name=name,
+                method=str(getattr(config.peft_type, "value", config.peft_type)),
+                active=name in names,
+                kl_alone=by_name[_alone(name)].kl_to_base if name in names else None,
+            )
+            for name, config in getattr(vlm.model, "peft_config", {}).items()
+        ],
+        branches=_branches(traces, retrieval_tokens),
+        images=list(images),
+    )
+
+
+def _alone(name: str) -> str:
+    return f"only {name}"
+
+
+def _visual_mask(vlm: VisionLanguageModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Which tokens of the prompt stand for an image or a video that comes with it, `(1, seq_len)`, bool."""
+    token_ids = [
+        token_id
+        for modality, ids in vlm.placeholder_ids.items()
+        if any(inputs.get(keyword) is not None for keyword in FEATURE_KEYWORDS[modality])
+        for token_id in ids
+    ]
+    return placeholder_mask(inputs["input_ids"], token_ids)
+
+
+def _check(
+    vlm: VisionLanguageModel,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int,
+    sink_factor: float,
+    sink_share: float,
+) -> None:
+    input_ids = inputs.get("input_ids")
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.shape[0] != 1:
+        shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"probe takes one prompt, input_ids of shape (1, seq_len); got {shape}.")
+    if not bool(_visual_mask(vlm, inputs).any()):
+        raise ValueError(
+            "There is no image in these inputs (no visual token in input_ids, or no pixel values for it): give the "
+            "processor an image and a prompt that names it."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if not (math.isfinite(sink_factor) and sink_factor > 0):
+        raise ValueError(f"sink_factor must be a positive number, got {sink_factor}.")
+    if not 0 < sink_share <= 1:
+        raise ValueError(f"sink_share must lie in (0, 1], got {sink_share}.")
+    steerable_attentions(vlm, "The probe")
+    for name, config in {**getattr(model, "peft_config", {}), **getattr(vlm.model, "peft_config", {})}.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise NotImplementedError(
+                f"Adapter {name!r} ({config.peft_type}) puts tokens of its own before the prompt, among which the "
+                "probe would lose count. Take it off."
+            )
+    merged = sorted({name for module in vlm.model.modules() for name in getattr(module, "merged_adapters", [])})
+    if merged:
+        raise ValueError(f"Adapters {merged} are merged into the base, which hides it. Unmerge them first.")
+
+
+def _check_retrieval(retrieval_tokens: Sequence[int] | None, num_tokens: int) -> None:
+    wrong = [token for token in retrieval_tokens or () if not 0 <= token < num_tokens]
+    if wrong:
+        raise ValueError(f"retrieval_tokens names {wrong}, but {num_tokens} tokens were generated, counted from 0.")
+
+
+@contextlib.contextmanager
+def _undisturbed(vlm: VisionLanguageModel) -> Iterator[None]:
+    """Eval mode; afterwards the model is in the mode it was in, and a conversation of somebody else can go on."""
+    training = [module for module in vlm.model.modules() if module.training]
+    # Qwen's models keep from a prompt by how much the positions of its answer are shifted.
+    rope_deltas = {module: module.rope_deltas for module in vlm.model.modules() if "rope_deltas" in vars(module)}
+    vlm.model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for module, deltas in rope_deltas.items():
+            module.rope_deltas = deltas
+
+
+def _generate(
+    vlm: VisionLanguageModel,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int,
+    generate_kwargs: Mapping[str, Any],
+    progress: Progress,
+) -> list[int]:
+    model: Any = vlm.model
+    arguments = {"do_sample": False, "num_beams": 1, **generate_kwargs, "return_dict_in_generate": False}
+    streamer = None if arguments["num_beams"] > 1 else _CountingStreamer(progress, max_new_tokens)
+    sequences = model.generate(**inputs, **{"streamer": streamer, **arguments}, max_new_tokens=max_new_tokens)
+    return sequences[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+class _CountingStreamer:
+    """Tells how many tokens have been generated."""
+
+    def __init__(self, progress: Progress, max_new_tokens: int):
+        self.progress, self.max_new_tokens = progress, max_new_tokens
+        self.count = -1  # the prompt comes first
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.count += 1
+        self.progress("generating", self.count, self.max_new_tokens)
+
+    def end(self) -> None:
+        self.progress("generating", self.max_new_tokens, self.max_new_tokens)
+
+
+def extended(model: Any, inputs: Mapping[str, Any], token_ids: Sequence[int]) -> dict[str, Any]:
+    """Inputs of a full forward over prompt and answer.
+
+    Args:
+        model: The transformers model. How masks and token types go on is its own business: it knows for `generate`.
+        inputs: Of the prompt.
+        token_ids: The answer.
+
+    Returns:
+        The inputs, `input_ids` as `(1, prompt + answer)`.
+    """
+    extras = dict(inputs)
+    input_ids = extras.pop("input_ids")
+    for _ in token_ids:
+        extras = model._update_model_kwargs_for_generation(ModelOutput(), extras, num_new_tokens=1)
+    answer = torch.tensor([list(token_ids)], dtype=input_ids.dtype, device=input_ids.device)
+    return {**extras, "input_ids": torch.cat([input_ids, answer], 1)}
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What one forward showed of the last tokens: logits `(num_tokens, vocab_size)`, and what was observed."""
+
+    logits: torch.Tensor
+    masses: dict[int, Masses]
+    branches: dict[tuple[str, int], BranchTrace]
+    lens: list[torch.Tensor] | None
+
+
+def _look(vlm: VisionLanguageModel, inputs: dict[str, Any], num_tokens: int) -> _Seen:
+    observer = AttentionObserver(num_tokens)
+    with (
+        branches_observed(vlm.model, num_tokens) as branches,
+        layers_observed(vlm, num_tokens) as hidden_states,
+        observed(vlm, observer),
+    ):
+        logits = vlm.model(**{**inputs, "use_cache": False, "logits_to_keep": num_tokens}).logits[0]
+    norm, head = getattr(vlm.text_model, "norm", None), vlm.model.get_output_embeddings()  # type: ignore[operator]
+    lens = None if norm is None or head is None else logit_lens(hidden_states, norm, head)
+    return _Seen(logits, observer.masses, branches, lens)
+
+
+def _record(
+    name: str,
+    acting: list[str],
+    seen: _Seen,
+    base_logits: torch.Tensor,
+    token_ids: list[int],
+    sink_factor: float,
+    sink_share: float,
+) -> ForwardRecord:
+    attention = [
+        _attention(layer_idx, masses, sink_factor, sink_share) for layer_idx, masses in sorted(seen.masses.items())
+    ]
+    text_tokens = [max(position) for position in zip(*(layer.text_tokens for layer in attention))]
+    mean_mass = mean_over_layers([layer.visual_mass for layer in attention])
+    first_choices = seen.logits.argmax(-1).tolist()
+    return ForwardRecord(
+        name=name,
+        adapters=acting,
+        attention=attention,
+        mean_decay=fit_power_law(text_tokens, mean_mass),
+        mean_dilution=fit_dilution(text_tokens, mean_mass),
+        lens=None if seen.lens is None else [numbers(layer) for layer in seen.lens],
+        kl_to_base=numbers(kl_divergence(seen.logits, base_logits)),
+        agreement=numbers(torch.tensor(first_choices).eq(torch.tensor(token_ids)).double().mean()),
+    )
+
+
+def _attention(layer_idx: int, masses: Masses, sink_factor: float, sink_share: float) -> LayerAttention:
+    visual_mass: list[float] = numbers(masses.visual.mean(1))
+    text_mass: list[float] = numbers(masses.text.mean(1))
+    text_tokens: list[int] = masses.text_tokens.tolist()
+    sinks = find_sinks(masses.per_token, sink_factor, sink_share)
+    return LayerAttention(
+        layer_idx=layer_idx,
+        visual_mass=visual_mass,
+        lowest_head=numbers(masses.visual.amin(1)),
+        highest_head=numbers(masses.visual.amax(1)),
+        text_to_visual=[
+            numbers(torch.tensor(text, dtype=torch.float64) / visual) if visual > 0 else None
+            for text, visual in zip(text_mass, visual_mass)
+        ],
+        text_tokens=text_tokens,
+        sinks=sinks,
+        sink_mass=numbers(masses.per_token[:, sinks].sum(1)),
+        decay=fit_power_law(text_tokens, visual_mass),
+        dilution=fit_dilution(text_tokens, visual_mass),
+    )
+
+
+def _branches(
+    traces: dict[tuple[str, int], BranchTrace], retrieval_tokens: Sequence[int] | None
+) -> list[BranchRecord]:
+    if not traces:
+        return []
+    if retrieval_tokens is None:
+        size = torch.stack([trace.relative_update for trace in traces.values()]).mean(0)
+        retrieval_tokens = sorted(size.topk(min(RETRIEVALS_KEPT, len(size))).indices.tolist())
+    return [
+        BranchRecord(
+            adapter=adapter,
+            layer_idx=layer_idx,
+            gate=numbers(torch.tensor(trace.gate)),
+            relative_update=numbers(trace.relative_update),
+            retrieval={token: numbers(trace.retrieval[token]) for token in retrieval_tokens},
+        )
+        for (adapter, layer_idx), trace in sorted(traces.items())
+    ]
