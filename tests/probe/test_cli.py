@@ -1,0 +1,204 @@
+"""`peft-pvm probe` on tiny models of three families with their real processors."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as T
+from conftest import METHODS
+from peft import LoraConfig, get_peft_model
+from tiny_vlms import BOS, END, EOS, FAMILIES, IMAGE, PAD, START, TEXT, VOCAB
+
+
+pytest.importorskip("typer", reason="the command needs typer, of the extra lab")
+pytest.importorskip("matplotlib", reason="the command needs matplotlib, of the extra lab")
+
+from typer.testing import CliRunner
+
+from peft_pvm.cli.app import app
+from peft_pvm.probe import ProbeResult
+
+
+CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+SIZE = {"height": 28, "width": 28}
+
+
+def tokenizer(names: dict[int, str], **attributes: str) -> T.PreTrainedTokenizerFast:
+    """Letters and a few special tokens, of the ids that the tiny models know."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = {PAD: "<pad>", BOS: "<bos>", EOS: "<eos>", **names}
+    vocabulary = {special.get(index, chr(256 + index)): index for index in range(VOCAB)}
+    vocabulary.update({letter: 30 + index for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz ?\n<>-_.")})
+    tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<pad>"))
+    tokens.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokens.decoder = decoders.Fuse()
+    return T.PreTrainedTokenizerFast(
+        tokenizer_object=tokens,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=list(names.values()),
+        extra_special_tokens=attributes,
+    )
+
+
+def llava_processor() -> T.ProcessorMixin:
+    images = T.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=SIZE)
+    return T.LlavaProcessor(
+        images,
+        tokenizer({IMAGE: "<image>"}),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT.replace("IMAGE", "<image>"),
+    )
+
+
+def gemma3_processor() -> T.ProcessorMixin:
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokens = tokenizer({START: names["boi_token"], END: names["eoi_token"], IMAGE: names["image_token"]}, **names)
+    images = T.Gemma3ImageProcessorPil(size=SIZE)
+    return T.Gemma3Processor(
+        images, tokens, image_seq_length=4, chat_template=CHAT.replace("IMAGE", names["boi_token"])
+    )
+
+
+def idefics3_processor() -> T.ProcessorMixin:
+    """Without a chat template: the image token stands before the prompt."""
+    names = {IMAGE: "<image>", 310: "<fake_token_around_image>", 311: "<end_of_utterance>", 312: "<global-img>"}
+    images = T.Idefics3ImageProcessorPil(
+        size={"longest_edge": 28}, max_image_size={"longest_edge": 28}, do_image_splitting=False
+    )
+    return T.Idefics3Processor(images, tokenizer(names), image_seq_len=1)
+
+
+PROCESSORS = {"llava": llava_processor, "gemma3": gemma3_processor, "idefics3": idefics3_processor}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, png: bytes) -> Path:
+    """Models with their processors, adapters of each, an image, and a model without eyes."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "image.png").write_bytes(png)
+    for name, processor in PROCESSORS.items():
+        FAMILIES[name].build().save_pretrained(folder / name)
+        processor().save_pretrained(folder / name)
+        for method in ("pvm", "dipe"):
+            METHODS[method].attach(FAMILIES[name].build()).save_pretrained(folder / f"{name}-{method}")
+    lora = get_peft_model(FAMILIES["llava"].build(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(folder / "llava-lora")
+    T.LlamaForCausalLM(T.LlamaConfig(**TEXT)).save_pretrained(folder / "blind")
+    return folder
+
+
+def run(folder: Path, model: str, *options: str, image: str = "image.png", out: str = "report"):
+    arguments = ["probe", "--model", str(folder / model), "--image", str(folder / image), "--out", str(folder / out)]
+    arguments += ["--prompt", "what is it?", "--max-new-tokens", "4", *options]
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_a_report_of_a_model_with_adapters(family: str, folder: Path):
+    out = f"report-{family}"
+    adapters = [f"{family}-pvm", f"{family}-dipe", *(["llava-lora"] if family == "llava" else [])]
+    options = [option for name in adapters for option in ("--adapter", str(folder / name))]
+    done = run(folder, family, *options, out=out)
+    assert done.exit_code == 0, done.output
+    assert "Attention on the image" in done.stdout
+    result = ProbeResult.load(folder / out)
+    assert [adapter.name for adapter in result.adapters] == adapters
+    assert all(adapter.active and max(adapter.kl_alone) > 1e-4 for adapter in result.adapters)
+    assert {branch.adapter for branch in result.branches} == {f"{family}-pvm"}
+    assert result.prompt == "what is it?"
+    assert result.num_visual_tokens == {"llava": 4, "gemma3": 4, "idefics3": 1}[family]
+    assert len(result.images) == 1
+    assert (folder / out / "report.html").is_file()
+
+
+def test_a_model_alone(folder: Path):
+    done = run(folder, "llava", out="alone", *["--dtype", "float32", "--attn-implementation", "eager"])
+    assert done.exit_code == 0, done.output
+    result = ProbeResult.load(folder / "alone")
+    assert result.settings["attn_implementation"] == "eager"
+    assert [forward.name for forward in result.forwards] == ["base"]
+
+
+def test_errors_say_what_is_wrong(folder: Path):
+    def error(*args, **kwargs) -> str:
+        done = run(folder, *args, **kwargs)
+        assert done.exit_code == 1, done.output
+        assert "Traceback" not in done.output
+        return done.stderr
+
+    assert "There is no image" in error("llava", image="nothing.png")
+    assert "cannot be read as an image" in error("llava", image="llava/config.json")
+    assert "cannot be loaded as a model that reads images" in error("blind")
+    assert "cannot be loaded as a model that reads images" in error("nowhere")
+    assert "does not fit" in error("llava", "--adapter", str(folder / "gemma3-pvm"))
+    assert "does not fit" in error("llava", "--adapter", str(folder / "nowhere"))
+    assert "--dtype is 'float12'" in error("llava", "--dtype", "float12")
+    assert "--device nowhere" in error("llava", "--device", "nowhere")
+
+
+def test_what_cannot_be_probed_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    attention = T.models.llama.modeling_llama.LlamaAttention
+    monkeypatch.setattr(attention, "kv_lora_rank", 4, raising=False)
+    done = run(folder, "llava")
+    assert done.exit_code == 1
+    assert re.search(r"Error: .*multi-head latent attention", done.stderr)
+
+
+def test_no_foreign_code_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither loader is asked to trust what comes with a model."""
+    asked: list[dict] = []
+    for cls in (T.AutoModelForImageTextToText, T.AutoProcessor):
+        load = cls.from_pretrained
+        monkeypatch.setattr(
+            cls, "from_pretrained", lambda *args, load=load, **kwargs: (asked.append(kwargs), load(*args, **kwargs))[1]
+        )
+    assert run(folder, "llava").exit_code == 0
+    assert len(asked) == 2
+    assert not any(kwargs.get("trust_remote_code") for kwargs in asked)
+
+
+WITHOUT_LAB = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name in ("typer", "matplotlib") else find_spec(name, *args)
+from peft_pvm.cli import main
+main()
+"""
+
+
+def test_without_the_extra_it_says_what_to_install():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LAB], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().count("\n") == 0
+    assert "typer, matplotlib" in done.stderr
+    assert "pip install 'peft-pvm[lab]'" in done.stderr
+
+
+def test_the_library_needs_none_of_it():
+    names = "typer rich matplotlib PIL".split()
+    block = f"import sys; sys.modules.update(dict.fromkeys({names[:3]}))"
+    code = f"{block}; import peft_pvm, peft_pvm.probe, peft_pvm.cli; print(peft_pvm.probe.probe)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_reports_in_half_precision(folder: Path):
+    done = run(folder, "llava", "--dtype", "bfloat16", "--adapter", str(folder / "llava-dipe"), out="half")
+    assert done.exit_code == 0, done.output
+    result = ProbeResult.load(folder / "half")
+    assert result.settings["dtype"] == str(torch.bfloat16).removeprefix("torch.")
+    assert all(0 < mass < 1 for mass in result.base.mean_mass)

@@ -1,0 +1,140 @@
+"""What is saved: the same numbers, the same bytes, and a page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from peft_pvm.probe import ProbeResult
+
+
+pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra lab")
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """What a page consists of; an error where an element is not closed as it was opened."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_json_round_trip_and_the_same_bytes(result: ProbeResult, tmp_path: Path):
+    report = result.save(tmp_path / "a")
+    again = ProbeResult.load(tmp_path / "a")
+    assert again == result
+    again.save(tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert report == tmp_path / "a" / "report.html"
+    assert sorted(files(tmp_path / "a")) == [
+        "divergence.png", "image-0.png", "layers.png", "logit-lens.png", "mass-by-layer.png", "probe.json",
+        "report.html", "retrieval.png", "updates.png", "visual-mass.png",
+    ]  # fmt: skip
+    for name, content in files(tmp_path / "a").items():
+        if name.endswith(".png"):
+            assert b"Software" not in content
+            assert struct.unpack(">II", content[16:24]) > (200, 40) or name == "image-0.png"
+
+
+def test_a_users_own_style_does_not_show(result: ProbeResult, tmp_path: Path):
+    import matplotlib
+
+    result.save(tmp_path / "a")
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        result.save(tmp_path / "b")
+        assert matplotlib.rcParams["font.size"] == 30
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_json_tells_what_it_came_from(result: ProbeResult, tmp_path: Path):
+    result.save(tmp_path)
+    content = json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))
+    for package in ("torch", "transformers", "peft", "peft-pvm"):
+        assert content["environment"][package][0].isdigit()
+    assert content["settings"]["sink_factor"] == 1.5
+    assert content["prompt"] == result.prompt
+    assert "NaN" not in (tmp_path / "probe.json").read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_read_back_is_refused(result: ProbeResult, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"probe\.json"):
+        ProbeResult.load(tmp_path)
+    result.save(tmp_path)
+    content = json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))
+    (tmp_path / "probe.json").write_text(json.dumps({**content, "format_version": 99}), encoding="utf-8")
+    with pytest.raises(ValueError, match="format_version 99"):
+        ProbeResult.load(tmp_path)
+
+
+def test_the_page_parses_and_needs_nothing_else(result: ProbeResult, tmp_path: Path):
+    text = result.save(tmp_path).read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>")
+    page = Page(text)
+    tags = [tag for tag, _ in page.tags]
+    assert "script" not in tags
+    assert ("meta", {"charset": "utf-8"}) in page.tags
+    for tag, attributes in page.tags:
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:"), f"{tag} loads {attributes.get(name)}"
+        if tag == "img":
+            assert attributes["alt"]
+    assert "url(" not in text
+    assert "@import" not in text
+    assert tags.count("img") == 8  # seven pictures and the image
+    # User text is text.
+    assert result.prompt in page.text
+    assert all(token in page.text for token in result.tokens)
+
+
+def test_few_tokens_and_no_adapter_make_a_page(probed, tmp_path: Path):
+    from tiny_vlms import FAMILIES
+
+    one = probed(FAMILIES["llava"].build(), max_new_tokens=1, generate_kwargs={"min_new_tokens": 1})
+    Page(one.save(tmp_path / "one").read_text(encoding="utf-8"))
+    without_lens = replace(one, forwards=[replace(one.base, lens=None)])
+    without_lens.save(tmp_path / "two")
+    assert "logit-lens.png" not in files(tmp_path / "two")
+
+
+def test_the_page_opens_in_a_browser(result: ProbeResult, tmp_path: Path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    report = result.save(tmp_path)
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1000,3000",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}", report.as_uri(),
+    ]  # fmt: skip
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "HOME": str(tmp_path)})
+    assert "CONSOLE" not in finished.stderr
+    assert (tmp_path / "page.png").stat().st_size > 10_000
