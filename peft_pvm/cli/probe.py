@@ -47,10 +47,11 @@ def probe(
     if dtype not in DTYPES:
         _fail(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
     loaded, processor = _load(model, dtype, device, attn_implementation)
-    for name, source in adapter_names(adapter or []).items():
+    adapters = adapter_names(adapter or [])
+    for name, source in adapters.items():
         _attach(loaded, name, source)
-    if adapter:
-        loaded.set_adapter(list(adapter_names(adapter)))
+    if adapters:
+        loaded.set_adapter(list(adapters))
     try:
         inputs = {name: tensor.to(device) for name, tensor in build_inputs(processor, picture, prompt).items()}
         with _progress() as show:
@@ -134,10 +135,18 @@ def _load(source: str, dtype: str, device: str, attn_implementation: str | None)
 
 
 def _attach(model: Any, name: str, source: str) -> None:
+    refusal = f"The adapter {source} does not fit {type(model).__name__} or cannot be read"
     try:
-        model.load_adapter(source, adapter_name=name)
+        loaded = model.load_adapter(source, adapter_name=name)
     except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
-        _fail(f"The adapter {source} does not fit {type(model).__name__} or cannot be read: {error}")
+        _fail(f"{refusal}: {error}")
+    # transformers would only warn, and run with half an adapter.
+    missing = sorted(key for key in loaded.missing_keys if f".{name}." in key)
+    strays = sorted(loaded.unexpected_keys)
+    if missing or strays:
+        lacks = f"it lacks {len(missing)} tensors ({missing[0]} ...)" if missing else ""
+        brings = f"{len(strays)} of its tensors belong to nothing ({strays[0]} ...)" if strays else ""
+        _fail(f"{refusal}: {' and '.join(filter(None, (lacks, brings)))}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -264,7 +264,9 @@ def test_updates_are_what_the_branch_added(name: str, probed):
         ffn = getattr(layer, vlm.block.ffn_end)
         handles = [
             layer.register_forward_pre_hook(lambda module, args, keep=keep: keep("input", args[0])),
-            layer.self_attn.register_forward_hook(lambda module, args, output, keep=keep: keep("attention", output[0])),
+            layer.self_attn.register_forward_hook(
+                lambda module, args, output, keep=keep: keep("attention", output[0])
+            ),
             ffn.register_forward_hook(lambda module, args, output, keep=keep: keep("without", output), prepend=True),
             ffn.register_forward_hook(lambda module, args, output, keep=keep: keep("with", output)),
         ]

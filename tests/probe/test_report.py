@@ -12,11 +12,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from tiny_vlms import FAMILIES
 
 from peft_pvm.probe import ProbeResult
 
 
-pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra lab")
+matplotlib = pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra lab")
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -45,59 +46,55 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.fixture(scope="module")
+def saved(result: ProbeResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of `result`, in a folder that is not written to."""
+    return result.save(tmp_path_factory.mktemp("report") / "new" / "folder")
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_json_round_trip_and_the_same_bytes(result: ProbeResult, tmp_path: Path):
-    report = result.save(tmp_path / "a")
-    again = ProbeResult.load(tmp_path / "a")
+def test_json_round_trip_and_the_same_bytes(result: ProbeResult, saved: Path, tmp_path: Path):
+    """Also where the user's own style is another."""
+    again = ProbeResult.load(saved.parent)
     assert again == result
-    again.save(tmp_path / "b")
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert report == tmp_path / "a" / "report.html"
-    assert sorted(files(tmp_path / "a")) == [
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        again.save(tmp_path)
+        assert matplotlib.rcParams["font.size"] == 30
+    assert files(tmp_path) == files(saved.parent)
+    assert sorted(files(tmp_path)) == [
         "divergence.png", "image-0.png", "layers.png", "logit-lens.png", "mass-by-layer.png", "probe.json",
         "report.html", "retrieval.png", "updates.png", "visual-mass.png",
     ]  # fmt: skip
-    for name, content in files(tmp_path / "a").items():
+    for name, content in files(tmp_path).items():
         if name.endswith(".png"):
             assert b"Software" not in content
             assert struct.unpack(">II", content[16:24]) > (200, 40) or name == "image-0.png"
 
 
-def test_a_users_own_style_does_not_show(result: ProbeResult, tmp_path: Path):
-    import matplotlib
-
-    result.save(tmp_path / "a")
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
-        result.save(tmp_path / "b")
-        assert matplotlib.rcParams["font.size"] == 30
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-
-
-def test_json_tells_what_it_came_from(result: ProbeResult, tmp_path: Path):
-    result.save(tmp_path)
-    content = json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))
+def test_json_tells_what_it_came_from(result: ProbeResult, saved: Path):
+    text = saved.with_name("probe.json").read_text(encoding="utf-8")
+    content = json.loads(text)
     for package in ("torch", "transformers", "peft", "peft-pvm"):
         assert content["environment"][package][0].isdigit()
     assert content["settings"]["sink_factor"] == 1.5
     assert content["prompt"] == result.prompt
-    assert "NaN" not in (tmp_path / "probe.json").read_text(encoding="utf-8")
+    assert "NaN" not in text
 
 
 def test_what_cannot_be_read_back_is_refused(result: ProbeResult, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"probe\.json"):
         ProbeResult.load(tmp_path)
-    result.save(tmp_path)
-    content = json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))
+    content = json.loads(result.to_json())
     (tmp_path / "probe.json").write_text(json.dumps({**content, "format_version": 99}), encoding="utf-8")
     with pytest.raises(ValueError, match="format_version 99"):
         ProbeResult.load(tmp_path)
 
 
-def test_the_page_parses_and_needs_nothing_else(result: ProbeResult, tmp_path: Path):
-    text = result.save(tmp_path).read_text(encoding="utf-8")
+def test_the_page_parses_and_needs_nothing_else(result: ProbeResult, saved: Path):
+    text = saved.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>")
     page = Page(text)
     tags = [tag for tag, _ in page.tags]
@@ -117,8 +114,6 @@ def test_the_page_parses_and_needs_nothing_else(result: ProbeResult, tmp_path: P
 
 
 def test_few_tokens_and_no_adapter_make_a_page(probed, tmp_path: Path):
-    from tiny_vlms import FAMILIES
-
     one = probed(FAMILIES["llava"].build(), max_new_tokens=1, generate_kwargs={"min_new_tokens": 1})
     Page(one.save(tmp_path / "one").read_text(encoding="utf-8"))
     without_lens = replace(one, forwards=[replace(one.base, lens=None)])
@@ -126,15 +121,16 @@ def test_few_tokens_and_no_adapter_make_a_page(probed, tmp_path: Path):
     assert "logit-lens.png" not in files(tmp_path / "two")
 
 
-def test_the_page_opens_in_a_browser(result: ProbeResult, tmp_path: Path):
+def test_the_page_opens_in_a_browser(saved: Path, tmp_path: Path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine")
-    report = result.save(tmp_path)
     command = [
         chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1000,3000",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}", report.as_uri(),
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}", saved.as_uri(),
     ]  # fmt: skip
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "HOME": str(tmp_path)})
+    finished = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={**os.environ, "HOME": str(tmp_path)}
+    )
     assert "CONSOLE" not in finished.stderr
     assert (tmp_path / "page.png").stat().st_size > 10_000
