@@ -17,9 +17,8 @@ from rich.progress import Progress, TaskID
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..families import find_vlm
-from ..probe import ProbeResult
+from ..probe import ProbeResult, build_inputs, picture_of
 from ..probe import probe as probe_model
-from ..probe.prompt import as_png, build_inputs
 from ..steering import steerable_attentions
 
 
@@ -60,7 +59,7 @@ def probe(
                 _in_dtype(inputs, loaded.dtype),
                 prompt=prompt,
                 decode=processor.tokenizer.decode,
-                images=[as_png(picture)],
+                images=[picture_of(processor, picture)],
                 max_new_tokens=max_new_tokens,
                 sink_factor=sink_factor,
                 progress=show,

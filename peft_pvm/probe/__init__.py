@@ -1,7 +1,7 @@
 """How much a vision-language model looks at its image while it answers, and what adapters change about that."""
 
 from .decay import Dilution, PowerLaw, fit_dilution, fit_power_law
-from .prompt import build_inputs
+from .prompt import build_inputs, picture_of
 from .result import AdapterRecord, BranchRecord, ForwardRecord, LayerAttention, ProbeResult
 from .run import probe
 
@@ -17,5 +17,6 @@ __all__ = [
     "build_inputs",
     "fit_dilution",
     "fit_power_law",
+    "picture_of",
     "probe",
 ]

@@ -91,7 +91,7 @@ def _forwards(result: ProbeResult) -> str:
         "Attention on the image, first → last token",
         "Without sinks",
         "Decay exponent",
-        "Dilution: text tokens until half is left",
+        "Dilution: text tokens at which the share is one half",
         "Mean KL to the base (nats)",
         "Would have said the same",
     )

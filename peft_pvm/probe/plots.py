@@ -116,6 +116,11 @@ def _token_axis(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def _legend(axes: Any, columns: int = 2) -> None:
+    """Below the axes, where it covers nothing."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, fontsize=8)
+
+
 def _compared(result: ProbeResult) -> list[ForwardRecord]:
     """Base and all adapters together."""
     return result.forwards[:2]
@@ -123,17 +128,17 @@ def _compared(result: ProbeResult) -> list[ForwardRecord]:
 
 @_styled
 def _decay(result: ProbeResult) -> Picture:
-    figure, ((by_token, by_text),) = _figure(3.2, 1, 2, sharey=False)
+    figure, ((by_token, by_text),) = _figure(3.6, 1, 2)
     for number, forward in enumerate(result.forwards):
         look = _look_of(number)
         by_token.plot(forward.mean_mass, label=forward.name, **look)
-        if any(layer.sinks for layer in forward.attention):
+        if number < 2 and any(layer.sinks for layer in forward.attention):
             faint = {**look, "linewidth": 0.8, "markersize": 2, "alpha": 0.6}
             by_token.plot(forward.mean_mass_without_sinks, label=f"{forward.name}, sinks left out", **faint)
     by_token.set_ylim(bottom=0)
     by_token.set_ylabel("share of attention on the image")
     _token_axis(by_token)
-    by_token.legend()
+    _legend(by_token)
     for number, forward in enumerate(_compared(result)):
         look = _look_of(number)
         text_tokens = [max(position) for position in zip(*(layer.text_tokens for layer in forward.attention))]
@@ -155,7 +160,7 @@ def _decay(result: ProbeResult) -> Picture:
     by_text.tick_params(which="both", labelsize=7)
     by_text.set_xlabel("text tokens seen (number)")
     by_text.set_ylabel("share of attention on the image")
-    by_text.legend()
+    _legend(by_text)
     return Picture(
         "visual-mass",
         "How much of its attention goes to the image",
@@ -229,6 +234,8 @@ def _layers(result: ProbeResult) -> Picture:
     sinks.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (masses, sinks):
         axes.set_ylim(bottom=0)
+    if not any(layer.sinks for forward in _compared(result) for layer in forward.attention):
+        sinks.text(0.5, 0.5, "no visual sink in any layer", transform=sinks.transAxes, ha="center")
     masses.legend()
     return Picture(
         "layers",
@@ -244,7 +251,7 @@ def _layers(result: ProbeResult) -> Picture:
 
 @_styled
 def _divergence(result: ProbeResult) -> Picture:
-    figure, ((axes,),) = _figure(2.8)
+    figure, ((axes,),) = _figure(3.2)
     for number, forward in enumerate(result.forwards):
         if number > 0:
             axes.plot(np.maximum(forward.kl_to_base, SMALLEST), label=forward.name, **_look_of(number))
@@ -252,7 +259,7 @@ def _divergence(result: ProbeResult) -> Picture:
     _log(axes.yaxis)
     axes.set_ylabel("KL to the base (nats)")
     _token_axis(axes)
-    axes.legend()
+    _legend(axes)
     return Picture(
         "divergence",
         "How much adapters change what comes next",
@@ -265,7 +272,7 @@ def _divergence(result: ProbeResult) -> Picture:
 
 @_styled
 def _lens(result: ProbeResult) -> Picture:
-    figure, ((axes,),) = _figure(2.8)
+    figure, ((axes,),) = _figure(3.2)
     for number, forward in enumerate(_compared(result)):
         means = [float(np.mean(layer)) for layer in forward.lens or []][:-1]
         axes.plot(np.maximum(means, SMALLEST), label=forward.name, **{**_look_of(number), "markevery": 1})
@@ -274,7 +281,7 @@ def _lens(result: ProbeResult) -> Picture:
     axes.set_ylabel("KL to the last layer (nats)")
     axes.set_xlabel("decoder layer (number)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
+    _legend(axes)
     return Picture(
         "logit-lens",
         "When the answer forms",
@@ -287,13 +294,13 @@ def _lens(result: ProbeResult) -> Picture:
 
 @_styled
 def _updates(result: ProbeResult) -> Picture:
-    figure, ((axes,),) = _figure(2.8)
+    figure, ((axes,),) = _figure(3.2)
     for number, branch in enumerate(result.branches):
         axes.plot(branch.relative_update, label=f"{_place(branch)}, gate {branch.gate:.3g}", **_look_of(number))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("size of update\n(share of residual stream)")
     _token_axis(axes)
-    axes.legend()
+    _legend(axes)
     return Picture(
         "updates",
         "How much PVM adds",
@@ -315,9 +322,11 @@ def _retrieval(result: ProbeResult) -> Picture:
     for branch, row in zip(result.branches, rows):
         largest = max(max(weights) for weights in branch.retrieval.values()) if branch.retrieval else 1.0
         for axes, token in zip(row, tokens):
-            _draw_weights(axes, result, branch.retrieval[token], largest)
+            drawn = _draw_weights(axes, result, branch.retrieval[token], largest)
             axes.set_title(f"token {token}", fontsize=7)
         row[0].set_ylabel(_place(branch), fontsize=7)
+        if tokens:
+            figure.colorbar(drawn, ax=list(row), label="share of retrieval").ax.tick_params(labelsize=7)
     where = "laid over the image" if result.grids else "as strips, in the order in which they stand in the prompt"
     return Picture(
         "retrieval",
@@ -329,13 +338,13 @@ def _retrieval(result: ProbeResult) -> Picture:
     )
 
 
-def _draw_weights(axes: Any, result: ProbeResult, weights: Sequence[float], largest: float) -> None:
+def _draw_weights(axes: Any, result: ProbeResult, weights: Sequence[float], largest: float) -> Any:
+    """What the colour bar is made for."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
     if not result.grids:
-        axes.imshow([weights], aspect="auto", cmap="cividis", vmin=0, vmax=largest)
-        return
+        return axes.imshow([weights], aspect="auto", cmap="cividis", vmin=0, vmax=largest)
     widest = max(columns for _, columns in result.grids)
     top, start = 0, 0
     for number, (height, width) in enumerate(result.grids):
@@ -345,7 +354,8 @@ def _draw_weights(axes: Any, result: ProbeResult, weights: Sequence[float], larg
             axes.imshow(picture[..., :3].mean(-1), extent=extent, cmap="gray", vmin=0, vmax=1)
         part = np.array(weights[start : start + height * width]).reshape(height, width)
         alpha = 0.65 if number < len(result.images) else 1.0
-        axes.imshow(part, extent=extent, cmap="cividis", vmin=0, vmax=largest, alpha=alpha)
+        drawn = axes.imshow(part, extent=extent, cmap="cividis", vmin=0, vmax=largest, alpha=alpha)
         top, start = top + height, start + height * width
     axes.set_xlim(0, widest)
     axes.set_ylim(top, 0)
+    return drawn

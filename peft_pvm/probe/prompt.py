@@ -46,10 +46,22 @@ def build_inputs(processor: Any, image: Image, prompt: str) -> dict[str, torch.T
     return dict(inputs) if isinstance(inputs, Mapping) else dict(inputs.items())
 
 
-def as_png(image: Image) -> bytes:
-    """An image as a PNG file for a report, made smaller if need be."""
-    copy = image.convert("RGB")
-    copy.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+def picture_of(processor: Any, image: Image) -> bytes:
+    """The part of an image that a processor shows its model, as a PNG file for a report, made smaller if need be.
+
+    Args:
+        processor: The model's processor. If it crops, it keeps the middle.
+        image: The image.
+    """
+    picture = image.convert("RGB")
+    image_processor = getattr(processor, "image_processor", None)
+    if getattr(image_processor, "do_center_crop", False):
+        crop = image_processor.crop_size
+        scale = min(picture.width / crop["width"], picture.height / crop["height"])
+        width, height = crop["width"] * scale, crop["height"] * scale
+        left, top = (picture.width - width) / 2, (picture.height - height) / 2
+        picture = picture.crop((round(left), round(top), round(left + width), round(top + height)))
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     buffer = io.BytesIO()
-    copy.save(buffer, format="PNG")
+    picture.save(buffer, format="PNG")
     return buffer.getvalue()
