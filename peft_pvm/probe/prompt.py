@@ -54,7 +54,7 @@ def picture_of(processor: Any, image: Image) -> bytes:
         image: The image.
     """
     picture = image.convert("RGB")
-    image_processor = getattr(processor, "image_processor", None)
+    image_processor: Any = getattr(processor, "image_processor", None)
     if getattr(image_processor, "do_center_crop", False):
         crop = image_processor.crop_size
         scale = min(picture.width / crop["width"], picture.height / crop["height"])

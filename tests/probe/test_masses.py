@@ -34,6 +34,8 @@ def observe(model: torch.nn.Module, inputs: dict, num_queries: int = NUM_QUERIES
 def eager_weights(family: TinyVLM, adapters: str) -> dict[int, torch.Tensor]:
     """By layer index, `(heads, num_queries, num_keys)`: by another way, in which the model itself returns them."""
     model = build(family, "eager", adapters)
+    # Qwen2-VL does not pass the argument on to its attention in transformers 5.16, which T-DRS then asks the config.
+    model.config.get_text_config().output_attentions = True
     with torch.no_grad():
         output = model(**family.inputs(model, CONVERSATION), output_attentions=True, use_cache=False)
     returned = [weights for weights in output.attentions if weights is not None]
