@@ -154,8 +154,8 @@ def branches_observed(model: nn.Module, num_queries: int) -> Iterator[dict[tuple
             if update is not None and retrieval is not None:
                 traces[adapter, layer.layer_idx] = BranchTrace(
                     float(layer.pvm_gate[adapter].weight),
-                    update[0, -num_queries:].float().norm(dim=-1) / residual,
-                    retrieval[0, :, -num_queries:].mean(0),
+                    (update[0, -num_queries:].float().norm(dim=-1) / residual).cpu(),
+                    retrieval[0, :, -num_queries:].mean(0).cpu(),
                 )
 
     layers = [module for module in model.modules() if isinstance(module, PVMLayer) and not module.disable_adapters]

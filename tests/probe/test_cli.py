@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, png: bytes) -> Path:
             METHODS[method].attach(FAMILIES[name].build()).save_pretrained(folder / f"{name}-{method}")
     lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(FAMILIES["llava"].build(), lora).save_pretrained(folder / "llava-lora")
+    shutil.copytree(folder / "llava-lora", folder / "elsewhere" / "llava-lora")
     for name, layers in (("deeper", 5), ("shallower", 2)):
         other = FAMILIES["llava"].config()
         other.text_config = T.LlamaConfig(**{**TEXT, "num_hidden_layers": layers})
@@ -119,13 +121,14 @@ def run(folder: Path, model: str, *options: str, image: str = "image.png", out: 
 @pytest.mark.parametrize("family", PROCESSORS)
 def test_a_report_of_a_model_with_adapters(family: str, folder: Path):
     out = f"report-{family}"
-    adapters = [f"{family}-pvm", f"{family}-dipe", *(["llava-lora"] if family == "llava" else [])]
-    options = [option for name in adapters for option in ("--adapter", str(folder / name))]
+    loras = {"llava-lora": "llava-lora", "llava-lora-2": "elsewhere/llava-lora"} if family == "llava" else {}
+    adapters = {f"{family}-pvm": f"{family}-pvm", f"{family}-dipe": f"{family}-dipe", **loras}
+    options = [option for source in adapters.values() for option in ("--adapter", str(folder / source))]
     done = run(folder, family, *options, out=out)
     assert done.exit_code == 0, done.output
     assert "Attention on the image" in done.stdout
     result = ProbeResult.load(folder / out)
-    assert [adapter.name for adapter in result.adapters] == adapters
+    assert [adapter.name for adapter in result.adapters] == list(adapters)
     assert all(adapter.active for adapter in result.adapters)
     assert min(max(adapter.kl_alone) for adapter in result.adapters) > 1e-6
     assert {branch.adapter for branch in result.branches} == {f"{family}-pvm"}

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import METHODS, TOLERANCE, Together, give_weight
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 
-from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, attached
+from peft_pvm import DIPEConfig, PVMConfig, attached
 from peft_pvm.acting import acting_adapters, only
 from peft_pvm.attention import ConfigView
 from peft_pvm.families import find_vlm
 from peft_pvm.probe import probe
 from peft_pvm.probe.observers import AttentionObserver, layers_observed
 from peft_pvm.probe.run import extended
+from peft_pvm.tuner import VisualTunerLayer
 
 
 NUM_TOKENS = 8
@@ -58,12 +61,20 @@ def plain_model(model):
 
 @contextlib.contextmanager
 def with_everything(model):
-    """LoRA by transformers, with a second adapter and T-DRS that do not act; then PVM and DIPE by PEFT."""
-    model.add_adapter(lora(model), "lora")
-    model.add_adapter(lora(model), "idle")
-    model.add_adapter(TDRSConfig(), "tdrs")
-    model.set_adapter("lora")
-    yield Together(model, pvm=METHODS["pvm"], dipe=METHODS["dipe"]).eval().get_base_model()
+    """By transformers: three LoRAs, of which two act and are frozen, and T-DRS, disabled. By PEFT: PVM and DIPE."""
+    for name in ("lora", "second", "idle"):
+        model.add_adapter(lora(model), name)
+    model.set_adapter(["lora", "second"])
+    model.requires_grad_(False)
+    together = Together(model, pvm=METHODS["pvm"], dipe=METHODS["dipe"], tdrs=METHODS["tdrs"]).eval()
+    together.peft_models[-1].base_model.disable_adapter_layers()
+    for layer in model.modules():
+        if isinstance(layer, VisualTunerLayer) and layer.active_adapters != ["tdrs"]:
+            layer.enable_adapters(True)  # PEFT has disabled those of every type
+        elif hasattr(layer, "lora_A"):
+            layer.enable_adapters(True)
+            layer.requires_grad_(False)
+    yield model
 
 
 STATES = {"plain": plain_model, "everything": with_everything}
@@ -157,13 +168,14 @@ def test_each_adapter_alone_is_the_model_with_it_alone(probed):
         result = probed(model)
         assert [(a.name, a.method, a.active) for a in result.adapters] == [
             ("lora", "LORA", True),
+            ("second", "LORA", True),
             ("idle", "LORA", False),
-            ("tdrs", "TDRS", False),
             ("pvm", "PVM", True),
             ("dipe", "DIPE", True),
+            ("tdrs", "TDRS", False),
         ]
         assert [forward.name for forward in result.forwards] == [
-            "base", "adapters", "only lora", "only pvm", "only dipe",
+            "base", "adapters", "only lora", "only second", "only pvm", "only dipe",
         ]  # fmt: skip
         whole = extended(model, FAMILIES["llava"].prompt(model, "t4 i t5"), result.token_ids[:-1])
         lora_weights = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
@@ -194,10 +206,11 @@ def test_each_adapter_alone_is_the_model_with_it_alone(probed):
 def test_only_begins_nothing_and_ends_everything():
     with with_everything(FAMILIES["llava"].build()) as model:
         before = state(model)
-        assert acting_adapters(model) == ["lora", "pvm", "dipe"]
-        for names in ([], ["pvm"], ["lora", "dipe"], ["idle", "tdrs"]):
+        acting = ["lora", "second", "pvm", "dipe"]
+        assert acting_adapters(model) == acting
+        for names in ([], ["pvm"], ["second", "dipe"], ["idle", "tdrs"]):
             with only(model, names):
-                assert acting_adapters(model) == [name for name in ("lora", "pvm", "dipe") if name in names]
+                assert acting_adapters(model) == [name for name in acting if name in names]
             assert_same(state(model), before)
 
 
@@ -337,20 +350,57 @@ def test_retrieval_of_every_token_adds_up(memory_source: str):
 
     def add_up(layer, args, output):
         sums.append(layer.retrieval("default", *args).sum(-1))
-        assert torch.equal(output[..., :1] != 0, (sums[0][:, 0] > 0).unsqueeze(-1))
+        assert torch.equal(output[..., 0] != 0, sums[-1][:, 0] > 0)
 
     base.get_submodule(find_vlm(base).layer_name(1)).pvm.register_forward_hook(add_up)
     with torch.no_grad():
-        base(**inputs)
+        cache = base(**inputs, use_cache=True).past_key_values
+        base(
+            torch.full((3, 1), 20),
+            attention_mask=F.pad(inputs["attention_mask"], (0, 1), value=1),
+            past_key_values=cache,
+        )
     visual = inputs["input_ids"] == base.config.image_token_id
     reads = (visual.cumsum(1) > 0) & ~visual
     assert torch.allclose(sums[0], reads.float().unsqueeze(1).expand_as(sums[0]), atol=1e-6)
+    assert torch.allclose(sums[1].flatten(1), torch.tensor([[1.0], [1.0], [0.0]]).expand(3, sums[1].shape[1]))
+
+
+def test_retrieval_is_causal():
+    """What stands between two images reads the first alone."""
+    family = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(family.build(), layers_to_transform=[1])
+    base = model.get_base_model()
+    inputs = family.inputs(base, "t4 i t3 i t6")
+    kept = []
+    layer = base.get_submodule(find_vlm(base).layer_name(1)).pvm
+    layer.register_forward_hook(lambda layer, args, output: kept.append(layer.retrieval("default", *args)))
+    with torch.no_grad():
+        base(**inputs)
+    (weights,) = kept
+    assert weights.shape[2:] == (21, 8)
+    between, after = weights[0, :, 8:11], weights[0, :, 15:]
+    assert torch.equal(between[..., 4:], torch.zeros_like(between[..., 4:]))
+    assert between[..., :4].min() > 0
+    assert after.min() > 0
 
 
 def test_default_retrieval_tokens_are_those_with_the_largest_updates(result):
     (size,) = {len(branch.relative_update) for branch in result.branches}
     mean = [sum(branch.relative_update[token] for branch in result.branches) for token in range(size)]
     assert result.retrieval_tokens == sorted(sorted(range(size), key=mean.__getitem__)[-6:])
+
+
+def test_every_number_is_rounded(result):
+    """So that what is drawn is what is saved."""
+
+    def walk(content) -> int:
+        if isinstance(content, dict | list):
+            return sum(walk(value) for value in (content.values() if isinstance(content, dict) else content))
+        assert not isinstance(content, float) or content == float(f"{content:.6g}")
+        return int(isinstance(content, float))
+
+    assert walk(json.loads(result.to_json())) > 100
 
 
 def test_linear_attention_is_left_out_and_said_so(probed):
