@@ -28,8 +28,14 @@ def visual_grids(vlm: VisionLanguageModel, inputs: Mapping[str, Any], num_visual
         merge = getattr(vision_config, "spatial_merge_size", 1)
         grids = [(height // merge, width // merge) for _, height, width in torch.as_tensor(grid_thw).tolist()]
     else:
-        pixel_values = inputs.get("pixel_values")
         side = math.isqrt(num_visual)
-        is_one_image = isinstance(pixel_values, torch.Tensor) and math.prod(pixel_values.shape[:-3]) == 1
-        grids = [(side, side)] if is_one_image else []
+        grids = [(side, side)] if _is_one_square(inputs.get("pixel_values")) else []
     return grids if sum(rows * columns for rows, columns in grids) == num_visual else []
+
+
+def _is_one_square(pixel_values: Any) -> bool:
+    """Whether these are the pixels of one square image, `(..., channels, height, width)`."""
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.dim() < 4:
+        return False
+    *images, _, height, width = pixel_values.shape
+    return math.prod(images) == 1 and height == width

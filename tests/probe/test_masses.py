@@ -64,6 +64,19 @@ def test_masses_are_sums_of_eager_weights(family: TinyVLM, adapters: str):
             assert torch.equal(recorded.text_tokens, seen)
 
 
+@pytest.mark.parametrize("adapters", ["base", "dipe"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_flex_attention_shows_the_same(name: str, adapters: str):
+    family, recorded = FAMILIES[name], []
+    for kernel in ("eager", "flex_attention"):
+        model = build(family, kernel, adapters)
+        with torch.compiler.set_stance("force_eager"):  # it would compile for half a minute
+            recorded.append(observe(model, family.inputs(model, CONVERSATION)).masses)
+    for layer_idx, masses in recorded[0].items():
+        assert (recorded[1][layer_idx].visual - masses.visual).abs().max() < TOLERANCE
+        assert torch.equal(recorded[1][layer_idx].text_tokens, masses.text_tokens)
+
+
 def test_more_visual_tokens_than_a_head_is_wide():
     """They come in several pieces, the last of them not full."""
     family = FAMILIES["llava_next"]

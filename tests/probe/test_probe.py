@@ -19,6 +19,7 @@ from peft_pvm.acting import acting_adapters, only
 from peft_pvm.attention import ConfigView
 from peft_pvm.families import find_vlm
 from peft_pvm.probe import probe
+from peft_pvm.probe.grid import visual_grids
 from peft_pvm.probe.observers import AttentionObserver, layers_observed
 from peft_pvm.probe.run import extended
 from peft_pvm.tuner import VisualTunerLayer
@@ -409,14 +410,26 @@ def test_linear_attention_is_left_out_and_said_so(probed):
     assert [layer.layer_idx for layer in result.base.attention] == [1, 3]
 
 
-def test_images_of_several_turns_have_grids(probed):
+def test_grids_of_images(probed):
     one = probed(FAMILIES["qwen3_vl"].build(), "qwen3_vl")
     assert (one.num_visual_tokens, one.grids) == (4, [(2, 2)])
     two = probed(FAMILIES["qwen3_vl"].build(), "qwen3_vl", "t2 i t3 i t4")
     assert (two.num_visual_tokens, two.grids) == (8, [(2, 2), (2, 2)])
-    assert probed(FAMILIES["llava"].build(), "llava", "t2 i t3 i t4").grids == []
+    llava = FAMILIES["llava"].build()
+    assert probed(llava, "llava").grids == [(2, 2)]
+    assert probed(llava, "llava", "t2 i t3 i t4").grids == []
+    assert probed(llava, "llava", "t2 i t3 i t4 i t1 i t5").grids == [], "sixteen tokens, but of four images"
     assert probed(FAMILIES["llava_next"].build(), "llava_next").grids == []
     assert probed(FAMILIES["qwen3_vl"].build(), "qwen3_vl", "t2 v t3").grids == []
+
+
+def test_tokens_that_fill_no_square_have_no_grid():
+    vlm = find_vlm(FAMILIES["llava"].build())
+    pixels = {"pixel_values": torch.zeros(1, 3, 28, 28)}
+    assert visual_grids(vlm, pixels, 9) == [(3, 3)]
+    assert visual_grids(vlm, pixels, 10) == []
+    assert visual_grids(vlm, {"pixel_values": torch.zeros(1, 3, 28, 112)}, 16) == []
+    assert visual_grids(vlm, {"pixel_values": torch.zeros(1, 16, 48)}, 16) == []
 
 
 def test_without_adapters_there_is_the_base_alone(probed):
