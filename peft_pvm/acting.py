@@ -69,5 +69,6 @@ def _adapter_layers(model: nn.Module) -> list[Any]:
 
 
 def _held_by(layer: Any) -> set[str]:
-    held = layer._get_available_adapters() if hasattr(layer, "_get_available_adapters") else set()
-    return set(held or layer._all_available_adapter_names())
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        return layer._get_available_adapters()
+    return set(layer._all_available_adapter_names())

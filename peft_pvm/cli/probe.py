@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,7 +137,9 @@ def _load(source: str, dtype: str, device: str, attn_implementation: str | None)
 def _attach(model: Any, name: str, source: str) -> None:
     refusal = f"The adapter {source} does not fit {type(model).__name__} or cannot be read"
     try:
-        loaded = model.load_adapter(source, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
+            loaded = model.load_adapter(source, adapter_name=name)
     except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
         _fail(f"{refusal}: {error}")
     # transformers would only warn, and run with half an adapter.

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
 
 from ..acting import acting_adapters, base_of, only
 from ..env import environment
 from ..families import FEATURE_KEYWORDS, VisionLanguageModel, find_vlm
 from ..positions import placeholder_mask
 from ..steering import steerable_attentions
-from .decay import fit_dilution, fit_power_law
+from .answer import Progress, extended, generate
+from .decay import fit_dilution, fit_power_law, rounded
 from .grid import visual_grids
 from .measures import find_sinks, kl_divergence, logit_lens
 from .observers import AttentionObserver, BranchTrace, Masses, branches_observed, layers_observed, observed
@@ -34,7 +35,6 @@ from .result import (
 
 BASE, TOGETHER = "base", "adapters"  # names of forwards
 RETRIEVALS_KEPT = 6
-Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
@@ -86,14 +86,10 @@ def probe(
     _check(vlm, model, inputs, max_new_tokens, sink_factor, sink_share)
     progress = progress or (lambda description, done, total: None)
     with _undisturbed(vlm):
-        token_ids = _generate(vlm, inputs, max_new_tokens, generate_kwargs or {}, progress)
+        token_ids = generate(vlm.model, inputs, max_new_tokens, generate_kwargs or {}, progress)
         _check_retrieval(retrieval_tokens, len(token_ids))
         whole = extended(vlm.model, inputs, token_ids[:-1])
-        planned: dict[str, list[str]] = {BASE: []}
-        if names:
-            planned[TOGETHER] = names
-        if len(names) > 1:
-            planned.update({_alone(name): [name] for name in names})
+        planned = _planned(names)
         forwards: list[ForwardRecord] = []
         traces: dict[tuple[str, int], BranchTrace] = {}
         base_logits: torch.Tensor | None = None
@@ -141,6 +137,16 @@ def probe(
         branches=_branches(traces, retrieval_tokens),
         images=list(images),
     )
+
+
+def _planned(names: list[str]) -> dict[str, list[str]]:
+    """The forwards by name, the base first, and which of the acting adapters act in each."""
+    planned: dict[str, list[str]] = {BASE: []}
+    if names:
+        planned[TOGETHER] = names
+    if len(names) > 1:
+        planned.update({_alone(name): [name] for name in names})
+    return planned
 
 
 def _alone(name: str) -> str:
@@ -215,54 +221,6 @@ def _undisturbed(vlm: VisionLanguageModel) -> Iterator[None]:
             module.rope_deltas = deltas
 
 
-def _generate(
-    vlm: VisionLanguageModel,
-    inputs: Mapping[str, Any],
-    max_new_tokens: int,
-    generate_kwargs: Mapping[str, Any],
-    progress: Progress,
-) -> list[int]:
-    model: Any = vlm.model
-    arguments = {"do_sample": False, "num_beams": 1, **generate_kwargs, "return_dict_in_generate": False}
-    streamer = None if arguments["num_beams"] > 1 else _CountingStreamer(progress, max_new_tokens)
-    sequences = model.generate(**inputs, **{"streamer": streamer, **arguments}, max_new_tokens=max_new_tokens)
-    return sequences[0, inputs["input_ids"].shape[1] :].tolist()
-
-
-class _CountingStreamer:
-    """Tells how many tokens have been generated."""
-
-    def __init__(self, progress: Progress, max_new_tokens: int):
-        self.progress, self.max_new_tokens = progress, max_new_tokens
-        self.count = -1  # the prompt comes first
-
-    def put(self, tokens: torch.Tensor) -> None:
-        self.count += 1
-        self.progress("generating", self.count, self.max_new_tokens)
-
-    def end(self) -> None:
-        self.progress("generating", self.max_new_tokens, self.max_new_tokens)
-
-
-def extended(model: Any, inputs: Mapping[str, Any], token_ids: Sequence[int]) -> dict[str, Any]:
-    """Inputs of a full forward over prompt and answer.
-
-    Args:
-        model: The transformers model. How masks and token types go on is its own business: it knows for `generate`.
-        inputs: Of the prompt.
-        token_ids: The answer.
-
-    Returns:
-        The inputs, `input_ids` as `(1, prompt + answer)`.
-    """
-    extras = dict(inputs)
-    input_ids = extras.pop("input_ids")
-    for _ in token_ids:
-        extras = model._update_model_kwargs_for_generation(ModelOutput(), extras, num_new_tokens=1)
-    answer = torch.tensor([list(token_ids)], dtype=input_ids.dtype, device=input_ids.device)
-    return {**extras, "input_ids": torch.cat([input_ids, answer], 1)}
-
-
 @dataclass(eq=False)
 class _Seen:
     """What one forward showed of the last tokens: logits `(num_tokens, vocab_size)`, and what was observed."""
@@ -309,7 +267,7 @@ def _record(
         mean_dilution=fit_dilution(text_tokens, mean_mass),
         lens=None if seen.lens is None else [numbers(layer) for layer in seen.lens],
         kl_to_base=numbers(kl_divergence(seen.logits, base_logits)),
-        agreement=numbers(torch.tensor(first_choices).eq(torch.tensor(token_ids)).double().mean()),
+        agreement=rounded(sum(map(operator.eq, first_choices, token_ids)) / len(token_ids)),
     )
 
 
@@ -324,8 +282,7 @@ def _attention(layer_idx: int, masses: Masses, sink_factor: float, sink_share: f
         lowest_head=numbers(masses.visual.amin(1)),
         highest_head=numbers(masses.visual.amax(1)),
         text_to_visual=[
-            numbers(torch.tensor(text, dtype=torch.float64) / visual) if visual > 0 else None
-            for text, visual in zip(text_mass, visual_mass)
+            rounded(text / visual) if visual > 0 else None for text, visual in zip(text_mass, visual_mass)
         ],
         text_tokens=text_tokens,
         sinks=sinks,
@@ -347,7 +304,7 @@ def _branches(
         BranchRecord(
             adapter=adapter,
             layer_idx=layer_idx,
-            gate=numbers(torch.tensor(trace.gate)),
+            gate=rounded(trace.gate),
             relative_update=numbers(trace.relative_update),
             retrieval={token: numbers(trace.retrieval[token]) for token in retrieval_tokens},
         )
