@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from .result import BranchRecord, ForwardRecord, ProbeResult
 
@@ -105,10 +106,16 @@ def _look_of(number: int) -> dict[str, Any]:
     }
 
 
-def _log(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis."""
+def _log(axes: Any, which: str) -> None:
+    """A logarithmic axis, "x" or "y", with a few plain numbers on it. Comes after what is drawn."""
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    decades = math.log10(high / low)
+    axis = getattr(axes, f"{which}axis")
+    marks = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(MaxNLocator(5) if decades < 0.8 else LogLocator(subs=marks))
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _token_axis(axes: Any) -> None:
@@ -149,15 +156,10 @@ def _decay(result: ProbeResult) -> Picture:
             kept = [(t, mass) for t, mass in zip(text_tokens, forward.mean_mass) if t > 0 and mass > 0]
             at = np.array([t for t, _ in kept], dtype=float)
             level = np.mean(np.log([mass for _, mass in kept]) + law.exponent * np.log(at))
-            label = f"exponent {law.exponent:.2f} ± {law.standard_error:.2f}"
+            label = f"exponent {law.exponent:.3f} ± {law.standard_error:.3f}"
             by_text.plot(at, np.exp(level) * at**-law.exponent, label=label, **{**look, "marker": None})
-    by_text.set_xscale("log")
-    by_text.set_yscale("log")
-    for axis in (by_text.xaxis, by_text.yaxis):
-        _log(axis)
-    by_text.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    by_text.yaxis.set_minor_formatter(StrMethodFormatter("{x:.2g}"))
-    by_text.tick_params(which="both", labelsize=7)
+    _log(by_text, "x")
+    _log(by_text, "y")
     by_text.set_xlabel("text tokens seen (number)")
     by_text.set_ylabel("share of attention on the image")
     _legend(by_text)
@@ -255,8 +257,7 @@ def _divergence(result: ProbeResult) -> Picture:
     for number, forward in enumerate(result.forwards):
         if number > 0:
             axes.plot(np.maximum(forward.kl_to_base, SMALLEST), label=forward.name, **_look_of(number))
-    axes.set_yscale("log")
-    _log(axes.yaxis)
+    _log(axes, "y")
     axes.set_ylabel("KL to the base (nats)")
     _token_axis(axes)
     _legend(axes)
@@ -276,8 +277,7 @@ def _lens(result: ProbeResult) -> Picture:
     for number, forward in enumerate(_compared(result)):
         means = [float(np.mean(layer)) for layer in forward.lens or []][:-1]
         axes.plot(np.maximum(means, SMALLEST), label=forward.name, **{**_look_of(number), "markevery": 1})
-    axes.set_yscale("log")
-    _log(axes.yaxis)
+    _log(axes, "y")
     axes.set_ylabel("KL to the last layer (nats)")
     axes.set_xlabel("decoder layer (number)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
