@@ -6,7 +6,7 @@ import sys
 from importlib.util import find_spec
 
 
-NEEDED = ("typer", "rich", "matplotlib", "PIL")
+NEEDED = ("typer", "rich", "matplotlib", "PIL", "sklearn")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .lab import app as lab
 from .probe import probe
 
 
@@ -16,3 +17,4 @@ def describe() -> None:
 
 
 app.command()(probe)
+app.add_typer(lab, name="lab")

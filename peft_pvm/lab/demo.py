@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from dataclasses import replace
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -15,20 +16,17 @@ from ..dipe import DIPEConfig
 from ..pvm import PVMConfig
 from ..tdrs import TDRSConfig
 from ..trial import attached
+from .experiment import MAIN_RECIPE, RECIPES
+from .mosaic import NUM_CELLS
+from .recall import Accuracy, recall
 from .tiny_vlm import load_tiny_vlm
-from .train import Accuracy, accuracy, train_adapter
+from .train import train_adapter
 
 
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048)
 
 
-def run_demo(
-    out: str | os.PathLike | None = None,
-    steps: int = 800,
-    hidden_share: float = 0.5,
-    questions: int = 100,
-    seed: int = 0,
-) -> None:
+def run_demo(out: str | os.PathLike | None = None, steps: int = 600, rows: int = 16, seed: int = 0) -> None:
     """Train a PVM adapter on the shipped tiny model, save it, load it back; print accuracy by distractor length.
 
     Beside the base and PVM it tests DIPE and T-DRS with their default settings, which need no training.
@@ -36,19 +34,19 @@ def run_demo(
     Args:
         out: Folder for the adapter; by default a temporary one, which is deleted at the end.
         steps: Steps of the adapter's training.
-        hidden_share: Share of them with the image hidden from self-attention, see `train_adapter`.
-        questions: Test questions for every length, the same in every column.
+        rows: Rows of nine questions for every length, the same in every column.
         seed: Decides initialisation, training questions and test questions.
     """
     if out is not None:
-        return _run(os.fspath(out), steps, hidden_share, questions, seed)
+        return _run(os.fspath(out), steps, rows, seed)
     with tempfile.TemporaryDirectory() as folder:
-        return _run(folder, steps, hidden_share, questions, seed)
+        return _run(folder, steps, rows, seed)
 
 
-def _run(folder: str, steps: int, hidden_share: float, questions: int, seed: int) -> None:
+def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     start = time.perf_counter()
     console = Console()
+    recipe = replace(RECIPES[MAIN_RECIPE], steps=steps, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(load_tiny_vlm(), PVMConfig(r=64, layers_to_transform="strided"))
@@ -56,9 +54,10 @@ def _run(folder: str, steps: int, hidden_share: float, questions: int, seed: int
     layers = model.peft_config["default"].layers_to_transform
     console.print(f"PVM at layers {layers} of 6: training {trained:,} of {total:,} parameters; the base is frozen.")
     console.print(
-        f"{hidden_share:.0%} of its steps hide the image from self-attention, the others are as in the test."
+        f"{recipe.hidden_share:.0%} of its steps hide the image from self-attention, the others have up to "
+        f"{recipe.max_distractor_length:,} bytes of text."
     )
-    train_adapter(model, steps=steps, hidden_share=hidden_share, seed=seed)
+    train_adapter(model, recipe)
     model.save_pretrained(folder)
     size = os.path.getsize(os.path.join(folder, "adapter_model.safetensors"))
     training_seconds = time.perf_counter() - start
@@ -75,7 +74,7 @@ def _run(folder: str, steps: int, hidden_share: float, questions: int, seed: int
         ("T-DRS", model, [TDRSConfig()]),
     ):
         with attached(tested, *configs):
-            results[name] = {length: accuracy(tested, length, questions, seed, name) for length in LENGTHS}
+            results[name] = {length: recall(tested, length, rows, seed=seed, description=name) for length in LENGTHS}
     console.print(accuracy_table(results))
     seconds = time.perf_counter() - start
     console.print(
@@ -85,10 +84,9 @@ def _run(folder: str, steps: int, hidden_share: float, questions: int, seed: int
 
 def accuracy_table(results: dict[str, dict[int, Accuracy]]) -> Table:
     """Results side by side, one column for each name, one row for each distractor length."""
-    questions = {result.questions for column in results.values() for result in column.values()}
-    title = (
-        f"Which digit was in that cell? {', '.join(map(str, questions))} held-out questions a row, ± standard error"
-    )
+    shown = {len(result.right) for column in results.values() for result in column.values()}
+    rows = ", ".join(map(str, shown))
+    title = f"Which digit was in that cell? {rows} x {NUM_CELLS} held-out questions, ± standard error"
     table = Table("bytes of text between", *results, title=title)
     for column in table.columns:
         column.justify = "right"

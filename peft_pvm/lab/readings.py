@@ -12,8 +12,9 @@ from rich.table import Table
 
 from ..tdrs import TDRSConfig
 from ..trial import attached
+from .mosaic import NUM_CELLS
+from .recall import recall
 from .tiny_vlm import load_tiny_vlm
-from .train import accuracy
 
 
 LENGTHS = (128, 256, 512)
@@ -36,20 +37,20 @@ READINGS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def compare_readings(questions: int = 200, seed: int = 0) -> None:
+def compare_readings(rows: int = 32, seed: int = 0) -> None:
     """Print a table of accuracies, one row per reading.
 
     Args:
-        questions: Held-out questions per cell.
+        rows: Rows of nine held-out questions at every length.
         seed: Decides the questions.
     """
     start = time.perf_counter()
     model = load_tiny_vlm()
-    title = f"Which digit was in that cell? {questions} held-out questions a cell, by bytes of text between"
+    title = f"Which digit was in that cell? {rows} x {NUM_CELLS} held-out questions, by bytes of text between"
     table = Table("T-DRS", *map(str, LENGTHS), title=title)
     for name, fields in READINGS.items():
         with attached(model, *([] if fields is None else [TDRSConfig(**fields)])):
-            results = [accuracy(model, length, questions, seed, name) for length in LENGTHS]
+            results = [recall(model, length, rows, seed=seed, description=name) for length in LENGTHS]
         table.add_row(name, *(f"{result.value:.3f} ± {result.standard_error:.3f}" for result in results))
     console = Console()
     console.print(table)

@@ -27,7 +27,7 @@ def tiny_vlm_config() -> Qwen3VLConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=4096,
+        max_position_embeddings=8192,
         # The usual 0.02 suits widths in the thousands. At this one, it would leave a fresh branch of PVM, which draws
         # its matrices with the same deviation, below the epsilon of its last norm.
         initializer_range=0.08,

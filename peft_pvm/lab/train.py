@@ -1,10 +1,12 @@
-"""Training and testing on the mosaic task. Everything is decided by the seed."""
+"""Training on the mosaic task. Everything is decided by the seed."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,31 +14,52 @@ import torch.nn.functional as F
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Qwen3VLForConditionalGeneration
 
-from .mosaic import IMAGE, NUM_CELLS, PREFIX_LENGTH, Batch, make_batch
+from .mosaic import IMAGE, IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcriptions
 
 
-TOKENS_PER_STEP = 2048  # larger steps are no faster per token on a CPU, whose cache they leave
+TOKENS_PER_STEP = 1024  # larger steps are no faster per token on a CPU, whose cache they leave
+CHECKPOINT_EVERY = 100  # steps
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Share of questions that were answered right.
+class Recipe:
+    """How an adapter is trained.
+
+    Where the base still answers right, an adapter has nothing to learn, and where it does not, rows are long and give
+    few answers for their cost. Steps with the image hidden go to the limit of fading itself: no token can attend to
+    the image, and a few bytes of distractor are enough to leave everything to the adapter. The other steps are as in
+    testing, on distractors of all lengths. This is a recipe of this lab, not of a paper.
 
     Attributes:
-        value: From 0 to 1.
-        questions: Number of questions asked.
+        steps: Optimizer steps.
+        max_distractor_length: The longest distractor in bytes. Lengths are drawn log-uniformly, from 4 on.
+        hidden_share: Share of the steps with the image hidden, from 0 to 1. Their distractors have at most 64 bytes.
+        learning_rate: Its peak; scalars, such as the gate of PVM, learn ten times as fast.
+        seed: Decides the questions.
+
+    Raises:
+        ValueError: A number out of its range.
     """
 
-    value: float
-    questions: int
+    steps: int = 800
+    max_distractor_length: int = 1024
+    hidden_share: float = 0.0
+    learning_rate: float = 3e-3
+    seed: int = 0
 
-    @property
-    def standard_error(self) -> float:
-        """Of `value`, for independent questions."""
-        return math.sqrt(self.value * (1 - self.value) / self.questions)
+    def __post_init__(self):
+        for name, fits, accepted in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("max_distractor_length", self.max_distractor_length >= 64, "at least 64"),
+            ("hidden_share", 0 <= self.hidden_share <= 1, "from 0 to 1"),
+            ("learning_rate", self.learning_rate > 0, "positive"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be {accepted}.")
 
 
 def progress_bar() -> Progress:
@@ -52,13 +75,13 @@ def progress_bar() -> Progress:
     )
 
 
-def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """What a model says at the query tokens, `(rows, questions, vocab_size)`."""
+def target_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """What a model says where a target is to be told, `(rows, targets, vocab_size)`."""
     return model(**batch.inputs, use_cache=False).logits
 
 
-def train_base(model: nn.Module, steps: int = 1000, learning_rate: float = 2e-3, seed: int = 0) -> None:
-    """Teach all of a fresh tiny model the task, with at most 24 bytes of text between mosaic and questions.
+def train_base(model: nn.Module, steps: int = 2000, learning_rate: float = 2e-3, seed: int = 0) -> None:
+    """Teach all of a fresh tiny model the task, with at most 24 bytes of text between the mosaics and the dialogue.
 
     Args:
         model: The model; it is trained in place and left in eval mode.
@@ -66,136 +89,170 @@ def train_base(model: nn.Module, steps: int = 1000, learning_rate: float = 2e-3,
         learning_rate: Its peak.
         seed: Decides the questions.
     """
-    generator = torch.Generator().manual_seed(seed)
 
     def draw(step: int) -> Batch:
-        length = int(torch.randint(25, (), generator=generator))
-        return make_batch("train", rows=32, distractor_length=length, questions=6, generator=generator)
+        generator = _generator(seed, step)
+        return _draw_step(step, int(torch.randint(25, (), generator=generator)), generator)
 
     groups = [{"params": list(model.parameters()), "lr": learning_rate, "weight_decay": 0.05}]
     _fit(model, groups, draw, steps, "Training the base")
 
 
-def train_adapter(
-    model: PeftModel,
-    steps: int = 800,
-    max_distractor_length: int = 2048,
-    hidden_share: float = 0.5,
-    learning_rate: float = 3e-3,
-    seed: int = 0,
-) -> None:
-    """Train the adapter of a model whose base is frozen, first with the image hidden, then with long distractors.
-
-    Where the base still answers right, an adapter has nothing to learn, and where it does not, rows are long and give
-    few answers for their cost. So the first steps go to the limit of fading itself: no token can attend to the image,
-    and a few bytes of distractor are enough to leave everything to the adapter. The other steps are as in testing, on
-    distractors of all lengths. This is a recipe of this lab, not of a paper.
+def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: str | os.PathLike | None = None) -> None:
+    """Train the adapter of a model whose base is frozen.
 
     Args:
         model: The model; it is trained in place and left in eval mode. Only parameters that require gradients change.
-        steps: Optimizer steps.
-        max_distractor_length: The longest distractor. Lengths are drawn log-uniformly, from 64 on.
-        hidden_share: Share of the steps with the image hidden, from 0 to 1.
-        learning_rate: Its peak; scalars, such as the gate of PVM, learn ten times as fast.
-        seed: Decides the questions.
+        recipe: How.
+        checkpoint: A file where a training that was interrupted goes on, to the same weights; it is written every 100
+            steps and removed at the end.
 
     Raises:
-        ValueError: A number out of its range, or nothing to train.
+        ValueError: Nothing to train, or a checkpoint of another model or recipe.
     """
-    if max_distractor_length < 64:
-        raise ValueError(f"max_distractor_length is {max_distractor_length}, but must be at least 64.")
-    if not 0 <= hidden_share <= 1:
-        raise ValueError(f"hidden_share is {hidden_share}, but must be from 0 to 1.")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError(
             "No parameter of the model requires gradients. Was the adapter loaded with is_trainable=True?"
         )
-    generator = torch.Generator().manual_seed(seed)
 
     def draw(step: int) -> Batch:
-        hidden = step < hidden_share * steps
-        low, high = (4, 64) if hidden else (64, max_distractor_length)
-        exponent = torch.empty(()).uniform_(math.log(low), math.log(high), generator=generator)
-        length = round(math.exp(float(exponent)))
-        rows = max(1, min(64, TOKENS_PER_STEP // (length + PREFIX_LENGTH + 2 * NUM_CELLS)))
-        batch = make_batch("train", rows, length, NUM_CELLS, generator)
+        generator = _generator(recipe.seed, step)
+        hidden = float(torch.rand((), generator=generator)) < recipe.hidden_share
+        longest = 64 if hidden else recipe.max_distractor_length
+        exponent = torch.empty(()).uniform_(math.log(4), math.log(longest), generator=generator)
+        batch = _draw_step(step, round(math.exp(float(exponent))), generator)
         return hide_image(model, batch) if hidden else batch
 
     # A fresh gate is 0, while the residual stream of the tiny model has a root mean square of 5 to 8.
     gates = [parameter for parameter in trained if parameter.numel() == 1]
     others = [parameter for parameter in trained if parameter.numel() > 1]
     groups = [
-        {"params": others, "lr": learning_rate, "weight_decay": 0.0},
-        {"params": gates, "lr": 10 * learning_rate, "weight_decay": 0.0},
+        {"params": others, "lr": recipe.learning_rate, "weight_decay": 0.0},
+        {"params": gates, "lr": 10 * recipe.learning_rate, "weight_decay": 0.0},
     ]
-    _fit(model, groups, draw, steps, "Training the adapter")
+    file = None if checkpoint is None else Checkpoint(checkpoint, json.dumps(asdict(recipe)))
+    _fit(model, [group for group in groups if group["params"]], draw, recipe.steps, "Training the adapter", file)
 
 
-def hide_image(model: PeftModel, batch: Batch) -> Batch:
+def hide_image(model: Any, batch: Batch) -> Batch:
     """The batch with the image masked out of self-attention; every token keeps its position."""
     inputs = dict(batch.inputs)
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
     # Made beforehand, since the model would take masked tokens for padding and give them no position.
-    base: Qwen3VLForConditionalGeneration = model.get_base_model()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs["position_ids"], _ = base.model.get_rope_index(**{name: inputs[name] for name in names})
     inputs["attention_mask"] = (inputs["input_ids"] != IMAGE).long()
-    return Batch(inputs, batch.answers, batch.cells)
+    return Batch(inputs, batch.targets)
+
+
+class Checkpoint:
+    """Where a training stands, in a safetensors file: parameters, what AdamW keeps of them, and the step.
+
+    Args:
+        path: The file.
+        recipe: Text that names the training; one of another name is not gone on with.
+    """
+
+    def __init__(self, path: str | os.PathLike, recipe: str):
+        self.path = path
+        self.recipe = recipe
+
+    def save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Write the state after `step` steps; the file before stays whole until then."""
+        tensors = {}
+        for index, parameter in enumerate(self._parameters(optimizer)):
+            tensors[f"{index}.parameter"] = parameter.detach()
+            tensors.update({f"{index}.{name}": tensor for name, tensor in optimizer.state[parameter].items()})
+        temporary = f"{self.path}.new"
+        save_file(tensors, temporary, metadata={"step": str(step), "recipe": self.recipe})
+        os.replace(temporary, self.path)
+
+    def load(self, optimizer: torch.optim.Optimizer) -> int:
+        """Put the state back into parameters and optimizer.
+
+        Returns:
+            The steps done; 0 where there is no file.
+
+        Raises:
+            ValueError: The file is of another training.
+        """
+        if not os.path.isfile(self.path):
+            return 0
+        with safe_open(self.path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(self.path)
+        parameters = self._parameters(optimizer)
+        shapes = [
+            tuple(tensors[key].shape) for key in map("{}.parameter".format, range(len(tensors))) if key in tensors
+        ]
+        recipe = metadata.get("recipe")
+        if recipe != self.recipe or shapes != [tuple(parameter.shape) for parameter in parameters]:
+            raise ValueError(f"{self.path} is the checkpoint of another training: {recipe}. Remove it to start anew.")
+        with torch.no_grad():
+            for index, parameter in enumerate(parameters):
+                parameter.copy_(tensors[f"{index}.parameter"])
+                names = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[parameter] = {name: tensors[f"{index}.{name}"] for name in names}
+        return int(metadata["step"])
+
+    def remove(self) -> None:
+        """Delete the file, if there is one."""
+        if os.path.isfile(self.path):
+            os.remove(self.path)
+
+    @staticmethod
+    def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    """What a step draws from: its own, so that a training can go on anywhere."""
+    return torch.Generator().manual_seed(1_000_003 * seed + step)
+
+
+def _draw_step(step: int, distractor_length: int, generator: torch.Generator) -> Batch:
+    """Of four steps, two ask about one mosaic, one asks about two or three, and one has a mosaic transcribed."""
+    images = int(torch.randint(2, 4, (), generator=generator)) if step % 4 == 1 else 1
+    row_length = images * IMAGE_LENGTH + distractor_length + 2 * NUM_CELLS
+    rows = max(1, min(64, TOKENS_PER_STEP // row_length))
+    if step % 4 == 3:
+        return make_transcriptions("train", rows, distractor_length, NUM_CELLS, generator)
+    return make_questions("train", rows, distractor_length, NUM_CELLS, generator, images)
 
 
 def _fit(
-    model: nn.Module, groups: list[dict[str, Any]], draw: Callable[[int], Batch], steps: int, description: str
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    draw: Callable[[int], Batch],
+    steps: int,
+    description: str,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """AdamW on parameter groups: a linear warm-up over a tenth of the steps, then half a cosine down to zero."""
     if steps < 1:
         raise ValueError(f"steps is {steps}, but must be at least 1.")
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     warmup = max(1, steps // 10)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    done = 0 if checkpoint is None else checkpoint.load(optimizer)
     model.train()
     with progress_bar() as bar:
-        for step in bar.track(range(steps), description=description):
+        for step in bar.track(range(done, steps), description=description, total=steps, completed=done):
+            factor = (step + 1) / warmup
+            if step >= warmup:
+                factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = factor * peak
             batch = draw(step)
-            loss = F.cross_entropy(answer_logits(model, batch).flatten(0, 1), batch.answers.flatten())
+            loss = F.cross_entropy(target_logits(model, batch).flatten(0, 1), batch.targets.flatten())
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_([parameter for group in groups for parameter in group["params"]], 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            schedule.step()
+            if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
+                checkpoint.save(step + 1, optimizer)
     model.eval()
-
-
-@torch.no_grad()
-def accuracy(
-    model: nn.Module, distractor_length: int, questions: int = 200, seed: int = 0, description: str = "Testing"
-) -> Accuracy:
-    """Test a model on digits and text that no training saw, one question a mosaic.
-
-    An answer counts if it has the highest logit of the whole vocabulary.
-
-    Args:
-        model: The tiny model, with or without an adapter, in eval mode.
-        distractor_length: Bytes of text between the mosaic and the question.
-        questions: How many.
-        seed: Decides the questions: two models tested with the same one are asked the same.
-        description: What the progress bar says.
-
-    Raises:
-        ValueError: A number out of its range.
-    """
-    if questions < 1:
-        raise ValueError(f"questions is {questions}, but must be at least 1.")
-    generator = torch.Generator().manual_seed(seed)
-    rows = max(1, min(64, TOKENS_PER_STEP // (distractor_length + PREFIX_LENGTH + 1)))
-    right = 0
-    with progress_bar() as bar:
-        for start in bar.track(range(0, questions, rows), description=f"{description}, {distractor_length} bytes"):
-            batch = make_batch("test", min(rows, questions - start), distractor_length, 1, generator)
-            right += int((answer_logits(model, batch).argmax(-1) == batch.answers).sum())
-    return Accuracy(right / questions, questions)
+    if checkpoint is not None:
+        checkpoint.remove()

@@ -1,37 +1,20 @@
-"""A probe's result as pictures: readable in print and by the colour-blind. The only file that needs matplotlib."""
+"""A probe's result as pictures: readable in print and by the colour-blind."""
 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
+from ..plotting import as_png, line_look, logarithmic, new_figure, styled
 from .result import BranchRecord, ForwardRecord, ProbeResult
 
 
-# Okabe and Ito's colours, without the yellow that paper swallows.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-LINES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 9,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "text.parse_math": False,  # an adapter may have a dollar in its name
-}
-WIDTH = 7.5  # inches
 SMALLEST = 1e-6  # nats: below, a logarithmic axis shows noise
 
 
@@ -71,53 +54,6 @@ def draw(result: ProbeResult) -> list[Picture]:
     return pictures
 
 
-def _as_png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
-
-
-def _styled(function: Any) -> Any:
-    """Draw in our style, whatever the user's is."""
-
-    def draw_one(result: ProbeResult) -> Picture:
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(STYLE)
-            return function(result)
-
-    return draw_one
-
-
-def _look_of(number: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": LINES[number % len(LINES)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "markersize": 4,
-        "markevery": 0.12,
-        "linewidth": 1.4,
-    }
-
-
-def _log(axes: Any, which: str) -> None:
-    """A logarithmic axis, "x" or "y", with a few plain numbers on it. Comes after what is drawn."""
-    getattr(axes, f"set_{which}scale")("log")
-    low, high = getattr(axes, f"get_{which}lim")()
-    decades = math.log10(high / low)
-    axis = getattr(axes, f"{which}axis")
-    marks = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)
-    axis.set_major_locator(MaxNLocator(5) if decades < 0.8 else LogLocator(subs=marks))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-
-
 def _token_axis(axes: Any) -> None:
     axes.set_xlabel("generated token (number)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -133,11 +69,11 @@ def _compared(result: ProbeResult) -> list[ForwardRecord]:
     return result.forwards[:2]
 
 
-@_styled
+@styled
 def _decay(result: ProbeResult) -> Picture:
-    figure, ((by_token, by_text),) = _figure(3.6, 1, 2)
+    figure, ((by_token, by_text),) = new_figure(3.6, 1, 2)
     for number, forward in enumerate(result.forwards):
-        look = _look_of(number)
+        look = line_look(number, every=0.12)
         by_token.plot(forward.mean_mass, label=forward.name, **look)
         if number < 2 and any(layer.sinks for layer in forward.attention):
             faint = {**look, "linewidth": 0.8, "markersize": 2, "alpha": 0.6}
@@ -147,7 +83,7 @@ def _decay(result: ProbeResult) -> Picture:
     _token_axis(by_token)
     _legend(by_token)
     for number, forward in enumerate(_compared(result)):
-        look = _look_of(number)
+        look = line_look(number, every=0.12)
         text_tokens = [max(position) for position in zip(*(layer.text_tokens for layer in forward.attention))]
         points = {**look, "linestyle": "none", "markevery": 1}
         by_text.plot(text_tokens, [mass or np.nan for mass in forward.mean_mass], label=forward.name, **points)
@@ -158,8 +94,8 @@ def _decay(result: ProbeResult) -> Picture:
             level = np.mean(np.log([mass for _, mass in kept]) + law.exponent * np.log(at))
             label = f"exponent {law.exponent:.3f} ± {law.standard_error:.3f}"
             by_text.plot(at, np.exp(level) * at**-law.exponent, label=label, **{**look, "marker": None})
-    _log(by_text, "x")
-    _log(by_text, "y")
+    logarithmic(by_text, "x")
+    logarithmic(by_text, "y")
     by_text.set_xlabel("text tokens seen (number)")
     by_text.set_ylabel("share of attention on the image")
     _legend(by_text)
@@ -173,14 +109,14 @@ def _decay(result: ProbeResult) -> Picture:
         "are any, faint lines leave them out.",
         "Two line plots: share of attention on the image by generated token, and against text length with fitted "
         "power laws.",
-        _as_png(figure),
+        as_png(figure),
     )
 
 
-@_styled
+@styled
 def _mass_by_layer(result: ProbeResult) -> Picture:
     forwards = _compared(result)
-    figure, (row,) = _figure(3.2, 1, len(forwards), sharey=True)
+    figure, (row,) = new_figure(3.2, 1, len(forwards), sharey=True)
     largest = max(mass for forward in forwards for layer in forward.attention for mass in layer.visual_mass)
     for axes, forward in zip(row, forwards):
         masses = [layer.visual_mass for layer in forward.attention]
@@ -198,16 +134,16 @@ def _mass_by_layer(result: ProbeResult) -> Picture:
         "Each cell is one layer at one generated token; brighter is more attention on the image, averaged over heads. "
         "Both pictures have the same scale.",
         "Heat maps of the share of attention on the image by layer and generated token.",
-        _as_png(figure),
+        as_png(figure),
     )
 
 
-@_styled
+@styled
 def _layers(result: ProbeResult) -> Picture:
-    figure, column = _figure(6.6, 3, 1, sharex=True)
+    figure, column = new_figure(6.6, 3, 1, sharex=True)
     masses, exponents, sinks = column[:, 0]
     for number, forward in enumerate(_compared(result)):
-        look = {**_look_of(number), "markevery": 1}
+        look = line_look(number)
         layers = np.array([layer.layer_idx for layer in forward.attention]) + 0.12 * number
         mean, low, high = (
             np.array([np.mean(getattr(layer, name)) for layer in forward.attention])
@@ -247,17 +183,17 @@ def _layers(result: ProbeResult) -> Picture:
         "could be fitted. Bottom: what visual sinks hold, visual tokens that draw attention whatever the query; the "
         "small numbers count them. Mass on sinks is no looking.",
         "Three plots over decoder layers: attention on the image, decay exponent, attention on visual sinks.",
-        _as_png(figure),
+        as_png(figure),
     )
 
 
-@_styled
+@styled
 def _divergence(result: ProbeResult) -> Picture:
-    figure, ((axes,),) = _figure(3.2)
+    figure, ((axes,),) = new_figure(3.2)
     for number, forward in enumerate(result.forwards):
         if number > 0:
-            axes.plot(np.maximum(forward.kl_to_base, SMALLEST), label=forward.name, **_look_of(number))
-    _log(axes, "y")
+            axes.plot(np.maximum(forward.kl_to_base, SMALLEST), label=forward.name, **line_look(number, every=0.12))
+    logarithmic(axes, "y")
     axes.set_ylabel("KL to the base (nats)")
     _token_axis(axes)
     _legend(axes)
@@ -267,17 +203,17 @@ def _divergence(result: ProbeResult) -> Picture:
         "For each generated token, how far the prediction with adapters is from the base's on the very same text. "
         f"Differences below {SMALLEST:g} are drawn as {SMALLEST:g}. A difference is a change, not yet an improvement.",
         "Line plot of the KL divergence to the base for each generated token.",
-        _as_png(figure),
+        as_png(figure),
     )
 
 
-@_styled
+@styled
 def _lens(result: ProbeResult) -> Picture:
-    figure, ((axes,),) = _figure(3.2)
+    figure, ((axes,),) = new_figure(3.2)
     for number, forward in enumerate(_compared(result)):
         means = [float(np.mean(layer)) for layer in forward.lens or []][:-1]
-        axes.plot(np.maximum(means, SMALLEST), label=forward.name, **{**_look_of(number), "markevery": 1})
-    _log(axes, "y")
+        axes.plot(np.maximum(means, SMALLEST), label=forward.name, **line_look(number))
+    logarithmic(axes, "y")
     axes.set_ylabel("KL to the last layer (nats)")
     axes.set_xlabel("decoder layer (number)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -288,15 +224,17 @@ def _lens(result: ProbeResult) -> Picture:
         "Each layer's hidden state is read out as if it were the last: how far that prediction is from the final one, "
         "averaged over generated tokens. The last layer, at 0 by definition, is left out.",
         "Line plot of the divergence of each layer's prediction from the final one.",
-        _as_png(figure),
+        as_png(figure),
     )
 
 
-@_styled
+@styled
 def _updates(result: ProbeResult) -> Picture:
-    figure, ((axes,),) = _figure(3.2)
+    figure, ((axes,),) = new_figure(3.2)
     for number, branch in enumerate(result.branches):
-        axes.plot(branch.relative_update, label=f"{_place(branch)}, gate {branch.gate:.3g}", **_look_of(number))
+        axes.plot(
+            branch.relative_update, label=f"{_place(branch)}, gate {branch.gate:.3g}", **line_look(number, every=0.12)
+        )
     axes.set_ylim(bottom=0)
     axes.set_ylabel("size of update\n(share of residual stream)")
     _token_axis(axes)
@@ -307,7 +245,7 @@ def _updates(result: ProbeResult) -> Picture:
         "For each generated token, the norm of what a PVM branch adds, divided by the norm of the residual stream "
         "that it reads. The gate is the learned scalar that the branch is multiplied by.",
         "Line plot of the relative size of PVM's updates for each generated token.",
-        _as_png(figure),
+        as_png(figure),
     )
 
 
@@ -315,10 +253,10 @@ def _place(branch: BranchRecord) -> str:
     return f"layer {branch.layer_idx}, {branch.adapter}"
 
 
-@_styled
+@styled
 def _retrieval(result: ProbeResult) -> Picture:
     tokens = result.retrieval_tokens
-    figure, rows = _figure(1.4 * len(result.branches) + 0.5, len(result.branches), max(len(tokens), 1))
+    figure, rows = new_figure(1.4 * len(result.branches) + 0.5, len(result.branches), max(len(tokens), 1))
     for branch, row in zip(result.branches, rows):
         largest = max(max(weights) for weights in branch.retrieval.values()) if branch.retrieval else 1.0
         for axes, token in zip(row, tokens):
@@ -334,7 +272,7 @@ def _retrieval(result: ProbeResult) -> Picture:
         f"For some generated tokens, PVM's cross-attention over the visual tokens, averaged over heads, {where}. "
         "Brighter is more; each row of pictures has one scale. Numbers are those of the generated tokens.",
         "Maps of PVM's cross-attention over the image for some generated tokens.",
-        _as_png(figure),
+        as_png(figure),
     )
 
 

@@ -1,0 +1,111 @@
+"""`peft-pvm lab`: the tiny model, its training, the experiment and the report."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..lab.demo import run_demo
+from ..lab.experiment import MAIN_RECIPE, RECIPES, evaluate_method, plan, train_method
+from ..lab.methods import METHODS
+from ..lab.readings import compare_readings
+from ..lab.recall import recall
+from ..lab.report import write_report
+from ..lab.shipping import export_adapter
+from ..lab.tiny_vlm import SHIPPED, new_tiny_vlm, save_tiny_vlm
+from ..lab.train import train_base
+
+
+app = typer.Typer(no_args_is_help=True, help="A tiny model that forgets its image, and what helps against it.")
+
+Seed = Annotated[int, typer.Option(help="Decides everything that is drawn.")]
+Methods = Annotated[list[str] | None, typer.Option("--method", help=f"One or several of: {', '.join(METHODS)}.")]
+Recipes = Annotated[list[str] | None, typer.Option("--recipe", help=f"One or several of: {', '.join(RECIPES)}.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Of the training; by default 0, 1 and 2.")]
+Runs = Annotated[Path, typer.Option(help="Folder for what is trained.")]
+ResultsFolder = Annotated[Path, typer.Option("--results", help="Folder of the results.")]
+
+
+@app.callback()
+def quieten() -> None:
+    # PEFT asks transformers for something by its old name; nobody who runs the lab can do anything about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+@app.command("train-base")
+def train_base_command(
+    out: Annotated[Path, typer.Option(help="The file; by default the shipped one is overwritten.")] = Path(SHIPPED),
+    steps: int = 2000,
+    seed: Seed = 0,
+) -> None:
+    """Train the tiny model again."""
+    start = time.perf_counter()
+    model = new_tiny_vlm(seed)
+    train_base(model, steps, seed=seed)
+    save_tiny_vlm(model, out)
+    typer.echo(f"Trained in {time.perf_counter() - start:.0f} s, saved to {out}.")
+    for length in (0, 2048):
+        accuracy = recall(model, length)
+        typer.echo(f"Accuracy after {length} bytes: {accuracy.value:.3f} ± {accuracy.standard_error:.3f}")
+
+
+@app.command()
+def train(method: Methods = None, recipe: Recipes = None, seed: Seeds = None, runs: Runs = Path("runs")) -> None:
+    """Train what the experiment compares. What is done is not done again; what was interrupted goes on."""
+    for run in plan(method, recipe, seed):
+        if METHODS[run.method].is_trained:
+            typer.echo(train_method(run.method, run.recipe, run.seed, runs))
+
+
+@app.command("eval")
+def evaluate(
+    method: Methods = None,
+    recipe: Recipes = None,
+    seed: Seeds = None,
+    runs: Runs = Path("runs"),
+    results: ResultsFolder = Path("results"),
+) -> None:
+    """Test what was trained, and what needs no training. What is done is not done again."""
+    for run in plan(method, recipe, seed):
+        typer.echo(evaluate_method(run.method, run.recipe, run.seed, runs, results))
+
+
+@app.command()
+def report(results: ResultsFolder = Path("results"), docs: Path = Path("docs")) -> None:
+    """Write results.md and its pictures from the results."""
+    typer.echo(write_report(results, docs))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    recipe: Annotated[str, typer.Option(help="Of its training.")] = MAIN_RECIPE,
+    seed: Annotated[int, typer.Option(help="Of its training.")] = 0,
+    runs: Runs = Path("runs"),
+    results: ResultsFolder = Path("results"),
+) -> None:
+    """Save the PVM adapter of a run as a folder to share, with its card."""
+    typer.echo(export_adapter(recipe, seed, runs, results, out))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Folder for the adapter; by default a temporary one.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the adapter's training.")] = 600,
+    rows: Annotated[int, typer.Option(help="Rows of nine questions at every length.")] = 16,
+    seed: Seed = 0,
+) -> None:
+    """Train a PVM adapter on the shipped tiny model and show what each method changes."""
+    run_demo(out, steps, rows, seed)
+
+
+@app.command()
+def readings(
+    rows: Annotated[int, typer.Option(help="Rows of nine questions at every length.")] = 32, seed: Seed = 0
+) -> None:
+    """Test T-DRS on the tiny model under each reading of its paper."""
+    compare_readings(rows, seed)

@@ -1,0 +1,149 @@
+"""The papers' claims, and what the results say of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..probe.decay import fit_power_law
+from .experiment import MAIN_RECIPE, RECIPES
+from .methods import METHODS
+from .results import Cell, Entry, Results
+
+
+FAR = 2048  # bytes: where the claims are tested
+NEAR = 256
+SHORTEST_FADING = 64  # bytes: below, the question and the mosaic are as long as the text
+HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "cannot be told here"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and what the results say of it.
+
+    Attributes:
+        text: The claim, with its paper.
+        verdict: "holds", "does not hold" or "cannot be told here".
+        numbers: Why.
+    """
+
+    text: str
+    verdict: str
+    numbers: str
+
+
+def verdict_on(difference: float, standard_error: float, margin: float = 0.0) -> str:
+    """Whether a difference is above a margin, below it, or within twice its standard error of it."""
+    if abs(difference - margin) <= 2 * standard_error:
+        return UNCLEAR
+    return HOLDS if difference > margin else FAILS
+
+
+def claims(results: Results) -> list[Claim]:
+    """All claims for which there are results."""
+    return [
+        *_fading(results),
+        *_pvm_against_controls(results),
+        *_pvm_against_pvm(results),
+        *_dipe(results),
+        *_tdrs(results),
+        *_together(results),
+    ]
+
+
+def _fading(results: Results) -> Iterator[Claim]:
+    base = results.find("base")
+    if base is None:
+        return
+    lengths = [length for length in base.keys("one mosaic") if length >= SHORTEST_FADING]
+    layers = list(zip(*(base.mean_mass(length) for length in lengths)))
+    text = "Attention to the image decays as O(1/t) (PVM, theorem 3.1)"
+    fits = [fit_power_law(lengths, masses) for masses in [[sum(at) / len(at) for at in zip(*layers)], *layers]]
+    if any(fit is None for fit in fits):
+        return
+    mean, *by_layer = [fit for fit in fits if fit is not None]
+    verdict = verdict_on(mean.exponent, mean.standard_error, margin=1.0)
+    verdict = HOLDS if verdict == UNCLEAR else verdict  # an exponent of 1, or more, is what the claim says
+    exponents = ", ".join(f"{fit.exponent:.2f}" for fit in by_layer)
+    numbers = (
+        f"mass ~ t^-a over {lengths[0]} to {lengths[-1]:,} bytes: a = {mean.exponent:.2f} ± {mean.standard_error:.2f} "
+        f"for the mean over layers; by layer {exponents}"
+    )
+    yield Claim(text, verdict, numbers)
+
+
+def _difference(better: Cell, worse: Cell) -> tuple[float, float]:
+    return better.mean - worse.mean, math.hypot(better.standard_error, worse.standard_error)
+
+
+def _compare(text: str, better: Entry, worse: Entry, length: int = FAR, margin: float = 0.0) -> Claim:
+    ours, theirs = (entry.cell("one mosaic", length) for entry in (better, worse))
+    numbers = f"after {length:,} bytes {ours} against {theirs}"
+    return Claim(text, verdict_on(*_difference(ours, theirs), margin), numbers)
+
+
+def _both(results: Results, one: str, other: str, recipe: str = MAIN_RECIPE) -> tuple[Entry, Entry] | None:
+    entries = results.find(one, recipe), results.find(other, recipe)
+    return None if None in entries else entries  # type: ignore[return-value]
+
+
+def _pvm_against_controls(results: Results) -> Iterator[Claim]:
+    for recipe in RECIPES:
+        for control in ("lora", "mlp"):
+            found = _both(results, "pvm", control, recipe)
+            if found is not None:
+                name = METHODS[control].title
+                yield _compare(f"PVM beats {name} of its size (PVM; training: {recipe})", *found)
+    entries = [results.find(name) for name in ("pvm", "lora", "mlp")]
+    if None not in entries:
+        gains = []
+        for length in (NEAR, FAR):
+            pvm, lora, mlp = (entry.cell("one mosaic", length) for entry in entries if entry is not None)
+            gains.append(_difference(pvm, max(lora, mlp, key=lambda cell: cell.mean)))
+        (near, near_error), (far, far_error) = gains
+        verdict = verdict_on(far - near, math.hypot(near_error, far_error))
+        numbers = f"over the better control: {near:+.3f} after {NEAR} bytes, {far:+.3f} after {FAR:,}"
+        yield Claim("PVM's gain grows with length (PVM)", verdict, numbers)
+
+
+def _pvm_against_pvm(results: Results) -> Iterator[Claim]:
+    for text, worse in (
+        ("A memory of raw visual embeddings beats one of hidden states (PVM)", "pvm-hidden-states"),
+        ("Strided layers beat adjacent ones (PVM)", "pvm-adjacent"),
+        ("Strided layers beat late ones (PVM)", "pvm-late"),
+        ("A narrow branch beats one twice as wide (PVM)", "pvm-r128"),
+    ):
+        found = _both(results, "pvm", worse)
+        if found is not None:
+            yield _compare(text, *found)
+
+
+def _dipe(results: Results) -> Iterator[Claim]:
+    found = _both(results, "dipe", "base")
+    if found is None:
+        return
+    dipe, base = found
+    yield _compare("DIPE does not hurt without text in between (DIPE)", dipe, base, length=0, margin=-0.01)
+    start, *_, end = dipe.keys("one mosaic")
+    near, far = (dipe.cell("one mosaic", length) for length in (start, end))
+    numbers = f"{near} after {start} bytes, {far} after {end:,}"
+    yield Claim("DIPE keeps accuracy flat (DIPE)", verdict_on(*_difference(far, near), margin=-0.05), numbers)
+
+
+def _tdrs(results: Results) -> Iterator[Claim]:
+    for name in ("t-drs-sd", "t-drs-dc", "t-drs-re", "t-drs"):
+        found = _both(results, name, "base")
+        if found is not None:
+            yield _compare(f"{METHODS[name].title} helps (T-DRS)", *found, length=NEAR)
+
+
+def _together(results: Results) -> Iterator[Claim]:
+    for text, better, worse in (
+        ("PVM + DIPE beats PVM (ours)", "pvm+dipe", "pvm"),
+        ("PVM + DIPE beats DIPE (ours)", "pvm+dipe", "dipe"),
+        ("LoRA + PVM beats PVM (ours; it has twice the parameters)", "lora+pvm", "pvm"),
+    ):
+        found = _both(results, better, worse)
+        if found is not None:
+            yield _compare(text, *found)

@@ -1,0 +1,214 @@
+"""The experiment: train and test every method, one seed after the other, and keep what came out as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3VLForConditionalGeneration
+
+from ..env import environment
+from .fading import visual_mass
+from .methods import METHODS, attach, trained_parameters
+from .mosaic import NUM_CELLS
+from .recall import recall, transcription
+from .tiny_vlm import load_tiny_vlm
+from .train import Recipe, train_adapter
+
+
+# Every method under the first; PVM and its controls under all.
+RECIPES: dict[str, Recipe] = {
+    "hidden-1024": Recipe(max_distractor_length=1024, hidden_share=0.5),
+    "plain-1024": Recipe(max_distractor_length=1024),
+    "hidden-256": Recipe(max_distractor_length=256, hidden_share=0.5),
+    "plain-256": Recipe(max_distractor_length=256),
+}
+MAIN_RECIPE = next(iter(RECIPES))
+UNDER_ALL_RECIPES = ("lora", "mlp", "pvm")
+SEEDS = (0, 1, 2)
+LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096)
+SEVERAL_IMAGES_LENGTHS = (0, 256, 1024)
+WRITTEN_CELLS = 28 * NUM_CELLS
+
+
+class Run(NamedTuple):
+    """One training or test of the experiment.
+
+    Attributes:
+        method: Key of `METHODS`.
+        recipe: Key of `RECIPES`; `None` for a method without training.
+        seed: Of the training.
+    """
+
+    method: str
+    recipe: str | None
+    seed: int
+
+
+def plan(
+    methods: Sequence[str] | None = None, recipes: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+) -> list[Run]:
+    """What the experiment consists of, or a part of it; what others use comes first.
+
+    Args:
+        methods: Keys of `METHODS`; `None`: all.
+        recipes: Keys of `RECIPES`; `None`: all.
+        seeds: Of the trainings; `None`: 0, 1 and 2.
+
+    Raises:
+        ValueError: A method or recipe that there is not.
+    """
+    runs = []
+    for name in methods or METHODS:
+        method = _lookup(METHODS, name, "method")
+        if not method.is_trained and method.weights_of is None:
+            runs.append(Run(name, None, 0))
+            continue
+        for recipe in recipes or RECIPES:
+            _lookup(RECIPES, recipe, "recipe")
+            if recipe == MAIN_RECIPE or name in UNDER_ALL_RECIPES:
+                runs += [Run(name, recipe, seed) for seed in seeds or SEEDS]
+    return runs
+
+
+def run_folder(runs: str | os.PathLike, name: str, recipe: str | None, seed: int) -> Path:
+    """Where a training keeps its files."""
+    return Path(runs) / str(recipe) / f"{name}-seed{seed}"
+
+
+def train_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLike, **changes: Any) -> Path:
+    """Train one method, unless it was trained before; what was interrupted goes on.
+
+    Args:
+        name: A key of `METHODS` that is trained.
+        recipe: A key of `RECIPES`.
+        seed: Decides initial weights and questions.
+        runs: Folder for everything that is trained.
+        changes: Fields of the recipe to have otherwise, such as fewer steps.
+
+    Returns:
+        The run's folder: the weights, and how they were made.
+
+    Raises:
+        ValueError: A method or recipe that there is not, or one without a training of its own.
+    """
+    method = _lookup(METHODS, name, "method")
+    if not method.is_trained:
+        raise ValueError(f"{name} has no training of its own.")
+    used = replace(_lookup(RECIPES, recipe, "recipe"), seed=seed, **changes)
+    folder = run_folder(runs, name, recipe, seed)
+    if (folder / "run.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    model = load_tiny_vlm()
+    attach(model, method, seed)
+    start = time.perf_counter()
+    train_adapter(model, used, folder / "checkpoint.safetensors")
+    weights = {key: parameter.detach().contiguous() for key, parameter in trained_parameters(model).items()}
+    save_file(weights, folder / "weights.safetensors", metadata={"format": "pt"})
+    run = {"recipe": asdict(used), "seconds": round(time.perf_counter() - start), "environment": environment()}
+    _write_json(folder / "run.json", run)
+    return folder
+
+
+def load_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLike) -> Qwen3VLForConditionalGeneration:
+    """The tiny model with a method on it, trained if it is one that is trained, in eval mode.
+
+    Raises:
+        FileNotFoundError: It was not trained yet.
+        ValueError: A method that there is not, or weights that do not fit it.
+    """
+    method = _lookup(METHODS, name, "method")
+    model = load_tiny_vlm()
+    attach(model, method, seed)
+    parameters = trained_parameters(model)
+    if parameters:
+        source = method.weights_of or name
+        path = run_folder(runs, source, recipe, seed) / "weights.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no {path}. Train first: peft-pvm lab train --method {source}")
+        weights = load_file(path)
+        if weights.keys() != parameters.keys():
+            raise ValueError(f"{path} does not hold the weights of {name}.")
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(weights[key])
+    return model.requires_grad_(False).eval()
+
+
+def evaluate_method(
+    name: str, recipe: str | None, seed: int, runs: str | os.PathLike, results: str | os.PathLike, rows: int = 32
+) -> Path:
+    """Test one method, unless it was tested before, and write what came out.
+
+    Args:
+        name: A key of `METHODS`.
+        recipe: A key of `RECIPES`; `None` for a method without training.
+        seed: Of the training. All are asked the same.
+        runs: Folder of the trainings.
+        results: Folder for the results.
+        rows: Rows of nine questions at every length.
+
+    Returns:
+        The result's file.
+
+    Raises:
+        FileNotFoundError: It was not trained yet.
+        ValueError: A method or recipe that there is not.
+    """
+    file = Path(results) / (f"{name}.json" if recipe is None else f"{name}.{recipe}.seed{seed}.json")
+    if file.is_file():
+        return file
+    model = load_method(name, recipe, seed, runs)
+    start = time.perf_counter()
+    tested = {
+        "one mosaic": {n: recall(model, n, rows, description=name) for n in LENGTHS},
+        "two mosaics": {n: recall(model, n, rows, 2, description=name) for n in SEVERAL_IMAGES_LENGTHS},
+        "three mosaics": {n: recall(model, n, rows, 3, description=name) for n in SEVERAL_IMAGES_LENGTHS},
+        "transcription": dict(enumerate(transcription(model, WRITTEN_CELLS, rows, description=name), start=1)),
+    }
+    run: dict[str, Any] = {}
+    source = METHODS[name].weights_of or name
+    if recipe is not None:
+        run = json.loads((run_folder(runs, source, recipe, seed) / "run.json").read_text())
+    result = {
+        "method": name,
+        "recipe": recipe,
+        "seed": seed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()) - _base_parameters(),
+        "training": run or None,
+        # One digit a row: how many of its nine answers were right.
+        "right of nine": {
+            form: {str(key): "".join(map(str, accuracy.right)) for key, accuracy in by_key.items()}
+            for form, by_key in tested.items()
+        },
+        "visual mass": {str(n): [round(mass, 6) for mass in visual_mass(model, n)] for n in LENGTHS},  # by layer
+        "seconds": round(time.perf_counter() - start),
+        "environment": environment(),
+    }
+    Path(results).mkdir(parents=True, exist_ok=True)
+    _write_json(file, result)
+    return file
+
+
+def _base_parameters() -> int:
+    return sum(parameter.numel() for parameter in load_tiny_vlm().parameters())
+
+
+def _lookup(table: dict[str, Any], name: str | None, what: str) -> Any:
+    if name not in table:
+        raise ValueError(f"There is no {what} {name!r}; there are {', '.join(table)}.")
+    return table[name]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,140 @@
+"""Testing on the mosaic task: what share of the digits a model still tells."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, StoppingCriteriaList
+
+from .mosaic import (
+    IMAGE_LENGTH,
+    NUM_CELLS,
+    Split,
+    make_questions,
+    make_transcriptions,
+)
+from .train import progress_bar, target_logits
+
+
+TOKENS_PER_FORWARD = 4096
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of answers that were right.
+
+    Attributes:
+        right: Of each row, how many were.
+        asked: How many each row was asked for.
+    """
+
+    right: tuple[int, ...]
+    asked: int
+
+    @property
+    def value(self) -> float:
+        """From 0 to 1."""
+        return sum(self.right) / (self.asked * len(self.right))
+
+    @property
+    def standard_error(self) -> float:
+        """Of `value`. Answers in one row are about one mosaic and one text, so that rows are the independent draws."""
+        if len(self.right) == 1:
+            return math.nan
+        shares = [right / self.asked for right in self.right]
+        variance = sum((share - self.value) ** 2 for share in shares) / (len(shares) - 1)
+        return math.sqrt(variance / len(shares))
+
+
+@torch.no_grad()
+def recall(
+    model: nn.Module,
+    distractor_length: int,
+    rows: int = 32,
+    images: int = 1,
+    split: Split = "test",
+    seed: int = 0,
+    description: str = "Testing",
+) -> Accuracy:
+    """Ask for all nine cells after a distractor, on digits and text that no training saw.
+
+    An answer counts if it has the highest logit of the whole vocabulary.
+
+    Args:
+        model: The tiny model, with or without an adapter, in eval mode.
+        distractor_length: Bytes of text between the mosaics and the first question.
+        rows: Rows of mosaics, text and nine questions.
+        images: Mosaics a row, 1 to 3.
+        split: Where digits and text come from.
+        seed: Decides them: two models tested with the same one are asked the same.
+        description: What the progress bar says.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+    if rows < 1:
+        raise ValueError(f"rows is {rows}, but must be at least 1.")
+    generator = torch.Generator().manual_seed(seed)
+    at_once = max(1, min(64, TOKENS_PER_FORWARD // (images * IMAGE_LENGTH + distractor_length + 2 * NUM_CELLS)))
+    right: list[int] = []
+    with progress_bar() as bar:
+        for start in bar.track(range(0, rows, at_once), description=f"{description}, {distractor_length} bytes"):
+            batch = make_questions(split, min(at_once, rows - start), distractor_length, NUM_CELLS, generator, images)
+            right += (target_logits(model, batch).argmax(-1) == batch.targets).sum(1).tolist()
+    return Accuracy(tuple(right), NUM_CELLS)
+
+
+@torch.no_grad()
+def transcription(
+    model: GenerationMixin,
+    written_cells: int,
+    rows: int = 32,
+    split: Split = "test",
+    seed: int = 0,
+    description: str = "Writing",
+) -> list[Accuracy]:
+    """Have a model write out its mosaic over and over, the image never repeated, and see how long it stays right.
+
+    The model is given the first query and generates the rest greedily, so that what it once wrote wrong stays in its
+    context. A cell counts if its query is in place and its digit is right.
+
+    Args:
+        model: The tiny model, with or without an adapter, in eval mode.
+        written_cells: How many cells it writes: whole rounds of nine.
+        rows: Mosaics, all written at once.
+        split: Where digits come from.
+        seed: Decides them.
+        description: What the progress bar says.
+
+    Returns:
+        Of each round, in order.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+    if written_cells < 1 or written_cells % NUM_CELLS:
+        raise ValueError(f"written_cells is {written_cells}, but must be a positive multiple of {NUM_CELLS}.")
+    batch = make_transcriptions(split, rows, 0, written_cells, torch.Generator().manual_seed(seed))
+    inputs = dict(batch.inputs)
+    first = int(inputs.pop("logits_to_keep")[0])
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        inputs[name] = inputs[name][:, : first + 1]
+    length = batch.targets.shape[1]
+    with progress_bar() as bar:
+        task = bar.add_task(f"{description} {written_cells} cells", total=length)
+
+        def count(*_: Any, **__: Any) -> torch.Tensor:
+            bar.advance(task)
+            return torch.zeros(rows, dtype=torch.bool)
+
+        written = model.generate(
+            **inputs, max_new_tokens=length, do_sample=False, stopping_criteria=StoppingCriteriaList([count])
+        )[:, first + 1 :]
+    right = written == batch.targets
+    right[:, 2::2] &= right[:, 1::2]
+    cells = right[:, ::2].unflatten(1, (-1, NUM_CELLS)).sum(2)
+    return [Accuracy(tuple(column), NUM_CELLS) for column in cells.T.tolist()]

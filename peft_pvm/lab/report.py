@@ -1,0 +1,183 @@
+"""docs/results.md and its pictures, made from the results' JSON and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from statistics import fmean
+
+from ..plotting import as_png, line_look, logarithmic, new_figure, styled
+from .claims import claims
+from .experiment import MAIN_RECIPE, RECIPES
+from .methods import METHODS
+from .mosaic import NUM_CELLS
+from .results import Entry, Results
+from .train import Recipe
+
+
+ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 28)
+IN_PICTURES = ("base", "lora", "mlp", "pvm", "dipe", "pvm+dipe")
+
+
+def write_report(results: str | os.PathLike, docs: str | os.PathLike) -> Path:
+    """Write `results.md` and `figures/recall.png`: the same bytes from the same results.
+
+    Args:
+        results: Folder of JSON files.
+        docs: Folder to write to.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: There are no results.
+    """
+    found = Results(results)
+    figures = Path(docs) / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    (figures / "recall.png").write_bytes(draw_recall(found))
+    page = Path(docs) / "results.md"
+    page.write_text(render(found))
+    return page
+
+
+@styled
+def draw_recall(results: Results) -> bytes:
+    """Accuracy by distractor length and by generated position, as PNG."""
+    figure, axes = new_figure(3.2, columns=2)
+    left, right = axes[0]
+    for number, name in enumerate(IN_PICTURES):
+        entry = results.find(name)
+        if entry is None:
+            continue
+        for panel, form, offset, factor in ((left, "one mosaic", 32, 1), (right, "transcription", 0, NUM_CELLS)):
+            keys = entry.keys(form)
+            cells = [entry.cell(form, key) for key in keys]
+            places = [max(key * factor, offset) for key in keys]
+            look = line_look(number)
+            panel.plot(places, [cell.mean for cell in cells], label=METHODS[name].title, **look)
+            low, high = ([cell.mean + sign * cell.spread for cell in cells] for sign in (-1, 1))
+            panel.fill_between(places, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    lengths = results.entries[next(iter(results.entries))].keys("one mosaic")
+    left.set_xscale("log", base=2)
+    left.set_xticks([max(length, 32) for length in lengths], [str(length) for length in lengths])
+    left.minorticks_off()
+    left.set_xlabel("bytes of text between image and question")
+    left.set_ylabel("share of digits told right")
+    logarithmic(right, "x")
+    right.set_xlabel("cells written, the image never repeated")
+    for panel in axes[0]:
+        panel.set_ylim(0, 1.02)
+        panel.axhline(0.1, color="grey", linewidth=0.8, linestyle=(0, (1, 3)))
+    left.legend(fontsize=7, loc="lower left")
+    return as_png(figure)
+
+
+def render(results: Results) -> str:
+    """The page, in Markdown."""
+    tested = {recipe for _, recipe in results.entries} | {MAIN_RECIPE}
+    recipes = [name for name in RECIPES if name in tested]
+    parts = [
+        "# Results",
+        "",
+        "Written by `peft-pvm lab report` from the JSON in `results/`; do not edit. What is tested and how is in "
+        "[the lab](lab.md), what was found beside these numbers too.",
+        "",
+        *_setting(results),
+        "",
+        "![Accuracy by distractor length, and by cells written](figures/recall.png)",
+        "",
+        f"Bands: standard deviation over seeds. Dotted: guessing. Training: {MAIN_RECIPE}.",
+        "",
+        "## The papers' claims, here",
+        "",
+        "A difference counts if it is more than twice its standard error.",
+        "",
+        *_table(("Claim", "Here", "Numbers"), [astuple(claim) for claim in claims(results)]),
+        "",
+        "## One mosaic, by bytes of text before the questions",
+        "",
+        "Mean ± standard deviation over the seeds of training; without training, one run ± standard error over rows.",
+    ]
+    for recipe in recipes:
+        entries = [entry for entry in results.under(recipe) if recipe == MAIN_RECIPE or entry.recipe == recipe]
+        parts += [
+            "",
+            f"### Training: {recipe}",
+            "",
+            _note_on(RECIPES[recipe]),
+            "",
+            *_accuracies_table(entries, "one mosaic"),
+        ]
+    main = results.under(MAIN_RECIPE)
+    parts += [
+        "",
+        "## Transcription, by round",
+        "",
+        "The model writes out its nine cells over and over, greedily; the image is never repeated, and no training "
+        f"has more than one round. Training: {MAIN_RECIPE}.",
+        "",
+        *_accuracies_table(main, "transcription", ROUNDS),
+    ]
+    lengths = main[0].keys("one mosaic")
+    masses = [
+        (METHODS[entry.method].title, *(f"{fmean(entry.mean_mass(length)):.4f}" for length in lengths))
+        for entry in main
+    ]
+    parts += [
+        "",
+        "## Attention that reaches the mosaic from the questions, by bytes of text",
+        "",
+        "Mean over layers, heads, questions and seeds. PVM's retrieval is not in it: it has a softmax of its own.",
+        "",
+        *_table(("Method", *map(str, lengths)), masses),
+    ]
+    for form in ("two mosaics", "three mosaics"):
+        parts += ["", f"## {form.capitalize()}, by bytes of text", "", *_accuracies_table(main, form)]
+    return "\n".join(parts) + "\n"
+
+
+def _note_on(recipe: Recipe) -> str:
+    hidden = "the image is never hidden from self-attention"
+    if recipe.hidden_share:
+        hidden = f"{recipe.hidden_share:.0%} of the steps hide the image from self-attention and have at most 64 bytes"
+    return f"Distractors of up to {recipe.max_distractor_length:,} bytes; {hidden}."
+
+
+def _setting(results: Results) -> list[str]:
+    environments = {json.dumps(file["environment"], sort_keys=True): file["environment"] for file in results.files}
+    seeds = sorted({file["seed"] for file in results.files if file["recipe"] is not None})
+    recipe = next((file["training"]["recipe"] for file in results.files if file["training"]), None)
+    rows = len(next(iter(results.files[0]["right of nine"]["one mosaic"].values())))
+    lines = [f"- {rows} rows of {NUM_CELLS} questions in every cell, the same for all; held-out digits and text."]
+    if recipe is not None:
+        lines.append(
+            f"- Seeds of training: {', '.join(map(str, seeds))}. Steps: {recipe['steps']}, of some 2,048 tokens; "
+            f"learning rate {recipe['learning_rate']}. The base is frozen and the same for all."
+        )
+    packages = ("torch", "transformers", "peft", "Python", "Platform", "CPU threads", "GPU")
+    for environment in environments.values():
+        lines.append("- Machine: " + ", ".join(f"{name} {environment[name]}" for name in packages) + ".")
+    return lines
+
+
+def _accuracies_table(entries: Sequence[Entry], form: str, keys: Sequence[int] | None = None) -> list[str]:
+    keys = entries[0].keys(form) if keys is None else [key for key in keys if key in entries[0].keys(form)]
+    rows = [
+        (
+            METHODS[entry.method].title,
+            f"{entry.parameters:,}",
+            str(len(entry.runs)),
+            *(str(entry.cell(form, k)) for k in keys),
+        )
+        for entry in entries
+    ]
+    return _table(("Method", "Parameters", "Runs", *map(str, keys)), rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]

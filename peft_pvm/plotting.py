@@ -1,0 +1,99 @@
+"""How this package's pictures look: readable in print and by the colour-blind, the same bytes from the same numbers.
+
+Needs matplotlib: `pip install peft-pvm[lab]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+
+# Okabe and Ito's colours, without the yellow that paper swallows.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "text.parse_math": False,  # an adapter may have a dollar in its name
+}
+WIDTH = 7.5  # inches
+
+T = TypeVar("T")
+
+
+def styled(function: Callable[..., T]) -> Callable[..., T]:
+    """Draw in this style, whatever the user's is."""
+
+    @functools.wraps(function)
+    def draw(*args: Any, **kwargs: Any) -> T:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE)
+            return function(*args, **kwargs)
+
+    return draw
+
+
+def new_figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
+    """A figure of a page's width and its axes, an array of `(rows, columns)`.
+
+    Args:
+        height: In inches.
+        rows: Of axes.
+        columns: Of axes.
+        kwargs: For `Figure.subplots`.
+    """
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def as_png(figure: Figure) -> bytes:
+    """A PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def line_look(number: int, every: float | int = 1) -> dict[str, Any]:
+    """Keyword arguments of `plot`: lines that differ in colour, dashes and markers.
+
+    Args:
+        number: Of the line, from 0.
+        every: Matplotlib's `markevery`.
+    """
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINES[number % len(LINES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 4,
+        "markevery": every,
+        "linewidth": 1.4,
+    }
+
+
+def logarithmic(axes: Any, which: str) -> None:
+    """A logarithmic axis, "x" or "y", with a few plain numbers on it. Comes after what is drawn."""
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    decades = math.log10(high / low)
+    axis = getattr(axes, f"{which}axis")
+    marks = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(MaxNLocator(5) if decades < 0.8 else LogLocator(subs=marks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -1,0 +1,100 @@
+"""Testing: answers counted as they should be, the same questions for all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers.modeling_outputs import CausalLMOutput
+
+from peft_pvm.lab import mosaic
+from peft_pvm.lab.mosaic import make_questions, make_transcriptions
+from peft_pvm.lab.recall import Accuracy, recall, transcription
+from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+
+
+class Answering(torch.nn.Module):
+    """Answers every question with the digit 3."""
+
+    def forward(self, input_ids, logits_to_keep, **kwargs):
+        logits = torch.zeros(len(input_ids), len(logits_to_keep), mosaic.VOCAB_SIZE)
+        logits[..., mosaic.FIRST_ANSWER + 3] = 1
+        return CausalLMOutput(logits=logits)
+
+
+def test_accuracy_of_rows():
+    accuracy = Accuracy((9, 0, 9, 9), asked=9)
+    assert accuracy.value == 0.75
+    assert accuracy.standard_error == pytest.approx(0.25)  # deviation 0.5 over four rows
+    assert math.isnan(Accuracy((9,), asked=9).standard_error)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_right_answers_are_counted_row_by_row(images):
+    accuracy = recall(Answering(), 10, rows=70, images=images, seed=3)  # more rows than fit one forward
+    generator = torch.Generator().manual_seed(3)
+    expected = []
+    for rows in (64, 6):
+        targets = make_questions("test", rows, 10, 9, generator, images).targets
+        expected += (targets == mosaic.FIRST_ANSWER + 3).sum(1).tolist()
+    assert accuracy.right == tuple(expected)
+    assert 0 < accuracy.value < 0.3
+
+
+def test_the_same_questions_again():
+    model = load_tiny_vlm()
+    assert recall(model, 100, 4, seed=5) == recall(model, 100, 4, seed=5)
+    assert recall(model, 100, 4, seed=5) != recall(model, 100, 4, seed=6)
+
+
+class Writing:
+    """Writes a transcription down, but for the tokens that are given."""
+
+    def __init__(self, wrong: dict[tuple[int, int], int]):
+        self.wrong = wrong
+
+    def generate(self, input_ids, max_new_tokens, **kwargs):
+        assert input_ids.shape[1] == mosaic.IMAGE_LENGTH + 1
+        batch = make_transcriptions(
+            "test", len(input_ids), 0, (max_new_tokens + 1) // 2, torch.Generator().manual_seed(0)
+        )
+        assert torch.equal(batch.inputs["input_ids"][:, : input_ids.shape[1]], input_ids)
+        written = batch.targets.clone()
+        for place, token in self.wrong.items():
+            written[place] = token
+        return torch.cat([input_ids, written], 1)
+
+
+def test_a_written_cell_counts_if_query_and_digit_are_right():
+    assert [round_.right for round_ in transcription(Writing({}), 27, rows=2)] == [(9, 9)] * 3
+    wrong = {(0, 0): 0, (1, 2 * 9 - 1): 0, (1, 2 * 20): 0, (1, 2 * 20 - 1): 0}  # digit 0, query 9, both of cell 20
+    assert [round_.right for round_ in transcription(Writing(wrong), 27, rows=2)] == [(8, 9), (9, 8), (9, 8)]
+
+
+def test_a_model_writes_what_it_would_say_token_by_token():
+    model = load_tiny_vlm()
+    batch = make_transcriptions("test", 3, 0, 9, torch.Generator().manual_seed(0))
+    (round_,) = transcription(model, 9, rows=3)
+    inputs = {name: value for name, value in batch.inputs.items() if name != "logits_to_keep"}
+    inputs["input_ids"] = inputs["input_ids"][:, : mosaic.IMAGE_LENGTH + 1]
+    for _ in range(17):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == mosaic.IMAGE).int()
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits[:, -1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], logits.argmax(-1, keepdim=True)], 1)
+    right = inputs["input_ids"][:, mosaic.IMAGE_LENGTH + 1 :] == batch.targets
+    right[:, 2::2] &= right[:, 1::2]
+    assert round_.right == tuple(right[:, ::2].sum(1).tolist())
+
+
+@pytest.mark.parametrize("written_cells", [0, 10])
+def test_whole_rounds_are_written(written_cells):
+    with pytest.raises(ValueError, match=f"written_cells is {written_cells}"):
+        transcription(load_tiny_vlm(), written_cells)
+
+
+def test_at_least_one_row():
+    with pytest.raises(ValueError, match="rows is 0"):
+        recall(load_tiny_vlm(), 0, rows=0)

@@ -1,0 +1,123 @@
+"""Training: what moves, what does not, what the seed decides, and going on after an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_pvm import PVMConfig
+from peft_pvm.lab import train
+from peft_pvm.lab.mosaic import make_questions
+from peft_pvm.lab.tiny_vlm import load_tiny_vlm, new_tiny_vlm
+from peft_pvm.lab.train import Recipe, hide_image, target_logits, train_adapter, train_base
+
+
+SHORT = Recipe(steps=3, max_distractor_length=96)
+
+
+def with_pvm(seed: int = 0, **fields):
+    torch.manual_seed(seed)
+    return get_peft_model(load_tiny_vlm(), PVMConfig(r=64, **fields))
+
+
+def trained(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
+
+
+def test_training_the_base_follows_its_seed():
+    weights = []
+    for seed in (0, 0, 1):
+        model = new_tiny_vlm()
+        train_base(model, steps=2, seed=seed)
+        weights.append(trained(model))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("hidden_share", [0.0, 1.0])
+def test_training_an_adapter_moves_nothing_else(hidden_share):
+    model = with_pvm()
+    before = {name: tensor.clone() for name, tensor in load_tiny_vlm().state_dict().items()}
+    fresh = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".pvm_" in name for name in fresh)
+    train_adapter(model, dataclasses.replace(SHORT, hidden_share=hidden_share))
+    moved = [name for name, p in model.named_parameters() if name in fresh and not torch.equal(p, fresh[name])]
+    assert set(moved) == set(fresh)
+    restored = model.unload().state_dict()
+    assert restored.keys() == before.keys()
+    assert all(torch.equal(restored[name], before[name]) for name in before)
+
+
+def test_a_hidden_image_reaches_the_answers_through_the_adapter_alone():
+    model = with_pvm(init_gate=1.0).eval()
+    batch = hide_image(model, make_questions("test", 2, 10, 2, torch.Generator().manual_seed(0)))
+    other = make_questions("test", 2, 10, 2, torch.Generator().manual_seed(1))
+    swapped = make_questions("test", 2, 10, 2, torch.Generator().manual_seed(0))
+    swapped.inputs["pixel_values"] = other.inputs["pixel_values"]
+    swapped = hide_image(model, swapped)
+    with torch.no_grad():
+        assert not torch.equal(target_logits(model, batch), target_logits(model, swapped))
+        with model.disable_adapter():
+            assert torch.equal(target_logits(model, batch), target_logits(model, swapped))
+
+
+def interrupt(model, recipe: Recipe, checkpoint, after: int) -> None:
+    """Train until something goes wrong in the step with this number."""
+    draw = train._draw_step
+
+    def failing(step: int, *rest):
+        if step == after:
+            raise KeyboardInterrupt
+        return draw(step, *rest)
+
+    with mock.patch.object(train, "_draw_step", failing), pytest.raises(KeyboardInterrupt):
+        train_adapter(model, recipe, checkpoint)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
+    recipe, file = dataclasses.replace(SHORT, steps=7, hidden_share=0.5), tmp_path / "checkpoint.safetensors"
+    whole = with_pvm()
+    train_adapter(whole, recipe, file)
+    assert not file.exists()
+
+    interrupt(with_pvm(), recipe, file, after=5)
+    steps = []
+    draw = train._draw_step
+    resumed = with_pvm(seed=1)  # other initial weights: all that counts comes from the file
+    with mock.patch.object(train, "_draw_step", lambda step, *rest: steps.append(step) or draw(step, *rest)):
+        train_adapter(resumed, recipe, file)
+    assert steps == [4, 5, 6]
+    assert torch.equal(trained(resumed), trained(whole))
+    assert not file.exists()
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 1)
+    file = tmp_path / "checkpoint.safetensors"
+    interrupt(with_pvm(), SHORT, file, after=2)
+    for model, recipe in (
+        (with_pvm(), dataclasses.replace(SHORT, seed=1)),
+        (get_peft_model(load_tiny_vlm(), PVMConfig(r=32)), SHORT),
+    ):
+        before = trained(model)
+        with pytest.raises(ValueError, match="another training"):
+            train_adapter(model, recipe, file)
+        assert torch.equal(trained(model), before)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_distractor_length": 63}, {"hidden_share": 1.5}, {"steps": 0}, {"learning_rate": 0.0}]
+)
+def test_recipes_refuse_numbers_out_of_range(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}"):
+        Recipe(**wrong)
+
+
+def test_training_refuses_a_model_with_nothing_to_train():
+    with pytest.raises(ValueError, match="is_trainable"):
+        train_adapter(with_pvm().requires_grad_(False), SHORT)
