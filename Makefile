@@ -9,7 +9,7 @@ PYTEST = pytest -n $(WORKERS) -q
 .PHONY: demo test test-oldest quality style clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python -m peft_pvm.lab demo
+	$(VENV)/bin/peft-pvm lab demo
 
 test: $(VENV)/.installed
 	$(VENV)/bin/$(PYTEST)

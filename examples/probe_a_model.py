@@ -13,11 +13,11 @@ from peft_pvm.probe import build_inputs, probe
 
 
 def tiny_model_and_inputs():
-    """A mosaic of nine digits, 256 bytes of text, and a question about one cell."""
-    from peft_pvm.lab.mosaic import make_batch
+    """A mosaic of nine digits, which the model then writes out over and over."""
+    from peft_pvm.lab.mosaic import make_transcriptions
     from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
-    batch = make_batch("test", 1, 256, 1, torch.Generator().manual_seed(0))
+    batch = make_transcriptions("test", 1, 0, written_cells=1, generator=torch.Generator().manual_seed(0))
     inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "logits_to_keep"}
     return load_tiny_vlm(), inputs, str
 
@@ -35,7 +35,7 @@ def model_and_inputs(model_id: str, image_path: str, prompt: str):
 
 model, inputs, decode = model_and_inputs(*sys.argv[1:4]) if len(sys.argv) == 4 else tiny_model_and_inputs()
 with attached(model, DIPEConfig(), TDRSConfig()):
-    result = probe(model, inputs, decode=decode, max_new_tokens=32)
+    result = probe(model, inputs, decode=decode, max_new_tokens=128)
 for forward in result.forwards:
     print(f"{forward.name}: {forward.mean_mass[0]:.3f} of attention on the image, decay {forward.mean_decay}")
 print("Report:", result.save("probe_report"))

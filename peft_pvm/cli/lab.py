@@ -95,7 +95,7 @@ def export(
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder for the adapter; by default a temporary one.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the adapter's training.")] = 600,
+    steps: Annotated[int, typer.Option(help="Steps of the adapter's training.")] = 1000,
     rows: Annotated[int, typer.Option(help="Rows of nine questions at every length.")] = 16,
     seed: Seed = 0,
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import replace
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -16,17 +15,16 @@ from ..dipe import DIPEConfig
 from ..pvm import PVMConfig
 from ..tdrs import TDRSConfig
 from ..trial import attached
-from .experiment import MAIN_RECIPE, RECIPES
 from .mosaic import NUM_CELLS
 from .recall import Accuracy, recall
 from .tiny_vlm import load_tiny_vlm
-from .train import train_adapter
+from .train import Recipe, train_adapter
 
 
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048)
 
 
-def run_demo(out: str | os.PathLike | None = None, steps: int = 600, rows: int = 16, seed: int = 0) -> None:
+def run_demo(out: str | os.PathLike | None = None, steps: int = 1000, rows: int = 16, seed: int = 0) -> None:
     """Train a PVM adapter on the shipped tiny model, save it, load it back; print accuracy by distractor length.
 
     Beside the base and PVM it tests DIPE and T-DRS with their default settings, which need no training.
@@ -46,17 +44,14 @@ def run_demo(out: str | os.PathLike | None = None, steps: int = 600, rows: int =
 def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     start = time.perf_counter()
     console = Console()
-    recipe = replace(RECIPES[MAIN_RECIPE], steps=steps, seed=seed)
+    recipe = Recipe(steps=steps // 5, hidden_steps=steps - steps // 5, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(load_tiny_vlm(), PVMConfig(r=64, layers_to_transform="strided"))
     trained, total = model.get_nb_trainable_parameters()
     layers = model.peft_config["default"].layers_to_transform
     console.print(f"PVM at layers {layers} of 6: training {trained:,} of {total:,} parameters; the base is frozen.")
-    console.print(
-        f"{recipe.hidden_share:.0%} of its steps hide the image from self-attention, the others have up to "
-        f"{recipe.max_distractor_length:,} bytes of text."
-    )
+    console.print(f"{recipe}.")
     train_adapter(model, recipe)
     model.save_pretrained(folder)
     size = os.path.getsize(os.path.join(folder, "adapter_model.safetensors"))

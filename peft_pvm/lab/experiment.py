@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..env import environment
-from .fading import visual_mass
+from .fading import retrieved_mass, visual_mass
 from .methods import METHODS, attach, trained_parameters
 from .mosaic import NUM_CELLS
 from .recall import recall, transcription
@@ -25,10 +25,10 @@ from .train import Recipe, train_adapter
 
 # Every method under the first; PVM and its controls under all.
 RECIPES: dict[str, Recipe] = {
-    "hidden-1024": Recipe(max_distractor_length=1024, hidden_share=0.5),
-    "plain-1024": Recipe(max_distractor_length=1024),
-    "hidden-256": Recipe(max_distractor_length=256, hidden_share=0.5),
-    "plain-256": Recipe(max_distractor_length=256),
+    "hidden-1024": Recipe(steps=400, hidden_steps=1600, max_distractor_length=1024),
+    "plain-1024": Recipe(steps=900, hidden_steps=0, max_distractor_length=1024),  # as many tokens
+    "hidden-256": Recipe(steps=400, hidden_steps=1600, max_distractor_length=256),
+    "plain-256": Recipe(steps=900, hidden_steps=0, max_distractor_length=256),
 }
 MAIN_RECIPE = next(iter(RECIPES))
 UNDER_ALL_RECIPES = ("lora", "mlp", "pvm")
@@ -190,6 +190,10 @@ def evaluate_method(
             for form, by_key in tested.items()
         },
         "visual mass": {str(n): [round(mass, 6) for mass in visual_mass(model, n)] for n in LENGTHS},  # by layer
+        "retrieved mass": {
+            str(n): {str(layer_idx): round(mass, 6) for layer_idx, mass in retrieved_mass(model, n).items()}
+            for n in LENGTHS
+        },
         "seconds": round(time.perf_counter() - start),
         "environment": environment(),
     }

@@ -15,7 +15,6 @@ from .experiment import MAIN_RECIPE, RECIPES
 from .methods import METHODS
 from .mosaic import NUM_CELLS
 from .results import Entry, Results
-from .train import Recipe
 
 
 ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 28)
@@ -108,7 +107,7 @@ def render(results: Results) -> str:
             "",
             f"### Training: {recipe}",
             "",
-            _note_on(RECIPES[recipe]),
+            f"{RECIPES[recipe]}.",
             "",
             *_accuracies_table(entries, "one mosaic"),
         ]
@@ -140,13 +139,6 @@ def render(results: Results) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _note_on(recipe: Recipe) -> str:
-    hidden = "the image is never hidden from self-attention"
-    if recipe.hidden_share:
-        hidden = f"{recipe.hidden_share:.0%} of the steps hide the image from self-attention and have at most 64 bytes"
-    return f"Distractors of up to {recipe.max_distractor_length:,} bytes; {hidden}."
-
-
 def _setting(results: Results) -> list[str]:
     environments = {json.dumps(file["environment"], sort_keys=True): file["environment"] for file in results.files}
     seeds = sorted({file["seed"] for file in results.files if file["recipe"] is not None})
@@ -155,8 +147,8 @@ def _setting(results: Results) -> list[str]:
     lines = [f"- {rows} rows of {NUM_CELLS} questions in every cell, the same for all; held-out digits and text."]
     if recipe is not None:
         lines.append(
-            f"- Seeds of training: {', '.join(map(str, seeds))}. Steps: {recipe['steps']}, of some 2,048 tokens; "
-            f"learning rate {recipe['learning_rate']}. The base is frozen and the same for all."
+            f"- Seeds of training: {', '.join(map(str, seeds))}; learning rate {recipe['learning_rate']}. The base is "
+            "frozen and the same for all; so are the questions that they train on."
         )
     packages = ("torch", "transformers", "peft", "Python", "Platform", "CPU threads", "GPU")
     for environment in environments.values():

@@ -51,7 +51,6 @@ def _card(recipe: str, entry: Entry, base: Entry) -> str:
         datasets=["scikit-learn load_digits", "Python's pydoc_data.topics"],
     )
     digits, tested = len(load_material("train").labels), len(entry.runs[0]["one mosaic"][0].right)
-    hidden = f"{used.hidden_share:.0%} of them hide the image from self-attention" if used.hidden_share else ""
     rows = [
         f"| {length:,} | {base.cell('one mosaic', length)} | {entry.cell('one mosaic', length)} |"
         for length in entry.keys("one mosaic")
@@ -80,10 +79,9 @@ model = PeftModel.from_pretrained(load_tiny_vlm(), "adapters/pvm-tiny-vlm")
 **Data**: mosaics of scikit-learn's handwritten digits ({digits} images to train with) and the text of Python's help
 topics. Digits and texts of the tests are others, split by a hash of their content.
 
-**Training**: the base is frozen; {used.steps} steps of some 2,048 tokens, AdamW, learning rate {used.learning_rate}
-(the gates ten times that), up to {used.max_distractor_length:,} bytes of text between mosaic and questions; {hidden}.
-Half of the steps ask about one mosaic, a quarter about two or three, a quarter have one transcribed. Command:
-`peft-pvm lab train --method pvm --recipe {recipe} --seed 0`.
+**Training**: the base is frozen. {used}. AdamW, learning rate {used.learning_rate}
+(the gates ten times that). Half of the steps ask about one mosaic, a quarter about two or three, a quarter have one
+transcribed. Command: `peft-pvm lab train --method pvm --recipe {recipe} --seed 0`.
 
 **Results**: share of held-out digits told right, ± standard error over {tested} rows of {NUM_CELLS} questions.
 

@@ -95,7 +95,7 @@ def load_tiny_vlm(path: str | os.PathLike = SHIPPED) -> Qwen3VLForConditionalGen
         ValueError: The file holds no config.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no {path}. Train the model with: python -m peft_pvm.lab train-base")
+        raise FileNotFoundError(f"There is no {path}. Train the model with: peft-pvm lab train-base")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if "config" not in metadata:

@@ -21,7 +21,9 @@ from torch import nn
 from .mosaic import IMAGE, IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcriptions
 
 
-TOKENS_PER_STEP = 1024  # larger steps are no faster per token on a CPU, whose cache they leave
+TOKENS_PER_STEP = 2048  # larger steps are no faster per token on a CPU, whose cache they leave
+TOKENS_PER_HIDDEN_STEP = 640  # short rows give as many answers
+LONGEST_WHEN_HIDDEN = 64  # bytes of distractor
 CHECKPOINT_EVERY = 100  # steps
 
 
@@ -30,14 +32,15 @@ class Recipe:
     """How an adapter is trained.
 
     Where the base still answers right, an adapter has nothing to learn, and where it does not, rows are long and give
-    few answers for their cost. Steps with the image hidden go to the limit of fading itself: no token can attend to
-    the image, and a few bytes of distractor are enough to leave everything to the adapter. The other steps are as in
-    testing, on distractors of all lengths. This is a recipe of this lab, not of a paper.
+    few answers for their cost. So a recipe may begin with steps that go to the limit of fading itself: no token can
+    attend to the image, and a few bytes of distractor are enough to leave everything to the adapter. The other steps
+    are as in testing, on distractors of all lengths. Hiding the image is a recipe of this lab, not of a paper.
 
     Attributes:
-        steps: Optimizer steps.
+        steps: Optimizer steps with the image in sight, of some 2,048 tokens.
+        hidden_steps: Steps before these with the image hidden from self-attention, of some 640 tokens and with
+            distractors of at most 64 bytes.
         max_distractor_length: The longest distractor in bytes. Lengths are drawn log-uniformly, from 4 on.
-        hidden_share: Share of the steps with the image hidden, from 0 to 1. Their distractors have at most 64 bytes.
         learning_rate: Its peak; scalars, such as the gate of PVM, learn ten times as fast.
         seed: Decides the questions.
 
@@ -45,21 +48,27 @@ class Recipe:
         ValueError: A number out of its range.
     """
 
-    steps: int = 800
+    steps: int = 400
+    hidden_steps: int = 1600
     max_distractor_length: int = 1024
-    hidden_share: float = 0.0
     learning_rate: float = 3e-3
     seed: int = 0
 
     def __post_init__(self):
         for name, fits, accepted in (
-            ("steps", self.steps >= 1, "at least 1"),
-            ("max_distractor_length", self.max_distractor_length >= 64, "at least 64"),
-            ("hidden_share", 0 <= self.hidden_share <= 1, "from 0 to 1"),
+            ("steps", self.steps >= 0, "at least 0"),
+            ("hidden_steps", self.hidden_steps >= 0, "at least 0"),
+            ("max_distractor_length", self.max_distractor_length >= 4, "at least 4"),
             ("learning_rate", self.learning_rate > 0, "positive"),
         ):
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be {accepted}.")
+
+    def __str__(self) -> str:
+        hidden = f"{self.hidden_steps:,} steps with the image hidden from self-attention, then " * bool(
+            self.hidden_steps
+        )
+        return f"{hidden}{self.steps:,} steps with up to {self.max_distractor_length:,} bytes of text in between"
 
 
 def progress_bar() -> Progress:
@@ -118,11 +127,13 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: str | os.PathLik
 
     def draw(step: int) -> Batch:
         generator = _generator(recipe.seed, step)
-        hidden = float(torch.rand((), generator=generator)) < recipe.hidden_share
-        longest = 64 if hidden else recipe.max_distractor_length
+        hidden = step < recipe.hidden_steps
+        longest = LONGEST_WHEN_HIDDEN if hidden else recipe.max_distractor_length
         exponent = torch.empty(()).uniform_(math.log(4), math.log(longest), generator=generator)
-        batch = _draw_step(step, round(math.exp(float(exponent))), generator)
-        return hide_image(model, batch) if hidden else batch
+        length = round(math.exp(float(exponent)))
+        if hidden:
+            return hide_image(model, _draw_step(step, length, generator, TOKENS_PER_HIDDEN_STEP))
+        return _draw_step(step, length, generator)
 
     # A fresh gate is 0, while the residual stream of the tiny model has a root mean square of 5 to 8.
     gates = [parameter for parameter in trained if parameter.numel() == 1]
@@ -132,7 +143,14 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: str | os.PathLik
         {"params": gates, "lr": 10 * recipe.learning_rate, "weight_decay": 0.0},
     ]
     file = None if checkpoint is None else Checkpoint(checkpoint, json.dumps(asdict(recipe)))
-    _fit(model, [group for group in groups if group["params"]], draw, recipe.steps, "Training the adapter", file)
+    _fit(
+        model,
+        [group for group in groups if group["params"]],
+        draw,
+        recipe.hidden_steps + recipe.steps,
+        "Training",
+        file,
+    )
 
 
 def hide_image(model: Any, batch: Batch) -> Batch:
@@ -211,11 +229,11 @@ def _generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(1_000_003 * seed + step)
 
 
-def _draw_step(step: int, distractor_length: int, generator: torch.Generator) -> Batch:
+def _draw_step(step: int, distractor_length: int, generator: torch.Generator, tokens: int = TOKENS_PER_STEP) -> Batch:
     """Of four steps, two ask about one mosaic, one asks about two or three, and one has a mosaic transcribed."""
     images = int(torch.randint(2, 4, (), generator=generator)) if step % 4 == 1 else 1
     row_length = images * IMAGE_LENGTH + distractor_length + 2 * NUM_CELLS
-    rows = max(1, min(64, TOKENS_PER_STEP // row_length))
+    rows = max(1, min(64, tokens // row_length))
     if step % 4 == 3:
         return make_transcriptions("train", rows, distractor_length, NUM_CELLS, generator)
     return make_questions("train", rows, distractor_length, NUM_CELLS, generator, images)

@@ -22,7 +22,7 @@ img { max-width: 100%; height: auto }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem }
 th, td { border-bottom: 1px solid #bbb; padding: 0.3rem 0.7rem; text-align: right }
 th:first-child, td:first-child { text-align: left }
-pre { white-space: pre-wrap; background: #f3f3f3; padding: 0.7rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f3f3f3; padding: 0.7rem }
 figure { margin: 0 }
 """
 

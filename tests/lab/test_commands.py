@@ -44,7 +44,7 @@ def test_train_base(tmp_path):
 def test_train_eval_and_report(method, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "LENGTHS", (0, 64))
     monkeypatch.setattr(experiment, "WRITTEN_CELLS", 9)
-    monkeypatch.setitem(experiment.RECIPES, experiment.MAIN_RECIPE, experiment.Recipe(steps=1))
+    monkeypatch.setitem(experiment.RECIPES, experiment.MAIN_RECIPE, experiment.Recipe(steps=1, hidden_steps=0))
     options = ("--method", method, "--recipe", experiment.MAIN_RECIPE, "--seed", 1, "--runs", tmp_path / "runs")
     assert len(run("train", *options).splitlines()) == (method == "pvm")
     run("eval", *options, "--results", tmp_path / "results")

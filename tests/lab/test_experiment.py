@@ -7,6 +7,8 @@ import os
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from peft_pvm.lab import experiment
@@ -14,6 +16,7 @@ from peft_pvm.lab.experiment import MAIN_RECIPE, RECIPES, evaluate_method, load_
 from peft_pvm.lab.methods import METHODS, PVM_PARAMETERS, STRIDED, Method, attach, trained_parameters
 from peft_pvm.lab.mosaic import make_questions
 from peft_pvm.lab.results import Results
+from peft_pvm.lab.shipping import export_adapter
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 from peft_pvm.lab.train import target_logits
 from peft_pvm.pvm.model import strided_layers
@@ -71,7 +74,7 @@ def test_the_mlp_control_computes_a_gated_branch_beside_the_ffn():
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_method_trains_and_loads_back(name, tmp_path):
-    folder = train_method(name, MAIN_RECIPE, 1, tmp_path, steps=2)
+    folder = train_method(name, MAIN_RECIPE, 1, tmp_path, steps=2, hidden_steps=0)
     model = load_tiny_vlm()
     attach(model, METHODS[name], seed=1)
     fresh = {key: parameter.detach().clone() for key, parameter in trained_parameters(model).items()}
@@ -91,23 +94,41 @@ def quick(monkeypatch):
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     quick(monkeypatch)
-    folder = train_method("pvm", MAIN_RECIPE, 0, tmp_path / "runs", steps=1)
+    folder = train_method("pvm", MAIN_RECIPE, 0, tmp_path / "runs", steps=1, hidden_steps=0)
     file = evaluate_method("pvm", MAIN_RECIPE, 0, tmp_path / "runs", tmp_path / "results", rows=1)
     before = [(path, os.stat(path).st_mtime_ns) for path in (*folder.iterdir(), file)]
-    assert train_method("pvm", MAIN_RECIPE, 0, tmp_path / "runs", steps=1) == folder
+    assert train_method("pvm", MAIN_RECIPE, 0, tmp_path / "runs", steps=1, hidden_steps=0) == folder
     assert evaluate_method("pvm", MAIN_RECIPE, 0, tmp_path / "runs", tmp_path / "results", rows=1) == file
     assert [(path, os.stat(path).st_mtime_ns) for path in (*folder.iterdir(), file)] == before
 
 
 def test_a_result_says_where_it_comes_from(tmp_path, monkeypatch):
     quick(monkeypatch)
-    train_method("pvm", MAIN_RECIPE, 2, tmp_path, steps=1)
+    train_method("pvm", MAIN_RECIPE, 2, tmp_path, steps=1, hidden_steps=0)
     result = json.loads(evaluate_method("pvm+dipe", MAIN_RECIPE, 2, tmp_path, tmp_path, rows=2).read_text())
     assert result["parameters"] == PVM_PARAMETERS
     assert result["training"]["recipe"]["seed"] == result["seed"] == 2
     assert result["training"]["recipe"]["steps"] == 1
     assert {"torch", "transformers", "peft", "Platform", "CPU threads"} <= result["environment"].keys()
     assert [len(right) for right in result["right of nine"]["one mosaic"].values()] == [2] * 4
+
+
+def test_an_adapter_is_exported_with_its_results(tmp_path, monkeypatch):
+    quick(monkeypatch)
+    monkeypatch.setattr(experiment, "WRITTEN_CELLS", 28 * 9)
+    runs, results, out = tmp_path / "runs", tmp_path / "results", tmp_path / "adapter"
+    train_method("pvm", MAIN_RECIPE, 3, runs, steps=1, hidden_steps=0)
+    with pytest.raises(FileNotFoundError, match="peft-pvm lab eval"):
+        export_adapter(MAIN_RECIPE, 3, runs, results, out)
+    evaluate_method("pvm", MAIN_RECIPE, 3, runs, results, rows=2)
+    evaluate_method("base", None, 0, runs, results, rows=2)
+    export_adapter(MAIN_RECIPE, 3, runs, results, out)
+    exported = PeftModel.from_pretrained(load_tiny_vlm(), out)
+    assert torch.equal(logits(exported), logits(load_method("pvm", MAIN_RECIPE, 3, runs)))
+    card = (out / "README.md").read_text()
+    shown = Results(results).only("pvm", MAIN_RECIPE, 3).cell("one mosaic", 2048)
+    assert f"{shown} |" in card
+    assert ModelCard(card).data.library_name == "peft"
 
 
 def test_the_plan():

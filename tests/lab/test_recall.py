@@ -66,10 +66,21 @@ class Writing:
         return torch.cat([input_ids, written], 1)
 
 
-def test_a_written_cell_counts_if_query_and_digit_are_right():
+def test_a_written_cell_counts_if_the_digit_is_that_of_its_query():
     assert [round_.right for round_ in transcription(Writing({}), 27, rows=2)] == [(9, 9)] * 3
-    wrong = {(0, 0): 0, (1, 2 * 9 - 1): 0, (1, 2 * 20): 0, (1, 2 * 20 - 1): 0}  # digit 0, query 9, both of cell 20
-    assert [round_.right for round_ in transcription(Writing(wrong), 27, rows=2)] == [(8, 9), (9, 8), (9, 8)]
+    batch = make_transcriptions("test", 2, 0, 27, torch.Generator().manual_seed(0))
+    query, digit = batch.targets[0, [1, 2]].tolist()  # of the second cell
+    other = next(mosaic.FIRST_ANSWER + number for number in range(10) if mosaic.FIRST_ANSWER + number != digit)
+    wrong = {
+        (0, 0): 0,  # no digit
+        (1, 2 * 9): 0,
+        (0, 2 * 10 - 1): query,  # the second cell once more, out of turn ...
+        (0, 2 * 10): digit,  # ... and right
+        (0, 2 * 20 - 1): query,
+        (0, 2 * 20): other,  # the second cell, wrong
+        (1, 2 * 21 - 1): mosaic.FIRST_QUERY + 9,  # a query of a coloured mosaic
+    }
+    assert [round_.right for round_ in transcription(Writing(wrong), 27, rows=2)] == [(8, 9), (9, 8), (8, 8)]
 
 
 def test_a_model_writes_what_it_would_say_token_by_token():
@@ -84,9 +95,11 @@ def test_a_model_writes_what_it_would_say_token_by_token():
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits[:, -1]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], logits.argmax(-1, keepdim=True)], 1)
-    right = inputs["input_ids"][:, mosaic.IMAGE_LENGTH + 1 :] == batch.targets
-    right[:, 2::2] &= right[:, 1::2]
-    assert round_.right == tuple(right[:, ::2].sum(1).tolist())
+    dialogue = torch.cat([batch.inputs["input_ids"][:, mosaic.IMAGE_LENGTH :], batch.targets[:, -1:]], 1).tolist()
+    for row, written in enumerate(inputs["input_ids"][:, mosaic.IMAGE_LENGTH :].tolist()):
+        digit_of = dict(zip(dialogue[row][::2], dialogue[row][1::2]))
+        right = [digit_of.get(query) == digit for query, digit in zip(written[::2], written[1::2])]
+        assert round_.right[row] == sum(right)
 
 
 @pytest.mark.parametrize("written_cells", [0, 10])

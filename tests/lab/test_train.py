@@ -16,7 +16,7 @@ from peft_pvm.lab.tiny_vlm import load_tiny_vlm, new_tiny_vlm
 from peft_pvm.lab.train import Recipe, hide_image, target_logits, train_adapter, train_base
 
 
-SHORT = Recipe(steps=3, max_distractor_length=96)
+SHORT = Recipe(steps=3, hidden_steps=0, max_distractor_length=96)
 
 
 def with_pvm(seed: int = 0, **fields):
@@ -38,13 +38,13 @@ def test_training_the_base_follows_its_seed():
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("hidden_share", [0.0, 1.0])
-def test_training_an_adapter_moves_nothing_else(hidden_share):
+@pytest.mark.parametrize(("steps", "hidden_steps"), [(3, 0), (0, 3)])
+def test_training_an_adapter_moves_nothing_else(steps, hidden_steps):
     model = with_pvm()
     before = {name: tensor.clone() for name, tensor in load_tiny_vlm().state_dict().items()}
     fresh = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert all(".pvm_" in name for name in fresh)
-    train_adapter(model, dataclasses.replace(SHORT, hidden_share=hidden_share))
+    train_adapter(model, dataclasses.replace(SHORT, steps=steps, hidden_steps=hidden_steps))
     moved = [name for name, p in model.named_parameters() if name in fresh and not torch.equal(p, fresh[name])]
     assert set(moved) == set(fresh)
     restored = model.unload().state_dict()
@@ -80,7 +80,7 @@ def interrupt(model, recipe: Recipe, checkpoint, after: int) -> None:
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
-    recipe, file = dataclasses.replace(SHORT, steps=7, hidden_share=0.5), tmp_path / "checkpoint.safetensors"
+    recipe, file = dataclasses.replace(SHORT, steps=4, hidden_steps=3), tmp_path / "checkpoint.safetensors"
     whole = with_pvm()
     train_adapter(whole, recipe, file)
     assert not file.exists()
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_distractor_length": 63}, {"hidden_share": 1.5}, {"steps": 0}, {"learning_rate": 0.0}]
+    "wrong", [{"max_distractor_length": 3}, {"hidden_steps": -1}, {"steps": -1}, {"learning_rate": 0.0}]
 )
 def test_recipes_refuse_numbers_out_of_range(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}"):
