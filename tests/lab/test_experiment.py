@@ -140,7 +140,8 @@ def test_the_plan():
         assert (run.recipe is None) == (not method.is_trained and method.weights_of is None)
         source = method.weights_of
         assert source is None or runs.index(run._replace(method=source)) < runs.index(run)
-    assert {run.recipe for run in runs if run.method == "pvm"} == set(RECIPES)
+    assert {run.recipe for run in runs} == {None, *RECIPES}
+    assert {run.seed for run in runs if run.method == "pvm"} == {0, 1, 2}
     assert plan(["pvm"], [MAIN_RECIPE], [7]) == [("pvm", MAIN_RECIPE, 7)]
 
 
