@@ -24,10 +24,10 @@ from .train import Recipe, train_adapter
 
 
 RECIPES: dict[str, Recipe] = {
-    "hidden-1024": Recipe(steps=400, hidden_steps=1600, max_distractor_length=1024),
-    "plain-1024": Recipe(steps=900, hidden_steps=0, max_distractor_length=1024),  # as many tokens
-    "hidden-256": Recipe(steps=400, hidden_steps=1600, max_distractor_length=256),
-    "plain-256": Recipe(steps=900, hidden_steps=0, max_distractor_length=256),
+    "hidden-1024": Recipe(steps=400, hidden_steps=2000, max_distractor_length=1024),
+    "plain-1024": Recipe(steps=1000, hidden_steps=0, max_distractor_length=1024),  # as many tokens
+    "hidden-256": Recipe(steps=400, hidden_steps=2000, max_distractor_length=256),
+    "plain-256": Recipe(steps=1000, hidden_steps=0, max_distractor_length=256),
 }
 MAIN_RECIPE = next(iter(RECIPES))
 # Every method is trained under the main recipe; under the others PVM or its controls, where it tells something.

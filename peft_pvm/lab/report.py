@@ -125,8 +125,8 @@ def render(results: Results) -> str:
         "",
         "## Transcription, by round",
         "",
-        "The model writes out its nine cells over and over, greedily; the image is never repeated, and no training "
-        f"has more than one round. Training: {MAIN_RECIPE}.",
+        "The model writes out its nine cells over and over, greedily; the image is never repeated. Training: "
+        f"{MAIN_RECIPE}.",
         "",
         *_accuracies_table(main, "transcription", ROUNDS),
     ]

@@ -40,7 +40,8 @@ class Recipe:
         steps: Optimizer steps with the image in sight, of some 2,048 tokens.
         hidden_steps: Steps before these with the image hidden from self-attention, of some 640 tokens and with
             distractors of at most 64 bytes.
-        max_distractor_length: The longest distractor in bytes. Lengths are drawn log-uniformly, from 4 on.
+        max_distractor_length: The longest distractor in bytes, and the longest transcription in tokens. Lengths are
+            drawn log-uniformly, from 4 on; a transcription has at least nine cells.
         learning_rate: Its peak; scalars, such as the gate of PVM, learn ten times as fast.
         seed: Decides the questions.
 
@@ -49,7 +50,7 @@ class Recipe:
     """
 
     steps: int = 400
-    hidden_steps: int = 1600
+    hidden_steps: int = 2000
     max_distractor_length: int = 1024
     learning_rate: float = 3e-3
     seed: int = 0
@@ -133,7 +134,7 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: str | os.PathLik
         length = round(math.exp(float(exponent)))
         if hidden:
             return hide_image(model, _draw_step(step, length, generator, TOKENS_PER_HIDDEN_STEP))
-        return _draw_step(step, length, generator)
+        return _draw_step(step, length, generator, long_transcriptions=True)
 
     # A fresh gate is 0, while the residual stream of the tiny model has a root mean square of 5 to 8.
     gates = [parameter for parameter in trained if parameter.numel() == 1]
@@ -229,14 +230,24 @@ def _generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(1_000_003 * seed + step)
 
 
-def _draw_step(step: int, distractor_length: int, generator: torch.Generator, tokens: int = TOKENS_PER_STEP) -> Batch:
-    """Of four steps, two ask about one mosaic, one asks about two or three, and one has a mosaic transcribed."""
+def _draw_step(
+    step: int,
+    length: int,
+    generator: torch.Generator,
+    tokens: int = TOKENS_PER_STEP,
+    long_transcriptions: bool = False,
+) -> Batch:
+    """Of four steps, two ask about one mosaic, one asks about two or three, and one has a mosaic transcribed.
+
+    The length is that of the distractor, or of the transcription itself, which then has none.
+    """
     images = int(torch.randint(2, 4, (), generator=generator)) if step % 4 == 1 else 1
-    row_length = images * IMAGE_LENGTH + distractor_length + 2 * NUM_CELLS
-    rows = max(1, min(64, tokens // row_length))
-    if step % 4 == 3:
-        return make_transcriptions("train", rows, distractor_length, NUM_CELLS, generator)
-    return make_questions("train", rows, distractor_length, NUM_CELLS, generator, images)
+    rows = max(1, min(64, tokens // (images * IMAGE_LENGTH + length + 2 * NUM_CELLS)))
+    if step % 4 != 3:
+        return make_questions("train", rows, length, NUM_CELLS, generator, images)
+    if long_transcriptions:
+        return make_transcriptions("train", rows, 0, max(NUM_CELLS, length // 2), generator)
+    return make_transcriptions("train", rows, length, NUM_CELLS, generator)
 
 
 def _fit(

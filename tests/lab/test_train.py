@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from peft_pvm import PVMConfig
 from peft_pvm.lab import train
-from peft_pvm.lab.mosaic import make_questions
+from peft_pvm.lab.mosaic import IMAGE, make_questions
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm, new_tiny_vlm
 from peft_pvm.lab.train import Recipe, hide_image, target_logits, train_adapter, train_base
 
@@ -69,10 +69,10 @@ def interrupt(model, recipe: Recipe, checkpoint, after: int) -> None:
     """Train until something goes wrong in the step with this number."""
     draw = train._draw_step
 
-    def failing(step: int, *rest):
+    def failing(step: int, *rest, **options):
         if step == after:
             raise KeyboardInterrupt
-        return draw(step, *rest)
+        return draw(step, *rest, **options)
 
     with mock.patch.object(train, "_draw_step", failing), pytest.raises(KeyboardInterrupt):
         train_adapter(model, recipe, checkpoint)
@@ -88,8 +88,13 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypat
     interrupt(with_pvm(), recipe, file, after=5)
     steps = []
     draw = train._draw_step
+
+    def counting(step: int, *rest, **options):
+        steps.append(step)
+        return draw(step, *rest, **options)
+
     resumed = with_pvm(seed=1)  # other initial weights: all that counts comes from the file
-    with mock.patch.object(train, "_draw_step", lambda step, *rest: steps.append(step) or draw(step, *rest)):
+    with mock.patch.object(train, "_draw_step", counting):
         train_adapter(resumed, recipe, file)
     assert steps == [4, 5, 6]
     assert torch.equal(trained(resumed), trained(whole))
@@ -121,3 +126,26 @@ def test_recipes_refuse_numbers_out_of_range(wrong):
 def test_training_refuses_a_model_with_nothing_to_train():
     with pytest.raises(ValueError, match="is_trainable"):
         train_adapter(with_pvm().requires_grad_(False), SHORT)
+
+
+def test_a_recipe_hides_the_image_first_and_writes_long_transcriptions_afterwards():
+    drawn = []
+    fit = train._fit
+
+    def looking(model, groups, draw, steps, *rest):
+        drawn.extend(draw(step) for step in range(steps))
+        return fit(model, groups, draw, 1, *rest)
+
+    with mock.patch.object(train, "_fit", looking):
+        train_adapter(with_pvm(), Recipe(steps=80, hidden_steps=80, max_distractor_length=512))
+    hidden = [bool((batch.inputs["attention_mask"] == 0).any()) for batch in drawn]
+    assert hidden == [True] * 80 + [False] * 80
+    for step, batch in enumerate(drawn):
+        masked = batch.inputs["input_ids"] == IMAGE
+        assert torch.equal(batch.inputs["attention_mask"] == 0, masked & hidden[step])
+    lengths = [batch.inputs["input_ids"].shape[1] for batch in drawn]
+    assert max(lengths[:80]) <= 3 * 11 + 64 + 17
+    assert 400 < max(lengths[80:]) <= 3 * 11 + 512 + 17
+    transcribed = [batch.targets.shape[1] for batch in drawn[3::4]]
+    assert set(transcribed[:20]) == {17}
+    assert 200 < max(transcribed[20:]) <= 511
