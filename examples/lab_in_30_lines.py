@@ -24,5 +24,6 @@ for length in (0, 256, 1024):
     with attached(base, DIPEConfig()):
         shares.append(recall(base, length, rows=8).value)
     print(f"{length:5} " + " ".join(f"{share:.2f}" for share in shares))
-print("and while the base writes its mosaic out over and over:")
-print(" ".join(f"{round_.value:.2f}" for round_ in transcription(base, 9 * 8, rows=8)))
+print("and while it writes its mosaic out over and over, the image never repeated, in every fourth round: base, PVM")
+for model in (base, with_pvm):
+    print(" ".join(f"{round_.value:.2f}" for round_ in transcription(model, 9 * 28, rows=8)[::4]))

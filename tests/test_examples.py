@@ -1,0 +1,33 @@
+"""The examples run. Trainings are cut short."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+EXTRAS = ("matplotlib", "sklearn", "rich")
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in EXTRAS), reason="needs the extra lab"
+)
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example(example, tmp_path, monkeypatch, capsys):
+    from peft_pvm.lab import train
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [example])
+    fit = train._fit
+    with mock.patch.object(
+        train, "_fit", lambda model, groups, draw, steps, *rest: fit(model, groups, draw, 1, *rest)
+    ):
+        runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+    assert capsys.readouterr().out
+    assert list(tmp_path.iterdir())
