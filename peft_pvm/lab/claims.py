@@ -14,6 +14,7 @@ from .results import Cell, Entry, Results
 
 FAR = 2048  # bytes: where the claims are tested
 NEAR = 256
+LATE = 16  # rounds of transcription
 SHORTEST_FADING = 64  # bytes: below, the question and the mosaic are as long as the text
 HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "cannot be told here"
 
@@ -109,6 +110,15 @@ def _pvm_against_controls(results: Results) -> Iterator[Claim]:
         verdict = verdict_on(far - near, math.hypot(near_error, far_error))
         numbers = f"over the better control: {near:+.3f} after {NEAR} bytes, {far:+.3f} after {FAR:,}"
         yield Claim(f"The gain grows with length, text of up to {longest:,} bytes in training (PVM)", verdict, numbers)
+    found = _both(results, "pvm", "base")
+    if found is not None:
+        ours, base = found
+        verdict = verdict_on(*_difference(ours.cell("transcription", LATE), base.cell("transcription", LATE)))
+        numbers = "; ".join(
+            f"round {number}: {ours.cell('transcription', number)} against {base.cell('transcription', number)}"
+            for number in (4, LATE, 28)
+        )
+        yield Claim("PVM keeps a long generation right where the base does not (PVM)", verdict, numbers)
     found = _both(results, "pvm", "lora", "plain-1024")
     if found is not None:
         yield _compare("PVM beats LoRA where the image is never hidden (ours)", *found)

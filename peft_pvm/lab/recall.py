@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, StoppingCriteriaList
 
@@ -101,8 +102,8 @@ def transcription(
     """Have a model write out its mosaic over and over, the image never repeated, and see how long it stays right.
 
     The model is given the first query and generates the rest greedily, so that what it once wrote wrong stays in its
-    context. A cell counts if the digit is that of the cell whose query the model wrote before it, be it that cell's
-    turn or not: a model that loses count can still look.
+    context. Of the nine cells that a round of 18 tokens has room for, those count whose query stands there with the
+    right digit behind it, be it that cell's turn or not: a model that loses count can still look.
 
     Args:
         model: The tiny model, with or without an adapter, in eval mode.
@@ -136,10 +137,10 @@ def transcription(
         written = model.generate(
             **inputs, max_new_tokens=length, do_sample=False, stopping_criteria=StoppingCriteriaList([count])
         )[:, first:]
-    queries, answers = written[:, ::2] - FIRST_QUERY, written[:, 1::2]
     told = torch.cat([inputs["input_ids"][:, -1:], batch.targets], 1)[:, : 2 * NUM_CELLS]
-    truth = torch.empty(rows, NUM_CELLS, dtype=torch.long).scatter_(1, told[:, ::2] - FIRST_QUERY, told[:, 1::2])
-    is_query = (queries >= 0) & (queries < NUM_CELLS)
-    right = is_query & (truth.gather(1, queries.clamp(0, NUM_CELLS - 1)) == answers)
-    rounds = right.unflatten(1, (-1, NUM_CELLS)).sum(2)
+    digits = torch.empty(rows, NUM_CELLS, dtype=torch.long).scatter_(1, told[:, ::2] - FIRST_QUERY, told[:, 1::2])
+    cells = written - FIRST_QUERY
+    is_query = (cells >= 0) & (cells < NUM_CELLS)
+    right = is_query[:, :-1] & (written[:, 1:] == digits.gather(1, cells.clamp(0, NUM_CELLS - 1))[:, :-1])
+    rounds = F.pad(right, (0, 1)).unflatten(1, (-1, 2 * NUM_CELLS)).sum(2)
     return [Accuracy(tuple(column), NUM_CELLS) for column in rounds.T.tolist()]

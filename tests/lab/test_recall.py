@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -83,6 +84,16 @@ def test_a_written_cell_counts_if_the_digit_is_that_of_its_query():
     assert [round_.right for round_ in transcription(Writing(wrong), 27, rows=2)] == [(8, 9), (9, 8), (8, 8)]
 
 
+def test_a_token_too_many_costs_no_more_than_its_place():
+    class Stuttering(Writing):
+        def generate(self, input_ids, max_new_tokens, **kwargs):
+            written = super().generate(input_ids, max_new_tokens, **kwargs)
+            start = input_ids.shape[1]
+            return torch.cat([written[:, : start + 1], written[:, start:-1]], 1)  # the first digit twice
+
+    assert [round_.right for round_ in transcription(Stuttering({}), 27, rows=2)] == [(9, 9), (9, 9), (8, 8)]
+
+
 def test_a_model_writes_what_it_would_say_token_by_token():
     model = load_tiny_vlm()
     batch = make_transcriptions("test", 3, 0, 9, torch.Generator().manual_seed(0))
@@ -98,7 +109,7 @@ def test_a_model_writes_what_it_would_say_token_by_token():
     dialogue = torch.cat([batch.inputs["input_ids"][:, mosaic.IMAGE_LENGTH :], batch.targets[:, -1:]], 1).tolist()
     for row, written in enumerate(inputs["input_ids"][:, mosaic.IMAGE_LENGTH :].tolist()):
         digit_of = dict(zip(dialogue[row][::2], dialogue[row][1::2]))
-        right = [digit_of.get(query) == digit for query, digit in zip(written[::2], written[1::2])]
+        right = [digit_of.get(query) == digit for query, digit in itertools.pairwise(written)]
         assert round_.right[row] == sum(right)
 
 
