@@ -19,7 +19,7 @@ from .fading import retrieved_mass, visual_mass
 from .methods import METHODS, attach, trained_parameters
 from .mosaic import NUM_CELLS
 from .recall import recall, transcription
-from .tiny_vlm import load_tiny_vlm
+from .tiny_vlm import fingerprint, load_tiny_vlm
 from .train import Recipe, train_adapter
 
 
@@ -182,6 +182,7 @@ def evaluate_method(
         "method": name,
         "recipe": recipe,
         "seed": seed,
+        "base": fingerprint(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()) - _base_parameters(),
         "training": run or None,
         # One digit a row: how many of its nine answers were right.

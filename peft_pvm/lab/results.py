@@ -78,12 +78,16 @@ class Results:
 
     Raises:
         FileNotFoundError: There are none.
+        ValueError: They were made with different bases.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.files = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
         if not self.files:
             raise FileNotFoundError(f"There are no results in {folder}. Make some first: peft-pvm lab eval")
+        bases = sorted({file["base"] for file in self.files})
+        if len(bases) > 1:
+            raise ValueError(f"The results in {folder} are of different bases, {bases}, and cannot be compared.")
         self.entries = _entries(self.files)
 
     def only(self, method: str, recipe: str | None, seed: int) -> Entry:

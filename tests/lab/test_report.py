@@ -18,7 +18,7 @@ from peft_pvm.lab.results import Results
 REPOSITORY = Path(__file__).parents[2]
 
 
-def write_result(folder: Path, run: Run, right: dict[int, str]) -> None:
+def write_result(folder: Path, run: Run, right: dict[int, str], base: str = "0123456789abcdef") -> None:
     """A result in which each length has these numbers of right answers."""
     several = {str(length): "5555" for length in SEVERAL_IMAGES_LENGTHS}
     training = {"recipe": {"steps": 5, "learning_rate": 0.1, "seed": run.seed}, "seconds": 1}
@@ -26,6 +26,7 @@ def write_result(folder: Path, run: Run, right: dict[int, str]) -> None:
         "method": run.method,
         "recipe": run.recipe,
         "seed": run.seed,
+        "base": base,
         "parameters": 1234,
         "training": None if run.recipe is None else training,
         "right of nine": {
@@ -98,6 +99,12 @@ def test_a_part_of_the_results_makes_a_page(tmp_path):
     write_result(tmp_path, Run("base", None, 0), dict.fromkeys(LENGTHS, "5678"))
     page = render(Results(tmp_path))
     assert "| base | 1,234 | 1 | 0.722 ± 0.072 |" in page
+
+
+def test_results_of_different_bases_are_not_mixed(folder):
+    write_result(folder, Run("base", None, 0), dict.fromkeys(LENGTHS, "9999"), base="another")
+    with pytest.raises(ValueError, match="different bases"):
+        Results(folder)
 
 
 def test_the_page_in_the_repository_is_that_of_its_results():
