@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, StoppingCriteriaList
 
@@ -126,7 +125,7 @@ def transcription(
     first = int(inputs.pop("logits_to_keep")[0])
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         inputs[name] = inputs[name][:, : first + 1]
-    length = batch.targets.shape[1]
+    length = 2 * written_cells  # one token more than the cells have: a cell may be shifted
     with progress_bar() as bar:
         task = bar.add_task(f"{description} {written_cells} cells", total=length)
 
@@ -142,5 +141,5 @@ def transcription(
     cells = written - FIRST_QUERY
     is_query = (cells >= 0) & (cells < NUM_CELLS)
     right = is_query[:, :-1] & (written[:, 1:] == digits.gather(1, cells.clamp(0, NUM_CELLS - 1))[:, :-1])
-    rounds = F.pad(right, (0, 1)).unflatten(1, (-1, 2 * NUM_CELLS)).sum(2)
+    rounds = right.unflatten(1, (-1, 2 * NUM_CELLS)).sum(2)
     return [Accuracy(tuple(column), NUM_CELLS) for column in rounds.T.tolist()]
