@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -109,11 +108,10 @@ def train_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLi
     folder.mkdir(parents=True, exist_ok=True)
     model = load_tiny_vlm()
     attach(model, method, seed)
-    start = time.perf_counter()
     train_adapter(model, used, folder / "checkpoint.safetensors")
     weights = {key: parameter.detach().contiguous() for key, parameter in trained_parameters(model).items()}
     save_file(weights, folder / "weights.safetensors", metadata={"format": "pt"})
-    run = {"recipe": asdict(used), "seconds": round(time.perf_counter() - start), "environment": environment()}
+    run = {"recipe": asdict(used), "environment": environment()}
     _write_json(folder / "run.json", run)
     return folder
 
@@ -167,7 +165,6 @@ def evaluate_method(
     if file.is_file():
         return file
     model = load_method(name, recipe, seed, runs)
-    start = time.perf_counter()
     tested = {
         "one mosaic": {n: recall(model, n, rows, description=name) for n in LENGTHS},
         "two mosaics": {n: recall(model, n, rows, 2, description=name) for n in SEVERAL_IMAGES_LENGTHS},
@@ -195,7 +192,6 @@ def evaluate_method(
             str(n): {str(layer_idx): round(mass, 6) for layer_idx, mass in retrieved_mass(model, n).items()}
             for n in LENGTHS
         },
-        "seconds": round(time.perf_counter() - start),
         "environment": environment(),
     }
     Path(results).mkdir(parents=True, exist_ok=True)
