@@ -143,6 +143,19 @@ def render(results: Results) -> str:
         "",
         *_table(("Method", *map(str, lengths)), masses),
     ]
+    retrieved = [
+        (METHODS[entry.method].title, str(layer_idx), *(f"{entry.mean_retrieved(n)[layer_idx]:.3f}" for n in lengths))
+        for entry in main
+        for layer_idx in entry.mean_retrieved(lengths[0])
+    ]
+    parts += [
+        "",
+        "## Share of PVM's retrieval that goes to the cell asked for, by bytes of text",
+        "",
+        f"Mean over heads, questions and seeds; chance is {1 / NUM_CELLS:.3f}.",
+        "",
+        *_table(("Method", "Layer", *map(str, lengths)), retrieved),
+    ]
     for form in ("two mosaics", "three mosaics"):
         parts += ["", f"## {form.capitalize()}, by bytes of text", "", *_accuracies_table(main, form)]
     return "\n".join(parts) + "\n"

@@ -44,6 +44,7 @@ class Entry:
         parameters: Trained ones.
         runs: For each seed, accuracies by form and then by length or round.
         visual_mass: For each seed, by distractor length and then by layer.
+        retrieved_mass: The same, by layer index; empty without PVM.
     """
 
     method: str
@@ -51,6 +52,7 @@ class Entry:
     parameters: int
     runs: tuple[dict[str, dict[int, Accuracy]], ...]
     visual_mass: tuple[dict[int, list[float]], ...]
+    retrieved_mass: tuple[dict[int, dict[int, float]], ...]
 
     def cell(self, form: str, key: int) -> Cell:
         """Summary of one column."""
@@ -64,6 +66,11 @@ class Entry:
     def mean_mass(self, length: int) -> list[float]:
         """Visual attention mass at the questions for each layer, averaged over seeds."""
         return [statistics.fmean(values) for values in zip(*(masses[length] for masses in self.visual_mass))]
+
+    def mean_retrieved(self, length: int) -> dict[int, float]:
+        """Share of PVM's retrieval that goes to the cell asked for, by layer index, averaged over seeds."""
+        by_seed = [masses[length] for masses in self.retrieved_mass]
+        return {layer_idx: statistics.fmean(masses[layer_idx] for masses in by_seed) for layer_idx in by_seed[0]}
 
     def keys(self, form: str) -> list[int]:
         """Lengths or rounds that were tested."""
@@ -122,6 +129,13 @@ def _entries(files: list[dict[str, Any]]) -> dict[tuple[str, str | None], Entry]
             group[0]["parameters"],
             tuple(_accuracies(file) for file in group),
             tuple({int(n): by_layer for n, by_layer in file["visual mass"].items()} for file in group),
+            tuple(
+                {
+                    int(n): {int(i): mass for i, mass in by_layer.items()}
+                    for n, by_layer in file["retrieved mass"].items()
+                }
+                for file in group
+            ),
         )
         for key, group in groups.items()
     }

@@ -35,6 +35,7 @@ def write_result(folder: Path, run: Run, right: dict[int, str], base: str = "012
             "three mosaics": several,
             "transcription": {str(number): "9990" for number in range(1, 29)},
         },
+        "retrieved mass": {str(length): {"3": 0.25 + 0.25 * run.seed} for length in LENGTHS},
         "visual mass": {str(length): [1 / max(length, 1)] * 6 for length in LENGTHS},
         "environment": environment(),
     }
@@ -66,6 +67,11 @@ def test_tables_hold_mean_and_spread_over_seeds(folder):
     row = next(line for line in page.splitlines() if line.startswith("| DIPE |"))
     assert "| 1 | 0.889 ± 0.000 | 0.111 ± 0.000 |" in row
     assert all(f"| {method.title} |" in page for method in METHODS.values())
+
+
+def test_the_retrieval_is_averaged_over_seeds(folder):
+    row = next(line for line in render(Results(folder)).splitlines() if line.startswith("| PVM | 3 | 0."))
+    assert row == "| PVM | 3 |" + " 0.500 |" * len(LENGTHS)
 
 
 def test_other_numbers_make_another_picture(folder):
