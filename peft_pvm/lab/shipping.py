@@ -37,19 +37,14 @@ def export_adapter(
     found = Results(results)
     entry, base = found.only("pvm", recipe, seed), found.only("base", None, 0)
     model.save_pretrained(out)
-    card = Path(out) / "README.md"
-    card.write_text(_card(recipe, entry, base))
+    (Path(out) / "generation_config.json").unlink(missing_ok=True)  # of the base
+    (Path(out) / "README.md").write_text(_card(recipe, entry, base))
     return Path(out)
 
 
 def _card(recipe: str, entry: Entry, base: Entry) -> str:
     used = RECIPES[recipe]
-    data = ModelCardData(
-        library_name="peft",
-        license="apache-2.0",
-        tags=["peft-pvm", "pvm", "vision-language"],
-        datasets=["scikit-learn load_digits", "Python's pydoc_data.topics"],
-    )
+    data = ModelCardData(library_name="peft", license="apache-2.0", tags=["peft-pvm", "pvm", "vision-language"])
     digits, tested = len(load_material("train").labels), len(entry.runs[0]["one mosaic"][0].right)
     rows = [
         f"| {length:,} | {base.cell('one mosaic', length)} | {entry.cell('one mosaic', length)} |"
@@ -79,9 +74,10 @@ model = PeftModel.from_pretrained(load_tiny_vlm(), "adapters/pvm-tiny-vlm")
 **Data**: mosaics of scikit-learn's handwritten digits ({digits} images to train with) and the text of Python's help
 topics. Digits and texts of the tests are others, split by a hash of their content.
 
-**Training**: the base is frozen. {used}. AdamW, learning rate {used.learning_rate}
-(the gates ten times that). Half of the steps ask about one mosaic, a quarter about two or three, a quarter have one
-transcribed. Command: `peft-pvm lab train --method pvm --recipe {recipe} --seed 0`.
+**Training**: the base is frozen.
+{used}.
+AdamW, learning rate {used.learning_rate} (the gates ten times that). Half of the steps ask about one mosaic, a quarter
+about two or three, a quarter have one transcribed. Command: `peft-pvm lab train --method pvm --recipe {recipe} --seed 0`.
 
 **Results**: share of held-out digits told right, ± standard error over {tested} rows of {NUM_CELLS} questions.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from peft_pvm.lab import experiment
 from peft_pvm.lab.experiment import MAIN_RECIPE, RECIPES, evaluate_method, load_method, plan, train_method
 from peft_pvm.lab.methods import METHODS, PVM_PARAMETERS, STRIDED, Method, attach, trained_parameters
 from peft_pvm.lab.mosaic import make_questions
+from peft_pvm.lab.recall import recall
 from peft_pvm.lab.results import Results
 from peft_pvm.lab.shipping import export_adapter
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm
@@ -22,6 +24,7 @@ from peft_pvm.lab.train import target_logits
 from peft_pvm.pvm.model import strided_layers
 
 
+REPOSITORY = Path(__file__).parents[2]
 TRAINED = [name for name, method in METHODS.items() if method.is_trained]
 
 
@@ -166,3 +169,13 @@ def test_wrong_names_are_refused(tmp_path):
 def test_a_method_may_be_new():
     assert not Method("nothing").is_trained
     assert Method("branch", has_mlp_branch=True).is_trained
+
+
+def test_the_shipped_adapter_is_the_one_that_its_card_tells_of():
+    shipped = REPOSITORY / "adapters" / "pvm-tiny-vlm"
+    model = PeftModel.from_pretrained(load_tiny_vlm(), shipped)
+    result = Results(REPOSITORY / "results").only("pvm", MAIN_RECIPE, 0)
+    for length in (0, 512):
+        accuracy = recall(model, length)
+        assert accuracy.value == pytest.approx(result.cell("one mosaic", length).mean, abs=0.01)
+        assert f"| {result.cell('one mosaic', length)} |" in (shipped / "README.md").read_text()
