@@ -38,11 +38,11 @@ def export_adapter(
     entry, base = found.only("pvm", recipe, seed), found.only("base", None, 0)
     model.save_pretrained(out)
     (Path(out) / "generation_config.json").unlink(missing_ok=True)  # of the base
-    (Path(out) / "README.md").write_text(_card(recipe, entry, base))
+    (Path(out) / "README.md").write_text(_card(recipe, seed, entry, base))
     return Path(out)
 
 
-def _card(recipe: str, entry: Entry, base: Entry) -> str:
+def _card(recipe: str, seed: int, entry: Entry, base: Entry) -> str:
     used = RECIPES[recipe]
     data = ModelCardData(library_name="peft", license="apache-2.0", tags=["peft-pvm", "pvm", "vision-language"])
     digits, tested = len(load_material("train").labels), len(entry.runs[0]["one mosaic"][0].right)
@@ -76,8 +76,9 @@ topics. Digits and texts of the tests are others, split by a hash of their conte
 
 **Training**: the base is frozen.
 {used}.
-AdamW, learning rate {used.learning_rate} (the gates ten times that). Half of the steps ask about one mosaic, a quarter
-about two or three, a quarter have one transcribed. Command: `peft-pvm lab train --method pvm --recipe {recipe} --seed 0`.
+AdamW, learning rate {used.learning_rate} (the gates ten times that). Half of the steps ask about one mosaic, a
+quarter about two or three, a quarter have one transcribed. Command:
+`peft-pvm lab train --method pvm --recipe {recipe} --seed {seed}`.
 
 **Results**: share of held-out digits told right, ± standard error over {tested} rows of {NUM_CELLS} questions.
 
