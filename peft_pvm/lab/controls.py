@@ -66,6 +66,6 @@ def add_mlp_branches(model: Qwen3VLForConditionalGeneration, layers: list[int], 
     config = model.config.text_config
     for layer_idx in layers:
         layer = model.model.language_model.layers[layer_idx]
-        layer.mlp_branch = MLPBranch(
+        layer.mlp.branch = MLPBranch(  # below the FFN: the layer keeps its shape
             layer, config.hidden_size, r, num_parameters // len(layers), config.initializer_range, config.rms_norm_eps
         )

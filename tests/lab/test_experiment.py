@@ -56,7 +56,7 @@ def test_the_controls_have_the_size_of_pvm():
 def test_the_mlp_control_computes_a_gated_branch_beside_the_ffn():
     model = load_tiny_vlm()
     attach(model, METHODS["mlp"])
-    branch = model.model.language_model.layers[3].mlp_branch
+    branch = model.model.language_model.layers[3].mlp.branch
     x = torch.randn(2, 5, 128)
     assert torch.equal(branch(x), torch.zeros_like(x))
     branch.gate.data.fill_(2.0)
@@ -73,6 +73,17 @@ def test_the_mlp_control_computes_a_gated_branch_beside_the_ffn():
     logits(model)
     ffn = type(layer.mlp).forward(layer.mlp, layer.post_attention_layernorm(seen[0]))
     torch.testing.assert_close(seen[1], seen[0] + ffn + branch(seen[0]))
+
+
+@pytest.mark.parametrize("name", ["pvm", "mlp"])
+def test_seeds_start_from_weights_of_their_own(name):
+    weights = []
+    for seed in (0, 0, 1):
+        model = load_tiny_vlm()
+        attach(model, METHODS[name], seed)
+        weights.append(torch.cat([parameter.flatten() for parameter in trained_parameters(model).values()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -93,6 +104,14 @@ def quick(monkeypatch):
     monkeypatch.setattr(experiment, "LENGTHS", (0, 64, 256, 2048))
     monkeypatch.setattr(experiment, "SEVERAL_IMAGES_LENGTHS", (0,))
     monkeypatch.setattr(experiment, "WRITTEN_CELLS", 18)
+
+
+def test_the_control_is_tested_like_the_rest(tmp_path, monkeypatch):
+    quick(monkeypatch)
+    train_method("mlp", "plain-1024", 0, tmp_path, steps=1, hidden_steps=0)
+    result = json.loads(evaluate_method("mlp", "plain-1024", 0, tmp_path, tmp_path / "results", rows=1).read_text())
+    assert result["parameters"] == pytest.approx(PVM_PARAMETERS, rel=0.002)
+    assert all(len(by_layer) == 6 for by_layer in result["visual mass"].values())
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
