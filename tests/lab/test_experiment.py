@@ -142,14 +142,17 @@ def test_an_adapter_is_exported_with_its_results(tmp_path, monkeypatch):
     train_method("pvm", MAIN_RECIPE, 3, runs, steps=1, hidden_steps=0)
     with pytest.raises(FileNotFoundError, match="peft-pvm lab eval"):
         export_adapter(MAIN_RECIPE, 3, runs, results, out)
-    evaluate_method("pvm", MAIN_RECIPE, 3, runs, results, rows=2)
+    tested = evaluate_method("pvm", MAIN_RECIPE, 3, runs, results, rows=2)
     evaluate_method("base", None, 0, runs, results, rows=2)
+    content = json.loads(tested.read_text())
+    content["right of nine"]["one mosaic"]["2048"] = "99"  # which the base does not reach
+    tested.write_text(json.dumps(content))
     export_adapter(MAIN_RECIPE, 3, runs, results, out)
     exported = PeftModel.from_pretrained(load_tiny_vlm(), out)
     assert torch.equal(logits(exported), logits(load_method("pvm", MAIN_RECIPE, 3, runs)))
     card = (out / "README.md").read_text()
-    shown = Results(results).only("pvm", MAIN_RECIPE, 3).cell("one mosaic", 2048)
-    assert f"{shown} |" in card
+    base = Results(results).only("base", None, 0).cell("one mosaic", 2048)
+    assert f"| 2,048 | {base} | 1.000 ± 0.000 |" in card
     assert ModelCard(card).data.library_name == "peft"
 
 

@@ -97,7 +97,7 @@ def test_claims_follow_the_numbers(folder):
 def test_verdicts():
     assert verdict_on(0.3, 0.1) == HOLDS
     assert verdict_on(-0.3, 0.1) == FAILS
-    assert verdict_on(0.1, 0.1) == UNCLEAR
+    assert verdict_on(0.15, 0.1) == verdict_on(-0.15, 0.1) == UNCLEAR
     assert verdict_on(-0.02, 0.001, margin=-0.05) == HOLDS
 
 
