@@ -41,6 +41,10 @@ def probe(
     sink_factor: Annotated[
         float, typer.Option(help="A visual sink draws more than so many times the mean of visual tokens.")
     ] = 10.0,
+    retrieval_token: Annotated[
+        list[int] | None,
+        typer.Option(help="A generated token, from 0, whose retrieval by PVM is shown; by default six. Repeatable."),
+    ] = None,
 ) -> None:
     """Measure how much a model stops looking at its image, and what adapters change about that."""
     picture = _open_image(image)
@@ -63,6 +67,7 @@ def probe(
                 images=[picture_of(processor, picture)],
                 max_new_tokens=max_new_tokens,
                 sink_factor=sink_factor,
+                retrieval_tokens=retrieval_token or None,
                 progress=show,
             )
     except (ValueError, NotImplementedError) as error:

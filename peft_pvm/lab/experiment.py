@@ -111,7 +111,7 @@ def train_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLi
     train_adapter(model, used, folder / "checkpoint.safetensors")
     weights = {key: parameter.detach().contiguous() for key, parameter in trained_parameters(model).items()}
     save_file(weights, folder / "weights.safetensors", metadata={"format": "pt"})
-    run = {"recipe": asdict(used), "environment": environment()}
+    run = {"recipe": asdict(used), "base": fingerprint(), "environment": environment()}
     _write_json(folder / "run.json", run)
     return folder
 
@@ -121,7 +121,7 @@ def load_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLik
 
     Raises:
         FileNotFoundError: It was not trained yet.
-        ValueError: A method that there is not, or weights that do not fit it.
+        ValueError: A method that there is not, or weights that do not fit it or were trained on another base.
     """
     method = _lookup(METHODS, name, "method")
     model = load_tiny_vlm()
@@ -129,9 +129,15 @@ def load_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLik
     parameters = trained_parameters(model)
     if parameters:
         source = method.weights_of or name
-        path = run_folder(runs, source, recipe, seed) / "weights.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no {path}. Train first: peft-pvm lab train --method {source}")
+        folder = run_folder(runs, source, recipe, seed)
+        path = folder / "weights.safetensors"
+        if not (folder / "run.json").is_file():
+            raise FileNotFoundError(
+                f"There is no {folder}/run.json. Train first: peft-pvm lab train --method {source}"
+            )
+        base = json.loads((folder / "run.json").read_text())["base"]
+        if base != fingerprint():
+            raise ValueError(f"{path} was trained on base {base}, but this one is {fingerprint()}. Remove {folder}.")
         weights = load_file(path)
         if weights.keys() != parameters.keys():
             raise ValueError(f"{path} does not hold the weights of {name}.")

@@ -19,7 +19,7 @@ from peft_pvm.lab.mosaic import make_questions
 from peft_pvm.lab.recall import recall
 from peft_pvm.lab.results import Results
 from peft_pvm.lab.shipping import export_adapter
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.lab.tiny_vlm import fingerprint, load_tiny_vlm
 from peft_pvm.lab.train import target_logits
 from peft_pvm.pvm.model import strided_layers
 
@@ -182,6 +182,10 @@ def test_wrong_names_are_refused(tmp_path):
     folder = experiment.run_folder(tmp_path, "pvm", MAIN_RECIPE, 0)
     folder.mkdir(parents=True)
     save_file({"weight": torch.zeros(1)}, folder / "weights.safetensors")
+    (folder / "run.json").write_text(json.dumps({"base": "another"}))
+    with pytest.raises(ValueError, match="trained on base another"):
+        load_method("pvm", MAIN_RECIPE, 0, tmp_path)
+    (folder / "run.json").write_text(json.dumps({"base": fingerprint()}))
     with pytest.raises(ValueError, match="does not hold the weights of pvm"):
         load_method("pvm", MAIN_RECIPE, 0, tmp_path)
     with pytest.raises(FileNotFoundError, match="peft-pvm lab eval"):

@@ -85,13 +85,29 @@ def test_claims_follow_the_numbers(folder):
     against_lora = next(claim for text, claim in found.items() if text.startswith("PVM beats LoRA"))
     assert against_lora.verdict == HOLDS
     assert "0.778 ± 0.111 against 0.111 ± 0.000" in against_lora.numbers
-    assert found["DIPE keeps accuracy flat (DIPE)"].verdict == FAILS
-    assert found["DIPE does not hurt without text in between (DIPE)"].verdict == HOLDS
+    assert found["DIPE keeps accuracy flat to within five points (DIPE)"].verdict == FAILS
+    assert found["DIPE costs no more than one point without text in between (DIPE)"].verdict == HOLDS
     assert found["T-DRS helps (T-DRS)"].verdict == UNCLEAR
     fading = found["Attention to the image decays as O(1/t) (PVM, theorem 3.1)"]
     assert fading.verdict == HOLDS
     assert "a = 1.00" in fading.numbers
     assert found["The gain grows with length, text of up to 1,024 bytes in training (PVM)"].verdict == UNCLEAR
+
+
+@pytest.mark.parametrize(
+    ("masses", "verdict"),
+    [
+        ([n**-0.5 for n in (64, 128, 256, 512, 1024, 2048, 4096)], FAILS),
+        ([n**-1.2 for n in (64, 128, 256, 512, 1024, 2048, 4096)], HOLDS),
+        ([0.9, 0.001, 0.8, 0.002, 0.1, 0.0001, 0.01], UNCLEAR),
+    ],
+)
+def test_a_decay_is_told_from_others(folder, masses, verdict):
+    file = folder / "base.None.0.json"
+    content = json.loads(file.read_text())
+    content["visual mass"] = {str(n): [mass] * 6 for n, mass in zip(LENGTHS, [1.0, *masses])}
+    file.write_text(json.dumps(content))
+    assert claims(Results(folder))[0].verdict == verdict
 
 
 def test_verdicts():

@@ -147,6 +147,16 @@ def test_a_model_alone(folder: Path):
     assert [forward.name for forward in result.forwards] == ["base"]
 
 
+def test_the_tokens_to_retrieve_for_are_chosen(folder: Path):
+    options = ("--adapter", str(folder / "llava-pvm"))
+    assert run(folder, "llava", *options, out="default").exit_code == 0
+    shown = ProbeResult.load(folder / "default").retrieval_tokens  # all: the answer is short
+    options += ("--retrieval-token", str(shown[-1]))
+    assert run(folder, "llava", *options, out="chosen").exit_code == 0
+    assert ProbeResult.load(folder / "chosen").retrieval_tokens == shown[-1:]
+    assert "retrieval_tokens names [9]" in run(folder, "llava", *options, "--retrieval-token", "9").output
+
+
 def test_errors_say_what_is_wrong(folder: Path):
     def error(*args, **kwargs) -> str:
         done = run(folder, *args, **kwargs)
