@@ -11,6 +11,7 @@ import typer
 
 from ..lab.demo import run_demo
 from ..lab.experiment import MAIN_RECIPE, RECIPES, evaluate_method, plan, train_method
+from ..lab.limits import show_limits
 from ..lab.methods import METHODS
 from ..lab.readings import compare_readings
 from ..lab.recall import recall
@@ -109,3 +110,13 @@ def readings(
 ) -> None:
     """Test T-DRS on the tiny model under each reading of its paper."""
     compare_readings(rows, seed)
+
+
+@app.command()
+def limits(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PVM adapter for the tiny model.")],
+    rows: Annotated[int, typer.Option(help="Rows of nine questions at every length.")] = 64,
+    seed: Seed = 0,
+) -> None:
+    """Show what a PVM adapter's query knows, what its memory holds and where its wrong answers come from."""
+    show_limits(adapter, rows, seed)

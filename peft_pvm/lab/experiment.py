@@ -25,12 +25,20 @@ from .train import Recipe, train_adapter
 RECIPES: dict[str, Recipe] = {
     "hidden-1024": Recipe(steps=400, hidden_steps=2000, max_distractor_length=1024),
     "plain-1024": Recipe(steps=1000, hidden_steps=0, max_distractor_length=1024),  # as many tokens
+    "hidden-1024-long": Recipe(steps=1600, hidden_steps=1600, max_distractor_length=1024, lengths="uniform"),
+    "plain-1024-long": Recipe(steps=2100, hidden_steps=0, max_distractor_length=1024, lengths="uniform"),
     "hidden-256": Recipe(steps=400, hidden_steps=2000, max_distractor_length=256),
     "plain-256": Recipe(steps=1000, hidden_steps=0, max_distractor_length=256),
 }
 MAIN_RECIPE = next(iter(RECIPES))
 # Every method is trained under the main recipe; under the others PVM or its controls, where it tells something.
-UNDER_OTHERS = {"plain-1024": ("lora", "mlp", "pvm"), "hidden-256": ("pvm",), "plain-256": ("lora", "mlp")}
+UNDER_OTHERS = {
+    "plain-1024": ("lora", "mlp", "pvm"),
+    "hidden-1024-long": ("pvm",),
+    "plain-1024-long": ("lora",),
+    "hidden-256": ("pvm",),
+    "plain-256": ("lora", "mlp"),
+}
 SEEDS = (0, 1, 2)
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 SEVERAL_IMAGES_LENGTHS = (0, 256, 1024)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,10 @@ from .mosaic import IMAGE, IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_
 TOKENS_PER_STEP = 2048  # larger steps are no faster per token on a CPU, whose cache they leave
 TOKENS_PER_HIDDEN_STEP = 640  # short rows give as many answers
 LONGEST_WHEN_HIDDEN = 64  # bytes of distractor
+SHORTEST = 4  # bytes of distractor
 CHECKPOINT_EVERY = 100  # steps
+
+Lengths = Literal["log-uniform", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ class Recipe:
         steps: Optimizer steps with the image in sight, of some 2,048 tokens.
         hidden_steps: Steps before these with the image hidden from self-attention, of some 640 tokens and with
             distractors of at most 64 bytes.
-        max_distractor_length: The longest distractor in bytes, and the longest transcription in tokens. Lengths are
-            drawn log-uniformly, from 4 on; a transcription has at least nine cells.
+        max_distractor_length: The longest distractor in bytes, and the longest transcription in tokens (of at least
+            nine cells). The shortest is 4.
+        lengths: How lengths are drawn. "log-uniform": as many from 4 to 64 as from 64 to 1,024. "uniform": mostly
+            long ones, where the base is lost. With the image hidden they are always drawn log-uniformly.
         learning_rate: Its peak; scalars, such as the gate of PVM, learn ten times as fast.
         seed: Decides the questions.
 
@@ -52,6 +57,7 @@ class Recipe:
     steps: int = 400
     hidden_steps: int = 2000
     max_distractor_length: int = 1024
+    lengths: Lengths = "log-uniform"
     learning_rate: float = 3e-3
     seed: int = 0
 
@@ -59,17 +65,19 @@ class Recipe:
         for name, fits, accepted in (
             ("steps", self.steps >= 0, "at least 0"),
             ("hidden_steps", self.hidden_steps >= 0, "at least 0"),
-            ("max_distractor_length", self.max_distractor_length >= 4, "at least 4"),
+            ("max_distractor_length", self.max_distractor_length >= SHORTEST, f"at least {SHORTEST}"),
+            ("lengths", self.lengths in get_args(Lengths), f"one of {get_args(Lengths)}"),
             ("learning_rate", self.learning_rate > 0, "positive"),
         ):
             if not fits:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be {accepted}.")
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be {accepted}.")
 
     def __str__(self) -> str:
         hidden = f"{self.hidden_steps:,} steps with the image hidden from self-attention, then " * bool(
             self.hidden_steps
         )
-        return f"{hidden}{self.steps:,} steps with up to {self.max_distractor_length:,} bytes of text in between"
+        much = ", mostly long" * (self.lengths == "uniform")
+        return f"{hidden}{self.steps:,} steps with up to {self.max_distractor_length:,} bytes of text in between{much}"
 
 
 def progress_bar() -> Progress:
@@ -130,8 +138,11 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: str | os.PathLik
         generator = _generator(recipe.seed, step)
         hidden = step < recipe.hidden_steps
         longest = LONGEST_WHEN_HIDDEN if hidden else recipe.max_distractor_length
-        exponent = torch.empty(()).uniform_(math.log(4), math.log(longest), generator=generator)
-        length = round(math.exp(float(exponent)))
+        if hidden or recipe.lengths == "log-uniform":
+            exponent = torch.empty(()).uniform_(math.log(SHORTEST), math.log(longest), generator=generator)
+            length = round(math.exp(float(exponent)))
+        else:
+            length = int(torch.randint(SHORTEST, longest + 1, (), generator=generator))
         if hidden:
             return hide_image(model, _draw_step(step, length, generator, TOKENS_PER_HIDDEN_STEP))
         return _draw_step(step, length, generator, long_transcriptions=True)

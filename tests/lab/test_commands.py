@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from peft_pvm.cli.lab import app
-from peft_pvm.lab import experiment
+from peft_pvm.lab import experiment, limits
 from peft_pvm.lab.readings import READINGS
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
@@ -32,6 +33,21 @@ def test_demo(tmp_path):
 def test_readings():
     rows = [line for line in run("readings", "--rows", 1).splitlines() if line.count("±") == 3]
     assert [line.strip("│").split("│")[0].strip() for line in rows] == list(READINGS)
+
+
+def test_limits(monkeypatch):
+    monkeypatch.setattr(limits, "LENGTHS", (16, 64))
+    adapter = Path(__file__).parents[2] / "adapters" / "pvm-tiny-vlm"
+    rows = [line.strip("│").split("│") for line in run("limits", adapter, "--rows", 4).splitlines() if "│" in line]
+    assert [row[0].strip() for row in rows] == [
+        *(f"cell known to the query, layer {layer_idx}" for layer_idx in (1, 3, 4)),
+        "digit readable from its embedding",
+        "cell found",
+        "right",
+        "right where found",
+        "right where not",
+    ]
+    assert all(len(row) == 3 for row in rows)
 
 
 def test_train_base(tmp_path):

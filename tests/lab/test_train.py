@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from peft_pvm import PVMConfig
 from peft_pvm.lab import train
-from peft_pvm.lab.mosaic import IMAGE, make_questions
+from peft_pvm.lab.mosaic import IMAGE, IMAGE_LENGTH, Batch, make_questions
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm, new_tiny_vlm
 from peft_pvm.lab.train import Recipe, hide_image, target_logits, train_adapter, train_base
 
@@ -116,10 +116,11 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_distractor_length": 3}, {"hidden_steps": -1}, {"steps": -1}, {"learning_rate": 0.0}]
+    "wrong",
+    [{"max_distractor_length": 3}, {"hidden_steps": -1}, {"steps": -1}, {"learning_rate": 0.0}, {"lengths": "short"}],
 )
 def test_recipes_refuse_numbers_out_of_range(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))!r}"):
         Recipe(**wrong)
 
 
@@ -128,8 +129,9 @@ def test_training_refuses_a_model_with_nothing_to_train():
         train_adapter(with_pvm().requires_grad_(False), SHORT)
 
 
-def test_a_recipe_hides_the_image_first_and_writes_long_transcriptions_afterwards():
-    drawn = []
+def batches_of(recipe: Recipe) -> list[Batch]:
+    """What a recipe trains on, step by step."""
+    drawn: list[Batch] = []
     fit = train._fit
 
     def looking(model, groups, draw, steps, *rest):
@@ -137,7 +139,12 @@ def test_a_recipe_hides_the_image_first_and_writes_long_transcriptions_afterward
         return fit(model, groups, draw, 1, *rest)
 
     with mock.patch.object(train, "_fit", looking):
-        train_adapter(with_pvm(), Recipe(steps=80, hidden_steps=80, max_distractor_length=512))
+        train_adapter(with_pvm(), recipe)
+    return drawn
+
+
+def test_a_recipe_hides_the_image_first_and_writes_long_transcriptions_afterwards():
+    drawn = batches_of(Recipe(steps=80, hidden_steps=80, max_distractor_length=512))
     hidden = [bool((batch.inputs["attention_mask"] == 0).any()) for batch in drawn]
     assert hidden == [True] * 80 + [False] * 80
     for step, batch in enumerate(drawn):
@@ -149,3 +156,19 @@ def test_a_recipe_hides_the_image_first_and_writes_long_transcriptions_afterward
     transcribed = [batch.targets.shape[1] for batch in drawn[3::4]]
     assert set(transcribed[:20]) == {17}
     assert 200 < max(transcribed[20:]) <= 511
+
+
+def test_lengths_are_drawn_as_the_recipe_says():
+    text = {}
+    for lengths in ("log-uniform", "uniform"):
+        drawn = batches_of(Recipe(steps=120, hidden_steps=40, max_distractor_length=1024, lengths=lengths))
+        asked = [batch for step, batch in enumerate(drawn) if step % 4 in (0, 2)]
+        text[lengths] = [batch.inputs["input_ids"].shape[1] - IMAGE_LENGTH - 17 for batch in asked]
+    assert text["log-uniform"][:20] == text["uniform"][:20]  # with the image hidden
+    assert max(text["uniform"][:20]) <= 64
+    for lengths, median in (("log-uniform", 64), ("uniform", 514)):
+        visible = sorted(text[lengths][20:])
+        assert len(visible) == 60
+        assert visible[0] >= 4
+        assert visible[-1] <= 1024
+        assert median / 1.7 < visible[30] < 1.7 * median
