@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from .visibility import real_tokens
 
 
 CONTEXT = "visual_context"  # the keyword argument
+BASE = "__base__"  # what PEFT calls no adapter, where every row has its own
 T = TypeVar("T")
 
 
@@ -24,6 +25,21 @@ def dropped_keywords(module_name: str) -> NotImplementedError:
         f"The decoder layers of {module_name} do not pass keyword arguments on to their attention, so that the "
         "adapter learns nothing about the image. It cannot work on this model; take it off with unload()."
     )
+
+
+def names_by_row(adapter_names: Sequence[str], batch_size: int) -> list[str]:
+    """The adapter of each row of a batch.
+
+    Args:
+        adapter_names: Of each row that the user gave. `generate` repeats rows, for beams and several answers.
+        batch_size: How many rows there are now.
+
+    Raises:
+        ValueError: As many rows cannot come from as many names.
+    """
+    if not adapter_names or batch_size % len(adapter_names):
+        raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {batch_size} rows.")
+    return [name for name in adapter_names for _ in range(batch_size // len(adapter_names))]
 
 
 @dataclass(eq=False)
@@ -60,6 +76,7 @@ class VisualContext:
         steering: By layer index, what adapters do to the attention there.
         observers: Each is called with every `AttentionCall` of this forward, once its output is made.
         arrived_at: The layers to whose attention it came down.
+        adapter_names: Of each row, the adapter that acts on it. `None`: the active ones on all.
         refusal: Why nobody can know what is visual here.
     """
 
@@ -78,6 +95,7 @@ class VisualContext:
         self.steering: dict[int, Any] = {}
         self.observers: list[Callable[[Any], None]] = []
         self.arrived_at: set[int] = set()
+        self.adapter_names: list[str] | None = None
         self.refusal: Exception | None = None
         self._derived: dict[Any, Any] = {}
 
@@ -156,6 +174,18 @@ class VisualContext:
         extended = runs.extended(slots, positions.gather(1, first), modality.gather(1, first))
         self.memory = replace(self.memory, runs=extended)
         return run_anchors(starts, positions, runs.open_anchor)
+
+    def choose_adapters(self, adapter_names: Sequence[str]) -> None:
+        """Have each row its own adapter; names as `names_by_row` takes them."""
+        self.adapter_names = names_by_row(adapter_names, self.batch_size)
+
+    def rows_of(self, adapter_name: str) -> torch.Tensor:
+        """The rows on which an adapter acts, where each has its own, `(batch, 1, 1)`, bool."""
+        return self.derived(("rows", adapter_name), lambda: self._make_rows(adapter_name))
+
+    def _make_rows(self, adapter_name: str) -> torch.Tensor:
+        chosen = [name == adapter_name for name in self.adapter_names or ()]
+        return torch.tensor(chosen, device=self.device)[:, None, None]
 
     def check(self) -> None:
         """Raise the refusal if there is one. Whoever is about to read the context calls this first."""

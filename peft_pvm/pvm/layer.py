@@ -214,7 +214,7 @@ class PVMLayer(VisualTunerLayer):
         return output + update.view_as(output)
 
     def forward(self, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
-        """The sum of the active adapters' branches.
+        """The sum of the active adapters' branches, or of each row's own adapter.
 
         Args:
             hidden_states: The residual stream after self-attention, `(batch, seq_len, hidden_size)`.
@@ -226,13 +226,16 @@ class PVMLayer(VisualTunerLayer):
         """
         context = context.tail(hidden_states.shape[1])
         total = None
-        for adapter in self.active_adapters:
+        for adapter in dict.fromkeys(context.adapter_names or self.active_adapters):
             if adapter not in self.pvm_gate:
                 continue
             context.check()
             update = self.branch(adapter, hidden_states, context)
-            if update is not None:
-                total = update if total is None else total + update
+            if update is None:
+                continue
+            if context.adapter_names is not None:
+                update = torch.where(context.rows_of(adapter), update, 0)
+            total = update if total is None else total + update
         return total
 
     def branch(self, adapter: str, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..context import BASE, CONTEXT, names_by_row
+from ..tap import this_thread
 from ..tuner import VisualTuner
 from .config import PVMConfig
 from .layer import PVMLayer
@@ -61,6 +66,42 @@ class PVMModel(VisualTuner):
     prefix = "pvm_"
     child_name = "pvm"
     tuner_layer_cls = PVMLayer
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        owner = this_thread()
+
+        def choose(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if this_thread() != owner:
+                return None
+            if module is text_model:
+                kwargs[CONTEXT].choose_adapters(adapter_names)
+                return None
+            return args, {**kwargs, "adapter_names": names_by_row(adapter_names, len(args[0]))}
+
+        text_model = self.vlm.text_model
+        wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        with contextlib.ExitStack() as stack:
+            for module in (text_model, *wrappers):
+                stack.callback(module.register_forward_pre_hook(choose, with_kwargs=True).remove)
+            yield
+
+    def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
+        if self.training:
+            raise ValueError(
+                "adapter_names chooses adapters row by row in inference alone, but the model is training."
+            )
+        known = {name for layer in self._tuner_layers() for name in layer._all_available_adapter_names()}
+        unknown = sorted(set(adapter_names) - known - {BASE})
+        if unknown:
+            raise ValueError(
+                f"adapter_names names {unknown}, but the model has the PVM adapters {sorted(known)} (and {BASE!r})."
+            )
 
     def resolve(self, config: PVMConfig) -> PVMConfig:
         vlm = self.vlm

@@ -54,15 +54,16 @@ APPLICABLE = (  # listed, because collecting tests must not download
     "_test_get_base_model_state_dict",
 )
 MERGING = "PVM computes what no weight of the base can express: merging raises NotImplementedError"
+BY_ROW = "runs for the tuners that PEFT lists only (adapter_names is tested in test_adapters_by_row.py)"
 NOT_APPLICABLE = {
+    "_test_mixed_adapter_batches": BY_ROW,
+    "_test_generate_with_mixed_adapter_batches_and_beam_search": BY_ROW,
     "_test_merge_layers": MERGING,
     "_test_merge_layers_fp16": MERGING,
     "_test_merge_layers_nan": MERGING,
     "_test_merge_layers_multi": MERGING,
     "_test_merge_layers_is_idempotent": MERGING,
     "_test_safe_merge": MERGING,
-    "_test_mixed_adapter_batches": "adapter_names per row of a batch is not there yet",
-    "_test_generate_with_mixed_adapter_batches_and_beam_search": "adapter_names per row of a batch is not there yet",
     "_test_passing_input_embeds_works": "with inputs_embeds, PVM asks for visual_mask (tested in test_generation.py)",
     "_test_training_prompt_learning_tasks": "for prompt learning only",
     "_test_weighted_combination_of_adapters": "for LoRA and IA3 only",

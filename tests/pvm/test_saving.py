@@ -338,13 +338,6 @@ def test_an_attached_adapter_is_not_overwritten(tiny: TinyVLM):
         get_peft_model(model, PVMConfig(r=32), adapter_name="other")
 
 
-def test_adapters_by_row_are_refused(tiny: TinyVLM):
-    model = METHODS["pvm"].attach(tiny.build())
-    inputs = tiny.inputs(model.get_base_model(), *ROWS)
-    with pytest.raises(NotImplementedError, match="does not choose adapters row by row"):
-        logits(model, inputs, adapter_names=["default", "__base__"])
-
-
 def test_unknown_adapter_is_refused(tiny: TinyVLM, tmp_path: Path):
     model = tiny.build()
     before = _state(model)

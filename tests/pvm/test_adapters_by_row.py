@@ -1,0 +1,123 @@
+"""adapter_names: every row of a batch has its own PVM adapter, or none."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from conftest import GENERATE, METHODS, TOLERANCE, difference, give_weight, logits
+from peft import PeftModel
+from tiny_vlms import TinyVLM
+
+from peft_pvm import DIPEConfig, PVMConfig
+
+
+ROWS = ("t4 i t3 i t6", "t7 i t5", "t9", "t2 i t8")
+NAMES = ["wide", "__base__", "narrow", "narrow"]
+BASE = "__base__"
+
+
+@pytest.fixture
+def model(tiny: TinyVLM) -> PeftModel:
+    """Two adapters of different rank, layers and memory; the first is active."""
+    model = METHODS["pvm"].attach(tiny.build(), "wide", layers_to_transform=[0, 2])
+    narrow = PVMConfig(
+        r=model.base_model.vlm.text_config.head_dim, layers_to_transform=[1], memory_visibility="sample"
+    )
+    model.add_adapter("narrow", narrow)
+    give_weight(model)
+    return model.eval()
+
+
+def with_adapter(model: PeftModel, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What all rows get from one adapter, or from none."""
+    if name == BASE:
+        with model.disable_adapter():
+            return logits(model, inputs)
+    model.set_adapter(name)
+    return logits(model, inputs)
+
+
+def test_each_row_gets_its_own(tiny: TinyVLM, model: PeftModel):
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    by_name = {name: with_adapter(model, name, inputs) for name in NAMES}
+    model.set_adapter("wide")
+    mixed = logits(model, inputs, adapter_names=NAMES)
+    real = inputs["attention_mask"].bool()
+    for row, name in enumerate(NAMES):
+        assert difference(mixed[row][real[row]], by_name[name][row][real[row]]) < TOLERANCE
+    assert torch.equal(mixed[1][real[1]], by_name[BASE][1][real[1]])
+    for row in (0, 3):  # and it matters which
+        for other in {"wide", "narrow", BASE} - {NAMES[row]}:
+            assert difference(mixed[row], with_adapter(model, other, inputs)[row]) > 100 * TOLERANCE
+    model.set_adapter("wide")
+    assert torch.equal(logits(model, inputs), by_name["wide"])  # nothing stays behind
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_generate(tiny: TinyVLM, model: PeftModel, options: dict):
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    mixed = model.generate(**inputs, **GENERATE, **options, adapter_names=NAMES).sequences
+    answers = options.get("num_return_sequences", 1)
+    for row, name in enumerate(NAMES):
+        alone = model.generate(
+            **tiny.inputs(model.get_base_model(), *ROWS), **GENERATE, **options, adapter_names=[name] * len(ROWS)
+        ).sequences
+        assert torch.equal(mixed[row * answers : (row + 1) * answers], alone[row * answers : (row + 1) * answers])
+
+
+def test_one_name_for_all_is_that_adapter(tiny: TinyVLM, model: PeftModel):
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    for name in ("narrow", BASE):
+        assert torch.equal(logits(model, inputs, adapter_names=[name] * len(ROWS)), with_adapter(model, name, inputs))
+
+
+def test_other_threads_keep_their_own(tiny: TinyVLM, model: PeftModel):
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    model.set_adapter("wide")
+    expected, found = logits(model, inputs), []
+    with model.base_model._enable_peft_forward_hooks(adapter_names=NAMES):
+        thread = threading.Thread(target=lambda: found.append(logits(model, inputs)))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], expected)
+
+
+def test_modules_to_save_go_by_row_as_well(tiny: TinyVLM):
+    model = METHODS["pvm"].attach(tiny.build(), "first", modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.get_base_model().get_output_embeddings().modules_to_save["first"].weight.mul_(2)
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    names = ["first", BASE, BASE, "first"]
+    mixed = logits(model, inputs, adapter_names=names)
+    for row, name in enumerate(names):
+        assert difference(mixed[row], with_adapter(model, name, inputs)[row]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["wide", "wrong", BASE, BASE], r"names \['wrong'\], but the model has the PVM adapters \['narrow', 'wide'\]"),
+        (["wide", "narrow", BASE], "has 3 names, but the batch has 4 rows"),
+        ([], "has 0 names, but the batch has 4 rows"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(tiny: TinyVLM, model: PeftModel, names: list[str], message: str):
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    before = logits(model, inputs)
+    with pytest.raises(ValueError, match=message):
+        logits(model, inputs, adapter_names=names)
+    assert torch.equal(logits(model, inputs), before)
+
+
+def test_training_is_refused(tiny: TinyVLM, model: PeftModel):
+    with pytest.raises(ValueError, match="in inference alone"):
+        logits(model.train(), tiny.inputs(model.get_base_model(), *ROWS), adapter_names=NAMES)
+
+
+def test_methods_without_parameters_refuse(tiny: TinyVLM):
+    model = METHODS["dipe"].attach(tiny.build())
+    assert isinstance(model.peft_config["default"], DIPEConfig)
+    with pytest.raises(NotImplementedError, match="does not choose adapters row by row"):
+        logits(model, tiny.inputs(model.get_base_model(), *ROWS), adapter_names=["default"] * 4)
