@@ -165,6 +165,10 @@ class VisionLanguageModel:
         layer_types = getattr(self.text_config, "layer_types", None)
         return None if layer_types is None else layer_types[layer_idx]
 
+    def index_of(self, layer: nn.Module) -> int:
+        """The index of a decoder layer."""
+        return next(layer_idx for layer_idx, other in enumerate(self.layers) if other is layer)
+
     def layer_name(self, layer_idx: int) -> str:
         """The full name of a decoder layer inside the model."""
         return f"{self.text_model_name}.layers.{layer_idx}".removeprefix(".")

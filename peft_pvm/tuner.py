@@ -76,7 +76,7 @@ class VisualTuner(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any):
         # Adapters of several types on one model share one table of configs, which PEFT writes to before it asks us.
         if adapter_name in getattr(model, "peft_config", {}):
-            raise _name_is_taken(adapter_name)
+            raise name_is_taken(adapter_name)
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     @property
@@ -126,7 +126,7 @@ class VisualTuner(BaseTuner):
             if adapter_name not in layer._all_available_adapter_names():
                 continue
             self.peft_config[adapter_name] = layer.config_of(adapter_name)  # PEFT has put the new one there
-            raise _name_is_taken(adapter_name)
+            raise name_is_taken(adapter_name)
         for layer in layers:
             layer.part()
         try:
@@ -253,7 +253,8 @@ class VisualTuner(BaseTuner):
                 problems.append(f"{key} belongs to nothing in the adapter")
         if problems:
             raise ValueError(
-                f"The weights do not fit adapter {adapter_name!r}; nothing was loaded: {'; '.join(problems)}"
+                f"The weights do not fit adapter {adapter_name!r}; nothing was loaded: {'; '.join(problems[:10])}"
+                + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
             )
         return remapped
 
@@ -287,7 +288,8 @@ class VisualTuner(BaseTuner):
         return self.model
 
 
-def _name_is_taken(adapter_name: str) -> ValueError:
+def name_is_taken(adapter_name: str) -> ValueError:
+    """The error for a second adapter of one name."""
     return ValueError(
         f"An adapter {adapter_name!r} is already attached to this model. Take another name (adapter_name=...), or "
         "take it off first with unload() or delete_adapter()."

@@ -117,7 +117,7 @@ def observed(vlm: VisionLanguageModel, observer: AttentionObserver) -> Iterator[
 
 @dataclass(frozen=True, eq=False)
 class BranchTrace:
-    """What one PVM adapter did in one layer.
+    """What one PVM branch did in one layer.
 
     Attributes:
         gate: The learned scalar.
@@ -147,13 +147,17 @@ def branches_observed(model: nn.Module, num_queries: int) -> Iterator[dict[tuple
         hidden_states, context = args[0], args[1].tail(args[0].shape[1])
         residual = hidden_states[0, -num_queries:].float().norm(dim=-1)
         for adapter in layer.active_adapters:
-            if adapter not in layer.pvm_gate:
+            if adapter not in layer.pvm_config:
                 continue
-            update = layer.branch(adapter, hidden_states, context)
-            retrieval = layer.retrieval(adapter, hidden_states, context)
-            if update is not None and retrieval is not None:
-                traces[adapter, layer.layer_idx] = BranchTrace(
-                    float(layer.pvm_gate[adapter].weight),
+            branches = layer.branches(adapter)
+            for number, branch in enumerate(branches):
+                update = branch.update(hidden_states, context)
+                retrieval = branch.retrieval(hidden_states, context)
+                if update is None or retrieval is None:
+                    continue
+                name = adapter if len(branches) == 1 else f"{adapter}[{number}]"
+                traces[name, layer.layer_idx] = BranchTrace(
+                    float(branch.gate.weight),
                     (update[0, -num_queries:].float().norm(dim=-1) / residual).cpu(),
                     retrieval[0, :, -num_queries:].mean(0).cpu(),
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 from peft.utils import PeftType
 
@@ -13,6 +13,7 @@ from ..tuner import VisualConfig
 
 MEMORY_VISIBILITY = ("causal", "sample")
 MEMORY_SOURCE = ("embeddings", "hidden_states")
+BRANCH_FIELDS = ("r", "layers_to_transform", "memory_visibility", "memory_source", "mlp_ratio")
 
 
 @dataclass
@@ -39,6 +40,12 @@ class PVMConfig(VisualConfig):
             reading).
         mlp_ratio: Width of the branch's MLP, as a multiple of `r`. `None` takes the base model's ratio.
         modules_to_save: Modules of the base model that are trained and saved along with the adapter.
+        branches: Of an adapter that was put together from several ("cat" of `add_weighted_adapter`): what each branch
+            is made with, as dicts of `r`, `layers_to_transform` (indices), `memory_visibility`, `memory_source` and
+            `mlp_ratio`. The adapter's own `r` is then their sum, and its layers are all of theirs; the other three say
+            nothing. `None`: one branch.
+        lineage: Set on attaching, do not choose it: a hash of the adapter's initial weights, which training on and
+            loading keep. Adapters of one lineage can be averaged.
         init_weights: Whether to initialise so that training can start from the unchanged model: the gate as
             `init_gate` says, all matrices from N(0, initializer_range) of the base. `False` also draws the gate, from
             N(0, 1), so that the branch acts at once: for tests.
@@ -84,6 +91,14 @@ class PVMConfig(VisualConfig):
         default=None,
         metadata={"help": "Modules of the base model that are trained and saved along with the adapter."},
     )
+    branches: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "What each branch of an adapter is made with that was put together from several."},
+    )
+    lineage: str | None = field(
+        default=None,
+        metadata={"help": "Hash of the initial weights, set on attaching. Adapters of one lineage can be averaged."},
+    )
     init_weights: bool = field(
         default=True,
         metadata={
@@ -94,6 +109,8 @@ class PVMConfig(VisualConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType("PVM")
+        if self.branches is not None:
+            self._take_from_branches()
         check(self, "r", is_int(self.r) and self.r > 0, "a positive integer")
         if self.layers_to_transform != "strided":
             self.layers_to_transform = layer_list(self, "'strided'")
@@ -106,3 +123,33 @@ class PVMConfig(VisualConfig):
         check(self, "memory_source", self.memory_source in MEMORY_SOURCE, f"one of {MEMORY_SOURCE}")
         ratio = self.mlp_ratio
         check(self, "mlp_ratio", ratio is None or (is_number(ratio) and ratio > 0), "a positive number or None")
+        check(self, "lineage", self.lineage is None or isinstance(self.lineage, str), "a hash or None")
+
+    def _take_from_branches(self) -> None:
+        branches: Any = self.branches
+        valid = isinstance(branches, list) and bool(branches)
+        valid = valid and all(isinstance(fields, dict) and fields.keys() == set(BRANCH_FIELDS) for fields in branches)
+        check(self, "branches", valid, f"None or a list of dicts of {', '.join(BRANCH_FIELDS)}")
+        parts = self.parts()
+        check(self, "branches", all(part.layers_to_transform != "strided" for part in parts), "given by layer indices")
+        self.r = sum(part.r for part in parts)
+        self.layers_to_transform = sorted({layer_idx for part in parts for layer_idx in part.layer_indices})
+
+    def parts(self) -> list[PVMConfig]:
+        """The configuration of each branch."""
+        if self.branches is None:
+            return [self]
+        parts = [PVMConfig(**fields) for fields in self.branches]
+        for part in parts:
+            part.init_gate, part.init_weights = self.init_gate, self.init_weights
+        return parts
+
+    @property
+    def layer_indices(self) -> list[int]:
+        """`layers_to_transform`, once it is known for the base model.
+
+        Raises:
+            ValueError: It still says "strided".
+        """
+        check(self, "layers_to_transform", isinstance(self.layers_to_transform, list), "resolved on a base model")
+        return cast(list[int], self.layers_to_transform)

@@ -1,42 +1,23 @@
-"""The PVM branch of one decoder layer."""
+"""The PVM branches of one decoder layer."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
 
-from ..context import CONTEXT, MemoryView, VisualContext, dropped_keywords
+from ..context import CONTEXT, VisualContext, dropped_keywords
 from ..families import DecoderBlock
-from ..positions import gather_rows, scatter_rows
 from ..tap import this_thread
 from ..tuner import VisualTunerLayer
+from .branch import WEIGHTS, Branch, fresh_weights, weight_name
 from .config import PVMConfig
 from .shape import BranchShape
 
 
 _identities = itertools.count()
-
-
-class Gate(nn.Module):
-    """One learnable scalar. A module of its own, so that what moves weights about (offloading) finds it like any.
-
-    Args:
-        value: Its initial value.
-    """
-
-    def __init__(self, value: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((1,), float(value)))
-
-    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor times the scalar."""
-        return self.weight * tensor
 
 
 class PVMLayer(VisualTunerLayer):
@@ -53,47 +34,15 @@ class PVMLayer(VisualTunerLayer):
         layer_idx: Its index.
     """
 
-    adapter_layer_names = (
-        "pvm_text_reducer",
-        "pvm_vision_reducer",
-        "pvm_input_norm",
-        "pvm_q_proj",
-        "pvm_k_proj",
-        "pvm_v_proj",
-        "pvm_o_proj",
-        "pvm_q_norm",
-        "pvm_k_norm",
-        "pvm_post_attn_norm",
-        "pvm_gate_proj",
-        "pvm_up_proj",
-        "pvm_down_proj",
-        "pvm_output_expander",
-        "pvm_gate",
-    )
-    other_param_names = ("pvm_config", "pvm_shape", "pvm_identity")
-
-    pvm_text_reducer: Mapping[str, nn.Linear]
-    pvm_vision_reducer: Mapping[str, nn.Linear]
-    pvm_input_norm: Mapping[str, nn.RMSNorm]
-    pvm_q_proj: Mapping[str, nn.Linear]
-    pvm_k_proj: Mapping[str, nn.Linear]
-    pvm_v_proj: Mapping[str, nn.Linear]
-    pvm_o_proj: Mapping[str, nn.Linear]
-    pvm_q_norm: Mapping[str, nn.RMSNorm]
-    pvm_k_norm: Mapping[str, nn.RMSNorm]
-    pvm_post_attn_norm: Mapping[str, nn.RMSNorm]
-    pvm_gate_proj: Mapping[str, nn.Linear]
-    pvm_up_proj: Mapping[str, nn.Linear]
-    pvm_down_proj: Mapping[str, nn.Linear]
-    pvm_output_expander: Mapping[str, nn.Linear]
-    pvm_gate: Mapping[str, Gate]
+    adapter_layer_names = tuple(weight_name(name) for name in WEIGHTS)
+    other_param_names = ("pvm_config", "pvm_parts", "pvm_identity")
 
     def __init__(self, decoder_layer: nn.Module, block: DecoderBlock, layer_idx: int):
         super().__init__()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.pvm_config: dict[str, PVMConfig] = {}
-        self.pvm_shape: dict[str, BranchShape] = {}
+        self.pvm_parts: dict[str, dict[int, tuple[PVMConfig, BranchShape]]] = {}
         self.pvm_identity: dict[str, int] = {}  # tells adapters of one name apart that followed one another
         self.layer_idx = layer_idx
         self.merged_adapters: list[str] = []
@@ -105,43 +54,48 @@ class PVMLayer(VisualTunerLayer):
         # Between the hooks of one forward, by thread: a server may run several conversations on one model.
         self._in_flight: dict[int, tuple[VisualContext | None, torch.Tensor | None]] = {}
 
-    def update_layer(self, adapter_name: str, config: PVMConfig, shape: BranchShape) -> None:
-        """Add an adapter, freshly initialised."""
-        width, heads, kv_heads = shape.r, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-        linears = {
-            "pvm_text_reducer": (shape.hidden_size, width),
-            "pvm_vision_reducer": (shape.hidden_size, width),
-            "pvm_q_proj": (width, heads),
-            "pvm_k_proj": (width, kv_heads),
-            "pvm_v_proj": (width, kv_heads),
-            "pvm_o_proj": (heads, width),
-            "pvm_gate_proj": (width, shape.intermediate_size),
-            "pvm_up_proj": (width, shape.intermediate_size),
-            "pvm_down_proj": (shape.intermediate_size, width),
-            "pvm_output_expander": (width, shape.hidden_size),
+    def update_layer(self, adapter_name: str, config: PVMConfig, text_config: Any) -> None:
+        """Add an adapter, freshly initialised.
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration.
+            text_config: The base model's, which the sizes come from.
+        """
+        parts = {
+            number: (part, BranchShape.of(part, text_config))
+            for number, part in enumerate(config.parts())
+            if self.layer_idx in part.layer_indices
         }
-        norms = {
-            "pvm_input_norm": width,
-            "pvm_q_norm": shape.head_dim,
-            "pvm_k_norm": shape.head_dim,
-            "pvm_post_attn_norm": width,
-        }
-        gate = Gate(config.init_gate)
-        if not config.init_weights:
-            nn.init.normal_(gate.weight)
-        weights: dict[str, nn.Module] = {"pvm_gate": gate}
-        for name, (in_features, out_features) in linears.items():
-            linear = nn.Linear(in_features, out_features, bias=False)
-            nn.init.normal_(linear.weight, std=shape.initializer_range)
-            weights[name] = linear
-        for name, features in norms.items():
-            weights[name] = nn.RMSNorm(features, eps=shape.eps)
-        for name in self.adapter_layer_names:
-            getattr(self, name)[adapter_name] = weights[name]
+        for number, (part, shape) in parts.items():
+            for name, module in fresh_weights(part, shape).items():
+                self._weights(name, number)[adapter_name] = module
         self.pvm_config[adapter_name] = config
-        self.pvm_shape[adapter_name] = shape
+        self.pvm_parts[adapter_name] = parts
         self.pvm_identity[adapter_name] = next(_identities)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _weights(self, name: str, number: int) -> Any:
+        """One of `WEIGHTS`, of all adapters. PEFT wants it flat, so that further branches have names of their own."""
+        name = weight_name(name, number)
+        if not hasattr(self, name):
+            setattr(self, name, nn.ModuleDict())
+            self.adapter_layer_names = (*self.adapter_layer_names, name)
+        return getattr(self, name)
+
+    def branches(self, adapter_name: str) -> list[Branch]:
+        """The branches of one adapter here: one, or those that it was put together from."""
+        return [
+            Branch(
+                part,
+                shape,
+                self.layer_idx,
+                (self.pvm_identity[adapter_name], number),
+                self._cast_input_dtype,
+                *(self._weights(name, number)[adapter_name] for name in WEIGHTS),
+            )
+            for number, (part, shape) in self.pvm_parts[adapter_name].items()
+        ]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The dtype of the FFN's norm: unlike the matrices it is never quantised.
@@ -186,7 +140,7 @@ class PVMLayer(VisualTunerLayer):
 
     def _take_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = kwargs.get(CONTEXT)
-        is_active = not self.disable_adapters and any(name in self.pvm_gate for name in self.active_adapters)
+        is_active = not self.disable_adapters and any(name in self.pvm_config for name in self.active_adapters)
         if context is None and is_active:
             raise dropped_keywords(type(self._decoder_layer[0]).__name__)
         _, residual = self._in_flight.get(this_thread(), (None, None))  # of a parallel block, whose norm comes first
@@ -227,110 +181,14 @@ class PVMLayer(VisualTunerLayer):
         context = context.tail(hidden_states.shape[1])
         total = None
         for adapter in dict.fromkeys(context.adapter_names or self.active_adapters):
-            if adapter not in self.pvm_gate:
+            if adapter not in self.pvm_config:
                 continue
             context.check()
-            update = self.branch(adapter, hidden_states, context)
-            if update is None:
-                continue
-            if context.adapter_names is not None:
-                update = torch.where(context.rows_of(adapter), update, 0)
-            total = update if total is None else total + update
+            for branch in self.branches(adapter):
+                update = branch.update(hidden_states, context)
+                if update is None:
+                    continue
+                if context.adapter_names is not None:
+                    update = torch.where(context.rows_of(adapter), update, 0)
+                total = update if total is None else total + update
         return total
-
-    def branch(self, adapter: str, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
-        """What one adapter adds, as `forward` returns it, for the context of these tokens alone."""
-        config, shape = self.pvm_config[adapter], self.pvm_shape[adapter]
-        bank = self._bank(config, hidden_states, context)
-        view = context.view(config.memory_visibility)
-        if view is None:
-            return None
-        keys, values = self._project(adapter, bank, context)
-        queries = self._queries(adapter, hidden_states, view)
-        # Keys may have been kept under another autocast dtype.
-        keys, values = keys.to(queries.dtype), values.to(queries.dtype)
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=view.mask, enable_gqa=shape.num_heads != shape.num_key_value_heads
-        )
-        attended = self.pvm_o_proj[adapter](attended.transpose(1, 2).flatten(2))
-        normed = self.pvm_post_attn_norm[adapter](attended)
-        activated = ACT2FN[shape.hidden_act](self.pvm_gate_proj[adapter](normed)) * self.pvm_up_proj[adapter](normed)
-        latent = attended + self.pvm_down_proj[adapter](activated)
-        expanded = self.pvm_output_expander[adapter](latent)
-        update = self.pvm_gate[adapter](F.rms_norm(expanded, expanded.shape[-1:], eps=shape.eps))
-        update = update.to(hidden_states.dtype)
-        if view.positions is not None:
-            update = scatter_rows(update, view.positions, hidden_states.shape[1])
-        return update if view.has_memory is None else torch.where(view.has_memory, update, 0)
-
-    def retrieval(self, adapter: str, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
-        """Which visual tokens each token reads, for inspection: the weights of the branch's cross-attention.
-
-        Args:
-            adapter: The adapter's name.
-            hidden_states: The residual stream after self-attention, `(batch, seq_len, hidden_size)`.
-            context: What is known about visual tokens in a forward of these tokens alone.
-
-        Returns:
-            `(batch, num_heads, seq_len, num_visual)`, fp32, each row adding up to 1, or 0 everywhere for a token that
-            does not read; `None` if none does.
-        """
-        config, shape = self.pvm_config[adapter], self.pvm_shape[adapter]
-        view = context.view(config.memory_visibility)
-        if view is None or context.memory.is_empty:
-            return None
-        keys, _ = self._project(adapter, self._bank(config, hidden_states, context), context)
-        queries = self._queries(adapter, hidden_states, view).float()
-        keys = keys.float().repeat_interleave(shape.num_heads // shape.num_key_value_heads, 1)
-        scores = queries @ keys.transpose(2, 3) * shape.head_dim**-0.5
-        if view.mask is not None:
-            scores = scores.masked_fill(~view.mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1)
-        if view.positions is not None:
-            by_token = weights.transpose(1, 2).flatten(2)
-            by_token = scatter_rows(by_token, view.positions, hidden_states.shape[1])
-            weights = by_token.unflatten(2, (shape.num_heads, -1)).transpose(1, 2)
-        return weights if view.has_memory is None else torch.where(view.has_memory.unsqueeze(1), weights, 0)
-
-    def _bank(self, config: PVMConfig, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor:
-        """What is read, `(batch, num_visual, hidden_size)`."""
-        if context.memory.is_empty:  # read by nobody, or in training by padding
-            return hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[2])
-        if config.memory_source == "hidden_states":
-            return context.hidden_states_bank(self.layer_idx, hidden_states)
-        return context.memory.embeddings
-
-    def _queries(self, adapter: str, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
-        """Of the tokens that read, `(batch, num_heads, num_queries, head_dim)`."""
-        readers = hidden_states if view.positions is None else gather_rows(hidden_states, view.positions)
-        text = self._cast_input_dtype(readers, self.pvm_text_reducer[adapter].weight.dtype)
-        text = self.pvm_input_norm[adapter](self.pvm_text_reducer[adapter](text))
-        head_dim = self.pvm_shape[adapter].head_dim
-        return self.pvm_q_norm[adapter](_split_heads(self.pvm_q_proj[adapter](text), head_dim))
-
-    def _project(self, adapter: str, bank: torch.Tensor, context: VisualContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the memory, `(batch, num_key_value_heads, num_visual, head_dim)` each.
-
-        In inference they are kept with the memory, so that every visual token is projected once.
-        """
-        keeps = not context.records_gradients
-        identity = self.pvm_identity[adapter]
-        known = context.memory.projections.get(identity) if keeps else None
-        num_known = 0 if known is None else known[0].shape[2]
-        if known is not None and num_known == bank.shape[1]:
-            return known
-        head_dim = self.pvm_shape[adapter].head_dim
-        memory = self._cast_input_dtype(bank[:, num_known:], self.pvm_vision_reducer[adapter].weight.dtype)
-        memory = self.pvm_vision_reducer[adapter](memory)
-        keys = self.pvm_k_norm[adapter](_split_heads(self.pvm_k_proj[adapter](memory), head_dim))
-        values = _split_heads(self.pvm_v_proj[adapter](memory), head_dim)
-        if known is not None:
-            keys, values = torch.cat([known[0], keys], 2), torch.cat([known[1], values], 2)
-        if keeps:
-            context.memory.projections[identity] = (keys, values)
-        return keys, values
-
-
-def _split_heads(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """`(batch, length, heads * head_dim)` to `(batch, heads, length, head_dim)`."""
-    return tensor.unflatten(-1, (-1, head_dim)).transpose(1, 2)

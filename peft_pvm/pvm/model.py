@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -13,9 +13,10 @@ from torch import nn
 
 from ..context import BASE, CONTEXT, names_by_row
 from ..tap import this_thread
-from ..tuner import VisualTuner
+from ..tuner import PEFT_PREFIX, VisualTuner, name_is_taken
 from .config import PVMConfig
 from .layer import PVMLayer
+from .merging import CombinationType, Tensors, combine, lineage_of
 from .shape import BranchShape
 
 
@@ -38,8 +39,9 @@ def strided_layers(text_config: Any) -> list[int]:
     return known or sorted({min(round(depth * ninths / 9), depth - 1) for ninths in (2, 4, 6)})
 
 
-def _indices(config: PVMConfig) -> list[int]:
-    return cast(list[int], config.layers_to_transform)
+def _starts_fresh(config: PVMConfig) -> bool:
+    """Whether an adapter starts from initial weights, to be trained: its tensors come from no file."""
+    return not config.inference_mode and (config._source is None or config._source.is_config_only())
 
 
 class PVMModel(VisualTuner):
@@ -96,23 +98,85 @@ class PVMModel(VisualTuner):
             raise ValueError(
                 "adapter_names chooses adapters row by row in inference alone, but the model is training."
             )
-        known = {name for layer in self._tuner_layers() for name in layer._all_available_adapter_names()}
+        known = self._adapter_names()
         unknown = sorted(set(adapter_names) - known - {BASE})
         if unknown:
             raise ValueError(
                 f"adapter_names names {unknown}, but the model has the PVM adapters {sorted(known)} (and {BASE!r})."
             )
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: CombinationType = "linear",
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+        force: bool = False,
+    ) -> None:
+        """Add an adapter that is made from others on this model. They stay as they are; it is not activated.
+
+        Args:
+            adapters: Their names.
+            weights: One for each.
+            adapter_name: The new one's name.
+            combination_type: "linear", "ties", "dare_linear" or "cat": see `peft_pvm.pvm.merging.combine`.
+            density: Of "ties" and "dare_linear".
+            majority_sign_method: Of "ties".
+            force: Average adapters that are not known to be of one lineage all the same.
+
+        Raises:
+            ValueError: There is no such adapter, the name is taken, or they cannot be combined this way. The model is
+                then as it was.
+        """
+        known = self._adapter_names()
+        if unknown := [name for name in adapters if name not in known]:
+            raise ValueError(f"The model has no PVM adapters {unknown}; it has {sorted(known)}.")
+        if adapter_name in self.peft_config:
+            raise name_is_taken(adapter_name)
+        sources = [(self.peft_config[name], self._tensors_of(name)) for name in adapters]
+        config, tensors = combine(sources, weights, combination_type, density, majority_sign_method, force)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        self.peft_config[adapter_name].lineage = config.lineage
+        with torch.no_grad():
+            for key, own in self._tensors_of(adapter_name).items():
+                own.copy_(tensors[key])
+        self.set_requires_grad(adapter_name, requires_grad=False)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if _starts_fresh(config):
+            config.lineage = lineage_of(self._tensors_of(adapter_name))
+
+    def _adapter_names(self) -> set[str]:
+        return {name for layer in self._tuner_layers() for name in layer._all_available_adapter_names()}
+
+    def _tensors_of(self, adapter_name: str) -> Tensors:
+        """An adapter's own tensors, by their keys in its file."""
+        found = {}
+        for name, layer in self.model.named_modules():
+            if not isinstance(layer, PVMLayer):
+                continue
+            for key, tensor in layer.state_dict().items():
+                weight, owner, rest = key.split(".", 2)
+                if owner == adapter_name:
+                    found[f"{PEFT_PREFIX}{name}.{weight}.{rest}"] = tensor
+        return found
+
     def resolve(self, config: PVMConfig) -> PVMConfig:
         vlm = self.vlm
-        BranchShape.of(config, vlm.text_config)
+        for part in config.parts():
+            BranchShape.of(part, vlm.text_config)
+        if _starts_fresh(config):
+            config = copy.copy(config)  # the caller's can be used again, for another adapter or model
         if config.layers_to_transform == "strided":
-            # A copy, so that the caller's config can be used again for a model of another depth.
-            resolved = copy.copy(config)
-            resolved.layers_to_transform = strided_layers(vlm.text_config)
-            return resolved
+            config = copy.copy(config)
+            config.layers_to_transform = strided_layers(vlm.text_config)
         depth = len(vlm.layers)
-        too_deep = [layer_idx for layer_idx in _indices(config) if layer_idx >= depth]
+        too_deep = [layer_idx for layer_idx in config.layer_indices if layer_idx >= depth]
         if too_deep:
             raise ValueError(
                 f"PVMConfig.layers_to_transform names layers {too_deep}, but the text model has only {depth} layers "
@@ -122,18 +186,18 @@ class PVMModel(VisualTuner):
 
     def targeted_names(self, config: PVMConfig) -> tuple[str, ...]:
         vlm = self.vlm
-        return tuple(vlm.layer_name(layer_idx) for layer_idx in _indices(config))
+        return tuple(vlm.layer_name(layer_idx) for layer_idx in config.layer_indices)
 
     def expected_shapes(self, config: PVMConfig, layer: nn.Module) -> dict[str, tuple[int, ...]]:
         vlm = self.vlm
         with torch.device("meta"):
-            branch = PVMLayer(layer, vlm.block, layer_idx=0)
-            branch.update_layer("adapter", config, BranchShape.of(config, vlm.text_config))
-        return {key.replace(".adapter", ""): tuple(tensor.shape) for key, tensor in branch.state_dict().items()}
+            blank = PVMLayer(layer, vlm.block, vlm.index_of(layer))
+            blank.update_layer("adapter", config, vlm.text_config)
+        return {key.replace(".adapter", ""): tuple(tensor.shape) for key, tensor in blank.state_dict().items()}
 
     def new_layer(self, target: nn.Module) -> PVMLayer:
         vlm = self.vlm
-        return PVMLayer(target, vlm.block, [layer is target for layer in vlm.layers].index(True))
+        return PVMLayer(target, vlm.block, vlm.index_of(target))
 
     def add_adapter_to(self, layer: Any, adapter_name: str, config: PVMConfig) -> None:
-        layer.update_layer(adapter_name, config, BranchShape.of(config, self.vlm.text_config))
+        layer.update_layer(adapter_name, config, self.vlm.text_config)

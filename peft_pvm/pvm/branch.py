@@ -1,0 +1,217 @@
+"""What one PVM branch computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ..context import MemoryView, VisualContext
+from ..positions import gather_rows, scatter_rows
+from .config import PVMConfig
+from .shape import BranchShape
+
+
+# Every weight of a branch, in the order of the state dict.
+WEIGHTS = (
+    "text_reducer",
+    "vision_reducer",
+    "input_norm",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "q_norm",
+    "k_norm",
+    "post_attn_norm",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "output_expander",
+    "gate",
+)
+
+
+def weight_name(name: str, number: int = 0) -> str:
+    """What a weight of an adapter's branch of this number is called in the layer and in the adapter's file."""
+    return f"pvm_{name}_{number}" if number else f"pvm_{name}"
+
+
+class Gate(nn.Module):
+    """One learnable scalar. A module of its own, so that what moves weights about (offloading) finds it like any.
+
+    Args:
+        value: Its initial value.
+    """
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), float(value)))
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor times the scalar."""
+        return self.weight * tensor
+
+
+def fresh_weights(config: PVMConfig, shape: BranchShape) -> dict[str, nn.Module]:
+    """The modules of a new branch, initialised as `config` says, by their names in `WEIGHTS`."""
+    width, heads, kv_heads = shape.r, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    linears = {
+        "text_reducer": (shape.hidden_size, width),
+        "vision_reducer": (shape.hidden_size, width),
+        "q_proj": (width, heads),
+        "k_proj": (width, kv_heads),
+        "v_proj": (width, kv_heads),
+        "o_proj": (heads, width),
+        "gate_proj": (width, shape.intermediate_size),
+        "up_proj": (width, shape.intermediate_size),
+        "down_proj": (shape.intermediate_size, width),
+        "output_expander": (width, shape.hidden_size),
+    }
+    norms = {"input_norm": width, "q_norm": shape.head_dim, "k_norm": shape.head_dim, "post_attn_norm": width}
+    gate = Gate(config.init_gate)
+    if not config.init_weights:
+        nn.init.normal_(gate.weight)
+    weights: dict[str, nn.Module] = {"gate": gate}
+    for name, (in_features, out_features) in linears.items():
+        linear = nn.Linear(in_features, out_features, bias=False)
+        nn.init.normal_(linear.weight, std=shape.initializer_range)
+        weights[name] = linear
+    for name, features in norms.items():
+        weights[name] = nn.RMSNorm(features, eps=shape.eps)
+    return weights
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One branch at one decoder layer, put together for the length of a forward; its weights live in the layer.
+
+    Attributes:
+        config: What it was made with.
+        shape: Its sizes.
+        layer_idx: Index of the decoder layer.
+        identity: Tells what it projected from what other branches did.
+        cast: Brings an input to the dtype of the weights, unless PEFT was told to leave it.
+    """
+
+    config: PVMConfig
+    shape: BranchShape
+    layer_idx: int
+    identity: Hashable
+    cast: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+    text_reducer: nn.Linear
+    vision_reducer: nn.Linear
+    input_norm: nn.RMSNorm
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: nn.RMSNorm
+    k_norm: nn.RMSNorm
+    post_attn_norm: nn.RMSNorm
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    output_expander: nn.Linear
+    gate: Gate
+
+    def update(self, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
+        """What it adds to the residual stream.
+
+        Args:
+            hidden_states: The residual stream after self-attention, `(batch, seq_len, hidden_size)`.
+            context: What is known about visual tokens in a forward of these tokens alone.
+
+        Returns:
+            `(batch, seq_len, hidden_size)` in the dtype of `hidden_states`, exactly 0 at visual tokens and in rows
+            without images; `None` if nobody reads.
+        """
+        bank = self._bank(hidden_states, context)
+        view = context.view(self.config.memory_visibility)
+        if view is None:
+            return None
+        keys, values = self._project(bank, context)
+        queries = self._queries(hidden_states, view)
+        # Keys may have been kept under another autocast dtype.
+        keys, values = keys.to(queries.dtype), values.to(queries.dtype)
+        is_grouped = self.shape.num_heads != self.shape.num_key_value_heads
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=view.mask, enable_gqa=is_grouped)
+        attended = self.o_proj(attended.transpose(1, 2).flatten(2))
+        normed = self.post_attn_norm(attended)
+        latent = attended + self.down_proj(
+            ACT2FN[self.shape.hidden_act](self.gate_proj(normed)) * self.up_proj(normed)
+        )
+        expanded = self.output_expander(latent)
+        update = self.gate(F.rms_norm(expanded, expanded.shape[-1:], eps=self.shape.eps)).to(hidden_states.dtype)
+        if view.positions is not None:
+            update = scatter_rows(update, view.positions, hidden_states.shape[1])
+        return update if view.has_memory is None else torch.where(view.has_memory, update, 0)
+
+    def retrieval(self, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
+        """Which visual tokens each token reads, for inspection: the weights of the cross-attention.
+
+        Args:
+            hidden_states: The residual stream after self-attention, `(batch, seq_len, hidden_size)`.
+            context: What is known about visual tokens in a forward of these tokens alone.
+
+        Returns:
+            `(batch, num_heads, seq_len, num_visual)`, fp32, each row adding up to 1, or 0 everywhere for a token that
+            does not read; `None` if none does.
+        """
+        view = context.view(self.config.memory_visibility)
+        if view is None or context.memory.is_empty:
+            return None
+        keys, _ = self._project(self._bank(hidden_states, context), context)
+        queries = self._queries(hidden_states, view).float()
+        keys = keys.float().repeat_interleave(self.shape.num_heads // self.shape.num_key_value_heads, 1)
+        scores = queries @ keys.transpose(2, 3) * self.shape.head_dim**-0.5
+        if view.mask is not None:
+            scores = scores.masked_fill(~view.mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1)
+        if view.positions is not None:
+            by_token = weights.transpose(1, 2).flatten(2)
+            by_token = scatter_rows(by_token, view.positions, hidden_states.shape[1])
+            weights = by_token.unflatten(2, (self.shape.num_heads, -1)).transpose(1, 2)
+        return weights if view.has_memory is None else torch.where(view.has_memory.unsqueeze(1), weights, 0)
+
+    def _bank(self, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor:
+        """What is read, `(batch, num_visual, hidden_size)`."""
+        if context.memory.is_empty:  # read by nobody, or in training by padding
+            return hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[2])
+        if self.config.memory_source == "hidden_states":
+            return context.hidden_states_bank(self.layer_idx, hidden_states)
+        return context.memory.embeddings
+
+    def _queries(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
+        """Of the tokens that read, `(batch, num_heads, num_queries, head_dim)`."""
+        readers = hidden_states if view.positions is None else gather_rows(hidden_states, view.positions)
+        text = self.input_norm(self.text_reducer(self.cast(readers, self.text_reducer.weight.dtype)))
+        return self.q_norm(_split_heads(self.q_proj(text), self.shape.head_dim))
+
+    def _project(self, bank: torch.Tensor, context: VisualContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the memory, `(batch, num_key_value_heads, num_visual, head_dim)` each.
+
+        In inference they are kept with the memory, so that every visual token is projected once.
+        """
+        keeps = not context.records_gradients
+        known = context.memory.projections.get(self.identity) if keeps else None
+        num_known = 0 if known is None else known[0].shape[2]
+        if known is not None and num_known == bank.shape[1]:
+            return known
+        memory = self.vision_reducer(self.cast(bank[:, num_known:], self.vision_reducer.weight.dtype))
+        keys = self.k_norm(_split_heads(self.k_proj(memory), self.shape.head_dim))
+        values = _split_heads(self.v_proj(memory), self.shape.head_dim)
+        if known is not None:
+            keys, values = torch.cat([known[0], keys], 2), torch.cat([known[1], values], 2)
+        if keeps:
+            context.memory.projections[self.identity] = (keys, values)
+        return keys, values
+
+
+def _split_heads(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """`(batch, length, heads * head_dim)` to `(batch, heads, length, head_dim)`."""
+    return tensor.unflatten(-1, (-1, head_dim)).transpose(1, 2)
