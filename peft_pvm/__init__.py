@@ -2,7 +2,7 @@
 
 from .dipe import DIPEConfig, DIPEModel
 from .pvm import PVMConfig, PVMModel
-from .registry import register, remember_adapter_sources
+from .registry import extend_peft, register
 from .tdrs import TDRSConfig, TDRSModel
 from .trial import attached
 
@@ -13,4 +13,4 @@ __all__ = ["DIPEConfig", "DIPEModel", "PVMConfig", "PVMModel", "TDRSConfig", "TD
 register("pvm", PVMConfig, PVMModel)
 register("dipe", DIPEConfig, DIPEModel)
 register("tdrs", TDRSConfig, TDRSModel)
-remember_adapter_sources()
+extend_peft()

@@ -1,20 +1,27 @@
-"""The weights file of a saved adapter, checked against a model before it is loaded."""
+"""Saved adapters: their weights file, checked against a model before it is loaded, and how they are written."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 
-FORMAT_VERSION = "1"  # of the files we write, in their metadata
+FORMAT_VERSION = "1"  # of the adapters we write
+RESULTS_NAME = "results.json"  # what was measured with an adapter, for its model card
 
 
 class AdapterFile:
-    """The weights file of a saved adapter, read no further than its header.
+    """The weights file of a saved adapter.
 
     Args:
         path: A folder or a Hub repository id.
@@ -42,7 +49,10 @@ class AdapterFile:
         Raises:
             FileNotFoundError: A folder without `adapter_model.safetensors`. Other formats are not read: they can run
                 code.
+            ValueError: The subfolder lies outside the adapter's folder.
         """
+        if os.path.isabs(self.subfolder or "") or ".." in Path(self.subfolder or "").parts:
+            raise ValueError(f"The subfolder {self.subfolder!r} leads out of {self.path}.")
         if os.path.isdir(self.folder):
             file = os.path.join(self.folder, SAFETENSORS_WEIGHTS_NAME)
             if not os.path.isfile(file):
@@ -53,22 +63,45 @@ class AdapterFile:
             return file
         return hf_hub_download(self.path, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.hub_kwargs)
 
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        file = self.locate()
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                yield tensors
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """All tensors, by key.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        with self._opened() as tensors:
+            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+
     def check(self, expected: dict[str, tuple[int, ...]], base: dict[str, tuple[int, ...]]) -> None:
-        """Compare the tensors in the file with those an adapter needs.
+        """Compare the tensors in the file with those an adapter needs, and see that they hold numbers.
 
         Args:
             expected: Shape of every tensor that must be there, by key.
             base: Shape of every tensor of the base model, by key: those may be there as well.
 
         Raises:
-            ValueError: The file is damaged, or a tensor is missing, superfluous or of another shape.
+            ValueError: The file is damaged, or a tensor is missing, superfluous, of another shape or not finite.
         """
-        file = self.locate()
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+        found = {}
+        flawed = []
+        with self._opened() as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(key)
+                found[key] = tuple(tensor.shape)
+                if not tensor.is_floating_point():
+                    if key not in base:
+                        flawed.append(f"{key} holds {tensor.dtype}, not floating-point numbers")
+                elif not bool(torch.isfinite(tensor.float()).all()):
+                    flawed.append(f"{key} holds NaN or infinity")
         problems = [f"{key} is missing" for key in expected if key not in found]
         for key, shape in found.items():
             wanted = expected.get(key, base.get(key))
@@ -76,11 +109,48 @@ class AdapterFile:
                 problems.append(f"{key} belongs to nothing in this model")
             elif wanted != shape:
                 problems.append(f"{key} has shape {shape}, this model needs {wanted}")
+        problems += flawed
         if problems:
             shown = "".join(f"\n  - {problem}" for problem in problems[:10])
             more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
             raise ValueError(
-                f"{file} does not fit this model ({len(problems)} of its tensors), so nothing was attached:{shown}"
-                f"{more}\nCheck that the adapter was trained on this base model. To start a new adapter with this "
-                "configuration, pass dataclasses.replace(config)."
+                f"{self.locate()} does not fit this model ({len(problems)} of its tensors), so nothing was attached:"
+                f"{shown}{more}\nCheck that the adapter was trained on this base model. To start a new adapter with "
+                "this configuration, pass dataclasses.replace(config)."
             )
+
+
+@contextlib.contextmanager
+def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
+    """Write adapters so that a crash leaves the old ones, none, or the new ones, but never a part of one.
+
+    An adapter without its configuration is none. So what was written elsewhere takes its place in this order: the old
+    configuration goes, the other files come, the new configuration comes.
+
+    Args:
+        folder: Where they shall be.
+
+    Yields:
+        A folder of the same name beside it, to write to. It holds the model cards and results that are there already.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as temporary:
+        staged = Path(temporary) / folder.name
+        staged.mkdir()
+        for name in ("README.md", RESULTS_NAME):  # which the card is made from
+            for file in (*folder.glob(name), *folder.glob(f"*/{name}")):
+                (staged / file.parent.relative_to(folder)).mkdir(exist_ok=True)
+                shutil.copy(file, staged / file.relative_to(folder))
+        yield staged
+        files = sorted(path for path in staged.rglob("*") if path.is_file())
+        for file in files:
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        configs = [file for file in files if file.name == CONFIG_NAME]
+        for config in configs:
+            (folder / config.relative_to(staged)).unlink(missing_ok=True)
+        for file in [*(file for file in files if file not in configs), *configs]:
+            place = folder / file.relative_to(staged)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)

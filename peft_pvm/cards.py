@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from typing import TYPE_CHECKING
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
+
+from .adapter_file import RESULTS_NAME
 
 
 if TYPE_CHECKING:
-    from .steering import SteeringConfig
+    from .tuner import VisualConfig
 
 
 PEFT_TEMPLATE = "# Model Card for Model ID"  # the heading of the card that PEFT leaves to be filled in
 MARK = "<!-- Written by peft-pvm, again at every save. Delete this line to keep your changes. -->"
+RESULT_FIELDS = {"dataset", "metric", "value"}  # and "base", the base model's, if known
 
 
-def write_card(config: SteeringConfig, folder: str | os.PathLike) -> None:
-    """Write README.md for an adapter without parameters, unless somebody has written one.
+def write_card(config: VisualConfig, folder: str | os.PathLike) -> None:
+    """Write an adapter's README.md, unless somebody has written one.
+
+    What `results.json` in the folder holds goes into the card: a list of objects with `dataset`, `metric`, `value`
+    and, if known, `base`, the base model's value.
 
     Args:
         config: The adapter's configuration.
         folder: Where the adapter is saved.
+
+    Raises:
+        ValueError: `results.json` is not such a list.
     """
     path = os.path.join(folder, "README.md")
     if os.path.isfile(path):
@@ -31,20 +43,65 @@ def write_card(config: SteeringConfig, folder: str | os.PathLike) -> None:
             card = file.read()
         if PEFT_TEMPLATE not in card and MARK not in card:
             return
-    ModelCard(card_text(config)).save(path)
+    ModelCard(card_text(config, read_results(folder))).save(path)
 
 
-def card_text(config: SteeringConfig) -> str:
-    """The card: what the Hub reads, how to load the adapter, its configuration."""
-    base = config.base_model_name_or_path
-    tags = ["peft-pvm", config.method, *([f"base_model:adapter:{base}"] if base else [])]
-    data = ModelCardData(library_name="peft", base_model=base or None, tags=tags)
-    common = {field.name for field in dataclasses.fields(PeftConfig)} | {"init_weights"}
+def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """What `results.json` in a folder holds; nothing if there is none.
+
+    Raises:
+        ValueError: It is not a list of results.
+    """
+    path = Path(folder) / RESULTS_NAME
+    if not path.is_file():
+        return []
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    fits = isinstance(results, list) and all(
+        isinstance(result, dict) and result.keys() - {"base"} == RESULT_FIELDS for result in results
+    )
+    if not fits:
+        raise ValueError(f"{path} must hold a list of objects with {', '.join(sorted(RESULT_FIELDS))} and maybe base.")
+    return results
+
+
+def card_text(config: VisualConfig, results: list[dict[str, Any]]) -> str:
+    """The card: what the Hub reads, how to load the adapter, its configuration, what was measured."""
+    base = config.base_model_name_or_path or ""
+    on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not os.path.exists(base)
+    name = f"{config.method.upper()} adapter"
+    data = ModelCardData(
+        library_name="peft",
+        base_model=base or None,
+        pipeline_tag="image-text-to-text",
+        tags=["peft-pvm", config.method, *([f"base_model:adapter:{base}"] if base else [])],
+        model_name=name if results else None,
+        eval_results=[
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=_slug(result["dataset"]),
+                dataset_name=result["dataset"],
+                metric_type=_slug(result["metric"]),
+                metric_name=result["metric"],
+                metric_value=result["value"],
+            )
+            for result in results
+        ]
+        or None,
+    )
+    common = {field.name for field in dataclasses.fields(PeftConfig)} | {"init_weights", "format_version"}
     rows = [
-        f"| `{field.name}` | `{getattr(config, field.name)}` |"
+        f"| `{field.name}` | `{getattr(config, field.name)}` | {field.metadata.get('help', '')} |"
         for field in dataclasses.fields(config)
         if field.name not in common
     ]
+    measured = [
+        f"| {result['dataset']} | {result['metric']} | {result.get('base', '')} | {result['value']} |"
+        for result in results
+    ]
+    parameters = [] if config.has_parameters else ["It has no parameters."]
     lines = [
         "---",
         data.to_yaml(),
@@ -56,18 +113,26 @@ def card_text(config: SteeringConfig) -> str:
         "",
         config.summary,
         "",
-        f"It has no parameters. Source: [arXiv {config.paper}](https://arxiv.org/abs/{config.paper}).",
+        " ".join([*parameters, f"Source: [arXiv {config.paper}](https://arxiv.org/abs/{config.paper})."]),
         "",
         "```python",
         "import peft_pvm  # registers the method with PEFT",
         "from peft import PeftModel",
+        *(["from transformers import AutoModelForImageTextToText"] if on_hub else []),
         "",
+        *([f'model = AutoModelForImageTextToText.from_pretrained("{base}")'] if on_hub else []),
         'model = PeftModel.from_pretrained(model, "this folder or its Hub id")',
         "```",
         "",
-        "| Field | Value |",
-        "|---|---|",
+        "| Field | Value | |",
+        "|---|---|---|",
         *rows,
         "",
     ]
+    if measured:
+        lines += ["| Data set | Metric | Base | With this adapter |", "|---|---|---|---|", *measured, ""]
     return "\n".join(lines)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable
+from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import PeftType, register_peft_method
+from peft.utils import CONFIG_NAME, PeftType, register_peft_method
+from transformers import PreTrainedModel
+
+from .adapter_file import written_whole
+
+
+EXTENDED = "peft_pvm_was_here"
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
@@ -39,17 +48,46 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
 
 
-def remember_adapter_sources() -> None:
-    """Let every config that is loaded know where it was loaded from, if it has a method `set_source` to be told.
+def extend_peft() -> None:
+    """Change what PEFT and transformers do with saved adapters, where no hook of theirs lets us. Again: nothing.
 
-    Our tuners check an adapter's file against the model before they touch the model. PEFT injects the layers first and
-    reads the file later, and transformers' `load_adapter` calls `PeftConfig.from_pretrained` on the base class, so a
-    subclass's own `from_pretrained` would not be asked.
+    - A config that is loaded knows where it was loaded from, if it has a method `set_source` to be told. Our tuners
+      check an adapter's file against the model before they touch the model. PEFT injects the layers first and reads
+      the file later, and transformers' `load_adapter` calls `PeftConfig.from_pretrained` on the base class, so a
+      subclass's own `from_pretrained` would not be asked.
+    - What is no adapter's configuration is refused with its name and the reason.
+    - A model with our adapters is saved by way of `written_whole`.
     """
     original = PeftConfigMixin.__dict__["from_pretrained"].__func__
-    if hasattr(original, "remembers_adapter_sources"):
+    if hasattr(original, EXTENDED):
         return
+    from_pretrained = _remembering_its_source(_refusing_what_is_none(original))
+    setattr(from_pretrained, EXTENDED, True)
+    type_of = _refusing_what_is_none(PeftConfigMixin.__dict__["_get_peft_type"].__func__)
+    PeftConfigMixin.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
+    PeftConfigMixin._get_peft_type = classmethod(type_of)  # type: ignore[method-assign, assignment]
+    for cls in (PeftModel, PreTrainedModel):
+        cls.save_pretrained = _saving_whole(cls.save_pretrained)  # type: ignore[method-assign]
 
+
+def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def read_config(cls, path, *args, **kwargs):
+        try:
+            found = original(cls, path, *args, **kwargs)
+            if not isinstance(found, PeftConfig):  # the type that PEFT is about to look up
+                PEFT_TYPE_TO_CONFIG_MAPPING[found]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{CONFIG_NAME} of {path} is not the configuration of a method that PEFT or peft_pvm knows "
+                f"({type(error).__name__}: {error}). It may be damaged, or want another package to be imported first."
+            ) from error
+        return found
+
+    return read_config
+
+
+def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -58,5 +96,16 @@ def remember_adapter_sources() -> None:
             config.set_source(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
         return config
 
-    from_pretrained.remembers_adapter_sources = True  # type: ignore[attr-defined]
-    PeftConfigMixin.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
+    return from_pretrained
+
+
+def _saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        has_ours = any(hasattr(config, "set_source") for config in (getattr(self, "peft_config", None) or {}).values())
+        if not has_ours or os.path.isfile(save_directory) or not kwargs.get("is_main_process", True):
+            return original(self, save_directory, *args, **kwargs)
+        with written_whole(save_directory) as folder:
+            return original(self, str(folder), *args, **kwargs)
+
+    return save_pretrained

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
-from peft.utils import PeftType
 from safetensors.torch import save_file
 from torch import nn
 
 from .adapter_file import FORMAT_VERSION, SAFETENSORS_WEIGHTS_NAME
 from .attention import is_steerable, release, steer
-from .cards import write_card
 from .checks import check, layer_list
 from .context import CONTEXT, VisualContext
 from .families import VisionLanguageModel
@@ -30,10 +28,7 @@ class SteeringConfig(VisualConfig):
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
 
-    method: ClassVar[str]
-    title: ClassVar[str]
-    summary: ClassVar[str]
-    paper: ClassVar[str]  # its number on arXiv
+    has_parameters: ClassVar[bool] = False
 
     layers_to_transform: list[int] | int | None = field(
         default=None,
@@ -43,21 +38,19 @@ class SteeringConfig(VisualConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType(self.method.upper())
         if self.layers_to_transform is not None:
             self.layers_to_transform = layer_list(self, "None")
         check(self, "init_weights", isinstance(self.init_weights, bool), "True or False")
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save the whole adapter: the configuration, a weights file without tensors, and a card.
+        """Save the whole adapter: the configuration, a card, and a weights file without tensors.
 
-        PEFT and transformers call this at the end of their own saving, of which this is all that matters here: PEFT
-        writes a file that does not say what it belongs to, transformers writes none.
+        Of what PEFT and transformers write themselves, nothing else matters here: PEFT's file does not say what it
+        belongs to, and transformers writes none.
         """
-        super().save_pretrained(os.fspath(save_directory), **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
         metadata = {"format": "pt", "method": self.method, "version": FORMAT_VERSION}
         save_file({}, os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata=metadata)
-        write_card(self, save_directory)
 
 
 Config = TypeVar("Config", bound=SteeringConfig)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .adapter_file import AdapterFile
+from .adapter_file import FORMAT_VERSION, AdapterFile
+from .cards import write_card
 from .families import VisionLanguageModel, find_vlm
 from .tap import Tap
 
@@ -20,15 +23,43 @@ from .tap import Tap
 PEFT_PREFIX = "base_model.model."  # PEFT saves every key below this name
 
 
+@dataclass
 class VisualConfig(PeftConfig):
     """Base of our configs.
 
     `target_modules` holds, after attaching, the names of the base modules that carry the adapter, for PEFT's own code
     to read. It is not a field: which layers is said by `layers_to_transform`.
+
+    Args:
+        format_version: Of the saved adapter: leave it.
     """
 
-    target_modules: tuple[str, ...] = ()
-    _source: AdapterFile | None = None
+    method: ClassVar[str]  # its name in lower case
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]  # its number on arXiv
+    has_parameters: ClassVar[bool] = True
+    target_modules = cast(tuple[str, ...], ())  # without annotations, which would make them fields
+    _source = cast(AdapterFile | None, None)
+
+    format_version: str = field(default=FORMAT_VERSION, metadata={"help": "Of the saved adapter: leave it."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"{type(self).__name__}.format_version is {self.format_version!r}, but this peft_pvm knows format "
+                f"{FORMAT_VERSION!r}. An adapter of a newer format needs a newer peft_pvm."
+            )
+        self.peft_type = PeftType(self.method.upper())
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the configuration and a model card.
+
+        PEFT and transformers call this when they save an adapter; PEFT leaves a card to be filled in.
+        """
+        super().save_pretrained(os.fspath(save_directory), **kwargs)
+        write_card(self, save_directory)
 
     def set_source(self, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> None:
         """Remember the folder or Hub repository this config was loaded from."""

@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 import peft_pvm
 from peft_pvm import PVMConfig, PVMModel
-from peft_pvm.registry import register, remember_adapter_sources
+from peft_pvm.registry import extend_peft, register
 
 
 def test_is_a_real_member():
@@ -28,7 +28,7 @@ def test_is_a_real_member():
 def test_registering_again_changes_nothing():
     members, loader = list(PeftType), PeftConfig.from_pretrained.__func__
     register("pvm", PVMConfig, PVMModel)
-    remember_adapter_sources()
+    extend_peft()
     assert list(PeftType) == members
     assert PeftConfig.from_pretrained.__func__ is loader
 

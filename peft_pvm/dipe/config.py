@@ -22,6 +22,7 @@ class DIPEConfig(SteeringConfig):
     Args:
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all that rotate queries and
             keys by position.
+        format_version: Of the saved adapter: leave it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
 

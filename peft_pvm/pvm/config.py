@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
-
-from peft.utils import PeftType
+from typing import Any, ClassVar, Literal, cast
 
 from ..checks import check, is_int, is_number, layer_list
 from ..tuner import VisualConfig
@@ -46,6 +44,7 @@ class PVMConfig(VisualConfig):
             nothing. `None`: one branch.
         lineage: Set on attaching, do not choose it: a hash of the adapter's initial weights, which training on and
             loading keep. Adapters of one lineage can be averaged.
+        format_version: Of the saved adapter: leave it.
         init_weights: Whether to initialise so that training can start from the unchanged model: the gate as
             `init_gate` says, all matrices from N(0, initializer_range) of the base. `False` also draws the gate, from
             N(0, 1), so that the branch acts at once: for tests.
@@ -54,6 +53,14 @@ class PVMConfig(VisualConfig):
         ValueError: A value that is not among the choices. Whether `r` and the layers fit the base model is checked on
             attaching.
     """
+
+    method: ClassVar[str] = "pvm"
+    title: ClassVar[str] = "PVM: Persistent Visual Memory"
+    summary: ClassVar[str] = (
+        "A small trainable branch beside the FFN of a few decoder layers. Every text token looks up the raw visual "
+        "embeddings there by cross-attention without positions, so the distance to the image does not matter."
+    )
+    paper: ClassVar[str] = "2605.00814"
 
     r: int = field(
         default=512, metadata={"help": "Width of the branch; must be a multiple of the base model's head size."}
@@ -108,7 +115,6 @@ class PVMConfig(VisualConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType("PVM")
         if self.branches is not None:
             self._take_from_branches()
         check(self, "r", is_int(self.r) and self.r > 0, "a positive integer")

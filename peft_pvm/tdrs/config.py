@@ -36,6 +36,7 @@ class TDRSConfig(SteeringConfig):
         kernel: "auto" takes the Triton kernel on CUDA where no gradients or weights are asked for, and else works
             blockwise in PyTorch; "blockwise" and "triton" insist.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all with self-attention.
+        format_version: Of the saved adapter: leave it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
 
     Raises:

@@ -225,7 +225,47 @@ def _shallow(tiny: TinyVLM) -> PreTrainedModel:
     return type(tiny.build())._from_config(config)
 
 
+def _lie(path: Path) -> None:
+    """Have the header promise a tensor twice as long as the file is."""
+    content = (path / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    entry = max((entry for key, entry in header.items() if key != "__metadata__"), key=lambda e: e["data_offsets"][1])
+    entry["shape"] = [2 * entry["shape"][0], *entry["shape"][1:]]
+    entry["data_offsets"][1] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    lying = json.dumps(header).encode()
+    (path / WEIGHTS).write_bytes(len(lying).to_bytes(8, "little") + lying + content[8 + length :])
+
+
 REFUSED = {
+    "nan": (
+        _edit_weights(lambda t: t[MISSING].fill_(torch.nan)),
+        None,
+        "pvm_k_proj.weight holds NaN or infinity",
+    ),
+    "integers": (
+        _edit_weights(lambda t: t.update({MISSING: t[MISSING].int()})),
+        None,
+        r"pvm_k_proj.weight holds torch.int32, not floating-point numbers",
+    ),
+    "lying header": (_lie, None, "is damaged or not a safetensors file"),
+    "pickle by another name": (
+        lambda path: torch.save({"weight": torch.zeros(3)}, path / WEIGHTS),
+        None,
+        "is damaged or not a safetensors file",
+    ),
+    "newer format": (
+        _set_field(format_version="2"),
+        None,
+        "format_version is '2', but this peft_pvm knows format '1'",
+    ),
+    "unknown method": (_set_field(peft_type="PVM2"), None, "not the configuration of a method that PEFT or peft_pvm"),
+    "no method": (_set_field(peft_type=None), None, "not the configuration of a method that PEFT or peft_pvm"),
+    "another kind of JSON": (
+        lambda path: (path / "adapter_config.json").write_text("[1]"),
+        None,
+        "not the configuration of a method that PEFT or peft_pvm",
+    ),
     "missing": (_edit_weights(lambda t: t.pop(MISSING)), None, f"{MISSING} is missing"),
     "extra": (_edit_weights(lambda t: t.update(stray=torch.zeros(1))), None, "stray belongs to nothing in this model"),
     "shape": (
@@ -258,6 +298,15 @@ def test_refusals_leave_the_model_as_it_was(tiny: TinyVLM, saved: Path, load: Ca
         load(model, saved)
     assert _state(model) == before
     assert torch.equal(logits(model, inputs), base)
+
+
+def test_a_subfolder_that_leads_elsewhere_is_refused(tiny: TinyVLM, saved: Path):
+    model = tiny.build()
+    before = _state(model)
+    for subfolder in (f"../{saved.name}", str(saved)):
+        with pytest.raises(ValueError, match="leads out of"):
+            PeftModel.from_pretrained(model, saved, subfolder=subfolder)
+    assert _state(model) == before
 
 
 @pytest.mark.parametrize("case", [case for case, (_, build, _) in REFUSED.items() if build is None])

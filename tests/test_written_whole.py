@@ -1,0 +1,160 @@
+"""Saving is all or nothing: whenever it is cut off, the folder holds the old adapter, the new one or none."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS, logits
+from peft import PeftModel, get_peft_model
+from tiny_vlms import FAMILIES
+
+from peft_pvm import PVMConfig
+from peft_pvm.adapter_file import written_whole
+
+
+ROWS = ("t4 i t3 i t6",)
+BUILD = """
+import os, shutil, sys
+sys.path.insert(0, {tests!r})
+from conftest import METHODS
+from tiny_vlms import FAMILIES
+
+model = FAMILIES["llava"].build()
+config = METHODS["pvm"].config(layers_to_transform=[0], init_weights=False)
+if sys.argv[2] == "PeftModel":
+    from peft import get_peft_model
+    model = get_peft_model(model, config)
+else:
+    model.add_adapter(config)
+"""
+# Everything that moves something on the disk is counted: the files' coming, the old configuration's going, ...
+DIE_AT_EACH_STEP = """
+def counted(function):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == stop_at:
+            os._exit(9)
+        return function(*args, **kwargs)
+    return call
+
+os.replace, os.unlink, os.fsync = counted(os.replace), counted(os.unlink), counted(os.fsync)
+for stop_at in range(1, 30):
+    folder = f"{sys.argv[1]}/{stop_at}/adapter"
+    shutil.copytree(sys.argv[1] + "/old", folder)
+    calls = 0
+    process = os.fork()
+    if process == 0:
+        calls = 0
+        model.save_pretrained(folder)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0:
+        break
+"""
+SAVE_FOREVER = """
+print("saving", flush=True)
+while True:
+    model.save_pretrained(sys.argv[1])
+"""
+
+
+def start(script: str, *arguments: object) -> subprocess.Popen:
+    source = BUILD.format(tests=str(Path(__file__).parent)) + script
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", source, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def save_old(folder: Path) -> None:
+    """An adapter of other layers than the new one, so that a mixture of the two does not load."""
+    METHODS["pvm"].attach(FAMILIES["llava"].build(), layers_to_transform=[1, 2]).save_pretrained(folder)
+    (folder / "notes.txt").write_text("mine")
+
+
+def layers_in(folder: Path) -> list[int] | None:
+    """Which adapter the folder holds; `None`: none. Half of one fails."""
+    if not (folder / "adapter_config.json").is_file():
+        with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
+            PeftModel.from_pretrained(FAMILIES["llava"].build(), folder)
+        return None
+    loaded = PeftModel.from_pretrained(FAMILIES["llava"].build(), folder)
+    return loaded.peft_config["default"].layers_to_transform
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="lets copies of one process die, for which Windows has no fork")
+@pytest.mark.parametrize("writer", ["PeftModel", "transformers"])
+def test_a_process_that_dies_while_saving(writer: str, tmp_path: Path):
+    """At every single step in turn."""
+    save_old(tmp_path / "old")
+    process = start(DIE_AT_EACH_STEP, tmp_path, writer)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    steps = sorted((path for path in tmp_path.iterdir() if path.name != "old"), key=lambda path: int(path.name))
+    assert 5 < len(steps) < 29
+    assert all((step / "adapter" / "notes.txt").read_text() == "mine" for step in steps)
+    found = [layers_in(step / "adapter") for step in steps]
+    first_none, new = found.index(None), found.index([0])
+    assert found == [[1, 2]] * first_none + [None] * (new - first_none) + [[0]] * (len(steps) - new)
+
+
+def test_a_process_that_is_killed_while_saving(tmp_path: Path):
+    """At moments of chance, without any help from inside."""
+    for attempt, wait in enumerate((0.005, 0.05)):
+        folder = tmp_path / str(attempt) / "adapter"
+        save_old(folder)
+        process = start(SAVE_FOREVER, folder, "PeftModel")
+        assert process.stdout.readline().strip() == "saving"
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert layers_in(folder) in ([1, 2], [0], None)
+
+
+def test_an_error_while_writing_leaves_the_old_one(tmp_path: Path):
+    folder = tmp_path / "adapter"
+    METHODS["pvm"].attach(FAMILIES["llava"].build(), layers_to_transform=[1]).save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def write() -> None:
+        with written_whole(folder) as staged:
+            (staged / "adapter_config.json").write_text("{}")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_several_adapters_and_a_bare_folder_name(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(FAMILIES["llava"].build(), PVMConfig(r=32), "one")
+    model.add_adapter("two", PVMConfig(r=16))
+    model.save_pretrained("adapters")
+    for name in ("one", "two"):
+        assert PeftModel.from_pretrained(FAMILIES["llava"].build(), f"adapters/{name}")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path):
+    model = get_peft_model(FAMILIES["llava"].build(), PVMConfig(r=32))
+    model.save_pretrained(tmp_path / "adapter", is_main_process=False)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_models_without_our_adapters_go_the_old_way(tmp_path: Path):
+    """Also a whole base model, which must not be written twice."""
+    model = FAMILIES["llava"].build()
+    inputs = FAMILIES["llava"].inputs(model, *ROWS)
+    model.save_pretrained(tmp_path / "base")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "base"), inputs), logits(model, inputs))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="should be a directory, not a file"):
+        get_peft_model(FAMILIES["llava"].build(), PVMConfig(r=32)).save_pretrained(tmp_path / "file")
