@@ -1,14 +1,23 @@
 """Adapters that keep vision-language models looking at the image. Importing registers their types with PEFT."""
 
 from .dipe import DIPEConfig, DIPEModel
-from .pvm import PVMConfig, PVMModel
+from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .registry import extend_peft, register
 from .tdrs import TDRSConfig, TDRSModel
 from .trial import attached
 
 
 __version__ = "0.1.0"
-__all__ = ["DIPEConfig", "DIPEModel", "PVMConfig", "PVMModel", "TDRSConfig", "TDRSModel", "attached"]
+__all__ = [
+    "DIPEConfig",
+    "DIPEModel",
+    "PVMConfig",
+    "PVMModel",
+    "TDRSConfig",
+    "TDRSModel",
+    "attached",
+    "hotswap_adapter",
+]
 
 register("pvm", PVMConfig, PVMModel)
 register("dipe", DIPEConfig, DIPEModel)

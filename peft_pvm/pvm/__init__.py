@@ -1,8 +1,9 @@
 """PVM, Persistent Visual Memory (arXiv 2605.00814): a learnable memory of the image beside the FFN."""
 
 from .config import PVMConfig
+from .hotswap import hotswap_adapter
 from .layer import PVMLayer
 from .model import PVMModel
 
 
-__all__ = ["PVMConfig", "PVMLayer", "PVMModel"]
+__all__ = ["PVMConfig", "PVMLayer", "PVMModel", "hotswap_adapter"]

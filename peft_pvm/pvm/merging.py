@@ -43,6 +43,7 @@ def combine(
     """Make one adapter from several of one base model.
 
     "linear" averages the weights, which means something only for adapters that started from the same initial ones.
+    It takes adapters of one shape, as the next two do; "cat" takes any.
     "ties" and "dare_linear" are PEFT's, with the weights themselves as task tensors, as PEFT takes LoRA's factors;
     they apply to matrices, while norms and gates are averaged. "cat" puts the branches side by side, each gate times
     its weight: the new adapter adds exactly the weighted sum of what the others add, at the sum of their costs.
@@ -71,7 +72,15 @@ def combine(
             raise ValueError(f"An adapter that also holds modules of the base ({others}) cannot be combined.")
     if combination_type == "cat":
         return _side_by_side(adapters, weights)
-    _check_alike([config for config, _ in adapters], force)
+    configs = [config for config, _ in adapters]
+    check_alike(configs)
+    lineages = [config.lineage for config in configs]
+    if not force and (None in lineages or len(set(lineages)) > 1):
+        raise ValueError(
+            f"The adapters are not known to have started from the same initial weights (lineage: {lineages}), so that "
+            'the same number means something else in each. Use combination_type="cat", which adds up what they do, '
+            "or force=True."
+        )
     if combination_type == "linear" and abs(sum(weights) - 1) > 1e-6:
         raise ValueError(
             f"The weights {list(weights)} add up to {sum(weights):g}, but must to 1: they average. To scale what the "
@@ -94,25 +103,20 @@ def combine(
             merged = dare_linear(stacked, scales, cast(float, density))
         combined[key] = merged.to(first.dtype)
     config = _derived(adapters[0][0], branches=adapters[0][0].branches)
-    lineages = {config.lineage for config, _ in adapters}
-    config.lineage = lineages.pop() if len(lineages) == 1 else None
+    config.lineage = lineages[0] if len(set(lineages)) == 1 else None
     return config, combined
 
 
-def _check_alike(configs: Sequence[PVMConfig], force: bool) -> None:
+def check_alike(configs: Sequence[PVMConfig]) -> None:
+    """See that a weight of one adapter stands where it stands in the others.
+
+    Raises:
+        ValueError: They differ in a field that decides it.
+    """
     for field in (*BRANCH_FIELDS, "branches"):
         values = [getattr(config, field) for config in configs]
         if any(value != values[0] for value in values):
-            raise ValueError(
-                f'The adapters differ in {field}: {values}. Only combination_type="cat" takes such together.'
-            )
-    lineages = [config.lineage for config in configs]
-    if not force and (None in lineages or len(set(lineages)) > 1):
-        raise ValueError(
-            f"The adapters are not known to have started from the same initial weights (lineage: {lineages}), so that "
-            'the same number means something else in each. Use combination_type="cat", which adds up what they do, '
-            "or force=True."
-        )
+            raise ValueError(f"The adapters differ in {field}: {values}.")
 
 
 def _side_by_side(

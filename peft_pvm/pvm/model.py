@@ -13,10 +13,10 @@ from torch import nn
 
 from ..context import BASE, CONTEXT, names_by_row
 from ..tap import this_thread
-from ..tuner import PEFT_PREFIX, VisualTuner, name_is_taken
+from ..tuner import VisualTuner, name_is_taken
 from .config import PVMConfig
-from .layer import PVMLayer
-from .merging import CombinationType, Tensors, combine, lineage_of
+from .layer import PVMLayer, own_tensors
+from .merging import CombinationType, combine, lineage_of
 from .shape import BranchShape
 
 
@@ -135,13 +135,13 @@ class PVMModel(VisualTuner):
             raise ValueError(f"The model has no PVM adapters {unknown}; it has {sorted(known)}.")
         if adapter_name in self.peft_config:
             raise name_is_taken(adapter_name)
-        sources = [(self.peft_config[name], self._tensors_of(name)) for name in adapters]
+        sources = [(self.peft_config[name], own_tensors(self.model, name)) for name in adapters]
         config, tensors = combine(sources, weights, combination_type, density, majority_sign_method, force)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         self.peft_config[adapter_name].lineage = config.lineage
         with torch.no_grad():
-            for key, own in self._tensors_of(adapter_name).items():
+            for key, own in own_tensors(self.model, adapter_name).items():
                 own.copy_(tensors[key])
         self.set_requires_grad(adapter_name, requires_grad=False)
 
@@ -149,22 +149,10 @@ class PVMModel(VisualTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if _starts_fresh(config):
-            config.lineage = lineage_of(self._tensors_of(adapter_name))
+            config.lineage = lineage_of(own_tensors(self.model, adapter_name))
 
     def _adapter_names(self) -> set[str]:
         return {name for layer in self._tuner_layers() for name in layer._all_available_adapter_names()}
-
-    def _tensors_of(self, adapter_name: str) -> Tensors:
-        """An adapter's own tensors, by their keys in its file."""
-        found = {}
-        for name, layer in self.model.named_modules():
-            if not isinstance(layer, PVMLayer):
-                continue
-            for key, tensor in layer.state_dict().items():
-                weight, owner, rest = key.split(".", 2)
-                if owner == adapter_name:
-                    found[f"{PEFT_PREFIX}{name}.{weight}.{rest}"] = tensor
-        return found
 
     def resolve(self, config: PVMConfig) -> PVMConfig:
         vlm = self.vlm
