@@ -1,5 +1,6 @@
 """Adapters that keep vision-language models looking at the image. Importing registers their types with PEFT."""
 
+from .checkpoints import convert_reference_checkpoint, export_reference_checkpoint
 from .dipe import DIPEConfig, DIPEModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .registry import extend_peft, register
@@ -16,6 +17,8 @@ __all__ = [
     "TDRSConfig",
     "TDRSModel",
     "attached",
+    "convert_reference_checkpoint",
+    "export_reference_checkpoint",
     "hotswap_adapter",
 ]
 

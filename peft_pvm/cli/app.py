@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .adapters import card, convert, export_reference, inspect, merge
 from .lab import app as lab
 from .probe import probe
 
@@ -16,5 +17,6 @@ def describe() -> None:
     """Adapters that keep vision-language models looking at the image."""
 
 
-app.command()(probe)
+for command in (probe, inspect, merge, convert, export_reference, card):
+    app.command()(command)
 app.add_typer(lab, name="lab")

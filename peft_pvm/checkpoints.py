@@ -1,0 +1,269 @@
+"""Checkpoints of the authors' own PVM code, to adapters and back.
+
+Theirs hold the whole model, with the branch's weights under `model.language_model.layers.N.pvm_block.` and two fields
+in the text config, `pvm_hidden_size` and `pvm_layers`. They are read shard by shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from .pvm import PVMConfig
+from .pvm.branch import fresh_weights
+from .pvm.files import read_adapter, write_adapter
+from .pvm.merging import Tensors
+from .pvm.shape import BranchShape
+
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PVM_SHARD = "model-pvm.safetensors"
+FIELDS = ("pvm_hidden_size", "pvm_layers")
+AUTHORS_NAMES = {
+    "gate": "gate_alpha",
+    "text_reducer": "text_reducer.weight",
+    "vision_reducer": "vision_reducer.weight",
+    "output_expander": "output_expander.weight",
+    "input_norm": "input_norm.weight",
+    "post_attn_norm": "post_attn_norm.weight",
+    **{name: f"cross_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
+    **{name: f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+AUTHORS_KEY = re.compile(r"(?P<layer>model\.language_model\.layers\.(?P<layer_idx>\d+))\.pvm_block\.(?P<name>.+)")
+OUR_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.pvm\.pvm_(?P<name>\w+)\.weight")
+
+
+def convert_reference_checkpoint(
+    source: str | os.PathLike, output_dir: str | os.PathLike, base_dir: str | os.PathLike | None = None
+) -> Path:
+    """Make an adapter of a checkpoint of the authors' PVM code.
+
+    The adapter has `memory_visibility="sample"`, which is theirs; its tensors keep their dtype. A checkpoint of their
+    second stage, in which the language model was trained along with PVM, needs its own base: `base_dir` writes it.
+
+    Args:
+        source: Folder or Hub id of the checkpoint, sharded or not.
+        output_dir: Folder for the adapter.
+        base_dir: Folder for the model without the branch; `None`: not written.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        FileNotFoundError: There is no safetensors checkpoint.
+        ValueError: It holds no PVM branch, or not one as its config says.
+    """
+    folder = _local(source)
+    content = _config_of(folder)
+    text = content["text_config"]
+    if missing := [name for name in FIELDS if name not in text]:
+        raise ValueError(f"The text_config of {source} has no {', '.join(missing)}: it is no checkpoint of PVM.")
+    config = PVMConfig(r=text["pvm_hidden_size"], layers_to_transform=text["pvm_layers"], memory_visibility="sample")
+    config.base_model_name_or_path = str(content.get("_name_or_path") or "") or None
+    tensors: Tensors = {}
+    stray = []
+    for shard in _shards(folder):
+        with _opened(shard) as file:
+            for key in file.keys():  # noqa: SIM118
+                if ".pvm_block." not in key:
+                    continue
+                match = AUTHORS_KEY.fullmatch(key)
+                names = [name for name, theirs in AUTHORS_NAMES.items() if match and theirs == match["name"]]
+                if match is None or not names:
+                    stray.append(key)
+                else:
+                    tensors[f"base_model.model.{match['layer']}.pvm.pvm_{names[0]}.weight"] = file.get_tensor(key)
+    config.mlp_ratio = _mlp_ratio(tensors, config.r, text)
+    _check_shapes(source, tensors, stray, config, content)
+    if base_dir is not None:
+        _write_base(folder, Path(base_dir), content)
+    return write_adapter(output_dir, config, tensors)
+
+
+def export_reference_checkpoint(
+    adapter: str | os.PathLike, base: str | os.PathLike, output_dir: str | os.PathLike
+) -> Path:
+    """Make a checkpoint for the authors' PVM code of an adapter and its base model.
+
+    Args:
+        adapter: Folder or Hub id of the adapter.
+        base: Folder or Hub id of the base model.
+        output_dir: Folder for the checkpoint: the base's shards as they are, one more for the branch.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        FileNotFoundError: The base has no safetensors checkpoint.
+        ValueError: Not a PVM adapter, one that their code does not know, or one that does not fit the base.
+    """
+    config, tensors = read_adapter(adapter)
+    other = {
+        "branches": config.branches is not None,
+        "memory_source": config.memory_source != "embeddings",
+        "modules_to_save": bool(config.modules_to_save),
+    }
+    if any(other.values()):
+        raise ValueError(f"The authors' code knows nothing like the adapter's {[k for k in other if other[k]]}.")
+    folder, out = _local(base), Path(output_dir)
+    content = _config_of(folder)
+    if config.mlp_ratio is not None and _mlp_ratio(tensors, config.r, content["text_config"]) is not None:
+        raise ValueError(
+            f"The authors' code takes the base's ratio, not the adapter's mlp_ratio of {config.mlp_ratio}."
+        )
+    _check_shapes(adapter, tensors, [], config, content)
+    out.mkdir(parents=True, exist_ok=True)
+    _copy_other_files(folder, out)
+    content["text_config"].update(pvm_hidden_size=config.r, pvm_layers=config.layer_indices)
+    _write_json(out / "config.json", content)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in _shards(folder):
+        name = "model-00001-of-00002.safetensors" if shard.name == SINGLE else shard.name
+        shutil.copyfile(shard, out / name)
+        with _opened(shard) as file:
+            weight_map.update(dict.fromkeys(file.keys(), name))
+        total += _tensor_bytes(shard)
+    branch = {}
+    for key, tensor in tensors.items():
+        match = OUR_KEY.fullmatch(key)
+        assert match is not None  # _check_shapes has seen them all
+        branch[f"{match['layer']}.pvm_block.{AUTHORS_NAMES[match['name']]}"] = tensor.contiguous()
+    save_file(branch, out / PVM_SHARD, metadata={"format": "pt"})
+    weight_map.update(dict.fromkeys(branch, PVM_SHARD))
+    total += _tensor_bytes(out / PVM_SHARD)
+    _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return out
+
+
+def _local(source: str | os.PathLike) -> Path:
+    if os.path.isdir(source):
+        return Path(source)
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    return Path(snapshot_download(os.fspath(source), allow_patterns=patterns))
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}.")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("text_config"), dict):
+        raise ValueError(f"{path} has no text_config: it is not that of a vision-language model.")
+    return content
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if wrong := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names {wrong}, which lead out of the folder.")
+    else:
+        names = [SINGLE]
+    shards = [folder / name for name in names]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise FileNotFoundError(
+            f"There is no {', '.join(missing)} in {folder}. Checkpoints are read from safetensors files only."
+        )
+    return shards
+
+
+def _opened(shard: Path) -> Any:
+    try:
+        return safe_open(shard, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{shard} is damaged or not a safetensors file: {error}") from error
+
+
+def _tensor_bytes(shard: Path) -> int:
+    with open(shard, "rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    return shard.stat().st_size - header
+
+
+def _mlp_ratio(tensors: Tensors, r: int, text: dict[str, Any]) -> float | None:
+    """The ratio of the branch's MLP, where it is not the base's."""
+    widths = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(".pvm_up_proj.weight")}
+    base_ratio = text["intermediate_size"] / text["hidden_size"]
+    return None if len(widths) != 1 or widths == {int(r * base_ratio)} else widths.pop() / r
+
+
+def _check_shapes(
+    source: str | os.PathLike, tensors: Tensors, stray: list[str], config: PVMConfig, content: dict[str, Any]
+) -> None:
+    text_config = _text_config(content)
+    with torch.device("meta"):
+        fresh = fresh_weights(config, BranchShape.of(config, text_config))
+    shapes = {f"pvm_{name}.weight": tuple(module.weight.shape) for name, module in fresh.items()}  # type: ignore[arg-type]
+    problems = [f"{key} is none of the branch's weights" for key in stray]
+    if max(config.layer_indices) >= text_config.num_hidden_layers:
+        problems.append(f"layers {config.layer_indices} are named, but there are only {text_config.num_hidden_layers}")
+    found = {}
+    for key, tensor in tensors.items():
+        layer, _, name = key.rpartition(".pvm.")
+        found[int(layer.rpartition(".")[2]), name] = tuple(tensor.shape)
+    needed = {(layer_idx, name): shape for layer_idx in config.layer_indices for name, shape in shapes.items()}
+    for (layer_idx, name), shape in needed.items():
+        if found.get((layer_idx, name)) != shape:
+            had = found.get((layer_idx, name), "missing")
+            problems.append(f"{name} of layer {layer_idx} is {had}, but must be of shape {shape}")
+    problems += [f"layer {layer_idx} has {name}, but no branch" for layer_idx, name in found.keys() - needed.keys()]
+    if problems:
+        raise ValueError(f"{source} does not hold the PVM branch that it speaks of: {'; '.join(problems[:10])}")
+
+
+def _text_config(content: dict[str, Any]) -> Any:
+    plain = {name: value for name, value in content["text_config"].items() if name not in FIELDS}
+    return AutoConfig.for_model(content["model_type"], **{**_without(content), "text_config": plain}).get_text_config()
+
+
+def _without(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in ("model_type", "text_config")}
+
+
+def _write_base(folder: Path, out: Path, content: dict[str, Any]) -> None:
+    """The model without the branch, one shard after the other."""
+    out.mkdir(parents=True, exist_ok=True)
+    _copy_other_files(folder, out)
+    text = {name: value for name, value in content["text_config"].items() if name not in FIELDS}
+    _write_json(out / "config.json", {**content, "text_config": text})
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in _shards(folder):
+        with _opened(shard) as file:
+            kept = {key: file.get_tensor(key) for key in file.keys() if ".pvm_block." not in key}  # noqa: SIM118
+        if not kept:
+            continue
+        save_file(kept, out / shard.name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(kept, shard.name))
+        total += _tensor_bytes(out / shard.name)
+    if set(weight_map.values()) != {SINGLE}:
+        _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _copy_other_files(folder: Path, out: Path) -> None:
+    """What belongs to a model beside its weights: tokenizer, processor, templates. No code."""
+    for path in _other_files(folder):
+        shutil.copyfile(path, out / path.name)
+
+
+def _other_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".txt", ".jinja") and path.name not in ("config.json", INDEX):
+            yield path
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,131 @@
+"""`peft-pvm inspect`, `merge`, `convert`, `export-reference`, `card`: adapters as files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from peft import PeftConfig
+from rich.console import Console
+from rich.table import Table
+
+from ..cards import write_card
+from ..checkpoints import convert_reference_checkpoint, export_reference_checkpoint
+from ..inspection import Inspection, inspect_adapter
+from ..pvm.files import merge_adapters
+from ..pvm.merging import CombinationType
+from ..tuner import VisualConfig
+
+
+Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")]
+
+
+def inspect(
+    adapter: Adapter,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a base model: does the adapter fit it?")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what an adapter is: method, sizes, layers, gates, lineage, and whether it fits a base model."""
+    with _refusals():
+        found = inspect_adapter(adapter, base)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        Console().print(_table(adapter, found))
+    if found.misfit is not None:
+        raise typer.Exit(1)
+
+
+def merge(
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids of PVM adapters.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new adapter.")],
+    weights: Annotated[
+        str, typer.Option(help="One for each, with commas: 0.7,0.3. By default equal, adding up to 1.")
+    ] = "",
+    combination_type: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(CombinationType))}.")] = "linear",
+    density: Annotated[float | None, typer.Option(help="Of ties and dare_linear: the share that is kept.")] = None,
+    force: Annotated[bool, typer.Option(help="Average adapters that are not known to be of one lineage.")] = False,
+) -> None:
+    """Make one PVM adapter of several, without a base model."""
+    try:
+        numbers = [float(number) for number in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
+    except ValueError:
+        raise typer.BadParameter(f"{weights!r} are not numbers with commas between.", param_hint="--weights") from None
+    with _refusals():
+        options = {"combination_type": combination_type, "density": density, "force": force}
+        typer.echo(merge_adapters(adapters, numbers, out, **options))
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint of the authors' PVM code.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the adapter.")],
+    with_base: Annotated[Path | None, typer.Option(help="Folder for the model without the branch.")] = None,
+) -> None:
+    """Make an adapter of a checkpoint of the authors' PVM code."""
+    with _refusals():
+        typer.echo(convert_reference_checkpoint(source, out, with_base))
+    if with_base is None:
+        note = (
+            "The checkpoint also holds the base model. If it was trained along (the paper's second stage), the "
+            "adapter belongs on that, not on the published base: --with-base FOLDER writes it."
+        )
+        typer.echo(note, err=True)
+
+
+def export_reference(
+    adapter: Adapter,
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")],
+) -> None:
+    """Make a checkpoint for the authors' PVM code of an adapter and its base model."""
+    with _refusals():
+        typer.echo(export_reference_checkpoint(adapter, base, out))
+
+
+def card(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
+    """Write an adapter's model card again, with what its results.json holds."""
+    with _refusals():
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, VisualConfig):
+            raise ValueError(f"{folder} is an adapter of type {config.peft_type}, not of peft_pvm.")
+        write_card(config, folder)
+    typer.echo(folder / "README.md")
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Errors that the user can do something about, without a traceback."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _table(adapter: str, found: Inspection) -> Table:
+    config = found.config
+    rows = {
+        "method": found.method,
+        "parameters": f"{found.parameters:,} ({found.num_bytes / 2**20:.2f} MiB, {', '.join(found.dtypes) or 'none'})",
+        "layers": config.get("layers_to_transform", "all"),
+        "trained on": config.get("base_model_name_or_path", "not said"),
+    }
+    if found.gates:
+        rows["r"] = config["r"]
+        rows["memory"] = f"{config['memory_source']}, {config['memory_visibility']}"
+        rows["lineage"] = config.get("lineage", "not known")
+    for number, by_layer in enumerate(found.gates):
+        title = "gates" if len(found.gates) == 1 else f"gates of branch {number}"
+        rows[title] = ", ".join(f"layer {layer_idx}: {gate:.4g}" for layer_idx, gate in by_layer.items())
+    if found.base is not None:
+        rows[f"fits {found.base}"] = "yes" if found.misfit is None else f"no: {found.misfit}"
+    table = Table(title=adapter, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table

@@ -1,0 +1,149 @@
+"""peft-pvm inspect, merge, convert, export-reference and card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import give_weight
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny_vlms import FAMILIES
+from typer.testing import CliRunner
+
+from peft_pvm import DIPEConfig, PVMConfig
+from peft_pvm.cli.app import app
+from peft_pvm.inspection import inspect_adapter
+
+
+def run(*arguments: object, fails: bool = False) -> str:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, arguments)))
+    assert result.exit_code == fails, result.output
+    return result.output
+
+
+def save(folder: Path, seed: int = 0, **fields) -> Path:
+    torch.manual_seed(0)
+    model = get_peft_model(FAMILIES["llava"].build(), PVMConfig(**{"r": 32, "layers_to_transform": [0, 2], **fields}))
+    give_weight(model, seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def bases(tmp_path: Path) -> dict[str, Path]:
+    for name in ("llava", "gemma3"):
+        FAMILIES[name].build().save_pretrained(tmp_path / name)
+    return {name: tmp_path / name for name in ("llava", "gemma3")}
+
+
+def test_inspect(tmp_path: Path):
+    adapter = save(tmp_path / "a")
+    output = run("inspect", adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    gate = tensors["base_model.model.model.language_model.layers.2.pvm.pvm_gate.weight"].item()
+    assert f"{sum(tensor.numel() for tensor in tensors.values()):,}" in output
+    assert f"layer 2: {gate:.4g}" in output
+    assert json.loads((adapter / "adapter_config.json").read_text())["lineage"] in output
+    found = json.loads(run("inspect", adapter, "--json"))
+    assert found == json.loads(json.dumps(inspect_adapter(adapter).to_dict()))
+    assert (found["method"], found["config"]["layers_to_transform"], found["dtypes"]) == ("pvm", [0, 2], ["float32"])
+
+
+def test_inspect_tells_whether_a_base_fits(tmp_path: Path, bases: dict[str, Path]):
+    adapter = save(tmp_path / "a")
+    assert "yes" in run("inspect", adapter, "--base", bases["llava"])
+    wide = save(tmp_path / "wide", layers_to_transform=[0])
+    (wide / "adapter_config.json").write_text(
+        json.dumps({**json.loads((wide / "adapter_config.json").read_text()), "layers_to_transform": [1]})
+    )
+    assert "lacks" in run("inspect", wide, "--base", bases["llava"], fails=True)
+    narrow = save(tmp_path / "narrow", mlp_ratio=1.0)
+    (narrow / "adapter_config.json").write_text(
+        json.dumps({**json.loads((narrow / "adapter_config.json").read_text()), "mlp_ratio": 2.0})
+    )
+    output = run("inspect", narrow, "--base", bases["llava"], fails=True)
+    assert "this model needs" in output
+    assert json.loads(run("inspect", narrow, "--base", bases["gemma3"], "--json", fails=True))["misfit"]
+
+
+def test_inspect_adapters_of_other_kinds(tmp_path: Path, bases: dict[str, Path]):
+    get_peft_model(FAMILIES["llava"].build(), DIPEConfig(layers_to_transform=[1])).save_pretrained(tmp_path / "dipe")
+    assert "dipe" in run("inspect", tmp_path / "dipe", "--base", bases["llava"])
+    lora = get_peft_model(FAMILIES["llava"].build(), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    assert "not of peft_pvm" in run("inspect", tmp_path / "lora", fails=True)
+    assert "Can't find 'adapter_config.json'" in run("inspect", tmp_path, fails=True)
+
+
+def test_merge(tmp_path: Path):
+    one, two = save(tmp_path / "one", 1), save(tmp_path / "two", 2)
+    run("merge", one, two, "--weights", "0.25,0.75", "--out", tmp_path / "mean")
+    a, b, mean = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two", "mean"))
+    for key, tensor in mean.items():
+        torch.testing.assert_close(tensor, 0.25 * a[key] + 0.75 * b[key])
+    run("merge", one, two, "--combination-type", "cat", "--out", tmp_path / "both")
+    output = run("inspect", tmp_path / "both")
+    assert "gates of branch 1" in output
+    assert "| `branches` |" in (tmp_path / "both" / "README.md").read_text()
+
+
+def test_merge_gives_what_the_model_gives(tmp_path: Path):
+    """And the file loads on a model, where it computes what the adapter that was made there computes."""
+    model = get_peft_model(FAMILIES["llava"].build(), PVMConfig(r=32, layers_to_transform=[0]), "a")
+    model.add_adapter("b", PVMConfig(r=16, layers_to_transform=[0, 1]))
+    give_weight(model)
+    model.add_weighted_adapter(["a", "b"], [0.5, 2.0], "sum", "cat")
+    model.save_pretrained(tmp_path)
+    run(
+        "merge",
+        tmp_path / "a",
+        tmp_path / "b",
+        "--weights",
+        "0.5,2",
+        "--combination-type",
+        "cat",
+        "--out",
+        tmp_path / "c",
+    )
+    ours, models = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("c", "sum"))
+    assert ours.keys() == models.keys()
+    assert all(torch.equal(ours[key], models[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--weights", "0.5,0.6"), "add up to 1.1"),
+        (("--weights", "0.5"), "2 adapters and 1 weights"),
+        (("--combination-type", "svd"), "combination_type is 'svd'"),
+    ],
+)
+def test_what_cannot_be_merged(tmp_path: Path, options: tuple[str, ...], message: str):
+    one, two = save(tmp_path / "one", 1), save(tmp_path / "two", 2)
+    assert message in run("merge", one, two, *options, "--out", tmp_path / "out", fails=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_card(tmp_path: Path):
+    adapter = save(tmp_path / "a")
+    (adapter / "results.json").write_text(json.dumps([{"dataset": "POPE", "metric": "F1", "value": 0.8}]))
+    run("card", adapter)
+    assert "| POPE | F1 |  | 0.8 |" in (adapter / "README.md").read_text()
+
+
+def test_convert_and_export(tmp_path: Path, bases: dict[str, Path]):
+    FAMILIES["qwen3_vl"].build().save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    config = PVMConfig(r=32, layers_to_transform=[0, 2], memory_visibility="sample")
+    get_peft_model(FAMILIES["qwen3_vl"].build(), config).save_pretrained(tmp_path / "ours")
+    run("export-reference", tmp_path / "ours", tmp_path / "base", tmp_path / "theirs")
+    assert "--with-base" in run("convert", tmp_path / "theirs", tmp_path / "back")
+    assert "--with-base" not in run(
+        "convert", tmp_path / "theirs", tmp_path / "back", "--with-base", tmp_path / "bare"
+    )
+    ours, back = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "back"))
+    assert all(torch.equal(ours[key], back[key]) for key in ours.keys() | back)
+    assert "no checkpoint of PVM" in run("convert", tmp_path / "base", tmp_path / "x", fails=True)
