@@ -98,6 +98,7 @@ class VisualContext:
         self.adapter_names: list[str] | None = None
         self.refusal: Exception | None = None
         self._derived: dict[Any, Any] = {}
+        self._moved: list[VisualContext] = []
 
     def read(self, inputs_embeds: torch.Tensor, memory: VisualMemory, past_length: int | torch.Tensor) -> None:
         """Take in the text model's inputs: extends `memory` by this forward's visual tokens.
@@ -144,6 +145,8 @@ class VisualContext:
             self.memory = replace(self.memory, position_ids=positions)
         elif self.memory.position_ids is not None:
             self.memory = replace(self.memory, position_ids=None)
+        for moved in self._moved:  # of a text model that was moved as a whole, before it asked for positions
+            moved._take_positions(self)
 
     def noted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` and `anchors`.
@@ -193,17 +196,28 @@ class VisualContext:
             raise self.refusal
 
     def to(self, device, *args, **kwargs) -> VisualContext:
-        """The context on another device (accelerate moves the keyword arguments of a dispatched model's layers)."""
+        """The context on another device (accelerate moves the keyword arguments of a dispatched model's modules)."""
         device = torch.device(device)
+        if device == self.device:
+            return self
         moved = VisualContext(self.visual_mask)
         moved.__dict__.update(self.__dict__)
         moved.device = device
         moved._derived = {}
-        moved.memory = self.memory.to(device)
-        for name in ("visual_mask", "visual_positions", "past_length", "position_ids", "anchors"):
+        moved._moved = []
+        for name in ("visual_mask", "visual_positions", "past_length"):
             value = getattr(self, name)
             setattr(moved, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+        moved._take_positions(self)
+        self._moved.append(moved)
         return moved
+
+    def _take_positions(self, other: VisualContext) -> None:
+        """Have what another context of this forward knows by now of positions, on this device."""
+        self.memory = other.memory.to(self.device)
+        for name in ("position_ids", "anchors"):
+            value = getattr(other, name)
+            setattr(self, name, None if value is None else value.to(self.device))
 
     def tail(self, length: int) -> VisualContext:
         """The context of the last `length` tokens alone. Some models leave the others out of their last layers.
