@@ -18,9 +18,9 @@ LARGEST_ERROR = 0.1  # of an exponent that is to be told from another
 LATE = 16  # rounds of transcription
 # Where PVM is compared with its controls, each under the recipe that is better for it: hidden- and plain- with this.
 TRAININGS = {
-    "1024": "text of up to 1,024 bytes in training",
-    "1024-long": "such text, mostly long, and twice the steps in training",
-    "256": "text of up to 256 bytes in training",
+    "1024": "trained with text of up to 1,024 bytes",
+    "1024-long": "trained twice as long, mostly with long text of up to 1,024 bytes",
+    "256": "trained with text of up to 256 bytes",
 }
 SHORTEST_FADING = 64  # bytes: below, the question and the mosaic are as long as the text
 HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "cannot be told here"

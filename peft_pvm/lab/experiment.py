@@ -34,7 +34,7 @@ MAIN_RECIPE = next(iter(RECIPES))
 # Every method is trained under the main recipe; under the others PVM or its controls, where it tells something.
 UNDER_OTHERS = {
     "plain-1024": ("lora", "mlp", "pvm"),
-    "hidden-1024-long": ("pvm",),
+    "hidden-1024-long": ("pvm", "pvm+dipe"),
     "plain-1024-long": ("lora",),
     "hidden-256": ("pvm",),
     "plain-256": ("lora", "mlp"),

@@ -91,7 +91,7 @@ def test_claims_follow_the_numbers(folder):
     fading = found["Attention to the image decays as O(1/t) (PVM, theorem 3.1)"]
     assert fading.verdict == HOLDS
     assert "a = 1.00" in fading.numbers
-    assert found["The gain grows with length, text of up to 1,024 bytes in training (PVM)"].verdict == UNCLEAR
+    assert found["The gain grows with length, trained with text of up to 1,024 bytes (PVM)"].verdict == UNCLEAR
 
 
 @pytest.mark.parametrize(
