@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/$(PYTEST)
 
-# The oldest transformers and peft that are supported.
+# The oldest transformers and peft that are supported; and bitsandbytes, which greets every import of PEFT with a warning.
 test-oldest: $(VENV_OLDEST)/.installed
 	$(VENV_OLDEST)/bin/$(PYTEST) tests --ignore tests/lab
 
@@ -38,5 +38,5 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 
 $(VENV_OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 	test -d $(VENV_OLDEST) || $(PYTHON) -m venv $(VENV_OLDEST)
-	$(VENV_OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[test]'
+	$(VENV_OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[test,quantised]'
 	touch $@

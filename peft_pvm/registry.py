@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -13,8 +14,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, PeftType, register_peft_method
 from transformers import PreTrainedModel
+from transformers.utils import PushToHubMixin
 
 from .adapter_file import written_whole
+from .cards import write_card
 
 
 EXTENDED = "peft_pvm_was_here"
@@ -57,6 +60,7 @@ def extend_peft() -> None:
       subclass's own `from_pretrained` would not be asked.
     - What is no adapter's configuration is refused with its name and the reason.
     - A model with our adapters is saved by way of `written_whole`.
+    - `push_to_hub` does not put an empty card in the place of ours.
     """
     original = PeftConfigMixin.__dict__["from_pretrained"].__func__
     if hasattr(original, EXTENDED):
@@ -68,6 +72,7 @@ def extend_peft() -> None:
     PeftConfigMixin._get_peft_type = classmethod(type_of)  # type: ignore[method-assign, assignment]
     for cls in (PeftModel, PreTrainedModel):
         cls.save_pretrained = _saving_whole(cls.save_pretrained)  # type: ignore[method-assign]
+    PushToHubMixin._upload_modified_files = _with_cards(PushToHubMixin._upload_modified_files)
 
 
 def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,3 +114,15 @@ def _saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, str(folder), *args, **kwargs)
 
     return save_pretrained
+
+
+def _with_cards(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        for file in Path(working_dir).rglob(CONFIG_NAME):
+            config = PeftConfig.from_pretrained(str(file.parent))
+            if hasattr(config, "set_source"):
+                write_card(config, file.parent)
+        return original(self, working_dir, *args, **kwargs)
+
+    return _upload_modified_files

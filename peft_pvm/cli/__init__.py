@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from importlib.util import find_spec
 
@@ -15,8 +14,6 @@ def main() -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         sys.exit(f"peft-pvm needs {', '.join(missing)}, which the extra brings: pip install 'peft-pvm[lab]'")
-    # PEFT imports it where it is installed, and it warns of kernels that nobody here has asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .app import app
 
     app()

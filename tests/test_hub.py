@@ -1,0 +1,138 @@
+"""Sharing through a Hub: huggingface_hub's own client against a server on loopback, in a process of its own.
+
+The client reads HF_ENDPOINT when it is imported, and the other tests run with the network switched off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import Hub, serve
+
+
+PRELUDE = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch
+import conftest
+from conftest import METHODS, give_weight, logits
+from peft import PeftModel, get_peft_model
+from tiny_vlms import FAMILIES
+from peft_pvm import DIPEConfig, PVMConfig, hotswap_adapter
+from peft_pvm.inspection import inspect_adapter
+
+family = FAMILIES["llava"]
+inputs = family.inputs(family.build(), "t4 i t3 i t6", "t7 i t5")
+def attached(seed, **fields):
+    torch.manual_seed(0)
+    model = get_peft_model(family.build(), PVMConfig(**{{"r": 32, **fields}})).eval()
+    give_weight(model, seed)
+    return model
+def same(model, other):
+    return torch.equal(logits(model, inputs), logits(other, inputs))
+"""
+
+
+@pytest.fixture
+def hub():
+    server, hub = serve()
+    yield server, hub
+    server.shutdown()
+
+
+def run(hub: tuple, tmp_path: Path, script: str) -> dict:
+    server, _ = hub
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_TOKEN": "hf_token",
+        "HF_HUB_DISABLE_XET": "1",  # another protocol, to other servers
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    source = PRELUDE.format(tests=str(Path(__file__).parent)) + script
+    process = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def test_there_and_back(hub: tuple[object, Hub], tmp_path: Path):
+    found = run(
+        hub,
+        tmp_path,
+        """
+model = attached(1)
+model.push_to_hub("someone/pvm")
+loaded = PeftModel.from_pretrained(family.build(), "someone/pvm")
+base = family.build()
+base.load_adapter("someone/pvm", adapter_name="other")
+base.push_to_hub("someone/again")  # by transformers
+again = PeftModel.from_pretrained(family.build(), "someone/again")
+swapped = attached(2)
+hotswap_adapter(swapped, "someone/pvm", "default")
+print(json.dumps([same(loaded, model), same(base.eval(), model), same(swapped, model), same(attached(2), model),
+                  same(again, model), inspect_adapter("someone/pvm").method]))
+""",
+    )
+    assert found == [True, True, True, False, True, "pvm"]
+    _, held = hub
+    for repo in ("someone/pvm", "someone/again"):
+        _, files = held.files(repo, "main")
+        own = set(files) - {"generation_config.json"}  # of the base: transformers saves it along
+        assert own == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+        assert b"pipeline_tag: image-text-to-text" in files["README.md"]
+        assert b"# PVM: Persistent Visual Memory" in files["README.md"]
+    assert any(request.startswith("PUT /lfs/") for request in held.requests), "weights go up as large files"
+
+
+def test_revisions_and_subfolders(hub: tuple[object, Hub], tmp_path: Path):
+    found = run(
+        hub,
+        tmp_path,
+        """
+from huggingface_hub import HfApi
+first, second = attached(1), attached(2, layers_to_transform=[0])
+commit = first.push_to_hub("someone/pvm")
+HfApi().create_branch("someone/pvm", branch="later")
+second.push_to_hub("someone/pvm", revision="later")
+second.save_pretrained(sys.argv[0] + "-folder" if False else "{folder}")
+HfApi().upload_folder(repo_id="someone/pvm", folder_path="{folder}", path_in_repo="inner/second")
+load = lambda **kwargs: PeftModel.from_pretrained(family.build(), "someone/pvm", **kwargs)
+print(json.dumps([
+    same(load(), first), same(load(revision="main"), first), same(load(revision=commit.oid), first),
+    same(load(revision="later"), second), same(load(subfolder="inner/second"), second),
+    inspect_adapter("someone/pvm", revision="later").config["layers_to_transform"],
+]))
+""".replace("{folder}", str(tmp_path / "saved")).replace('sys.argv[0] + "-folder" if False else ', ""),
+    )
+    assert found == [True, True, True, True, True, [0]]
+
+
+def test_what_is_not_there_is_said_to_be_missing(hub: tuple[object, Hub], tmp_path: Path):
+    found = run(
+        hub,
+        tmp_path,
+        """
+get_peft_model(family.build(), DIPEConfig()).push_to_hub("someone/dipe")
+messages = []
+missing = (("someone/nothing", {}), ("someone/dipe", {"revision": "none"}), ("someone/dipe", {"subfolder": "x"}))
+for name, options in missing:
+    try:
+        PeftModel.from_pretrained(family.build(), name, **options)
+    except ValueError as error:
+        messages.append(str(error))
+model = PeftModel.from_pretrained(family.build(), "someone/dipe")
+print(json.dumps([messages, model.peft_config["default"].method]))
+""",
+    )
+    messages, method = found
+    assert method == "dipe"
+    assert len(messages) == 3
+    assert all("Can't find 'adapter_config.json'" in message for message in messages)
