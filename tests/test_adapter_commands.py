@@ -11,11 +11,17 @@ from conftest import give_weight
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_vlms import FAMILIES
-from typer.testing import CliRunner
 
 from peft_pvm import DIPEConfig, PVMConfig
-from peft_pvm.cli.app import app
 from peft_pvm.inspection import inspect_adapter
+
+
+pytest.importorskip("typer", reason="the command line needs the extra `lab`")
+pytest.importorskip("matplotlib", reason="the command line needs the extra `lab`")
+
+from typer.testing import CliRunner
+
+from peft_pvm.cli.app import app
 
 
 def run(*arguments: object, fails: bool = False) -> str:

@@ -200,7 +200,7 @@ def test_a_method_may_be_new():
 def test_the_shipped_adapter_is_the_one_that_its_card_tells_of():
     shipped = REPOSITORY / "adapters" / "pvm-tiny-vlm"
     model = PeftModel.from_pretrained(load_tiny_vlm(), shipped)
-    result = Results(REPOSITORY / "results").only("pvm", MAIN_RECIPE, 0)
+    result = Results(REPOSITORY / "results").only("pvm", "hidden-1024-long", 0)
     for length in (0, 512):
         accuracy = recall(model, length)
         assert accuracy.value == pytest.approx(result.cell("one mosaic", length).mean, abs=0.01)
