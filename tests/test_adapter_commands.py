@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -131,6 +132,23 @@ def test_what_cannot_be_merged(tmp_path: Path, options: tuple[str, ...], message
     one, two = save(tmp_path / "one", 1), save(tmp_path / "two", 2)
     assert message in run("merge", one, two, *options, "--out", tmp_path / "out", fails=True)
     assert not (tmp_path / "out").exists()
+
+
+def of(config) -> torch.nn.Module:
+    return dataclasses.replace(FAMILIES["llava"], config=lambda: config).build()
+
+
+def test_adapters_of_different_bases_are_not_merged(tmp_path: Path):
+    one = save(tmp_path / "one")
+    config = FAMILIES["llava"].config()
+    config.text_config.hidden_size, config.text_config.head_dim = 128, 16
+    get_peft_model(of(config), PVMConfig(r=32, layers_to_transform=[0, 2])).save_pretrained(tmp_path / "wide")
+    for options in (("--combination-type", "cat"), ("--force",)):
+        output = run("merge", one, tmp_path / "wide", *options, "--out", tmp_path / "out", fails=True)
+        assert "of different widths, [64, 128]" in output
+    config.text_config.hidden_size, config.text_config.intermediate_size = 64, 192
+    get_peft_model(of(config), PVMConfig(r=32, layers_to_transform=[0, 2])).save_pretrained(tmp_path / "ffn")
+    assert "different shapes" in run("merge", one, tmp_path / "ffn", "--force", "--out", tmp_path / "out", fails=True)
 
 
 def test_card(tmp_path: Path):

@@ -70,6 +70,11 @@ def combine(
         others = config.modules_to_save or [key for key in tensors if not WEIGHT.search(key)]
         if others:
             raise ValueError(f"An adapter that also holds modules of the base ({others}) cannot be combined.")
+    widths = sorted(
+        {tensor.shape[1] for _, tensors in adapters for key, tensor in tensors.items() if ".pvm_text_reducer" in key}
+    )
+    if len(widths) > 1:
+        raise ValueError(f"The adapters are of base models of different widths, {widths}.")
     if combination_type == "cat":
         return _side_by_side(adapters, weights)
     configs = [config for config, _ in adapters]
@@ -94,6 +99,9 @@ def combine(
     scales = torch.tensor(list(weights), dtype=torch.float32)
     combined = {}
     for key, first in adapters[0][1].items():
+        shapes = {tuple(tensors[key].shape) for _, tensors in adapters}
+        if len(shapes) > 1:
+            raise ValueError(f"{key} has different shapes in the adapters, {sorted(shapes)}.")
         stacked = [tensors[key].float() for _, tensors in adapters]
         if combination_type == "linear" or first.dim() < 2:
             merged = torch.stack([weight / total * tensor for weight, tensor in zip(weights, stacked)]).sum(0)

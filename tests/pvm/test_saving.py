@@ -178,6 +178,39 @@ def test_lora_beside_pvm_saves_apart(tiny: TinyVLM, tmp_path: Path):
         assert torch.equal(logits(again, inputs), both)
     alone = tiny.build()
     alone.load_adapter(str(tmp_path / "lora"))
+    model.set_adapter("lora")
+    assert torch.equal(logits(alone, inputs), logits(model, inputs))
+
+
+def test_lora_and_pvm_trained_together_are_two_adapters(tiny: TinyVLM, tmp_path: Path):
+    """Each moves, each is saved by itself, and the LoRA works on the bare base as it does with PVM switched off."""
+    model = tiny.build()
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), adapter_name="lora")
+    model.add_adapter(PVMConfig(r=32), adapter_name="pvm")
+    model.set_adapter(["lora", "pvm"])
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    inputs = tiny.inputs(model, *ROWS)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    for _ in range(3):
+        loss = model.train()(**inputs).logits[..., 7].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(difference(parameter, start[name]) > 1e-4 for name, parameter in trained.items())
+    outputs = {}
+    for names in (["lora", "pvm"], ["lora"], ["pvm"]):
+        model.eval().set_adapter(names)
+        outputs[tuple(names)] = logits(model, inputs)
+        if len(names) == 1:
+            model.save_pretrained(tmp_path / names[0])
+    for names, expected in outputs.items():
+        again = tiny.build()
+        for name in names:
+            again.load_adapter(str(tmp_path / name), adapter_name=name)
+        again.set_adapter(list(names))
+        assert difference(logits(again, inputs), expected) == 0
+    assert difference(outputs["lora", "pvm"], outputs["lora",]) > 1e-3
 
 
 # ---- what must be refused
