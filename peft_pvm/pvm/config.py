@@ -11,6 +11,7 @@ from ..tuner import VisualConfig
 
 MEMORY_VISIBILITY = ("causal", "sample")
 MEMORY_SOURCE = ("embeddings", "hidden_states")
+WIDEST = 2**20  # what a branch can be; a file that asks for more is damaged
 BRANCH_FIELDS = ("r", "layers_to_transform", "memory_visibility", "memory_source", "mlp_ratio")
 
 
@@ -117,10 +118,10 @@ class PVMConfig(VisualConfig):
         super().__post_init__()
         if self.branches is not None:
             self._take_from_branches()
-        check(self, "r", is_int(self.r) and self.r > 0, "a positive integer")
+        check(self, "r", is_int(self.r) and 0 < self.r <= WIDEST, f"an integer from 1 to {WIDEST}")
         if self.layers_to_transform != "strided":
             self.layers_to_transform = layer_list(self, "'strided'")
-        check(self, "init_gate", is_number(self.init_gate), "a finite number")
+        check(self, "init_gate", is_number(self.init_gate) and abs(self.init_gate) < 1e30, "a number that fits fp32")
         check(self, "init_weights", isinstance(self.init_weights, bool), "True or False")
         modules = self.modules_to_save
         valid = modules is None or (isinstance(modules, (list, tuple)) and all(isinstance(m, str) for m in modules))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .config import PVMConfig
+from .config import WIDEST, PVMConfig
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class BranchShape:
         """The shape that `config` asks for on a base model with `text_config`.
 
         Raises:
-            ValueError: `config.r` is not a multiple of the head size, the MLP would have no width, or `text_config`
-                lacks what the sizes come from.
+            ValueError: `config.r` is not a multiple of the head size, the MLP would have no width or an absurd one, or
+                `text_config` lacks what the sizes come from.
         """
         base_heads = text_config.num_attention_heads
         head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // base_heads
@@ -59,9 +59,10 @@ class BranchShape:
             ratio = (
                 _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio") / text_config.hidden_size
             )
-        if int(config.r * ratio) < 1:
+        if not 1 <= int(config.r * ratio) <= WIDEST:
             raise ValueError(
-                f"PVMConfig.mlp_ratio is {ratio}, which leaves the branch's MLP no width at r={config.r}."
+                f"PVMConfig.mlp_ratio is {ratio}, which makes the branch's MLP {int(config.r * ratio)} wide at "
+                f"r={config.r}, but it must be 1 to {WIDEST} wide."
             )
         return cls(
             hidden_size=text_config.hidden_size,

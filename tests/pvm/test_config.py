@@ -16,7 +16,8 @@ from peft_pvm.pvm.shape import BranchShape
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        (dict(r=0), "PVMConfig.r is 0, but must be a positive integer"),
+        (dict(r=0), "PVMConfig.r is 0, but must be an integer from 1 to 1048576"),
+        (dict(r=2**40), "PVMConfig.r is 1099511627776, but must be an integer from 1 to 1048576"),
         (dict(r=51.2), "PVMConfig.r is 51.2"),
         (dict(r=True), "PVMConfig.r is True"),
         (dict(layers_to_transform="all"), "layers_to_transform is 'all', but must be 'strided' or a non-empty list"),
@@ -24,13 +25,14 @@ from peft_pvm.pvm.shape import BranchShape
         (dict(layers_to_transform=[-1]), r"layers_to_transform is \[-1\]"),
         (dict(layers_to_transform=[2, 2]), r"layers_to_transform is \[2, 2\], but must be a list without repetitions"),
         (dict(layers_to_transform=None), "layers_to_transform is None"),
-        (dict(init_gate="zero"), "init_gate is 'zero', but must be a finite number"),
+        (dict(init_gate="zero"), "init_gate is 'zero', but must be a number that fits fp32"),
         (dict(memory_visibility="all"), r"memory_visibility is 'all', but must be one of \('causal', 'sample'\)"),
         (
             dict(memory_source="pixels"),
             r"memory_source is 'pixels', but must be one of \('embeddings', 'hidden_states'\)",
         ),
         (dict(init_gate=float("nan")), "init_gate is nan"),
+        (dict(init_gate=1e308), "must be a number that fits fp32"),
         (dict(init_gate=True), "init_gate is True"),
         (dict(mlp_ratio=float("inf")), "mlp_ratio is inf"),
         (dict(init_weights="no"), "init_weights is 'no', but must be True or False"),

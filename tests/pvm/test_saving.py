@@ -312,6 +312,11 @@ REFUSED = {
     "hidden size": (lambda path: None, _wide, r"has shape \(\d+, 64\), this model needs \(\d+, 32\)|Check that"),
     "too few layers": (lambda path: None, _shallow, r"names layers \[2\], but the text model has only 2 layers"),
     "other layers": (_set_field(layers_to_transform=[0, 2]), None, r"layers.0.pvm.\S+ is missing"),
+    "absurd width": (
+        _set_field(mlp_ratio=1e15),
+        None,
+        "mlp_ratio is 1000000000000000.0, which makes the branch's MLP 32000000000000000 wide",
+    ),
     "head size": (
         _set_field(r=24),
         None,
