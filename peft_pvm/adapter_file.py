@@ -97,11 +97,8 @@ class AdapterFile:
             for key in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_tensor(key)
                 found[key] = tuple(tensor.shape)
-                if not tensor.is_floating_point():
-                    if key not in base:
-                        flawed.append(f"{key} holds {tensor.dtype}, not floating-point numbers")
-                elif not bool(torch.isfinite(tensor.float()).all()):
-                    flawed.append(f"{key} holds NaN or infinity")
+                if (flaw := flaw_of(tensor)) and (key not in base or tensor.is_floating_point()):
+                    flawed.append(f"{key} holds {flaw}")
         problems = [f"{key} is missing" for key in expected if key not in found]
         for key, shape in found.items():
             wanted = expected.get(key, base.get(key))
@@ -118,6 +115,13 @@ class AdapterFile:
                 f"{shown}{more}\nCheck that the adapter was trained on this base model. To start a new adapter with "
                 "this configuration, pass dataclasses.replace(config)."
             )
+
+
+def flaw_of(tensor: torch.Tensor) -> str | None:
+    """What a tensor holds that no weight may; `None`: it is one."""
+    if not tensor.is_floating_point():
+        return f"{tensor.dtype}, not floating-point numbers"
+    return None if bool(torch.isfinite(tensor.float()).all()) else "NaN or infinity"
 
 
 @contextlib.contextmanager

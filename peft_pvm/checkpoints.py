@@ -25,6 +25,7 @@ from .pvm.branch import fresh_weights
 from .pvm.files import read_adapter, write_adapter
 from .pvm.merging import Tensors
 from .pvm.shape import BranchShape
+from .tuner import PEFT_PREFIX
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,7 +42,6 @@ AUTHORS_NAMES = {
     **{name: f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
 }
 AUTHORS_KEY = re.compile(r"(?P<layer>model\.language_model\.layers\.(?P<layer_idx>\d+))\.pvm_block\.(?P<name>.+)")
-OUR_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.pvm\.pvm_(?P<name>\w+)\.weight")
 
 
 def convert_reference_checkpoint(
@@ -83,7 +83,7 @@ def convert_reference_checkpoint(
                 if match is None or not names:
                     stray.append(key)
                 else:
-                    tensors[f"base_model.model.{match['layer']}.pvm.pvm_{names[0]}.weight"] = file.get_tensor(key)
+                    tensors[f"{PEFT_PREFIX}{match['layer']}.pvm.pvm_{names[0]}.weight"] = file.get_tensor(key)
     config.mlp_ratio = _mlp_ratio(tensors, config.r, text)
     _check_shapes(source, tensors, stray, config, content)
     if base_dir is not None:
@@ -95,6 +95,9 @@ def export_reference_checkpoint(
     adapter: str | os.PathLike, base: str | os.PathLike, output_dir: str | os.PathLike
 ) -> Path:
     """Make a checkpoint for the authors' PVM code of an adapter and its base model.
+
+    Their code lets every token of a sample see every image of it. An adapter with `memory_visibility="causal"`
+    computes the same there for one image in front of the text, and something else where images come later.
 
     Args:
         adapter: Folder or Hub id of the adapter.
@@ -137,9 +140,8 @@ def export_reference_checkpoint(
         total += _tensor_bytes(shard)
     branch = {}
     for key, tensor in tensors.items():
-        match = OUR_KEY.fullmatch(key)
-        assert match is not None  # _check_shapes has seen them all
-        branch[f"{match['layer']}.pvm_block.{AUTHORS_NAMES[match['name']]}"] = tensor.contiguous()
+        layer, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".pvm.pvm_")
+        branch[f"{layer}.pvm_block.{AUTHORS_NAMES[name.removesuffix('.weight')]}"] = tensor.contiguous()
     save_file(branch, out / PVM_SHARD, metadata={"format": "pt"})
     weight_map.update(dict.fromkeys(branch, PVM_SHARD))
     total += _tensor_bytes(out / PVM_SHARD)
@@ -206,7 +208,7 @@ def _check_shapes(
     text_config = _text_config(content)
     with torch.device("meta"):
         fresh = fresh_weights(config, BranchShape.of(config, text_config))
-    shapes = {f"pvm_{name}.weight": tuple(module.weight.shape) for name, module in fresh.items()}  # type: ignore[arg-type]
+    shapes = {f"pvm_{name}.weight": tuple(module.weight.shape) for name, module in fresh.items()}
     problems = [f"{key} is none of the branch's weights" for key in stray]
     if max(config.layer_indices) >= text_config.num_hidden_layers:
         problems.append(f"layers {config.layer_indices} are named, but there are only {text_config.num_hidden_layers}")

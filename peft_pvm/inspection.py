@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftConfig, inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from .pvm import PVMConfig
+from .pvm.branch import weight_name
 from .pvm.files import read_adapter
 from .tuner import VisualConfig
 
@@ -65,7 +67,7 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
     if isinstance(config, PVMConfig):
         _, tensors = read_adapter(adapter, **kwargs)
         for number, part in enumerate(config.parts()):
-            name = f".pvm.pvm_gate_{number}.weight" if number else ".pvm.pvm_gate.weight"
+            name = f".pvm.{weight_name('gate', number)}.weight"
             found = {key.rpartition(".layers.")[2]: tensor for key, tensor in tensors.items() if key.endswith(name)}
             gates.append({layer_idx: float(found[f"{layer_idx}{name}"]) for layer_idx in part.layer_indices})
     return Inspection(
@@ -84,8 +86,8 @@ def _misfit(config: VisualConfig, base: str) -> str | None:
     """Why an adapter does not fit a base model, found by attaching it to the model without weights."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
-    attached = cast(PVMConfig, dataclasses.replace(config, inference_mode=True))  # so that its file is compared
-    attached._source = config._source
+    attached = copy.copy(config)
+    attached.inference_mode = True  # so that its file is compared
     try:
         inject_adapter_in_model(attached, model, low_cpu_mem_usage=True)
     except (ValueError, NotImplementedError) as error:

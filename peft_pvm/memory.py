@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,7 +117,7 @@ class VisualMemory:
     last_slot: int = EMPTY_SLOT
     is_dense: bool = True
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
-    projections: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    projections: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     runs: Runs | None = None
     position_ids: torch.Tensor | None = None
     _replicas: dict[torch.device, VisualMemory] = field(default_factory=dict, init=False, repr=False)

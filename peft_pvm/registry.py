@@ -104,11 +104,15 @@ def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
+def _has_ours(model: Any) -> bool:
+    configs = getattr(model, "peft_config", None) or {}
+    return any(hasattr(config, "set_source") for config in configs.values())
+
+
 def _saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, **kwargs):
-        has_ours = any(hasattr(config, "set_source") for config in (getattr(self, "peft_config", None) or {}).values())
-        if not has_ours or os.path.isfile(save_directory) or not kwargs.get("is_main_process", True):
+        if not _has_ours(self) or os.path.isfile(save_directory) or not kwargs.get("is_main_process", True):
             return original(self, save_directory, *args, **kwargs)
         with written_whole(save_directory) as folder:
             return original(self, str(folder), *args, **kwargs)
@@ -119,7 +123,7 @@ def _saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_cards(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        for file in Path(working_dir).rglob(CONFIG_NAME):
+        for file in Path(working_dir).rglob(CONFIG_NAME) if _has_ours(self) else ():
             config = PeftConfig.from_pretrained(str(file.parent))
             if hasattr(config, "set_source"):
                 write_card(config, file.parent)

@@ -198,5 +198,16 @@ def resume(tiny: TinyVLM, model: PeftModel, cache, conversation: str, start: int
     return logits(model, inputs, past_key_values=cache, use_cache=True)
 
 
+def prompt_and_step(tiny: TinyVLM, base: torch.nn.Module, conversation: str) -> tuple[dict, dict]:
+    """The inputs of a prompt, and those of one more token on the cache that it leaves."""
+    prompt = tiny.inputs(base, conversation)
+    step = dict(
+        input_ids=torch.tensor([[11]]),
+        position_ids=prompt["position_ids"][:, -1:] + 1,
+        attention_mask=torch.ones(1, prompt["input_ids"].shape[1] + 1, dtype=torch.long),
+    )
+    return prompt, step
+
+
 def length_of(tiny: TinyVLM, model: PeftModel, conversation: str) -> int:
     return tiny.inputs(model.get_base_model(), conversation)["input_ids"].shape[1]

@@ -22,6 +22,7 @@ from conftest import (
     length_of,
     logits,
     prefill,
+    prompt_and_step,
     resume,
 )
 from peft import PeftModel
@@ -124,13 +125,7 @@ def test_decoding_traces_to_one_graph(method: Method):
     family = FAMILIES["llava"]
     model = method.attach(family.build())
     base = model.get_base_model()
-    prompt = family.inputs(base, "t4 i t9")
-    length = prompt["input_ids"].shape[1]
-    step = dict(
-        input_ids=torch.tensor([[11]]),
-        position_ids=prompt["position_ids"][:, -1:] + 1,
-        attention_mask=torch.ones(1, length + 1, dtype=torch.long),
-    )
+    prompt, step = prompt_and_step(family, base, "t4 i t9")
     torch.compiler.reset()
     results = []
     for run in (base, torch.compile(base, fullgraph=True, backend="eager")):

@@ -56,6 +56,23 @@ def test_half_precision_bases(tiny: TinyVLM, dtype: torch.dtype, autocast_adapte
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["dipe", "tdrs", "tdrs-inter"])
+def test_half_precision_bases_are_steered(tiny: TinyVLM, name: str, dtype: torch.dtype):
+    """As in fp32, to a few times what the base itself loses by the dtype."""
+    exact = METHODS[name].attach(tiny.build())
+    inputs = tiny.inputs(exact.get_base_model(), *ROWS)
+    expected = logits(exact, inputs)
+    model = METHODS[name].attach(tiny.build().to(dtype))
+    real = inputs["attention_mask"].bool()
+    on = logits(model, in_dtype(inputs, dtype)).float()[real]
+    with exact.disable_adapter(), model.disable_adapter():
+        exact_off, off = logits(exact, inputs)[real], logits(model, in_dtype(inputs, dtype)).float()[real]
+    rounding = difference(off, exact_off)
+    assert difference(on, expected[real]) < 4 * rounding
+    assert difference(expected[real], exact_off) > 4 * rounding, "what it changes must be more than rounding"
+
+
 # ---- quantised
 
 

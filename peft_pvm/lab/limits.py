@@ -65,7 +65,7 @@ def ask(model: torch.nn.Module, split: Split, distractor_length: int, rows: int,
         layer = cast(PVMLayer, layer)
         hidden_states, context = args
         context = context.tail(hidden_states.shape[1])
-        (branch,) = layer.branches(layer.active_adapters[0])
+        (branch,) = layer.pvm_branches[layer.active_adapters[0]]
         retrieval = cast(torch.Tensor, branch.retrieval(hidden_states, context))
         streams[layer.layer_idx].append(hidden_states[:, -NUM_DIALOGUE::2].flatten(0, 1))
         retrievals[layer.layer_idx].append(retrieval[:, :, -NUM_DIALOGUE::2].mean(1).flatten(0, 1))

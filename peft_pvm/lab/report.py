@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from statistics import fmean
@@ -122,7 +122,7 @@ def render(results: Results) -> str:
             "",
             f"{RECIPES[recipe]}.",
             "",
-            *_accuracies_table(entries, "one mosaic"),
+            *_accuracies_table(entries, "one mosaic", label=lambda entry: METHODS[entry.method].title),
         ]
     parts += [
         "",
@@ -185,11 +185,16 @@ def _label(entry: Entry) -> str:
     return title if entry.recipe in (None, MAIN_RECIPE) else f"{title} ({entry.recipe})"
 
 
-def _accuracies_table(entries: Sequence[Entry], form: str, keys: Sequence[int] | None = None) -> list[str]:
+def _accuracies_table(
+    entries: Sequence[Entry],
+    form: str,
+    keys: Sequence[int] | None = None,
+    label: Callable[[Entry], str] = _label,
+) -> list[str]:
     keys = entries[0].keys(form) if keys is None else [key for key in keys if key in entries[0].keys(form)]
     rows = [
         (
-            _label(entry),
+            label(entry),
             f"{entry.parameters:,}",
             str(len(entry.runs)),
             *(str(entry.cell(form, k)) for k in keys),

@@ -149,7 +149,7 @@ def branches_observed(model: nn.Module, num_queries: int) -> Iterator[dict[tuple
         for adapter in layer.active_adapters:
             if adapter not in layer.pvm_config:
                 continue
-            branches = layer.branches(adapter)
+            branches = layer.pvm_branches[adapter]
             for number, branch in enumerate(branches):
                 update = branch.update(hidden_states, context)
                 retrieval = branch.retrieval(hidden_states, context)

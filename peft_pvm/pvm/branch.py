@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class Gate(nn.Module):
         return self.weight * tensor
 
 
-def fresh_weights(config: PVMConfig, shape: BranchShape) -> dict[str, nn.Module]:
+def fresh_weights(config: PVMConfig, shape: BranchShape) -> dict[str, Any]:
     """The modules of a new branch, initialised as `config` says, by their names in `WEIGHTS`."""
     width, heads, kv_heads = shape.r, shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     linears = {
@@ -76,7 +77,7 @@ def fresh_weights(config: PVMConfig, shape: BranchShape) -> dict[str, nn.Module]
     gate = Gate(config.init_gate)
     if not config.init_weights:
         nn.init.normal_(gate.weight)
-    weights: dict[str, nn.Module] = {"gate": gate}
+    weights: dict[str, Any] = {"gate": gate}
     for name, (in_features, out_features) in linears.items():
         linear = nn.Linear(in_features, out_features, bias=False)
         nn.init.normal_(linear.weight, std=shape.initializer_range)
@@ -88,20 +89,20 @@ def fresh_weights(config: PVMConfig, shape: BranchShape) -> dict[str, nn.Module]
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One branch at one decoder layer, put together for the length of a forward; its weights live in the layer.
+    """One branch at one decoder layer. Its weights are submodules of the layer, which holds them as PEFT wants it.
 
     Attributes:
         config: What it was made with.
         shape: Its sizes.
         layer_idx: Index of the decoder layer.
-        identity: Tells what it projected from what other branches did.
+        identity: Tells what it projected from what other branches did, and from what it did with other weights.
         cast: Brings an input to the dtype of the weights, unless PEFT was told to leave it.
     """
 
     config: PVMConfig
     shape: BranchShape
     layer_idx: int
-    identity: Hashable
+    identity: int
     cast: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
     text_reducer: nn.Linear
     vision_reducer: nn.Linear

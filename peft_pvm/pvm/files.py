@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ..adapter_file import AdapterFile, written_whole
+from ..adapter_file import AdapterFile, flaw_of, written_whole
 from .branch import WEIGHTS, weight_name
 from .config import PVMConfig
 from .merging import Tensors, combine
@@ -39,6 +39,9 @@ def read_adapter(path: str | os.PathLike, **kwargs: Any) -> tuple[PVMConfig, Ten
         for layer_idx in part.layer_indices
         for name in WEIGHTS
     }
+    of_base = [key for key in tensors if ".pvm.pvm_" not in key]
+    if of_base and not config.modules_to_save:
+        raise ValueError(f"{path} has {len(of_base)} tensors that are not PVM's, such as {of_base[0]}.")
     found = {f".layers.{key.rpartition('.layers.')[2]}" for key in tensors if ".pvm.pvm_" in key}
     if missing := sorted(needed - found):
         raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}.")
@@ -46,8 +49,8 @@ def read_adapter(path: str | os.PathLike, **kwargs: Any) -> tuple[PVMConfig, Ten
         raise ValueError(
             f"{path} has {len(extra)} tensors that its configuration knows nothing of, such as {extra[0]}."
         )
-    if wrong := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor.float()).all())]:
-        raise ValueError(f"{path} holds NaN or infinity in {wrong[0]}.")
+    if flaws := [f"{key} holds {flaw}" for key, tensor in tensors.items() if (flaw := flaw_of(tensor))]:
+        raise ValueError(f"{path}: {flaws[0]}.")
     return config, tensors
 
 
@@ -65,9 +68,9 @@ def write_adapter(folder: str | os.PathLike, config: PVMConfig, tensors: Tensors
     with written_whole(folder) as staged:
         contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         save_file(contiguous, staged / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        is_for_inference, config.inference_mode = config.inference_mode, True  # as PEFT saves it
-        config.save_pretrained(staged)
-        config.inference_mode = is_for_inference
+        saved = copy.copy(config)
+        saved.inference_mode = True  # as PEFT saves it
+        saved.save_pretrained(staged)
     return Path(folder)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,15 +36,15 @@ class PVMLayer(VisualTunerLayer):
     """
 
     adapter_layer_names = tuple(weight_name(name) for name in WEIGHTS)
-    other_param_names = ("pvm_config", "pvm_parts", "pvm_identity")
+    other_param_names = ("pvm_config", "pvm_branches")
 
     def __init__(self, decoder_layer: nn.Module, block: DecoderBlock, layer_idx: int):
         super().__init__()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.pvm_config: dict[str, PVMConfig] = {}
-        self.pvm_parts: dict[str, dict[int, tuple[PVMConfig, BranchShape]]] = {}
-        self.pvm_identity: dict[str, int] = {}  # tells adapters of one name apart that followed one another
+        # One for each adapter, or those that it was put together from: the weights above, seen by branch.
+        self.pvm_branches: dict[str, list[Branch]] = {}
         self.layer_idx = layer_idx
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -62,40 +63,25 @@ class PVMLayer(VisualTunerLayer):
             config: Its configuration.
             text_config: The base model's, which the sizes come from.
         """
-        parts = {
-            number: (part, BranchShape.of(part, text_config))
-            for number, part in enumerate(config.parts())
-            if self.layer_idx in part.layer_indices
-        }
-        for number, (part, shape) in parts.items():
-            for name, module in fresh_weights(part, shape).items():
-                self._weights(name, number)[adapter_name] = module
+        branches = []
+        for number, part in enumerate(config.parts()):
+            if self.layer_idx not in part.layer_indices:
+                continue
+            shape = BranchShape.of(part, text_config)
+            weights = fresh_weights(part, shape)
+            for name, module in weights.items():
+                self._weights(weight_name(name, number))[adapter_name] = module
+            branches.append(Branch(part, shape, self.layer_idx, next(_identities), self._cast_input_dtype, **weights))
         self.pvm_config[adapter_name] = config
-        self.pvm_parts[adapter_name] = parts
-        self.pvm_identity[adapter_name] = next(_identities)
+        self.pvm_branches[adapter_name] = branches
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def _weights(self, name: str, number: int) -> Any:
-        """One of `WEIGHTS`, of all adapters. PEFT wants it flat, so that further branches have names of their own."""
-        name = weight_name(name, number)
+    def _weights(self, name: str) -> nn.ModuleDict:
+        """A weight of all adapters. PEFT wants it flat, so that those of further branches have names of their own."""
         if not hasattr(self, name):
             setattr(self, name, nn.ModuleDict())
             self.adapter_layer_names = (*self.adapter_layer_names, name)
-        return getattr(self, name)
-
-    def branches(self, adapter_name: str) -> list[Branch]:
-        """The branches of one adapter here: one, or those that it was put together from."""
-        return [
-            Branch(
-                part,
-                shape,
-                self.layer_idx,
-                (self.pvm_identity[adapter_name], number),
-                self._cast_input_dtype,
-                *(self._weights(name, number)[adapter_name] for name in WEIGHTS),
-            )
-            for number, (part, shape) in self.pvm_parts[adapter_name].items()
-        ]
+        return cast(nn.ModuleDict, getattr(self, name))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The dtype of the FFN's norm: unlike the matrices it is never quantised.
@@ -107,12 +93,12 @@ class PVMLayer(VisualTunerLayer):
                 continue
             if any(parameter.device.type == "meta" for parameter in weights[adapter_name].parameters()):
                 continue  # low_cpu_mem_usage: the weights come later
-            weights[adapter_name] = weights[adapter_name].to(device or reference.device, dtype=reference.dtype)
+            weights[adapter_name].to(device or reference.device, dtype=reference.dtype)  # in place
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        for adapter_name in self.pvm_identity:  # what a cache kept was projected by the old weights
-            self.pvm_identity[adapter_name] = next(_identities)
+        for name, branches in self.pvm_branches.items():  # what a cache kept was projected by the old weights
+            self.pvm_branches[name] = [replace(branch, identity=next(_identities)) for branch in branches]
 
     def config_of(self, adapter_name: str) -> PVMConfig:
         return self.pvm_config[adapter_name]
@@ -184,7 +170,7 @@ class PVMLayer(VisualTunerLayer):
             if adapter not in self.pvm_config:
                 continue
             context.check()
-            for branch in self.branches(adapter):
+            for branch in self.pvm_branches[adapter]:
                 update = branch.update(hidden_states, context)
                 if update is None:
                     continue

@@ -143,7 +143,6 @@ class PVMModel(VisualTuner):
         with torch.no_grad():
             for key, own in own_tensors(self.model, adapter_name).items():
                 own.copy_(tensors[key])
-        self.set_requires_grad(adapter_name, requires_grad=False)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -350,7 +350,7 @@ def test_retrieval_of_every_token_adds_up(memory_source: str):
     sums = []
 
     def add_up(layer, args, output):
-        sums.append(layer.branches("default")[0].retrieval(*args).sum(-1))
+        sums.append(layer.pvm_branches["default"][0].retrieval(*args).sum(-1))
         assert torch.equal(output[..., 0] != 0, sums[-1][:, 0] > 0)
 
     base.get_submodule(find_vlm(base).layer_name(1)).pvm.register_forward_hook(add_up)
@@ -375,7 +375,9 @@ def test_retrieval_is_causal():
     inputs = family.inputs(base, "t4 i t3 i t6")
     kept = []
     layer = base.get_submodule(find_vlm(base).layer_name(1)).pvm
-    layer.register_forward_hook(lambda layer, args, output: kept.append(layer.branches("default")[0].retrieval(*args)))
+    layer.register_forward_hook(
+        lambda layer, args, output: kept.append(layer.pvm_branches["default"][0].retrieval(*args))
+    )
     with torch.no_grad():
         base(**inputs)
     (weights,) = kept

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, difference, give_weight, logits
+from conftest import METHODS, TOLERANCE, difference, give_weight, logits, prompt_and_step
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
@@ -75,13 +75,7 @@ def test_a_compiled_model_is_not_compiled_again(wrapped: bool, tmp_path: Path):
     old, new = save(family, tmp_path / "old", 1), save(family, tmp_path / "new", 2)
     model = PeftModel.from_pretrained(family.build(), old)
     base = model.get_base_model()
-    prompt = family.inputs(base, "t4 i t9")
-    length = prompt["input_ids"].shape[1]
-    step = dict(
-        input_ids=torch.tensor([[11]]),
-        position_ids=prompt["position_ids"][:, -1:] + 1,
-        attention_mask=torch.ones(1, length + 1, dtype=torch.long),
-    )
+    prompt, step = prompt_and_step(family, base, "t4 i t9")
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
