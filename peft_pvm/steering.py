@@ -192,6 +192,11 @@ class SteeringTuner(VisualTuner):
             )
         return config
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            f"{type(self).__name__} has no weights to combine. Attach one adapter with the settings wanted instead."
+        )
+
     def targeted_names(self, config: Any) -> tuple[str, ...]:
         return (self.vlm.text_model_name,)
 

@@ -175,8 +175,8 @@ class VisualTuner(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise NotImplementedError(
-                f"{type(self).__name__} does not choose adapters row by row (adapter_names). Use set_adapter and "
-                "separate batches."
+                f"{type(self).__name__} acts on all rows of a batch alike, so adapter_names cannot choose among them. "
+                "Use set_adapter and separate batches."
             )
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +90,26 @@ def wide(tiny: TinyVLM) -> PreTrainedModel:
     return dataclasses.replace(tiny, config=lambda: config).build()
 
 
-@pytest.mark.parametrize("bits", QUANTISED)
-def test_quantised_bases(tiny: TinyVLM, bits: str, tmp_path: Path):
+@pytest.fixture(params=QUANTISED)
+def load_quantised(request: pytest.FixtureRequest, tiny: TinyVLM, tmp_path: Path) -> Callable[[], PreTrainedModel]:
+    """Loads the tiny model in few bits, all but what sees, projects and predicts."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is installed for `make test-oldest` alone")
     wide(tiny).save_pretrained(tmp_path / "base")
     skipped = ["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
     def load() -> PreTrainedModel:
-        quantisation = BitsAndBytesConfig(**QUANTISED[bits], llm_int8_skip_modules=skipped)
-        return AutoModelForImageTextToText.from_pretrained(
+        quantisation = BitsAndBytesConfig(**QUANTISED[request.param], llm_int8_skip_modules=skipped)
+        model = AutoModelForImageTextToText.from_pretrained(
             tmp_path / "base", quantization_config=quantisation, device_map="cpu"
-        ).eval()
+        )
+        assert {type(module).__name__ for module in model.modules()} & {"Linear8bitLt", "Linear4bit"}
+        return model.eval()
 
-    base = load()
-    kinds = {type(module).__name__ for module in base.modules()}
-    assert kinds & {"Linear8bitLt", "Linear4bit"}
+    return load
+
+
+def test_quantised_bases(tiny: TinyVLM, load_quantised: Callable[[], PreTrainedModel], tmp_path: Path):
+    base = load_quantised()
     inputs = tiny.inputs(base, *ROWS)
     off = logits(base, inputs)
     model = get_peft_model(base, PVMConfig(r=32)).eval()
@@ -115,13 +121,28 @@ def test_quantised_bases(tiny: TinyVLM, bits: str, tmp_path: Path):
     with model.disable_adapter():
         assert torch.equal(logits(model, inputs), off)
     model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter").eval(), inputs), on)
+    assert torch.equal(logits(PeftModel.from_pretrained(load_quantised(), tmp_path / "adapter").eval(), inputs), on)
     model.train()(**inputs).logits.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    beside = get_peft_model(load(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    beside = get_peft_model(load_quantised(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     pvm = get_peft_model(beside.get_base_model(), PVMConfig(r=32), "pvm").eval()  # as QLoRA with PVM
     give_weight(pvm)
     assert difference(logits(pvm, inputs), off) > 0.1
+
+
+@pytest.mark.parametrize("name", ["dipe", "tdrs"])
+def test_quantised_bases_are_steered(tiny: TinyVLM, name: str, load_quantised: Callable[[], PreTrainedModel]):
+    """As a plain base with the weights that the few bits stand for."""
+    model = METHODS[name].attach(load_quantised())
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    with model.disable_adapter():
+        off = logits(model, inputs)
+    assert torch.equal(off, logits(load_quantised(), inputs))
+    on = logits(model, inputs)
+    plain = METHODS[name].attach(load_quantised().dequantize())
+    with plain.disable_adapter():
+        rounding = difference(logits(plain, inputs), off)
+    assert difference(logits(plain, inputs), on) < 2 * rounding < difference(on, off)
 
 
 # ---- offloaded

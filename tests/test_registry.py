@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from tiny_vlms import FAMILIES
 
 import peft_pvm
-from peft_pvm import PVMConfig, PVMModel
+from peft_pvm import DIPEConfig, PVMConfig, PVMModel, TDRSConfig
 from peft_pvm.registry import extend_peft, register
 
 
@@ -23,6 +24,13 @@ def test_is_a_real_member():
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.PVM] is PVMConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING["PVM"] is PVMModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.PVM] == "pvm_"
+
+
+@pytest.mark.parametrize("config", [PVMConfig(), DIPEConfig(), TDRSConfig()], ids=["pvm", "dipe", "tdrs"])
+def test_mixed_models_are_refused(config: PeftConfig):
+    """PEFT keeps its own list of what PeftMixedModel takes."""
+    with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
+        get_peft_model(FAMILIES["llava"].build(), config, mixed=True)
 
 
 def test_registering_again_changes_nothing():

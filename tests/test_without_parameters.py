@@ -167,11 +167,19 @@ def test_a_deepcopied_model_is_its_own(llava: TinyVLM, config: PeftConfig):
     assert torch.equal(logits(twin, inputs), on)
 
 
-def test_merging_is_refused(llava: TinyVLM, config: PeftConfig):
-    model = get_peft_model(llava.build(), config)
+def test_what_needs_weights_is_refused(llava: TinyVLM, config: PeftConfig):
+    model = get_peft_model(llava.build(), config).eval()
+    inputs = llava.inputs(model.get_base_model(), "t4 i t3", "t5")
+    before = logits(model, inputs)
     for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(NotImplementedError, match="no weight of the base model can express"):
             merge()
+    with pytest.raises(NotImplementedError, match="no weights to combine"):
+        model.base_model.add_weighted_adapter(["default"], [0.5], "half")
+    for call in (model, model.generate):
+        with pytest.raises(NotImplementedError, match="all rows of a batch alike"):
+            call(**inputs, adapter_names=["default", "__base__"])
+    assert torch.equal(logits(model, inputs), before)
 
 
 def test_lora_stays_trainable_beside_it(llava: TinyVLM, config: PeftConfig):
