@@ -203,7 +203,7 @@ def prompt_and_step(tiny: TinyVLM, base: torch.nn.Module, conversation: str) -> 
     prompt = tiny.inputs(base, conversation)
     step = dict(
         input_ids=torch.tensor([[11]]),
-        position_ids=prompt["position_ids"][:, -1:] + 1,
+        position_ids=prompt["position_ids"][..., -1:] + 1,
         attention_mask=torch.ones(1, prompt["input_ids"].shape[1] + 1, dtype=torch.long),
     )
     return prompt, step

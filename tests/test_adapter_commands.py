@@ -11,7 +11,7 @@ import torch
 from conftest import give_weight
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny_vlms import FAMILIES
+from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig
 from peft_pvm.inspection import inspect_adapter
@@ -31,23 +31,22 @@ def run(*arguments: object, fails: bool = False) -> str:
     return result.output
 
 
-def save(folder: Path, seed: int = 0, **fields) -> Path:
+def save(tiny: TinyVLM, folder: Path, seed: int = 0, **fields) -> Path:
     torch.manual_seed(0)
-    model = get_peft_model(FAMILIES["llava"].build(), PVMConfig(**{"r": 32, "layers_to_transform": [0, 2], **fields}))
+    model = get_peft_model(tiny.build(), PVMConfig(**{"r": 32, "layers_to_transform": [0, 2], **fields}))
     give_weight(model, seed)
     model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def bases(tmp_path: Path) -> dict[str, Path]:
-    for name in ("llava", "gemma3"):
-        FAMILIES[name].build().save_pretrained(tmp_path / name)
-    return {name: tmp_path / name for name in ("llava", "gemma3")}
+def base(tiny: TinyVLM, tmp_path: Path) -> Path:
+    tiny.build().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
 
 
-def test_inspect(tmp_path: Path):
-    adapter = save(tmp_path / "a")
+def test_inspect(tiny: TinyVLM, tmp_path: Path):
+    adapter = save(tiny, tmp_path / "a")
     output = run("inspect", adapter)
     tensors = load_file(adapter / "adapter_model.safetensors")
     gate = tensors["base_model.model.model.language_model.layers.2.pvm.pvm_gate.weight"].item()
@@ -59,34 +58,37 @@ def test_inspect(tmp_path: Path):
     assert (found["method"], found["config"]["layers_to_transform"], found["dtypes"]) == ("pvm", [0, 2], ["float32"])
 
 
-def test_inspect_tells_whether_a_base_fits(tmp_path: Path, bases: dict[str, Path]):
-    adapter = save(tmp_path / "a")
-    assert "yes" in run("inspect", adapter, "--base", bases["llava"])
-    wide = save(tmp_path / "wide", layers_to_transform=[0])
+def test_inspect_tells_whether_a_base_fits(tiny: TinyVLM, tmp_path: Path, base: Path):
+    adapter = save(tiny, tmp_path / "a")
+    assert "yes" in run("inspect", adapter, "--base", base)
+    wide = save(tiny, tmp_path / "wide", layers_to_transform=[0])
     (wide / "adapter_config.json").write_text(
         json.dumps({**json.loads((wide / "adapter_config.json").read_text()), "layers_to_transform": [1]})
     )
-    assert "lacks" in run("inspect", wide, "--base", bases["llava"], fails=True)
-    narrow = save(tmp_path / "narrow", mlp_ratio=1.0)
+    assert "lacks" in run("inspect", wide, "--base", base, fails=True)
+    narrow = save(tiny, tmp_path / "narrow", mlp_ratio=1.0)
     (narrow / "adapter_config.json").write_text(
         json.dumps({**json.loads((narrow / "adapter_config.json").read_text()), "mlp_ratio": 2.0})
     )
-    output = run("inspect", narrow, "--base", bases["llava"], fails=True)
+    output = run("inspect", narrow, "--base", base, fails=True)
     assert "this model needs" in output
-    assert json.loads(run("inspect", narrow, "--base", bases["gemma3"], "--json", fails=True))["misfit"]
+    config = tiny.config()
+    config.text_config.hidden_size = 2 * config.text_config.hidden_size
+    config.save_pretrained(tmp_path / "other")
+    assert json.loads(run("inspect", adapter, "--base", tmp_path / "other", "--json", fails=True))["misfit"]
 
 
-def test_inspect_adapters_of_other_kinds(tmp_path: Path, bases: dict[str, Path]):
-    get_peft_model(FAMILIES["llava"].build(), DIPEConfig(layers_to_transform=[1])).save_pretrained(tmp_path / "dipe")
-    assert "dipe" in run("inspect", tmp_path / "dipe", "--base", bases["llava"])
-    lora = get_peft_model(FAMILIES["llava"].build(), LoraConfig(target_modules=["q_proj"]))
+def test_inspect_adapters_of_other_kinds(tiny: TinyVLM, tmp_path: Path, base: Path):
+    get_peft_model(tiny.build(), DIPEConfig(layers_to_transform=[1])).save_pretrained(tmp_path / "dipe")
+    assert "dipe" in run("inspect", tmp_path / "dipe", "--base", base)
+    lora = get_peft_model(tiny.build(), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "lora")
     assert "not of peft_pvm" in run("inspect", tmp_path / "lora", fails=True)
     assert "Can't find 'adapter_config.json'" in run("inspect", tmp_path, fails=True)
 
 
-def test_merge(tmp_path: Path):
-    one, two = save(tmp_path / "one", 1), save(tmp_path / "two", 2)
+def test_merge(tiny: TinyVLM, tmp_path: Path):
+    one, two = save(tiny, tmp_path / "one", 1), save(tiny, tmp_path / "two", 2)
     run("merge", one, two, "--weights", "0.25,0.75", "--out", tmp_path / "mean")
     a, b, mean = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two", "mean"))
     for key, tensor in mean.items():
@@ -97,9 +99,9 @@ def test_merge(tmp_path: Path):
     assert "| `branches` |" in (tmp_path / "both" / "README.md").read_text()
 
 
-def test_merge_gives_what_the_model_gives(tmp_path: Path):
+def test_merge_gives_what_the_model_gives(tiny: TinyVLM, tmp_path: Path):
     """And the file loads on a model, where it computes what the adapter that was made there computes."""
-    model = get_peft_model(FAMILIES["llava"].build(), PVMConfig(r=32, layers_to_transform=[0]), "a")
+    model = get_peft_model(tiny.build(), PVMConfig(r=32, layers_to_transform=[0]), "a")
     model.add_adapter("b", PVMConfig(r=16, layers_to_transform=[0, 1]))
     give_weight(model)
     model.add_weighted_adapter(["a", "b"], [0.5, 2.0], "sum", "cat")
@@ -128,37 +130,37 @@ def test_merge_gives_what_the_model_gives(tmp_path: Path):
         (("--combination-type", "svd"), "combination_type is 'svd'"),
     ],
 )
-def test_what_cannot_be_merged(tmp_path: Path, options: tuple[str, ...], message: str):
-    one, two = save(tmp_path / "one", 1), save(tmp_path / "two", 2)
+def test_what_cannot_be_merged(tiny: TinyVLM, tmp_path: Path, options: tuple[str, ...], message: str):
+    one, two = save(tiny, tmp_path / "one", 1), save(tiny, tmp_path / "two", 2)
     assert message in run("merge", one, two, *options, "--out", tmp_path / "out", fails=True)
     assert not (tmp_path / "out").exists()
 
 
-def of(config) -> torch.nn.Module:
-    return dataclasses.replace(FAMILIES["llava"], config=lambda: config).build()
+def of(tiny: TinyVLM, config) -> torch.nn.Module:
+    return dataclasses.replace(tiny, config=lambda: config).build()
 
 
-def test_adapters_of_different_bases_are_not_merged(tmp_path: Path):
-    one = save(tmp_path / "one")
-    config = FAMILIES["llava"].config()
+def test_adapters_of_different_bases_are_not_merged(tiny: TinyVLM, tmp_path: Path):
+    one = save(tiny, tmp_path / "one")
+    config = tiny.config()
     config.text_config.hidden_size, config.text_config.head_dim = 128, 16
-    get_peft_model(of(config), PVMConfig(r=32, layers_to_transform=[0, 2])).save_pretrained(tmp_path / "wide")
+    get_peft_model(of(tiny, config), PVMConfig(r=32, layers_to_transform=[0, 2])).save_pretrained(tmp_path / "wide")
     for options in (("--combination-type", "cat"), ("--force",)):
         output = run("merge", one, tmp_path / "wide", *options, "--out", tmp_path / "out", fails=True)
         assert "of different widths, [64, 128]" in output
     config.text_config.hidden_size, config.text_config.intermediate_size = 64, 192
-    get_peft_model(of(config), PVMConfig(r=32, layers_to_transform=[0, 2])).save_pretrained(tmp_path / "ffn")
+    get_peft_model(of(tiny, config), PVMConfig(r=32, layers_to_transform=[0, 2])).save_pretrained(tmp_path / "ffn")
     assert "different shapes" in run("merge", one, tmp_path / "ffn", "--force", "--out", tmp_path / "out", fails=True)
 
 
-def test_card(tmp_path: Path):
-    adapter = save(tmp_path / "a")
+def test_card(tiny: TinyVLM, tmp_path: Path):
+    adapter = save(tiny, tmp_path / "a")
     (adapter / "results.json").write_text(json.dumps([{"dataset": "POPE", "metric": "F1", "value": 0.8}]))
     run("card", adapter)
     assert "| POPE | F1 |  | 0.8 |" in (adapter / "README.md").read_text()
 
 
-def test_convert_and_export(tmp_path: Path, bases: dict[str, Path]):
+def test_convert_and_export(tmp_path: Path):
     FAMILIES["qwen3_vl"].build().save_pretrained(tmp_path / "base")
     torch.manual_seed(0)
     config = PVMConfig(r=32, layers_to_transform=[0, 2], memory_visibility="sample")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPRESENTATIVE
 from hub_server import Hub, serve
 
 
@@ -26,7 +27,7 @@ from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, PVMConfig, hotswap_adapter
 from peft_pvm.inspection import inspect_adapter
 
-family = FAMILIES["llava"]
+family = FAMILIES[{family!r}]
 inputs = family.inputs(family.build(), "t4 i t3 i t6", "t7 i t5")
 def attached(seed, **fields):
     torch.manual_seed(0)
@@ -45,7 +46,7 @@ def hub():
     server.shutdown()
 
 
-def run(hub: tuple, tmp_path: Path, script: str) -> dict:
+def run(hub: tuple, tmp_path: Path, script: str, family: str = "llava") -> dict:
     server, _ = hub
     environment = {
         **os.environ,
@@ -57,13 +58,14 @@ def run(hub: tuple, tmp_path: Path, script: str) -> dict:
         "HF_HUB_OFFLINE": "0",
         "OMP_NUM_THREADS": "1",
     }
-    source = PRELUDE.format(tests=str(Path(__file__).parent)) + script
+    source = PRELUDE.format(tests=str(Path(__file__).parent), family=family) + script
     process = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     return json.loads(process.stdout.strip().splitlines()[-1])
 
 
-def test_there_and_back(hub: tuple[object, Hub], tmp_path: Path):
+@pytest.mark.parametrize("family", REPRESENTATIVE)
+def test_there_and_back(hub: tuple[object, Hub], family: str, tmp_path: Path):
     found = run(
         hub,
         tmp_path,
@@ -80,6 +82,7 @@ hotswap_adapter(swapped, "someone/pvm", "default")
 print(json.dumps([same(loaded, model), same(base.eval(), model), same(swapped, model), same(attached(2), model),
                   same(again, model), inspect_adapter("someone/pvm").method]))
 """,
+        family,
     )
     assert found == [True, True, True, False, True, "pvm"]
     _, held = hub
@@ -102,7 +105,7 @@ first, second = attached(1), attached(2, layers_to_transform=[0])
 commit = first.push_to_hub("someone/pvm")
 HfApi().create_branch("someone/pvm", branch="later")
 second.push_to_hub("someone/pvm", revision="later")
-second.save_pretrained(sys.argv[0] + "-folder" if False else "{folder}")
+second.save_pretrained("{folder}")
 HfApi().upload_folder(repo_id="someone/pvm", folder_path="{folder}", path_in_repo="inner/second")
 load = lambda **kwargs: PeftModel.from_pretrained(family.build(), "someone/pvm", **kwargs)
 print(json.dumps([
@@ -110,7 +113,7 @@ print(json.dumps([
     same(load(revision="later"), second), same(load(subfolder="inner/second"), second),
     inspect_adapter("someone/pvm", revision="later").config["layers_to_transform"],
 ]))
-""".replace("{folder}", str(tmp_path / "saved")).replace('sys.argv[0] + "-folder" if False else ', ""),
+""".replace("{folder}", str(tmp_path / "saved")),
     )
     assert found == [True, True, True, True, True, [0]]
 

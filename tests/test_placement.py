@@ -204,7 +204,7 @@ def test_the_context_goes_where_a_module_is(tiny: TinyVLM, method: Method | Comb
     def move(forward):
         def call(*args, **kwargs):
             context = kwargs["visual_context"].to("cpu:0")
-            moved.append(context is not kwargs["visual_context"])
+            moved.append(context is not kwargs["visual_context"] and context.to("cpu:0") is context)
             return forward(*args, **{**kwargs, "visual_context": context})
 
         return call

@@ -186,6 +186,7 @@ K_PROJ = "model.language_model.layers.1.pvm_block.cross_attn.k_proj.weight"
     [
         (_edit_config(pvm_hidden_size=None), ValueError, "no pvm_hidden_size: it is no checkpoint of PVM"),
         (_edit_config(pvm_layers=[1, 3, 4]), ValueError, "of layer 4 is missing"),
+        (_edit_config(pvm_layers=[1]), ValueError, r"layer \d has pvm_\w+\.weight, but no branch"),
         (_edit_config(pvm_layers=[1, 3, 99]), ValueError, "there are only 6"),
         (_edit_config(pvm_hidden_size=48), ValueError, r"is \(32, 64\), but must be of shape \(48, 64\)"),
         (_edit_weights(lambda w: w.pop(K_PROJ)), ValueError, "pvm_k_proj.weight of layer 1 is missing"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, logits
+from conftest import METHODS, REPRESENTATIVE, logits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_vlms import FAMILIES
+from transformers import PreTrainedModel
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -41,67 +43,76 @@ json_values = st.recursive(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("adapter") / "whole"
-    METHODS["pvm"].attach(FAMILIES["llava"].build()).save_pretrained(path)
-    return path
+@dataclass(frozen=True)
+class Attempt:
+    """What a damaged copy of an adapter does to a base model.
+
+    Attributes:
+        folder: The whole adapter.
+        base: The model.
+        inputs: What the model is asked.
+        expected: And says.
+    """
+
+    folder: Path
+    base: PreTrainedModel
+    inputs: dict[str, torch.Tensor]
+    expected: torch.Tensor
+
+    def of(self, name: str, content: bytes) -> str:
+        """What comes of a copy with one file replaced."""
+        copy = self.folder.parent / "damaged"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.folder, copy)
+        (copy / name).write_bytes(content)
+        return self.load(copy)
+
+    def load(self, folder: Path) -> str:
+        """Load it, take it off, and see that the model never knew."""
+        before = [name for name, _ in self.base.named_modules()]
+        try:
+            model = PeftModel.from_pretrained(self.base, folder)
+        except ANSWERS as error:
+            outcome = f"refused: {error}"
+        else:
+            outcome = "loaded"
+            assert all(p.isfinite().all() for name, p in model.named_parameters() if ".pvm_" in name)
+            model.unload()
+        assert len(outcome) > 30 or outcome == "loaded", "an error that says nothing"
+        assert [name for name, _ in self.base.named_modules()] == before
+        assert not any(isinstance(module, BaseTunerLayer) for module in self.base.modules())
+        assert not hasattr(self.base, "peft_config")
+        assert torch.equal(logits(self.base, self.inputs), self.expected)
+        return outcome
 
 
-@pytest.fixture(scope="module")
-def base():
-    return FAMILIES["llava"].build()
+@pytest.fixture(scope="module", params=REPRESENTATIVE)
+def attempt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Attempt:
+    tiny = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp("adapter") / "whole"
+    METHODS["pvm"].attach(tiny.build()).save_pretrained(folder)
+    base = tiny.build()
+    inputs = tiny.inputs(base, "t4 i t3")
+    return Attempt(folder, base, inputs, logits(base, inputs))
 
 
-@pytest.fixture(scope="module")
-def expected(base):
-    return logits(base, FAMILIES["llava"].inputs(base, "t4 i t3"))
-
-
-def load(base, folder: Path, expected: torch.Tensor) -> str:
-    """Load it, take it off, and see that the model never knew."""
-    before = [name for name, _ in base.named_modules()]
-    try:
-        model = PeftModel.from_pretrained(base, folder)
-    except ANSWERS as error:
-        outcome = f"refused: {error}"
-    else:
-        outcome = "loaded"
-        assert all(p.isfinite().all() for name, p in model.named_parameters() if ".pvm_" in name)
-        model.unload()
-    assert len(outcome) > 30 or outcome == "loaded", "an error that says nothing"
-    assert [name for name, _ in base.named_modules()] == before
-    assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
-    assert not hasattr(base, "peft_config")
-    assert torch.equal(logits(base, FAMILIES["llava"].inputs(base, "t4 i t3")), expected)
-    return outcome
-
-
-def damaged(folder: Path, name: str, content: bytes) -> Path:
-    copy = folder.parent / "damaged"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder, copy)
-    (copy / name).write_bytes(content)
-    return copy
-
-
-# The same thousand in every run; for others, take derandomize away.
-many = settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+# The same in every run; for others, take derandomize away.
+many = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @many
 @given(field=st.sampled_from(FIELDS), value=json_values)
-def test_fields_of_the_configuration(folder, base, expected, field: str, value):
-    content = {**json.loads((folder / CONFIG).read_text()), field: value}
-    load(base, damaged(folder, CONFIG, json.dumps(content).encode()), expected)
+def test_fields_of_the_configuration(attempt: Attempt, field: str, value):
+    content = {**json.loads((attempt.folder / CONFIG).read_text()), field: value}
+    attempt.of(CONFIG, json.dumps(content).encode())
 
 
 @many
 @given(data=st.data())
-def test_bytes_of_either_file(folder, base, expected, data):
+def test_bytes_of_either_file(attempt: Attempt, data):
     """Cut off, overwritten, inserted: mostly in the header of the weights, where most can go wrong."""
     name = data.draw(st.sampled_from((CONFIG, WEIGHTS)))
-    content = bytearray((folder / name).read_bytes())
+    content = bytearray((attempt.folder / name).read_bytes())
     reach = len(content) if name == CONFIG else 8 + int.from_bytes(content[:8], "little") + 64
     for _ in range(data.draw(st.integers(1, 4))):
         position = data.draw(st.integers(0, min(reach, len(content)) - 1))
@@ -116,14 +127,14 @@ def test_bytes_of_either_file(folder, base, expected, data):
             del content[position : position + data.draw(st.integers(1, 32))]
         if not content:
             break
-    load(base, damaged(folder, name, bytes(content)), expected)
+    attempt.of(name, bytes(content))
 
 
 @many
 @given(data=st.data())
-def test_the_header_of_the_weights(folder, base, expected, data):
+def test_the_header_of_the_weights(attempt: Attempt, data):
     """It stays JSON, but lies."""
-    content = (folder / WEIGHTS).read_bytes()
+    content = (attempt.folder / WEIGHTS).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     key = data.draw(st.sampled_from(sorted(header)))
@@ -141,13 +152,11 @@ def test_the_header_of_the_weights(folder, base, expected, data):
     else:
         header[key]["data_offsets"] = data.draw(st.lists(st.integers(-1, 2**40), max_size=3))
     written = json.dumps(header).encode()
-    outcome = load(
-        base, damaged(folder, WEIGHTS, len(written).to_bytes(8, "little") + written + content[8 + length :]), expected
-    )
+    outcome = attempt.of(WEIGHTS, len(written).to_bytes(8, "little") + written + content[8 + length :])
     assert (
         outcome.startswith("refused") or key == "__metadata__" or change in ("dtype", "anything", "offsets", "shape")
     )
 
 
-def test_the_whole_folder_loads(folder, base, expected):
-    assert load(base, folder, expected) == "loaded"
+def test_the_whole_folder_loads(attempt: Attempt):
+    assert attempt.load(attempt.folder) == "loaded"

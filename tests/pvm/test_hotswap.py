@@ -69,13 +69,12 @@ def test_other_adapters_stay(tiny: TinyVLM, old: Path, new: Path):
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["base compiled", "PeftModel compiled"])
-def test_a_compiled_model_is_not_compiled_again(wrapped: bool, tmp_path: Path):
+def test_a_compiled_model_is_not_compiled_again(tiny: TinyVLM, wrapped: bool, tmp_path: Path):
     """Decoding on a static cache, counted in graphs."""
-    family = FAMILIES["llava"]
-    old, new = save(family, tmp_path / "old", 1), save(family, tmp_path / "new", 2)
-    model = PeftModel.from_pretrained(family.build(), old)
+    old, new = save(tiny, tmp_path / "old", 1), save(tiny, tmp_path / "new", 2)
+    model = PeftModel.from_pretrained(tiny.build(), old)
     base = model.get_base_model()
-    prompt, step = prompt_and_step(family, base, "t4 i t9")
+    prompt, step = prompt_and_step(tiny, base, "t4 i t9")
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
@@ -91,7 +90,7 @@ def test_a_compiled_model_is_not_compiled_again(wrapped: bool, tmp_path: Path):
         logits(base, prompt, past_key_values=cache, use_cache=True)
         results.append(logits(compiled, step, past_key_values=cache, use_cache=True))
         numbers.append(len(graphs))
-        fresh = PeftModel.from_pretrained(family.build(), folder)
+        fresh = PeftModel.from_pretrained(tiny.build(), folder)
         cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
         logits(fresh, prompt, past_key_values=cache, use_cache=True)
         assert difference(results[-1], logits(fresh, step, past_key_values=cache, use_cache=True)) < TOLERANCE
