@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from dataclasses import dataclass
@@ -86,10 +85,8 @@ def _misfit(config: VisualConfig, base: str) -> str | None:
     """Why an adapter does not fit a base model, found by attaching it to the model without weights."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
-    attached = copy.copy(config)
-    attached.inference_mode = True  # so that its file is compared
     try:
-        inject_adapter_in_model(attached, model, low_cpu_mem_usage=True)
+        inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     except (ValueError, NotImplementedError) as error:
         return str(error)
     return None

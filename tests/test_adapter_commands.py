@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import give_weight
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig
@@ -93,6 +94,7 @@ def test_merge(tiny: TinyVLM, tmp_path: Path):
     a, b, mean = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two", "mean"))
     for key, tensor in mean.items():
         torch.testing.assert_close(tensor, 0.25 * a[key] + 0.75 * b[key])
+    assert json.loads((tmp_path / "mean" / "adapter_config.json").read_text())["inference_mode"]
     run("merge", one, two, "--combination-type", "cat", "--out", tmp_path / "both")
     output = run("inspect", tmp_path / "both")
     assert "gates of branch 1" in output
@@ -133,6 +135,42 @@ def test_merge_gives_what_the_model_gives(tiny: TinyVLM, tmp_path: Path):
 def test_what_cannot_be_merged(tiny: TinyVLM, tmp_path: Path, options: tuple[str, ...], message: str):
     one, two = save(tiny, tmp_path / "one", 1), save(tiny, tmp_path / "two", 2)
     assert message in run("merge", one, two, *options, "--out", tmp_path / "out", fails=True)
+    assert not (tmp_path / "out").exists()
+
+
+def add_another(weights: dict[str, torch.Tensor]) -> None:
+    weights["base_model.model.model.language_model.layers.1.pvm.pvm_gate.weight"] = torch.ones(1)
+
+
+def add_one_of_the_base(weights: dict[str, torch.Tensor]) -> None:
+    weights["base_model.model.lm_head.weight"] = torch.ones(1)
+
+
+def make_nan(weights: dict[str, torch.Tensor]) -> None:
+    next(iter(weights.values())).fill_(torch.nan)
+
+
+def make_whole_numbers(weights: dict[str, torch.Tensor]) -> None:
+    weights.update({key: tensor.long() for key, tensor in weights.items()})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (dict.popitem, "lacks 1 tensors"),
+        (add_another, "has 1 tensors that its configuration knows nothing of"),
+        (add_one_of_the_base, "has 1 tensors that are not PVM's"),
+        (make_nan, "holds NaN or infinity"),
+        (make_whole_numbers, "holds torch.int64, not floating-point numbers"),
+    ],
+)
+def test_damaged_adapters_are_not_read(tiny: TinyVLM, tmp_path: Path, damage: Callable, message: str):
+    one, two = save(tiny, tmp_path / "one", 1), save(tiny, tmp_path / "two", 2)
+    weights = load_file(two / "adapter_model.safetensors")
+    damage(weights)
+    save_file(weights, two / "adapter_model.safetensors")
+    assert message in run("inspect", two, fails=True)
+    assert message in run("merge", one, two, "--out", tmp_path / "out", fails=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -149,6 +149,10 @@ def test_other_ranks_write_nothing(tmp_path: Path):
     model = get_peft_model(FAMILIES["llava"].build(), PVMConfig(r=32))
     model.save_pretrained(tmp_path / "adapter", is_main_process=False)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    model.save_pretrained(tmp_path / "adapter")
+    before = {path: path.stat().st_ino for path in tmp_path.rglob("*")}
+    model.save_pretrained(tmp_path / "adapter", is_main_process=False)
+    assert {path: path.stat().st_ino for path in tmp_path.rglob("*")} == before
 
 
 def test_models_without_our_adapters_go_the_old_way(tmp_path: Path):
