@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from peft import PeftConfig, PeftType, get_peft_model
@@ -13,7 +14,7 @@ from tiny_vlms import FAMILIES
 
 import peft_pvm
 from peft_pvm import DIPEConfig, PVMConfig, PVMModel, TDRSConfig
-from peft_pvm.registry import extend_peft, register
+from peft_pvm.registry import _with_cards, extend_peft, register
 
 
 def test_is_a_real_member():
@@ -44,6 +45,13 @@ def test_registering_again_changes_nothing():
 def test_a_taken_name_is_refused():
     with pytest.raises(RuntimeError, match="PEFT already has a method 'LORA'"):
         register("lora", PVMConfig, PVMModel)
+
+
+def test_a_model_without_our_adapters_is_pushed_as_ever(tmp_path: Path):
+    """What lies in its folder is nobody's business."""
+    (tmp_path / "adapter_config.json").write_text("damaged")
+    push = _with_cards(lambda model, folder: sorted(path.name for path in folder.iterdir()))
+    assert push(FAMILIES["llava"].build(), tmp_path) == ["adapter_config.json"]
 
 
 def test_importing_registers_and_nothing_else():

@@ -431,6 +431,15 @@ def test_an_attached_adapter_is_not_overwritten(tiny: TinyVLM):
         get_peft_model(model, PVMConfig(r=32), adapter_name="other")
 
 
+def test_an_adapter_of_another_type_is_not_overwritten(tiny: TinyVLM):
+    lora = get_peft_model(tiny.build(), LoraConfig(target_modules=["q_proj"]))
+    before = _state(lora)
+    with pytest.raises(ValueError, match="An adapter 'default' is already attached"):
+        get_peft_model(lora.get_base_model(), PVMConfig(r=32))
+    assert lora.peft_config["default"].peft_type == "LORA"
+    assert _state(lora) == before
+
+
 def test_unknown_adapter_is_refused(tiny: TinyVLM, tmp_path: Path):
     model = tiny.build()
     before = _state(model)
