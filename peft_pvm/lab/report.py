@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
@@ -164,7 +163,8 @@ def render(results: Results) -> str:
 
 
 def _setting(results: Results) -> list[str]:
-    environments = {json.dumps(file["environment"], sort_keys=True): file["environment"] for file in results.files}
+    packages = ("torch", "transformers", "peft", "Python", "Platform", "CPU threads", "GPU")
+    environments = {tuple(file["environment"][name] for name in packages) for file in results.files}
     seeds = sorted({file["seed"] for file in results.files if file["recipe"] is not None})
     recipe = next((file["training"]["recipe"] for file in results.files if file["training"]), None)
     rows = len(next(iter(results.files[0]["right of nine"]["one mosaic"].values())))
@@ -174,9 +174,8 @@ def _setting(results: Results) -> list[str]:
             f"- Seeds of training: {', '.join(map(str, seeds))}; learning rate {recipe['learning_rate']}. The base is "
             "frozen and the same for all; so are the questions that they train on."
         )
-    packages = ("torch", "transformers", "peft", "Python", "Platform", "CPU threads", "GPU")
-    for environment in environments.values():
-        lines.append("- Machine: " + ", ".join(f"{name} {environment[name]}" for name in packages) + ".")
+    for environment in sorted(environments):
+        lines.append("- Machine: " + ", ".join(map(" ".join, zip(packages, environment))) + ".")
     return lines
 
 
