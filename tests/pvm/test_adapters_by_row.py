@@ -119,5 +119,5 @@ def test_training_is_refused(tiny: TinyVLM, model: PeftModel):
 def test_methods_without_parameters_refuse(tiny: TinyVLM):
     model = METHODS["dipe"].attach(tiny.build())
     assert isinstance(model.peft_config["default"], DIPEConfig)
-    with pytest.raises(NotImplementedError, match="does not choose adapters row by row"):
+    with pytest.raises(NotImplementedError, match="acts on all rows of a batch alike"):
         logits(model, tiny.inputs(model.get_base_model(), *ROWS), adapter_names=["default"] * 4)
