@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 import tempfile
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 FORMAT_VERSION = "1"  # of the adapters we write
@@ -158,3 +161,23 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
             place = folder / file.relative_to(staged)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
+
+
+def write_adapter(folder: str | os.PathLike, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> Path:
+    """Save an adapter as PEFT does, whole or not at all. Ours bring a model card.
+
+    Args:
+        folder: Where to.
+        config: Its configuration.
+        tensors: Its tensors, by their keys in the file.
+
+    Returns:
+        The folder.
+    """
+    with written_whole(folder) as staged:
+        contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, staged / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        saved = copy.copy(config)
+        saved.inference_mode = True  # as PEFT saves it
+        saved.save_pretrained(str(staged))
+    return Path(folder)

@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from .adapter_file import write_adapter
 from .pvm import PVMConfig
 from .pvm.branch import fresh_weights
-from .pvm.files import read_adapter, write_adapter
+from .pvm.files import read_adapter
 from .pvm.merging import Tensors
 from .pvm.shape import BranchShape
 from .tuner import PEFT_PREFIX

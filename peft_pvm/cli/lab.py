@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from ..lab.demo import run_demo
+from ..lab.demo import compare_adapters, run_demo
 from ..lab.experiment import MAIN_RECIPE, RECIPES, evaluate_method, plan, train_method
 from ..lab.limits import show_limits
 from ..lab.methods import METHODS
+from ..lab.mosaic import Split
+from ..lab.processor import save_as_folder
 from ..lab.readings import compare_readings
 from ..lab.recall import recall
 from ..lab.report import write_report
 from ..lab.shipping import export_adapter
-from ..lab.tiny_vlm import SHIPPED, new_tiny_vlm, save_tiny_vlm
+from ..lab.step_time import Size, show_step_time
+from ..lab.tiny_vlm import SHIPPED, load_tiny_vlm, new_tiny_vlm, save_tiny_vlm
 from ..lab.train import train_base
 
 
@@ -102,6 +105,52 @@ def demo(
 ) -> None:
     """Train a PVM adapter on the shipped tiny model and show what each method changes."""
     run_demo(out, steps, rows, seed)
+
+
+@app.command("recall")
+def recall_command(
+    adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids of adapters.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows of nine questions at every length.")] = 16,
+    seed: Seed = 0,
+) -> None:
+    """Test the tiny model, and each of some adapters on it: which digit was in that cell, after ever more text?"""
+    compare_adapters(adapters or [], rows, seed)
+
+
+@app.command()
+def folder(out: Annotated[Path, typer.Argument(help="The folder.")]) -> None:
+    """Write the tiny model as a folder, with tokenizer, image processor and chat template, as trainers want it."""
+    save_as_folder(load_tiny_vlm(), out)
+    typer.echo(out)
+
+
+@app.command()
+def chats(
+    out: Annotated[Path, typer.Argument(help="Folder for the data set; `datasets.load_dataset` reads it.")],
+    form: Annotated[Literal["messages", "prompts"], typer.Option(help="For SFT, for GRPO.")] = "messages",
+    rows: int = 1000,
+    max_length: Annotated[int, typer.Option(help="Bytes of text before the first question, at most.")] = 1024,
+    split: Annotated[Split, typer.Option(help="Where digits and text come from.")] = "train",
+    seed: Seed = 0,
+) -> None:
+    """Write questions on mosaics as a data set of chats with images."""
+    from ..lab.chats import make_chats, write_chats  # here: it needs the extra `train`
+
+    write_chats(make_chats(form, rows, max_length, split, seed), out)
+    typer.echo(out)
+
+
+@app.command("step-time")
+def step_time(
+    size: Annotated[Size, typer.Option(help="Of the model, whose weights are random.")] = "tiny",
+    text_tokens: Annotated[int, typer.Option(help="Of a row, after an image of 256 visual tokens.")] = 512,
+    rows: Annotated[int, typer.Option(help="Of a batch.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Rounds.")] = 7,
+    r: Annotated[int, typer.Option(help="PVM's width.")] = 64,
+    seed: Seed = 0,
+) -> None:
+    """Measure a step of training with PVM, with LoRA of its size and of the base alone."""
+    show_step_time(size, text_tokens, rows, repeats, r, seed)
 
 
 @app.command()

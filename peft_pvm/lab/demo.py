@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -75,6 +76,23 @@ def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     console.print(
         f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}, {seconds:.0f} s."
     )
+
+
+def compare_adapters(adapters: Sequence[str | os.PathLike], rows: int, seed: int) -> None:
+    """Print how the tiny model does without adapters and with each of some, by length of distractor.
+
+    Args:
+        adapters: Folders or Hub ids.
+        rows: Rows of nine questions for every length, the same in every column.
+        seed: Decides the questions.
+    """
+    models = {"base": load_tiny_vlm()}
+    models |= {os.fspath(name): PeftModel.from_pretrained(load_tiny_vlm(), name).eval() for name in adapters}
+    results = {
+        name: {length: recall(model, length, rows, seed=seed, description=name) for length in LENGTHS}
+        for name, model in models.items()
+    }
+    Console().print(accuracy_table(results))
 
 
 def accuracy_table(results: dict[str, dict[int, Accuracy]]) -> Table:

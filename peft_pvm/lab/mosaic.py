@@ -13,7 +13,6 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 
 
 GRID = 3  # cells along a side of the mosaic
@@ -83,6 +82,8 @@ def load_material(split: Split) -> Material:
     """
     if split not in get_args(Split):
         raise ValueError(f"The split is {split!r}, but must be one of {get_args(Split)}.")
+    from sklearn.datasets import load_digits  # here: training scripts import this module for its token ids alone
+
     digits = load_digits()
     chosen = [split_of(image.tobytes()) == split for image in digits.images]
     texts = sorted(set(topics.values()))  # a few topics share one
@@ -137,7 +138,7 @@ def make_questions(
         ValueError: A number out of its range.
     """
     _check_range("questions", questions, 1, NUM_CELLS)
-    pictures = _draw_pictures(split, rows, distractor_length, images, generator)
+    pictures = draw_pictures(split, rows, distractor_length, images, generator)
     cells = torch.rand(rows, NUM_CELLS, generator=generator).argsort(1)[:, :questions]
     asked = torch.randint(images, (rows, questions), generator=generator)
     answers = FIRST_ANSWER + pictures.digits[torch.arange(rows)[:, None], asked, cells]
@@ -168,7 +169,7 @@ def make_transcriptions(
         ValueError: A number out of its range.
     """
     _check_range("written_cells", written_cells, 1)
-    pictures = _draw_pictures(split, rows, distractor_length, 1, generator)
+    pictures = draw_pictures(split, rows, distractor_length, 1, generator)
     cells = (torch.randint(NUM_CELLS, (rows, 1), generator=generator) + torch.arange(written_cells)) % NUM_CELLS
     answers = FIRST_ANSWER + pictures.digits[:, 0].gather(1, cells)
     dialogue = torch.stack([FIRST_QUERY + cells, answers], 2).flatten(1)
@@ -178,7 +179,7 @@ def make_transcriptions(
 
 
 @dataclass(frozen=True, eq=False)
-class _Pictures:
+class Pictures:
     """What comes before the dialogue.
 
     Attributes:
@@ -194,9 +195,14 @@ class _Pictures:
     input_ids: torch.Tensor
 
 
-def _draw_pictures(
+def draw_pictures(
     split: Split, rows: int, distractor_length: int, images: int, generator: torch.Generator
-) -> _Pictures:
+) -> Pictures:
+    """Draw mosaics and text; the arguments are those of `make_questions`.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
     material = load_material(split)
     longest = len(material.text)
     _check_range("rows", rows, 1)
@@ -213,10 +219,10 @@ def _draw_pictures(
     starts = torch.randint(longest - distractor_length + 1, (rows, 1), generator=generator)
     text = material.text[starts + torch.arange(distractor_length)]
     tokens = torch.tensor([VISION_START, *[IMAGE] * NUM_CELLS, VISION_END]).repeat(images).expand(rows, -1)
-    return _Pictures(mosaics, material.labels[chosen], colours, torch.cat([tokens, text], 1))
+    return Pictures(mosaics, material.labels[chosen], colours, torch.cat([tokens, text], 1))
 
 
-def _inputs(pictures: _Pictures, dialogue: torch.Tensor, logits_to_keep: torch.Tensor) -> dict[str, torch.Tensor]:
+def _inputs(pictures: Pictures, dialogue: torch.Tensor, logits_to_keep: torch.Tensor) -> dict[str, torch.Tensor]:
     input_ids = torch.cat([pictures.input_ids, dialogue], 1)
     side = GRID * MERGE_SIZE
     return {

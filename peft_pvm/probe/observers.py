@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +12,8 @@ from torch import nn
 
 from ..attention import AttentionCall, release, steer
 from ..context import CONTEXT, VisualContext
-from ..families import VisionLanguageModel
+from ..families import FEATURE_KEYWORDS, VisionLanguageModel
+from ..positions import placeholder_mask
 from ..pvm.layer import PVMLayer
 from ..steering import steerable_attentions
 from ..tap import Tap
@@ -190,3 +191,30 @@ def layers_observed(vlm: VisionLanguageModel, num_queries: int) -> Iterator[list
         for layer in vlm.layers:
             stack.callback(layer.register_forward_hook(keep).remove)
         yield outputs
+
+
+@contextlib.contextmanager
+def undisturbed(vlm: VisionLanguageModel) -> Iterator[None]:
+    """Eval mode; afterwards the model is in the mode it was in, and a conversation of somebody else can go on."""
+    training = [module for module in vlm.model.modules() if module.training]
+    # Qwen's models keep from a prompt by how much the positions of its answer are shifted.
+    rope_deltas = {module: module.rope_deltas for module in vlm.model.modules() if "rope_deltas" in vars(module)}
+    vlm.model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for module, deltas in rope_deltas.items():
+            module.rope_deltas = deltas
+
+
+def visual_mask(vlm: VisionLanguageModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Which tokens of the prompt stand for an image or a video that comes with it, `(1, seq_len)`, bool."""
+    token_ids = [
+        token_id
+        for modality, ids in vlm.placeholder_ids.items()
+        if any(inputs.get(keyword) is not None for keyword in FEATURE_KEYWORDS[modality])
+        for token_id in ids
+    ]
+    return placeholder_mask(inputs["input_ids"], token_ids)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,22 @@ from torch import nn
 
 from ..acting import acting_adapters, base_of, only
 from ..env import environment
-from ..families import FEATURE_KEYWORDS, VisionLanguageModel, find_vlm
-from ..positions import placeholder_mask
+from ..families import VisionLanguageModel, find_vlm
 from ..steering import steerable_attentions
 from .answer import Progress, extended, generate
 from .decay import fit_dilution, fit_power_law, rounded
 from .grid import visual_grids
 from .measures import find_sinks, kl_divergence, logit_lens
-from .observers import AttentionObserver, BranchTrace, Masses, branches_observed, layers_observed, observed
+from .observers import (
+    AttentionObserver,
+    BranchTrace,
+    Masses,
+    branches_observed,
+    layers_observed,
+    observed,
+    undisturbed,
+    visual_mask,
+)
 from .result import (
     AdapterRecord,
     BranchRecord,
@@ -85,7 +92,7 @@ def probe(
     names = acting_adapters(vlm.model)
     _check(vlm, model, inputs, max_new_tokens, sink_factor, sink_share)
     progress = progress or (lambda description, done, total: None)
-    with _undisturbed(vlm):
+    with undisturbed(vlm):
         token_ids = generate(vlm.model, inputs, max_new_tokens, generate_kwargs or {}, progress)
         _check_retrieval(retrieval_tokens, len(token_ids))
         whole = extended(vlm.model, inputs, token_ids[:-1])
@@ -104,7 +111,7 @@ def probe(
     by_name = {forward.name: forward for forward in forwards}
     if len(names) == 1:
         by_name[_alone(names[0])] = by_name[TOGETHER]
-    num_visual = int(_visual_mask(vlm, inputs).sum())
+    num_visual = int(visual_mask(vlm, inputs).sum())
     return ProbeResult(
         model_name=getattr(vlm.model.config, "_name_or_path", "") or type(vlm.model).__name__,
         prompt=prompt,
@@ -153,17 +160,6 @@ def _alone(name: str) -> str:
     return f"only {name}"
 
 
-def _visual_mask(vlm: VisionLanguageModel, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Which tokens of the prompt stand for an image or a video that comes with it, `(1, seq_len)`, bool."""
-    token_ids = [
-        token_id
-        for modality, ids in vlm.placeholder_ids.items()
-        if any(inputs.get(keyword) is not None for keyword in FEATURE_KEYWORDS[modality])
-        for token_id in ids
-    ]
-    return placeholder_mask(inputs["input_ids"], token_ids)
-
-
 def _check(
     vlm: VisionLanguageModel,
     model: nn.Module,
@@ -176,7 +172,7 @@ def _check(
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.shape[0] != 1:
         shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
         raise ValueError(f"probe takes one prompt, input_ids of shape (1, seq_len); got {shape}.")
-    if not bool(_visual_mask(vlm, inputs).any()):
+    if not bool(visual_mask(vlm, inputs).any()):
         raise ValueError(
             "There is no image in these inputs (no visual token in input_ids, or no pixel values for it): give the "
             "processor an image and a prompt that names it."
@@ -203,22 +199,6 @@ def _check_retrieval(retrieval_tokens: Sequence[int] | None, num_tokens: int) ->
     wrong = [token for token in retrieval_tokens or () if not 0 <= token < num_tokens]
     if wrong:
         raise ValueError(f"retrieval_tokens names {wrong}, but {num_tokens} tokens were generated, counted from 0.")
-
-
-@contextlib.contextmanager
-def _undisturbed(vlm: VisionLanguageModel) -> Iterator[None]:
-    """Eval mode; afterwards the model is in the mode it was in, and a conversation of somebody else can go on."""
-    training = [module for module in vlm.model.modules() if module.training]
-    # Qwen's models keep from a prompt by how much the positions of its answer are shifted.
-    rope_deltas = {module: module.rope_deltas for module in vlm.model.modules() if "rope_deltas" in vars(module)}
-    vlm.model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for module, deltas in rope_deltas.items():
-            module.rope_deltas = deltas
 
 
 @dataclass(eq=False)

@@ -1,18 +1,15 @@
-"""PVM adapters as files: read, written and combined without a base model."""
+"""PVM adapters as files: read and combined without a base model."""
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 
-from ..adapter_file import AdapterFile, flaw_of, written_whole
+from ..adapter_file import AdapterFile, flaw_of, write_adapter
 from .branch import WEIGHTS, weight_name
 from .config import PVMConfig
 from .merging import Tensors, combine
@@ -52,26 +49,6 @@ def read_adapter(path: str | os.PathLike, **kwargs: Any) -> tuple[PVMConfig, Ten
     if flaws := [f"{key} holds {flaw}" for key, tensor in tensors.items() if (flaw := flaw_of(tensor))]:
         raise ValueError(f"{path}: {flaws[0]}.")
     return config, tensors
-
-
-def write_adapter(folder: str | os.PathLike, config: PVMConfig, tensors: Tensors) -> Path:
-    """Save a PVM adapter as PEFT does, with its model card, whole or not at all.
-
-    Args:
-        folder: Where to.
-        config: Its configuration.
-        tensors: Its tensors by key.
-
-    Returns:
-        The folder.
-    """
-    with written_whole(folder) as staged:
-        contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, staged / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        saved = copy.copy(config)
-        saved.inference_mode = True  # as PEFT saves it
-        saved.save_pretrained(staged)
-    return Path(folder)
 
 
 def merge_adapters(

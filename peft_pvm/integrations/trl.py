@@ -1,0 +1,233 @@
+"""For training with TRL: rewards, a callback that logs how much the model looks, what cannot be done.
+
+The recipe is that of PVM, arXiv 2605.00814: supervised fine-tuning of PVM alone, then GRPO with the language model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl.data_utils import prepare_multimodal_messages
+
+from ..acting import base_of
+from ..adapter_file import write_adapter
+from ..families import find_vlm
+from ..probe.observers import AttentionObserver, branches_observed, observed, undisturbed, visual_mask
+from ..tuner import PEFT_PREFIX
+
+
+FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+CHOICE = re.compile(r"\(?([A-Za-z])(?:\)|[.:]|$)")  # "B", "(B)", "B.", "B: a dog"
+BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
+
+
+def format_reward(completions: Sequence[Any], **kwargs: Any) -> list[float]:
+    """1 for a completion that is `<think>...</think><answer>...</answer>` and nothing else, 0 for others.
+
+    Args:
+        completions: Texts, or chats of one message.
+        kwargs: What else TRL gives to rewards.
+    """
+    return [float(FORMAT.fullmatch(_text(completion)) is not None) for completion in completions]
+
+
+def accuracy_reward(completions: Sequence[Any], solution: Sequence[str], **kwargs: Any) -> list[float]:
+    """1 for a completion whose answer is right, 0 for others.
+
+    The answer is what stands between the last `<answer>` and `</answer>`, or all of a completion without them. It is
+    right if, in this order: it is the solution, letter case, white space, a final full stop, `$` and `\\boxed{}`
+    aside; or the solution is one letter and the answer begins with it as a choice, such as "(B) a dog" for "B"; or
+    the solution is a number or formula and math-verify finds the answer equal.
+
+    Args:
+        completions: Texts, or chats of one message.
+        solution: The right answer of each.
+        kwargs: What else TRL gives to rewards.
+    """
+    return [float(is_right(_answer(_text(text)), right)) for text, right in zip(completions, solution, strict=True)]
+
+
+def is_right(answer: str, solution: str) -> bool:
+    """Whether an answer is the solution, by the rule of `accuracy_reward`.
+
+    Example:
+        >>> is_right("0.50", r"$\\\\frac{1}{2}$"), is_right("(B) a dog", "B"), is_right("A cat.", "a dog")
+        (True, True, False)
+    """
+    plain, wanted = _normalised(answer), _normalised(solution)
+    if plain == wanted:
+        return True
+    if len(wanted) == 1 and wanted.isalpha():
+        choice = CHOICE.match(plain)
+        return choice is not None and choice.group(1) == wanted
+    from math_verify import parse, verify
+
+    # Its time limits are signals, which only the main thread gets.
+    limits = {} if threading.current_thread() is threading.main_thread() else {"parsing_timeout": None}
+    gold, found = parse(solution, **limits), parse(answer, **limits)
+    return bool(gold and found) and verify(gold, found, **({"timeout_seconds": None} if limits else {}))
+
+
+class GazeCallback(TrainerCallback):
+    """Logs, whenever the loss is logged, how much the model looks at an image, and what PVM does: see `gaze`.
+
+    The model runs once more for it, without gradients, over the same chat every time.
+
+    Args:
+        trainer: The trainer, which logs. Give it the callback with `trainer.add_callback`.
+        inputs: The chat, as `chat_inputs` makes it.
+    """
+
+    def __init__(self, trainer: Trainer, inputs: Mapping[str, torch.Tensor]):
+        self.trainer = trainer
+        self.inputs = inputs
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if "loss" in (logs or {}):  # of a training step, not of an evaluation, nor our own
+            # The base class's: TRL's adds its own averages once more.
+            Trainer.log(self.trainer, gaze(cast(nn.Module, self.trainer.model), self.inputs))
+
+
+def last_answer(example: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat as prompt and completion, which TRL trains on the completion alone. For `datasets.Dataset.map`.
+
+    Args:
+        example: `messages`, of which the last is the assistant's.
+
+    Raises:
+        ValueError: It is not.
+    """
+    *prompt, last = example["messages"]
+    if not prompt or last["role"] != "assistant":
+        raise ValueError(f"The chat does not end with an answer of the assistant: {example['messages']}.")
+    return {"prompt": prompt, "completion": [last]}
+
+
+def chat_inputs(processor: ProcessorMixin, example: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What a model takes for one row of a data set of chats.
+
+    Args:
+        processor: The model's.
+        example: It has `images` or one `image`, and `messages` or `prompt` (with `completion` or without).
+    """
+    images = example["images"] if "images" in example else [example["image"]]
+    messages = example.get("messages") or [*example["prompt"], *example.get("completion", [])]
+    return processor.apply_chat_template(
+        prepare_multimodal_messages(messages, images=images),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=messages[-1]["role"] != "assistant",
+    )
+
+
+@torch.no_grad()
+def gaze(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """How much a model looks at the image of one prompt or chat, and what PVM does there.
+
+    Args:
+        model: A vision-language model, with adapters or without.
+        inputs: One row with visual tokens, as its processor gives it. They are moved to the model's device.
+
+    Returns:
+        "gaze/visual_mass": the share of attention that reaches visual tokens, mean over layers, heads and the tokens
+        after the last visual one. For each PVM adapter and layer, "gaze/gate/<adapter>/<layer>" and
+        "gaze/update/<adapter>/<layer>": the norm of what PVM adds, over that of the residual stream, mean over the
+        same tokens.
+    """
+    vlm = find_vlm(base_of(model))
+    device = cast(torch.device, vlm.model.device)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    num_queries = int((~visual_mask(vlm, inputs)[0]).flip(0).cumprod(0).sum())
+    observer = AttentionObserver(num_queries)
+    with undisturbed(vlm), branches_observed(vlm.model, num_queries) as branches, observed(vlm, observer):
+        vlm.model(**{**inputs, "use_cache": False, "logits_to_keep": 1})
+    masses = [masses.visual.mean() for masses in observer.masses.values()]
+    values = {"gaze/visual_mass": float(torch.stack(masses).mean())}
+    for (adapter, layer_idx), trace in sorted(branches.items()):
+        values[f"gaze/gate/{adapter}/{layer_idx}"] = trace.gate
+        values[f"gaze/update/{adapter}/{layer_idx}"] = float(trace.relative_update.mean())
+    return values
+
+
+def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
+    """Save each adapter of a trained model in a folder of its name, and the base in `base` if it learned.
+
+    To be called on all processes. The adapters are on the model itself, not on a PeftModel around it.
+
+    Args:
+        trainer: Whose model it is.
+        output_dir: Where to.
+    """
+    state_dict = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.accelerator.is_main_process:
+        return
+    model = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model))
+    for name, config in model.peft_config.items():
+        tensors = get_peft_model_state_dict(model, state_dict, adapter_name=name)
+        write_adapter(Path(output_dir, name), config, {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()})
+    of_adapters = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        for key in cast(nn.Module, module).state_dict()
+    }
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if learned - of_adapters:
+        base = {key: tensor for key, tensor in state_dict.items() if key not in of_adapters}
+        model.save_pretrained(Path(output_dir, "base"), state_dict=base)
+        cast(ProcessorMixin, trainer.processing_class).save_pretrained(Path(output_dir, "base"))
+
+
+def refuse_vllm(use_vllm: bool) -> None:
+    """TRL generates with vLLM by merging adapters into the base, and PVM cannot be merged.
+
+    Raises:
+        ValueError: It is asked for.
+    """
+    if use_vllm:
+        raise ValueError(
+            "use_vllm=True merges the adapter into the base before every generation, and PVM computes something that "
+            "no weight of the base can express. Set use_vllm=False: the trainer then generates with the model itself."
+        )
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def _answer(text: str) -> str:
+    _, tag, answer = text.rpartition("<answer>")
+    return answer.partition("</answer>")[0] if tag else text
+
+
+def _normalised(text: str) -> str:
+    text = text.strip().strip("$").strip()
+    boxed = BOXED.fullmatch(text)
+    text = boxed.group(1) if boxed else text
+    return " ".join(text.removesuffix(".").casefold().split())

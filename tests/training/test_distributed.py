@@ -1,0 +1,55 @@
+"""Two processes on one CPU, with the configurations that are meant for GPUs: they train what one process trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import difference
+from training_runs import EXAMPLES, adapter_weights, arguments, run
+
+
+ON_CPU = {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+
+
+def launch(kind: str, stage: str, material: SimpleNamespace, folder: Path, **options) -> None:
+    """Run a training script on two processes, with `accelerate launch`."""
+    config = yaml.safe_load((EXAMPLES / "accelerate" / f"{kind}.yaml").read_text())
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump({**config, **ON_CPU, "main_process_port": 0}))
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+            *("--config_file", folder / "accelerate.yaml"),
+            EXAMPLES / f"train_{stage}.py",
+            *arguments(stage, material, output_dir=folder / "out", **options),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+
+
+@pytest.mark.parametrize("data", ["messages", "mixed"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str, data: str, tmp_path: Path):
+    """In "mixed", the second process never gets an image."""
+    options = {
+        "dataset_name": getattr(material, data),
+        "max_steps": 4,
+        "learning_rate": 1e-3,  # Adam's steps have this size, whatever the gradients' noise
+        "train_sampling_strategy": "sequential",
+    }
+    launch(kind, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
+    run("sft", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
+    alone, together = adapter_weights(tmp_path / "alone"), adapter_weights(tmp_path / "out")
+    assert alone.keys() == together.keys()
+    for key, tensor in alone.items():
+        assert difference(tensor, together[key]) < 1e-5, key
+    assert all(tensor.abs() > 1e-3 for key, tensor in alone.items() if key.endswith("pvm_gate.weight")), "it learned"

@@ -1,0 +1,157 @@
+"""The two training scripts, run for a few steps on the tiny model: they learn, only what shall learn, and go on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import difference
+from peft import PeftModel
+from training_runs import adapter_weights, run, start
+from transformers import AutoModelForImageTextToText
+
+from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+
+
+REENTRANT = '{"use_reentrant": true}'
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def changed(model: torch.nn.Module) -> set[str]:
+    """The base's parameters that are not the tiny model's."""
+    base = dict(load_tiny_vlm().named_parameters())
+    found = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): p for name, p in model.named_parameters()
+    }
+    return {name for name, parameter in base.items() if not torch.equal(found[name], parameter)}
+
+
+def test_sft(material: SimpleNamespace, tmp_path: Path):
+    trainer = run("sft", material, output_dir=tmp_path, max_steps=12, per_device_train_batch_size=8)
+    losses = logged(trainer, "loss")
+    assert len(losses) == 12
+    assert losses[-1] < 0.96 * losses[0], losses
+    assert changed(trainer.model) == set()
+    assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == {
+        name for name, _ in trainer.model.named_parameters() if ".pvm_" in name
+    }
+    saved = adapter_weights(tmp_path)
+    assert all(".pvm.pvm_" in key for key in saved)
+    loaded = PeftModel.from_pretrained(load_tiny_vlm(), tmp_path)
+    trained = dict(trainer.model.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, trained[name])
+
+    assert len(logged(trainer, "gaze/visual_mass")) == 12
+    assert 0 < logged(trainer, "gaze/visual_mass")[0] < 1
+    for layer_idx in (1, 3, 4):
+        gate = trained[f"base_model.model.model.language_model.layers.{layer_idx}.pvm.pvm_gate.default.weight"].item()
+        assert logged(trainer, f"gaze/gate/default/{layer_idx}")[-1] == pytest.approx(gate)
+        assert logged(trainer, f"gaze/update/default/{layer_idx}")[-1] > 0
+
+
+def test_the_last_answer_alone(material: SimpleNamespace, tmp_path: Path):
+    """Without generation marks in the template, a chat is a prompt and its last answer."""
+    trainer = run("sft", material, output_dir=tmp_path, max_steps=1, assistant_only_loss=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"] != -100).sum(1).tolist() == [1] * 4
+    last = batch["attention_mask"].sum(1) - 1
+    assert torch.equal(batch["labels"].amax(1), batch["input_ids"].gather(1, last[:, None])[:, 0])
+
+
+HOW = {
+    "accumulated": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "checkpointed": {"gradient_checkpointing": True},
+    "checkpointed, reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": REENTRANT},
+    "bf16": {"bf16": True},
+}
+
+
+@pytest.mark.parametrize("data", ["messages", "mixed"])
+def test_it_does_not_matter_how(material, data: str, tmp_path: Path):
+    """The same losses and the same adapter, but for bf16, in which all but the adapter's weights is rounded."""
+    common = {
+        "dataset_name": getattr(material, data),
+        "per_device_train_batch_size": 8,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "train_sampling_strategy": "sequential",
+    }
+    expected = logged(run("sft", material, output_dir=tmp_path / "plain", **common), "loss")
+    for how, options in HOW.items():
+        found = logged(run("sft", material, output_dir=tmp_path / how, **{**common, **options}), "loss")
+        assert found == pytest.approx(expected, rel=0.02 if how == "bf16" else 1e-5), how
+        if how == "bf16":
+            assert found != expected
+        else:
+            plain, other = adapter_weights(tmp_path / "plain"), adapter_weights(tmp_path / how)
+            assert all(difference(tensor, other[key]) < 1e-5 for key, tensor in plain.items()), how
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_killed_run_goes_on_to_the_same_weights(material, stage_1: Path, stage: str, tmp_path: Path):
+    """To the bit, on one process: a run that was killed after its first checkpoint, and one that was not."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    options |= (
+        {"gradient_accumulation_steps": 2}
+        if stage == "sft"
+        else {"adapter": stage_1, "per_device_train_batch_size": 8}
+    )
+    killed = start(stage, material, output_dir=tmp_path / "killed", **options)
+    whole = start(stage, material, output_dir=tmp_path / "whole", **options)
+    checkpoint = tmp_path / "killed" / "checkpoint-2"
+    while not (checkpoint / "trainer_state.json").is_file():
+        assert killed.poll() is None, killed.stdout.read()[-3000:]
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed" / "checkpoint-4").exists(), "it was killed too late"
+    again = start(stage, material, output_dir=tmp_path / "killed", resume_from_checkpoint=checkpoint, **options)
+    for process in (whole, again):
+        output, _ = process.communicate()
+        assert process.returncode == 0, output[-3000:]
+    results = [tmp_path / name / ("" if stage == "sft" else "pvm") for name in ("whole", "killed")]
+    expected, found = map(adapter_weights, results)
+    early = adapter_weights(checkpoint) if stage == "sft" else adapter_weights(stage_1)
+    assert expected.keys() == found.keys() == early.keys()
+    assert any(not torch.equal(expected[key], early[key]) for key in early), "it learned nothing"
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("learns", ["lora", "base"])
+def test_grpo(material: SimpleNamespace, stage_1: Path, learns: str, tmp_path: Path):
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]} if learns == "lora" else {}
+    trainer = run(
+        "grpo", material, adapter=stage_1, output_dir=tmp_path, max_steps=4, per_device_train_batch_size=8, **lora
+    )
+    assert len(logged(trainer, "rewards/accuracy_reward/mean")) == 4
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(["pvm", learns])
+    before, after = adapter_weights(stage_1), adapter_weights(tmp_path / "pvm")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    moved = changed(trainer.model)
+    if learns == "lora":
+        assert moved == set()
+    else:
+        assert moved
+        assert all(name.startswith(("model.language_model.", "lm_head.")) for name in moved)
+
+    # What was saved is what was trained.
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base" if learns == "base" else material.model)
+    if learns == "lora":
+        base.load_adapter(str(tmp_path / "lora"), adapter_name="lora")
+    base.load_adapter(str(tmp_path / "pvm"), adapter_name="pvm")
+    base.set_adapter(["lora", "pvm"] if learns == "lora" else ["pvm"])
+    inputs = trainer.callback_handler.callbacks[-1].inputs
+    for callback in trainer.callback_handler.callbacks:
+        inputs = getattr(callback, "inputs", inputs)
+    with torch.no_grad():
+        assert torch.equal(base.eval()(**inputs).logits, trainer.model.eval()(**inputs).logits)

@@ -1,0 +1,175 @@
+"""What training with TRL takes from us: rewards, what is logged, what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import give_weight
+from peft import get_peft_model
+from training_runs import EXAMPLES, run
+
+from peft_pvm import DIPEConfig, PVMConfig, attached
+from peft_pvm.integrations.trl import (
+    accuracy_reward,
+    chat_inputs,
+    format_reward,
+    gaze,
+    is_right,
+    last_answer,
+    refuse_vllm,
+)
+from peft_pvm.lab.chats import make_chats
+from peft_pvm.lab.mosaic import IMAGE
+from peft_pvm.lab.processor import tiny_vlm_processor
+from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.probe import probe
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<think>so</think><answer>7</answer>", 1),
+        ("<think>so\nand so</think>\n<answer>7</answer>\n", 1),
+        ("<think></think><answer></answer>", 1),
+        ("<answer>7</answer>", 0),
+        ("<think>so</think>7", 0),
+        ("Well: <think>so</think><answer>7</answer>", 0),
+        ("<think>so</think><answer>7</answer> I hope", 0),
+        ("<answer>7</answer><think>so</think>", 0),
+    ],
+)
+def test_format(text: str, reward: float):
+    assert format_reward([text, [{"role": "assistant", "content": text}]]) == [reward, reward]
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "right"),
+    [
+        ("A dog.", "a  dog", True),
+        ("a dog", "a cat", False),
+        ("(B) a dog", "B", True),
+        ("b", "B", True),
+        ("B: 12", "B", True),
+        ("Because of A", "B", False),
+        ("Bdog", "B", False),
+        ("C", "B", False),
+        ("0.5", r"\frac{1}{2}", True),
+        (r"\boxed{\frac{1}{2}}", "0.5", True),
+        ("2,000", "2000", True),
+        ("The answer is 12", "12", True),
+        ("13", "12", False),
+        ("", "12", False),
+        ("nothing", "12", False),
+        ("[digit 7]", "[digit 7]", True),
+        ("[digit 8]", "[digit 7]", False),
+    ],
+)
+def test_what_is_right(answer: str, solution: str, right: bool):
+    assert is_right(answer, solution) is right
+    in_tags = f"<think>It is {solution}.</think><answer>{answer}</answer>"
+    assert accuracy_reward([in_tags, answer], [solution, solution]) == [right, right]
+
+
+def test_only_the_last_answer_counts():
+    assert accuracy_reward(["<answer>7</answer> or <answer>8</answer>"] * 2, ["7", "8"]) == [0, 1]
+
+
+def test_lengths_must_fit():
+    with pytest.raises(ValueError, match="zip"):
+        accuracy_reward(["7", "8"], ["7"])
+
+
+def test_last_answer():
+    chat = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    assert last_answer({"messages": chat}) == {"prompt": chat[:2], "completion": chat[2:]}
+    for wrong in (chat[:2], chat[2:]):
+        with pytest.raises(ValueError, match="does not end with an answer"):
+            last_answer({"messages": wrong})
+
+
+def test_vllm_is_refused():
+    refuse_vllm(False)
+    with pytest.raises(ValueError, match="use_vllm=False"):
+        refuse_vllm(True)
+
+
+def test_the_grpo_script_refuses_vllm_before_it_loads_anything(material: SimpleNamespace, tmp_path):
+    with pytest.raises(ValueError, match="no weight of the base can express"):
+        run("grpo", material, adapter="nowhere", output_dir=tmp_path, use_vllm=True)
+
+
+@pytest.fixture
+def chat() -> dict[str, torch.Tensor]:
+    return chat_inputs(tiny_vlm_processor(), make_chats("messages", 1, 64)[0])
+
+
+def test_gaze_is_what_the_probe_sees(chat: dict[str, torch.Tensor]):
+    """Of the last token of a prompt: there, the probe measures the attention of the first generated token's query."""
+    model = get_peft_model(load_tiny_vlm(), PVMConfig(r=32, layers_to_transform=[1, 4]))
+    give_weight(model)
+    prompt = {name: tensor for name, tensor in chat.items() if name != "assistant_masks"}
+    last_visual = int((prompt["input_ids"][0] == IMAGE).nonzero().max())
+    seen = gaze(model, prompt)
+    result = probe(model, prompt, max_new_tokens=1)
+    layers = result.forwards[1].attention
+    assert seen.keys() == {
+        "gaze/visual_mass",
+        *(f"gaze/{what}/default/{layer_idx}" for what in ("gate", "update") for layer_idx in (1, 4)),
+    }
+    short = {
+        "input_ids": prompt["input_ids"][:, : last_visual + 2],
+        "attention_mask": prompt["attention_mask"][:, : last_visual + 2],
+        "mm_token_type_ids": prompt["mm_token_type_ids"][:, : last_visual + 2],
+        "pixel_values": prompt["pixel_values"],
+        "image_grid_thw": prompt["image_grid_thw"],
+    }
+    only = probe(model, short, max_new_tokens=1)
+    mass = sum(layer.visual_mass[0] for layer in only.forwards[1].attention) / len(layers)
+    assert gaze(model, short)["gaze/visual_mass"] == pytest.approx(mass, abs=1e-5)
+    for branch in only.branches:
+        assert gaze(model, short)[f"gaze/update/default/{branch.layer_idx}"] == pytest.approx(
+            branch.relative_update[0], rel=1e-3
+        )
+
+
+def test_gaze_leaves_the_model_as_it_was(chat: dict[str, torch.Tensor]):
+    model = get_peft_model(load_tiny_vlm(), PVMConfig(r=32)).train()
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    before = gaze(model, chat)["gaze/visual_mass"]
+    assert model.training
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    with attached(model, DIPEConfig()):
+        assert gaze(model, chat)["gaze/visual_mass"] != before
+    assert gaze(model, chat)["gaze/visual_mass"] == before
+    assert gaze(load_tiny_vlm(), chat) == {"gaze/visual_mass": pytest.approx(before)}
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_the_papers_recipe(name: str):
+    """Section 4.1 of arXiv 2605.00814."""
+    recipe = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    expected = {
+        "sft": {"learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True, "r": 512},
+        "grpo": {
+            "learning_rate": 1e-6,
+            "lr_scheduler_type": "constant",
+            "num_generations": 8,
+            "max_completion_length": 16384,
+            "temperature": 1.0,
+            "reward_weights": [0.1, 0.9],
+            "mask_truncated_completions": True,
+        },
+    }[name]
+    assert {key: recipe[key] for key in expected} == expected
+    if name == "sft":
+        processes = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp2.yaml").read_text())["num_processes"]
+        assert processes * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 64
+
+
+def test_a_single_image(chat: dict[str, torch.Tensor]):
+    row = make_chats("messages", 1, 64)[0]
+    single = chat_inputs(tiny_vlm_processor(), {"image": row["images"][0], "messages": row["messages"]})
+    assert all(torch.equal(single[name], chat[name]) for name in chat)

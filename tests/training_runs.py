@@ -1,0 +1,83 @@
+"""The training scripts as functions, and what they train on: the lab's tiny model and small data sets of chats."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+
+
+for package in ("trl", "datasets", "math_verify", "sklearn"):
+    pytest.importorskip(package, reason="training needs the extras `train` and `lab`")
+
+from peft_pvm.lab.chats import make_chats, write_chats  # noqa: E402
+from peft_pvm.lab.processor import save_as_folder  # noqa: E402
+from peft_pvm.lab.tiny_vlm import load_tiny_vlm  # noqa: E402
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# What differs from the configurations for the tiny model, to be done in seconds.
+SHORT = {
+    "sft": {
+        "r": 32,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "per_device_train_batch_size": 4,
+    },
+    "grpo": {"learning_rate": 1e-3, "temperature": 4.0},  # the tiny model is sure of itself, right or wrong
+}
+
+
+def make_material(folder: Path) -> SimpleNamespace:
+    """Folders: the model, chats of the two forms, chats of which every other batch of four has no image."""
+    save_as_folder(load_tiny_vlm(), folder / "model")
+    chats = make_chats("messages", 8, 400)
+    write_chats(chats, folder / "messages")
+    without = chats.map(lambda row, index: {"images": row["images"] if index // 4 % 2 == 0 else []}, with_indices=True)
+    write_chats(without, folder / "mixed")
+    write_chats(make_chats("prompts", 16, 800), folder / "prompts")
+    return SimpleNamespace(**{path.name: path for path in folder.iterdir()})
+
+
+def arguments(stage: str, material: SimpleNamespace, **options) -> list[str]:
+    """The command line of a training script."""
+    data = material.messages if stage == "sft" else material.prompts
+    chosen = {
+        "model_name_or_path": material.model,
+        "dataset_name": data,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        **SHORT[stage],
+        **options,
+    }
+    line = ["--config", str(EXAMPLES / f"{stage}_tiny.yaml")]
+    for name, value in chosen.items():
+        line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return line
+
+
+def run(stage: str, material: SimpleNamespace, **options):
+    """Run a training script here and now; its trainer."""
+    name = f"train_{stage}"
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    sys.modules[name] = script = importlib.util.module_from_spec(spec)  # where its dataclasses look up their types
+    spec.loader.exec_module(script)
+    return script.main(arguments(stage, material, **options))
+
+
+def start(stage: str, material: SimpleNamespace, **options) -> subprocess.Popen:
+    """Run a training script in a process of its own."""
+    line = [sys.executable, EXAMPLES / f"train_{stage}.py", *arguments(stage, material, **options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def adapter_weights(folder: Path) -> dict:
+    return load_file(folder / "adapter_model.safetensors")
