@@ -17,16 +17,16 @@ from training_runs import EXAMPLES, adapter_weights, arguments, run
 ON_CPU = {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
 
 
-def launch(kind: str, stage: str, material: SimpleNamespace, folder: Path, **options) -> None:
-    """Run a training script on two processes, with `accelerate launch`."""
+def launch(kind: str, material: SimpleNamespace, folder: Path, **options) -> None:
+    """Run stage 1 on two processes, with `accelerate launch`."""
     config = yaml.safe_load((EXAMPLES / "accelerate" / f"{kind}.yaml").read_text())
     (folder / "accelerate.yaml").write_text(yaml.safe_dump({**config, **ON_CPU, "main_process_port": 0}))
     process = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
             *("--config_file", folder / "accelerate.yaml"),
-            EXAMPLES / f"train_{stage}.py",
-            *arguments(stage, material, output_dir=folder / "out", **options),
+            EXAMPLES / "train_sft.py",
+            *arguments("sft", material, output_dir=folder / "out", **options),
         ],
         capture_output=True,
         text=True,
@@ -46,10 +46,27 @@ def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str,
         "learning_rate": 1e-3,  # Adam's steps have this size, whatever the gradients' noise
         "train_sampling_strategy": "sequential",
     }
-    launch(kind, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
+    launch(kind, material, tmp_path, per_device_train_batch_size=4, **options)
     run("sft", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
     alone, together = adapter_weights(tmp_path / "alone"), adapter_weights(tmp_path / "out")
     assert alone.keys() == together.keys()
     for key, tensor in alone.items():
         assert difference(tensor, together[key]) < 1e-5, key
     assert all(tensor.abs() > 1e-3 for key, tensor in alone.items() if key.endswith("pvm_gate.weight")), "it learned"
+
+
+def test_a_sharded_run_goes_on(material: SimpleNamespace, tmp_path: Path):
+    """From a checkpoint that holds nothing of the base, to the same weights."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    launch("fsdp2", material, tmp_path / "whole", **options)
+    checkpoint = tmp_path / "whole" / "out" / "checkpoint-2"
+    assert (
+        sum(file.stat().st_size for file in checkpoint.iterdir())
+        < (material.model / "model.safetensors").stat().st_size
+    )
+    launch("fsdp2", material, tmp_path / "resumed", resume_from_checkpoint=checkpoint, **options)
+    whole, resumed = (adapter_weights(tmp_path / name / "out") for name in ("whole", "resumed"))
+    assert all(difference(tensor, resumed[key]) == 0 for key, tensor in whole.items())
+    assert any(difference(tensor, whole[key]) > 1e-4 for key, tensor in adapter_weights(checkpoint).items())

@@ -101,6 +101,13 @@ def test_the_grpo_script_refuses_vllm_before_it_loads_anything(material: SimpleN
         run("grpo", material, adapter="nowhere", output_dir=tmp_path, use_vllm=True)
 
 
+@pytest.mark.parametrize("option", ["packing", "padding_free"])
+def test_rows_of_several_samples_are_refused(material: SimpleNamespace, option: str, tmp_path):
+    """By TRL, for images. Where they reach a model all the same, it refuses: tests/test_generation.py."""
+    with pytest.raises(ValueError, match="supported for vision datasets"):
+        run("sft", material, output_dir=tmp_path, max_steps=1, **{option: True})
+
+
 @pytest.fixture
 def chat() -> dict[str, torch.Tensor]:
     return chat_inputs(tiny_vlm_processor(), make_chats("messages", 1, 64)[0])
