@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> GRPOTrainer:
         train_dataset=data,
         processing_class=processor,
     )
-    trainer.add_callback(GazeCallback(trainer, chat_inputs(processor, data[0])))
+    trainer.add_callback(GazeCallback(trainer, chat_inputs(processor, data)))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     save_parts(trainer, training.output_dir)
     trainer.accelerator.wait_for_everyone()  # no process leaves while another still saves

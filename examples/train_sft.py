@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
             r=pvm.r, layers_to_transform=pvm.layers or "strided", memory_visibility=pvm.memory_visibility
         ),
     )
-    trainer.add_callback(GazeCallback(trainer, chat_inputs(processor, data[0])))
+    trainer.add_callback(GazeCallback(trainer, chat_inputs(processor, data)))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # no process leaves while another still saves

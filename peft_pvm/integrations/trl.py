@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,10 +50,10 @@ def format_reward(completions: Sequence[Any], **kwargs: Any) -> list[float]:
 
 
 def accuracy_reward(completions: Sequence[Any], solution: Sequence[str], **kwargs: Any) -> list[float]:
-    """1 for a completion whose answer is right, 0 for others.
+    r"""1 for a completion whose answer is right, 0 for others.
 
     The answer is what stands between the last `<answer>` and `</answer>`, or all of a completion without them. It is
-    right if, in this order: it is the solution, letter case, white space, a final full stop, `$` and `\\boxed{}`
+    right if, in this order: it is the solution, letter case, white space, a final full stop, `$` and `\boxed{}`
     aside; or the solution is one letter and the answer begins with it as a choice, such as "(B) a dog" for "B"; or
     the solution is a number or formula and math-verify finds the answer equal.
 
@@ -66,10 +66,10 @@ def accuracy_reward(completions: Sequence[Any], solution: Sequence[str], **kwarg
 
 
 def is_right(answer: str, solution: str) -> bool:
-    """Whether an answer is the solution, by the rule of `accuracy_reward`.
+    r"""Whether an answer is the solution, by the rule of `accuracy_reward`.
 
     Example:
-        >>> is_right("0.50", r"$\\\\frac{1}{2}$"), is_right("(B) a dog", "B"), is_right("A cat.", "a dog")
+        >>> is_right("0.50", r"$\frac{1}{2}$"), is_right("(B) a dog", "B"), is_right("A cat.", "a dog")
         (True, True, False)
     """
     plain, wanted = _normalised(answer), _normalised(solution)
@@ -128,14 +128,20 @@ def last_answer(example: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "completion": [last]}
 
 
-def chat_inputs(processor: ProcessorMixin, example: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What a model takes for one row of a data set of chats.
+def chat_inputs(processor: ProcessorMixin, data: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """What a model takes for the first row of a data set that has an image.
 
     Args:
         processor: The model's.
-        example: It has `images` or one `image`, and `messages` or `prompt` (with `completion` or without).
+        data: Rows with `images` or one `image`, and `messages` or `prompt` (with `completion` or without).
+
+    Raises:
+        ValueError: No row has an image.
     """
-    images = example["images"] if "images" in example else [example["image"]]
+    example = next((row for row in data if row.get("images") or row.get("image")), None)
+    if example is None:
+        raise ValueError("No row of the data set has an image (columns `images` or `image`): PVM would learn nothing.")
+    images = example.get("images") or [example["image"]]
     messages = example.get("messages") or [*example["prompt"], *example.get("completion", [])]
     return processor.apply_chat_template(
         prepare_multimodal_messages(messages, images=images),

@@ -110,7 +110,7 @@ def test_rows_of_several_samples_are_refused(material: SimpleNamespace, option: 
 
 @pytest.fixture
 def chat() -> dict[str, torch.Tensor]:
-    return chat_inputs(tiny_vlm_processor(), make_chats("messages", 1, 64)[0])
+    return chat_inputs(tiny_vlm_processor(), make_chats("messages", 1, 64))
 
 
 def test_gaze_is_what_the_probe_sees(chat: dict[str, torch.Tensor]):
@@ -176,7 +176,10 @@ def test_the_papers_recipe(name: str):
         assert processes * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 64
 
 
-def test_a_single_image(chat: dict[str, torch.Tensor]):
+def test_the_first_row_with_an_image(chat: dict[str, torch.Tensor]):
     row = make_chats("messages", 1, 64)[0]
-    single = chat_inputs(tiny_vlm_processor(), {"image": row["images"][0], "messages": row["messages"]})
+    bare = {"images": [], "messages": row["messages"]}
+    single = chat_inputs(tiny_vlm_processor(), [bare, {"image": row["images"][0], "messages": row["messages"]}])
     assert all(torch.equal(single[name], chat[name]) for name in chat)
+    with pytest.raises(ValueError, match="No row of the data set has an image"):
+        chat_inputs(tiny_vlm_processor(), [bare])
