@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> GRPOTrainer:
     trainer.add_callback(GazeCallback(trainer, chat_inputs(processor, data)))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     save_parts(trainer, training.output_dir)
+    trainer.save_state()
     trainer.accelerator.wait_for_everyone()  # no process leaves while another still saves
     trainer.accelerator.end_training()
     return trainer

@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     trainer.add_callback(GazeCallback(trainer, chat_inputs(processor, data)))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()
     trainer.accelerator.wait_for_everyone()  # no process leaves while another still saves
     trainer.accelerator.end_training()
     return trainer

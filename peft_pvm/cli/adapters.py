@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -19,6 +17,7 @@ from ..inspection import Inspection, inspect_adapter
 from ..pvm.files import merge_adapters
 from ..pvm.merging import CombinationType
 from ..tuner import VisualConfig
+from .refusals import refusals
 
 
 Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")]
@@ -32,7 +31,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what an adapter is: method, sizes, layers, gates, lineage, and whether it fits a base model."""
-    with _refusals():
+    with refusals():
         found = inspect_adapter(adapter, base)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
@@ -57,7 +56,7 @@ def merge(
         numbers = [float(number) for number in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
     except ValueError:
         raise typer.BadParameter(f"{weights!r} are not numbers with commas between.", param_hint="--weights") from None
-    with _refusals():
+    with refusals():
         options = {"combination_type": combination_type, "density": density, "force": force}
         typer.echo(merge_adapters(adapters, numbers, out, **options))
 
@@ -68,7 +67,7 @@ def convert(
     with_base: Annotated[Path | None, typer.Option(help="Folder for the model without the branch.")] = None,
 ) -> None:
     """Make an adapter of a checkpoint of the authors' PVM code."""
-    with _refusals():
+    with refusals():
         typer.echo(convert_reference_checkpoint(source, out, with_base))
     if with_base is None:
         note = (
@@ -84,28 +83,18 @@ def export_reference(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")],
 ) -> None:
     """Make a checkpoint for the authors' PVM code of an adapter and its base model."""
-    with _refusals():
+    with refusals():
         typer.echo(export_reference_checkpoint(adapter, base, out))
 
 
 def card(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
     """Write an adapter's model card again, with what its results.json holds."""
-    with _refusals():
+    with refusals():
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, VisualConfig):
             raise ValueError(f"{folder} is an adapter of type {config.peft_type}, not of peft_pvm.")
         write_card(config, folder)
     typer.echo(folder / "README.md")
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Errors that the user can do something about, without a traceback."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def _table(adapter: str, found: Inspection) -> Table:

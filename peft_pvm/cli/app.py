@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .adapters import card, convert, export_reference, inspect, merge
+from .curves import curves
 from .lab import app as lab
 from .probe import probe
 
@@ -17,6 +18,6 @@ def describe() -> None:
     """Adapters that keep vision-language models looking at the image."""
 
 
-for command in (probe, inspect, merge, convert, export_reference, card):
+for command in (probe, inspect, merge, convert, export_reference, card, curves):
     app.command()(command)
 app.add_typer(lab, name="lab")

@@ -1,0 +1,21 @@
+"""`peft-pvm curves`: what a training logged, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..curves import draw_curves, read_log
+from .refusals import refusals
+
+
+def curves(
+    folder: Annotated[Path, typer.Argument(help="Output folder or checkpoint of a training.")],
+    out: Annotated[Path, typer.Option(help="The picture, a PNG file.")] = Path("curves.png"),
+) -> None:
+    """Draw what a training of PVM logged: loss or reward, gates, updates."""
+    with refusals():
+        out.write_bytes(draw_curves(read_log(folder)))
+    typer.echo(out)

@@ -1,0 +1,71 @@
+"""What a training with `GazeCallback` logged, as a picture: loss or reward, PVM's gates, the size of its updates."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .plotting import as_png, line_look, new_figure, styled
+
+
+STATE = "trainer_state.json"  # in a checkpoint of transformers' Trainer, and where `save_state` puts it
+
+
+def read_log(folder: str | os.PathLike) -> list[dict[str, float]]:
+    """What a trainer logged.
+
+    Args:
+        folder: An output folder or a checkpoint of transformers' `Trainer`.
+
+    Raises:
+        FileNotFoundError: There is no `trainer_state.json`.
+    """
+    path = Path(folder) / STATE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {STATE} in {folder}: give a checkpoint, or a folder that save_state wrote."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+
+
+@styled
+def draw_curves(log: Sequence[Mapping[str, float]]) -> bytes:
+    """Three panels over steps: loss, or the reward if there is one; gates; updates over the residual stream. A PNG.
+
+    Args:
+        log: As `read_log` gives it.
+
+    Raises:
+        ValueError: It holds neither loss nor reward.
+    """
+    score = next((name for name in ("reward", "loss") if any(name in entry for entry in log)), None)
+    if score is None:
+        raise ValueError("The log holds neither a loss nor a reward: nothing was logged before it was saved.")
+    figure, axes = new_figure(2.6, columns=3)
+    panels = {score: axes[0][0], "gate": axes[0][1], "update": axes[0][2]}
+    panels[score].plot(*_series(log, score), **line_look(0, 0.1))
+    for kind, title in (("gate", "gate"), ("update", "update / residual stream")):
+        names = sorted({name for entry in log for name in entry if name.startswith(f"gaze/{kind}/")}, key=_layer)
+        for number, name in enumerate(names):
+            _, _, adapter, layer = name.split("/")
+            label = f"layer {layer}" if adapter in ("default", "pvm") else f"{adapter}, layer {layer}"
+            panels[kind].plot(*_series(log, name), label=label, **line_look(number, 0.1))
+        panels[kind].set_ylabel(title)
+        if names:
+            panels[kind].legend()
+    panels[score].set_ylabel(score)
+    for panel in panels.values():
+        panel.set_xlabel("step")
+    return as_png(figure)
+
+
+def _series(log: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+    entries = [(entry["step"], entry[name]) for entry in log if name in entry]
+    return [step for step, _ in entries], [value for _, value in entries]
+
+
+def _layer(name: str) -> tuple[str, int]:
+    _, _, adapter, layer = name.split("/")
+    return adapter, int(layer)
