@@ -110,11 +110,14 @@ def demo(
 @app.command("recall")
 def recall_command(
     adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids of adapters.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of a tiny model that was trained further; by default the shipped one.")
+    ] = None,
     rows: Annotated[int, typer.Option(help="Rows of nine questions at every length.")] = 16,
     seed: Seed = 0,
 ) -> None:
     """Test the tiny model, and each of some adapters on it: which digit was in that cell, after ever more text?"""
-    compare_adapters(adapters or [], rows, seed)
+    compare_adapters(adapters or [], base, rows, seed)
 
 
 @app.command()

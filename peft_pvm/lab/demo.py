@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from transformers import Qwen3VLForConditionalGeneration
 
 from ..dipe import DIPEConfig
 from ..pvm import PVMConfig
@@ -78,16 +79,23 @@ def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     )
 
 
-def compare_adapters(adapters: Sequence[str | os.PathLike], rows: int, seed: int) -> None:
+def compare_adapters(
+    adapters: Sequence[str | os.PathLike], base: str | os.PathLike | None, rows: int, seed: int
+) -> None:
     """Print how the tiny model does without adapters and with each of some, by length of distractor.
 
     Args:
         adapters: Folders or Hub ids.
+        base: Folder of a tiny model that was trained further; `None`: the shipped one.
         rows: Rows of nine questions for every length, the same in every column.
         seed: Decides the questions.
     """
-    models = {"base": load_tiny_vlm()}
-    models |= {os.fspath(name): PeftModel.from_pretrained(load_tiny_vlm(), name).eval() for name in adapters}
+
+    def load() -> Qwen3VLForConditionalGeneration:
+        return load_tiny_vlm() if base is None else Qwen3VLForConditionalGeneration.from_pretrained(base).eval()
+
+    models = {"base": load()}
+    models |= {os.fspath(name): PeftModel.from_pretrained(load(), name).eval() for name in adapters}
     results = {
         name: {length: recall(model, length, rows, seed=seed, description=name) for length in LENGTHS}
         for name, model in models.items()

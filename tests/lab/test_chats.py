@@ -97,11 +97,14 @@ def test_wrong_arguments_are_refused(form: str, rows: int, message: str):
         make_chats(form, rows)
 
 
+SHIPPED = Path(__file__).parents[2] / "adapters" / "pvm-tiny-vlm"
+
+
 def test_commands(tmp_path: Path):
     for line in (
         ("folder", tmp_path / "model"),
         ("chats", tmp_path / "chats", "--rows", 3, "--form", "prompts"),
-        ("recall", "adapters/pvm-tiny-vlm", "--rows", 1),
+        ("recall", SHIPPED, "--rows", 1, "--base", tmp_path / "model"),
         ("step-time", "--rows", 1, "--text-tokens", 8, "--repeats", 1),
     ):
         result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["lab", *map(str, line)])
