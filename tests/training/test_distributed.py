@@ -16,6 +16,7 @@ from peft import PeftModel
 from training_runs import EXAMPLES, adapter_weights, arguments, run
 from transformers import AutoModelForImageTextToText
 
+from peft_pvm.curves import read_log
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
@@ -53,6 +54,8 @@ def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str,
     }
     launch(kind, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
     run("sft", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
+    losses = [[entry["loss"] for entry in read_log(tmp_path / name) if "loss" in entry] for name in ("alone", "out")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     alone, together = adapter_weights(tmp_path / "alone"), adapter_weights(tmp_path / "out")
     assert alone.keys() == together.keys()
     for key, tensor in alone.items():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import difference
 from peft import PeftModel
+from safetensors.torch import load_file
 from training_runs import adapter_weights, run, start
 from transformers import AutoModelForImageTextToText
 
@@ -143,6 +144,7 @@ def test_grpo(material: SimpleNamespace, stage_1: Path, learns: str, tmp_path: P
     else:
         assert moved
         assert all(name.startswith(("model.language_model.", "lm_head.")) for name in moved)
+        assert not [key for key in load_file(tmp_path / "base" / "model.safetensors") if ".pvm" in key]
 
     # What was saved is what was trained.
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base" if learns == "base" else material.model)
