@@ -68,6 +68,8 @@ def main(arguments: list[str] | None = None) -> GRPOTrainer:
     parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig, StageArguments))
     script, training, model, stage = parser.parse_args_and_config(arguments)
     refuse_vllm(training.use_vllm)
+    if script.dataset_name is None:
+        raise SystemExit("Which data set? --dataset_name takes a folder or a Hub id.")
     processor = AutoProcessor.from_pretrained(
         model.model_name_or_path, revision=model.model_revision, padding_side="left"
     )

@@ -31,6 +31,8 @@ class PVMArguments:
 def main(arguments: list[str] | None = None) -> SFTTrainer:
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, PVMArguments))
     script, training, model, pvm = parser.parse_args_and_config(arguments)
+    if script.dataset_name is None:
+        raise SystemExit("Which data set? --dataset_name takes a folder or a Hub id.")
     processor = AutoProcessor.from_pretrained(model.model_name_or_path, revision=model.model_revision)
     data = datasets.load_dataset(script.dataset_name, script.dataset_config, split=script.dataset_train_split)
     if "messages" in data.column_names and not training.assistant_only_loss:

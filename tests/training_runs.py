@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -63,13 +63,18 @@ def arguments(stage: str, material: SimpleNamespace, **options) -> list[str]:
     return line
 
 
-def run(stage: str, material: SimpleNamespace, **options):
-    """Run a training script here and now; its trainer."""
+def script(stage: str) -> ModuleType:
+    """A training script as a module."""
     name = f"train_{stage}"
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    sys.modules[name] = script = importlib.util.module_from_spec(spec)  # where its dataclasses look up their types
-    spec.loader.exec_module(script)
-    return script.main(arguments(stage, material, **options))
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where its dataclasses look up their types
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(stage: str, material: SimpleNamespace, **options):
+    """Run a training script here and now; its trainer."""
+    return script(stage).main(arguments(stage, material, **options))
 
 
 def start(stage: str, material: SimpleNamespace, **options) -> subprocess.Popen:

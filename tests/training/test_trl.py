@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import give_weight
 from peft import LoraConfig, get_peft_model
-from training_runs import EXAMPLES, run
+from training_runs import EXAMPLES, run, script
 
 from peft_pvm import DIPEConfig, PVMConfig, attached
 from peft_pvm.integrations.trl import (
@@ -101,6 +101,13 @@ def test_vllm_is_refused():
 def test_the_grpo_script_refuses_vllm_before_it_loads_anything(material: SimpleNamespace, tmp_path):
     with pytest.raises(ValueError, match="no weight of the base can express"):
         run("grpo", material, adapter="nowhere", output_dir=tmp_path, use_vllm=True)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_data_set_must_be_named(stage: str):
+    line = ["--config", str(EXAMPLES / f"{stage}.yaml"), "--use_cpu", "true", "--bf16", "false"]
+    with pytest.raises(SystemExit, match="--dataset_name takes a folder"):
+        script(stage).main(line)
 
 
 @pytest.mark.parametrize("option", ["packing", "padding_free"])
