@@ -75,6 +75,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_the_converted_adapter_computes_what_the_authors_code_did(golden, shards: int, tmp_path: Path):
     theirs = write_checkpoint(golden, tmp_path / "theirs", shards)
     convert_reference_checkpoint(theirs, tmp_path / "adapter", base_dir=tmp_path / "base")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["inference_mode"], "as PEFT saves it"
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float64)
     model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert model.peft_config["default"].memory_visibility == "sample"
