@@ -9,10 +9,12 @@ it learns. `output_dir` gets the PVM adapter (`pvm/`) and what it belongs to: th
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass, field
 
 import datasets
-from peft import PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
+from peft import inject_adapter_in_model, set_peft_model_state_dict
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
@@ -26,6 +28,7 @@ from peft_pvm.integrations.trl import (
     refuse_vllm,
     save_parts,
 )
+from peft_pvm.pvm.files import read_adapter
 
 
 @dataclass
@@ -47,20 +50,23 @@ def build(model: ModelConfig, adapter: str) -> PreTrainedModel:
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
     )
-    config = PeftConfig.from_pretrained(adapter)
+    config, weights = read_adapter(adapter)
     config.inference_mode = False
     inject_adapter_in_model(config, base, "pvm")
-    set_peft_model_state_dict(base, load_peft_weights(adapter, device="cpu"), "pvm")
-    lora = get_peft_config(model)
-    if lora is not None:
-        inject_adapter_in_model(lora, base, "lora")
+    set_peft_model_state_dict(base, weights, "pvm")
     vlm = find_vlm(base)
+    lora = get_peft_config(model)
+    if lora is not None:  # on the language model alone: not on a vision tower that has such layers too, nor on PVM
+        lora.exclude_modules = rf"(?!{re.escape(vlm.text_model_name)}\.).*|.*\.pvm\..*"
+        inject_adapter_in_model(lora, base, "lora")
     language_model = {*vlm.text_model.parameters(), *base.get_output_embeddings().parameters()}
     for name, parameter in base.named_parameters():
         parameter.requires_grad = ".pvm_" in name or (
             ".lora_" in name if lora is not None else parameter in language_model
         )
     base.enable_input_require_grads()
+    # A checkpoint goes back in by the names that the model has now; by default it would be saved under older ones.
+    base.save_pretrained = functools.partial(base.save_pretrained, save_original_format=False)
     return base
 
 

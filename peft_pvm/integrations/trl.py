@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
@@ -189,7 +189,12 @@ def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
     Args:
         trainer: Whose model it is.
         output_dir: Where to.
+
+    Raises:
+        ValueError: The model is a PeftModel, which saves itself.
     """
+    if isinstance(trainer.model, PeftModel):
+        raise ValueError("The model is a PeftModel, of which trainer.save_model() saves the adapter.")
     state_dict = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.accelerator.is_main_process:
         return
@@ -206,7 +211,7 @@ def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if learned - of_adapters:
         base = {key: tensor for key, tensor in state_dict.items() if key not in of_adapters}
-        model.save_pretrained(Path(output_dir, "base"), state_dict=base)
+        model.save_pretrained(Path(output_dir, "base"), state_dict=base, save_original_format=True)
         cast(ProcessorMixin, trainer.processing_class).save_pretrained(Path(output_dir, "base"))
 
 
