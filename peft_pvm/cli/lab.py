@@ -120,8 +120,8 @@ def recall_command(
     compare_adapters(adapters or [], base, rows, seed)
 
 
-@app.command()
-def folder(out: Annotated[Path, typer.Argument(help="The folder.")]) -> None:
+@app.command("save-base")
+def save_base(out: Annotated[Path, typer.Argument(help="The folder.")]) -> None:
     """Write the tiny model as a folder, with tokenizer, image processor and chat template, as trainers want it."""
     save_as_folder(load_tiny_vlm(), out)
     typer.echo(out)
@@ -131,7 +131,7 @@ def folder(out: Annotated[Path, typer.Argument(help="The folder.")]) -> None:
 def chats(
     out: Annotated[Path, typer.Argument(help="Folder for the data set; `datasets.load_dataset` reads it.")],
     form: Annotated[Literal["messages", "prompts"], typer.Option(help="For SFT, for GRPO.")] = "messages",
-    rows: int = 1000,
+    rows: Annotated[int, typer.Option(help="Chats with one image each.")] = 1000,
     max_length: Annotated[int, typer.Option(help="Bytes of text before the first question, at most.")] = 1024,
     split: Annotated[Split, typer.Option(help="Where digits and text come from.")] = "train",
     seed: Seed = 0,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -18,12 +17,13 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from ..acting import base_of
 from ..families import find_vlm
 from ..pvm import PVMConfig
-from .mosaic import IMAGE, NUM_BYTES, VISION_END, VISION_START
+from .mosaic import CHANNELS, IMAGE, NUM_BYTES, PATCH_SIZE, TEMPORAL_PATCH_SIZE, VISION_END, VISION_START
 from .tiny_vlm import tiny_vlm_config
 from .train import progress_bar
 
 
 Size = Literal["tiny", "middle"]
+PATCH_NUMBERS = CHANNELS * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2
 SIDE = 16  # visual tokens along a side of the image
 
 
@@ -113,7 +113,7 @@ def _batch(rows: int, text_tokens: int, generator: torch.Generator) -> dict[str,
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "mm_token_type_ids": (input_ids == IMAGE).int(),
-        "pixel_values": torch.randn(patches, 96, generator=generator),
+        "pixel_values": torch.randn(patches, PATCH_NUMBERS, generator=generator),
         "image_grid_thw": torch.tensor([[1, 2 * SIDE, 2 * SIDE]]).expand(rows, -1),
         "labels": input_ids.masked_fill(input_ids >= NUM_BYTES, -100),
     }
@@ -147,8 +147,7 @@ def _bytes_kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    unpack: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # noqa: E731
-    with torch.autograd.graph.saved_tensors_hooks(keep, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**inputs, use_cache=False).loss
     total = sum(kept.values())
     del loss

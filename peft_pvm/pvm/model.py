@@ -20,7 +20,7 @@ from .merging import CombinationType, combine, lineage_of
 from .shape import BranchShape
 
 
-# The paper's layer sets (section 4.1), by model type, depth and hidden size.
+# The paper's layer sets, by model type, depth and hidden size.
 PAPER_LAYERS = {
     ("qwen3_vl_text", 36, 2560): [5, 11, 17],  # Qwen3-VL-4B
     ("qwen3_vl_text", 36, 4096): [8, 16, 24],  # Qwen3-VL-8B

@@ -102,7 +102,7 @@ SHIPPED = Path(__file__).parents[2] / "adapters" / "pvm-tiny-vlm"
 
 def test_commands(tmp_path: Path):
     for line in (
-        ("folder", tmp_path / "model"),
+        ("save-base", tmp_path / "model"),
         ("chats", tmp_path / "chats", "--rows", 3, "--form", "prompts"),
         ("recall", SHIPPED, "--rows", 1, "--base", tmp_path / "model"),
         ("step-time", "--rows", 1, "--text-tokens", 8, "--repeats", 1),

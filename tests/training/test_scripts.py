@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import difference
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from training_runs import adapter_weights, run, start
 from transformers import AutoModelForImageTextToText
 
+from peft_pvm.integrations.trl import GazeCallback
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
@@ -23,6 +25,10 @@ REENTRANT = '{"use_reentrant": true}'
 
 def logged(trainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def curves(trainer) -> list[float]:
+    return logged(trainer, "loss") + logged(trainer, "grad_norm")
 
 
 def changed(model: torch.nn.Module) -> set[str]:
@@ -77,7 +83,10 @@ HOW = {
 
 @pytest.mark.parametrize("data", ["messages", "mixed"])
 def test_it_does_not_matter_how(material, data: str, tmp_path: Path):
-    """The same losses and the same adapter, but for bf16, in which all but the adapter's weights is rounded."""
+    """The same losses, gradients and adapter, but for bf16, in which all but the adapter's weights is rounded.
+
+    Adam forgets the size of gradients: that is compared by their norm.
+    """
     common = {
         "dataset_name": getattr(material, data),
         "per_device_train_batch_size": 8,
@@ -85,10 +94,10 @@ def test_it_does_not_matter_how(material, data: str, tmp_path: Path):
         "learning_rate": 1e-3,
         "train_sampling_strategy": "sequential",
     }
-    expected = logged(run("sft", material, output_dir=tmp_path / "plain", **common), "loss")
+    expected = curves(run("sft", material, output_dir=tmp_path / "plain", **common))
     for how, options in HOW.items():
-        found = logged(run("sft", material, output_dir=tmp_path / how, **{**common, **options}), "loss")
-        assert found == pytest.approx(expected, rel=0.02 if how == "bf16" else 1e-5), how
+        found = curves(run("sft", material, output_dir=tmp_path / how, **{**common, **options}))
+        assert found == pytest.approx(expected, rel=0.05 if how == "bf16" else 1e-4), how
         if how == "bf16":
             assert found != expected
         else:
@@ -141,6 +150,7 @@ def test_grpo(material: SimpleNamespace, stage_1: Path, learns: str, tmp_path: P
     moved = changed(trainer.model)
     if learns == "lora":
         assert moved == set()
+        assert all(".lora_" in key for key in adapter_weights(tmp_path / "lora"))
     else:
         assert moved
         assert all(name.startswith(("model.language_model.", "lm_head.")) for name in moved)
@@ -152,8 +162,22 @@ def test_grpo(material: SimpleNamespace, stage_1: Path, learns: str, tmp_path: P
         base.load_adapter(str(tmp_path / "lora"), adapter_name="lora")
     base.load_adapter(str(tmp_path / "pvm"), adapter_name="pvm")
     base.set_adapter(["lora", "pvm"] if learns == "lora" else ["pvm"])
-    inputs = trainer.callback_handler.callbacks[-1].inputs
-    for callback in trainer.callback_handler.callbacks:
-        inputs = getattr(callback, "inputs", inputs)
+    (callback,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, GazeCallback)]
+    inputs = callback.inputs
     with torch.no_grad():
         assert torch.equal(base.eval()(**inputs).logits, trainer.model.eval()(**inputs).logits)
+
+
+def test_a_system_prompt_and_a_single_image(material: SimpleNamespace, stage_1: Path, tmp_path: Path):
+    """The column `image`, and a text before every prompt."""
+    rows = datasets.load_dataset(str(material.prompts), split="train")
+    single = rows.map(lambda row: {"image": row["images"][0]}, remove_columns="images")
+    single.cast_column("image", datasets.Image()).to_parquet(tmp_path / "data" / "train.parquet")
+    options = {"dataset_name": tmp_path / "data", "adapter": stage_1, "system_prompt": "Look.", "max_steps": 1}
+    trainer = run("grpo", material, output_dir=tmp_path, **options)
+    prompt = trainer.train_dataset[0]["prompt"]
+    assert [message["role"] for message in prompt] == ["system", "user"]
+    (callback,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, GazeCallback)]
+    assert bytes(callback.inputs["input_ids"][0, :5].tolist()) == b"Look."
+    assert "pixel_values" in callback.inputs
+    assert logged(trainer, "gaze/visual_mass")[0] > 0

@@ -159,7 +159,7 @@ def test_gaze_leaves_the_model_as_it_was(chat: dict[str, torch.Tensor]):
 
 @pytest.mark.parametrize("name", ["sft", "grpo"])
 def test_the_papers_recipe(name: str):
-    """Section 4.1 of arXiv 2605.00814."""
+    """What arXiv 2605.00814 says of its two stages."""
     recipe = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     expected = {
         "sft": {"learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True, "r": 512},
