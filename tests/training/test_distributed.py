@@ -55,7 +55,9 @@ def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str,
     launch(kind, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
     run("sft", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
     for curve in ("loss", "grad_norm"):  # Adam forgets the size of gradients
-        one, two = ([entry[curve] for entry in read_log(tmp_path / name) if curve in entry] for name in ("alone", "out"))
+        one, two = (
+            [entry[curve] for entry in read_log(tmp_path / name) if curve in entry] for name in ("alone", "out")
+        )
         assert one == pytest.approx(two, rel=1e-4), curve
     alone, together = adapter_weights(tmp_path / "alone"), adapter_weights(tmp_path / "out")
     assert alone.keys() == together.keys()
