@@ -37,11 +37,11 @@ def rotation_tables(rotary: nn.Module, position_ids: torch.Tensor, layer_type: s
         return forward(rotary, like, **arguments)
 
 
-def last(tables: Tables, length: int) -> Tables:
-    """The tables of the last `length` tokens."""
+def between(tables: Tables, start: int, stop: int | None) -> Tables:
+    """The tables of some tokens."""
     if isinstance(tables, torch.Tensor):
-        return tables[..., -length:, :]
-    return tables[0][..., -length:, :], tables[1][..., -length:, :]
+        return tables[..., start:stop, :]
+    return tables[0][..., start:stop, :], tables[1][..., start:stop, :]
 
 
 def unit(tables: Tables) -> Tables:

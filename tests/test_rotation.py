@@ -8,7 +8,7 @@ from conftest import TOLERANCE, difference
 from tiny_vlms import TinyVLM
 
 from peft_pvm.families import find_vlm
-from peft_pvm.rotation import inverse, last, rotate, rotation_tables, unit
+from peft_pvm.rotation import between, inverse, rotate, rotation_tables, unit
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])
@@ -32,6 +32,6 @@ def test_rotations(family: TinyVLM, factor: float):
         assert difference(turned.norm(dim=-1), states.norm(dim=-1)) < TOLERANCE
         assert difference(rotate(attention, turned, unit(by_other)), rotate(attention, states, unit(by_both))) < 1e-4
         assert difference(rotate(attention, rotate(attention, states, by_one), inverse(by_one)), states) < TOLERANCE
-        tail = rotate(attention, states[:, :, -2:], last(unit(by_one), 2))
+        tail = rotate(attention, states[:, :, -2:], between(unit(by_one), -2, None))
         assert difference(tail, turned[:, :, -2:]) < TOLERANCE
         assert rotate(attention, states.bfloat16(), by_one).dtype == torch.bfloat16

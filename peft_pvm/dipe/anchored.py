@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..attention import AttentionCall
-from ..rotation import Tables, last, rotate, rotation_tables, unit
+from ..rotation import Tables, between, rotate, rotation_tables, unit
+from .by_modality import Run, attend_by_modality, runs_of
 
 
 WIDEST_FOR_FLASH = 128  # half of what its kernels take
@@ -35,6 +36,11 @@ class AnchoredScoring:
         """What the attention function returns: `(batch, num_queries, heads, value_dim)`, and weights or `None`."""
         if call.query.shape[2] == 1:
             return self._attend_once(call)
+        runs = self._mergeable_runs(call)
+        if runs is not None:
+            anchored = self.anchored_query(call)
+            output = attend_by_modality(call.query, anchored, call.key, call.value, runs, call.scaling)
+            return output.transpose(1, 2).contiguous(), None
         head_dim = call.query.shape[-1]
         if "flash" in call.kernel and head_dim > WIDEST_FOR_FLASH:
             raise NotImplementedError(
@@ -47,12 +53,23 @@ class AnchoredScoring:
         output, weights = call.run_kernel(query, key, F.pad(call.value, (0, key.shape[-1] - value_dim)))
         return output[..., :value_dim], weights
 
+    @staticmethod
+    def _mergeable_runs(call: AttentionCall) -> list[Run] | None:
+        """The runs of a prefill that `attend_by_modality` can do; `None` if it is padded, continued, trained, ..."""
+        query, key, value, visual_mask = call.query, call.key, call.value, call.context.visual_mask
+        records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+        is_fused = call.kernel == "sdpa" and query.device.type == "cpu" and value.shape[-1] == key.shape[-1]
+        is_whole = call.visibility.is_plain_causal and query.shape[2] == key.shape[2]
+        if visual_mask is None or records or not is_fused or not is_whole or call.kwargs.get("dropout"):
+            return None
+        return call.context.derived("runs", lambda: runs_of(visual_mask))
+
     def widen(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys of twice the width, whose products are the scores: exact on any kernel.
 
         Keys are split by modality, `[text or 0, visual or 0]`; queries hold what each kind of key is to be met with.
         """
-        query, anchored = call.query, self._anchored_query(call)
+        query, anchored = call.query, self.anchored_query(call)
         visual_queries = call.visual_queries[:, None, :, None]
         visual_keys = call.context.visual_keys(call.key.shape[2])[:, None, :, None]
         to_text = torch.where(visual_queries, anchored, query)
@@ -64,7 +81,7 @@ class AnchoredScoring:
         """A single query: two rows of scores and a choice between them, so that the cache is read and not copied."""
         key, value = call.key, call.value
         kv_heads, num_keys = key.shape[1:3]
-        rows = torch.cat([_by_kv_head(call.query, kv_heads), _by_kv_head(self._anchored_query(call), kv_heads)], 2)
+        rows = torch.cat([_by_kv_head(call.query, kv_heads), _by_kv_head(self.anchored_query(call), kv_heads)], 2)
         same, cross = (rows @ key.transpose(2, 3) * call.scaling).chunk(2, 2)
         of_one_modality = call.context.visual_keys(num_keys) == call.visual_queries
         scores = torch.where(of_one_modality[:, None, None], same, cross).float()
@@ -83,7 +100,7 @@ class AnchoredScoring:
         output = (_by_kv_head(weights, kv_heads) @ value).reshape(weights.shape[0], 1, -1, value.shape[-1])
         return output, weights if call.kernel == "eager" or call.wants_weights else None
 
-    def _anchored_query(self, call: AttentionCall) -> torch.Tensor:
+    def anchored_query(self, call: AttentionCall) -> torch.Tensor:
         """The rotated queries, turned on from their own position to their anchor."""
 
         def turn() -> Tables:
@@ -91,7 +108,7 @@ class AnchoredScoring:
             return unit(rotation_tables(self.rotary, anchors.unsqueeze(-1) - position_ids, self.layer_type))
 
         tables = call.context.derived(("dipe", self.layer_type), turn)
-        return rotate(call.module, call.query, last(tables, call.query.shape[2]))
+        return rotate(call.module, call.query, between(tables, -call.query.shape[2], None))
 
 
 def _by_kv_head(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -1,8 +1,10 @@
-"""T-DRS in PyTorch, block by block with a running softmax: memory grows with the length, not with its square."""
+"""T-DRS in PyTorch, a few whole rows of scores at a time: memory grows with the length, not with its square."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from ..visibility import Visibility
 from .config import TDRSConfig
-from .weights import Floor, distance_boost, semantic_position
+from .weights import LOG2_E, Floor, distance_boost, semantic_position
 
 
-BLOCK_ELEMENTS = 2**17  # scores in a block, over all rows and heads: larger ones leave a CPU's cache
-KEYS_IN_BLOCK = 256  # aimed at
+BLOCK_ELEMENTS = 2**20  # scores in a block: larger ones leave a CPU's cache
+BLOCK_ELEMENTS_OF_A_GPU = 2**24  # smaller ones leave it waiting
+ELEMENTS_IN_CACHE = 2**18  # of keys that are taken at once
+LEAST_QUERIES = 32  # in a block, however long its rows
+
+
+ContentKey = torch.Tensor | Callable[[slice], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +33,7 @@ class Inputs:
         key: `(batch, kv_heads, num_keys, score_dim)`.
         value: `(batch, kv_heads, num_keys, value_dim)`.
         content_query: Without rotation and of length 1, `(batch, heads, num_queries, head_dim)`.
-        content_key: `(batch, kv_heads, num_keys, head_dim)`.
+        content_key: `(batch, kv_heads, num_keys, head_dim)`; or a function that makes this of a slice of the keys.
         visibility: Which keys each query may attend to.
         inter: Modality of queries and keys, `(batch, num_queries)` and `(batch, num_keys)`, bool: only pairs of
             different modality are reweighted. `None`: all pairs.
@@ -39,7 +46,7 @@ class Inputs:
     key: torch.Tensor
     value: torch.Tensor
     content_query: torch.Tensor
-    content_key: torch.Tensor
+    content_key: ContentKey
     visibility: Visibility
     inter: tuple[torch.Tensor, torch.Tensor] | None
     scaling: float
@@ -50,6 +57,10 @@ class Inputs:
     def dtype(self) -> torch.dtype:
         """What is computed in: fp32 at least."""
         return torch.promote_types(self.query.dtype, torch.float32)
+
+    def content_of(self, keys: slice) -> torch.Tensor:
+        """`content_key` of some keys."""
+        return self.content_key[:, :, keys] if isinstance(self.content_key, torch.Tensor) else self.content_key(keys)
 
 
 def blockwise_attention(
@@ -62,155 +73,224 @@ def blockwise_attention(
     Args:
         inputs: What it is computed from.
         config: How it is reweighted.
-        wants_weights: Whether to return the weights: of whole rows, so memory is no longer linear.
+        wants_weights: Whether to return the weights: all of them, so memory is no longer linear.
 
     Returns:
         `(batch, num_queries, heads, value_dim)`, and weights `(batch, heads, num_queries, num_keys)` or `None`, in the
         dtype of the values.
     """
-    num_queries = inputs.query.shape[2]
-    block = _Block(inputs, config, wants_weights)
+    num_queries, num_keys, dtype = inputs.query.shape[2], inputs.key.shape[2], inputs.value.dtype
     tensors = (inputs.query, inputs.key, inputs.value, inputs.content_query, inputs.content_key)
-    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    records = torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors)
     outputs, all_weights = [], []
-    size = max(BLOCK_ELEMENTS // (KEYS_IN_BLOCK * inputs.query.shape[0] * inputs.query.shape[1]), 16)
-    for start in range(0, num_queries, size):
-        rows = slice(start, min(start + size, num_queries))
-        # Scores want fp32 also where the model runs under autocast.
-        with torch.autocast(inputs.query.device.type, enabled=False):
-            output, weights = checkpoint(block.attend, rows, use_reentrant=False) if records else block.attend(rows)
-        outputs.append(output.to(inputs.value.dtype))
-        all_weights.append(weights)
+    # Scores want fp32 also where the model runs under autocast.
+    with torch.autocast(inputs.query.device.type, enabled=False):
+        rows = _Rows(inputs, config, wants_weights)
+        for start in range(0, num_queries, rows.num_queries):
+            queries = slice(start, min(start + rows.num_queries, num_queries))
+            output, weights = (
+                checkpoint(rows.attend, queries, use_reentrant=False) if records else rows.attend(queries)
+            )
+            outputs.append(output.to(dtype))
+            if weights is not None:
+                all_weights.append(F.pad(weights, (0, num_keys - weights.shape[-1])).to(dtype))
     output = torch.cat(outputs, 2).transpose(1, 2).contiguous()
-    return output, torch.cat(all_weights, 2).to(inputs.value.dtype) if wants_weights else None
+    return output, torch.cat(all_weights, 2) if wants_weights else None
 
 
-class _Block:
-    """A block of queries against all keys, a block of keys at a time."""
+class _Rows:
+    """Whole rows of scores: of a few queries, and of the heads that share the keys of one head, or of several.
+
+    Scores are in powers of two, which torch raises faster than those of e. Tensors have the axes `(pairs, heads, ...)`
+    inside: a pair is a head of keys in a row of the batch, heads are those that share it. An axis of 1 stands for all.
+    """
 
     def __init__(self, inputs: Inputs, config: TDRSConfig, wants_weights: bool):
         self.inputs, self.config, self.wants_weights = inputs, config, wants_weights
-        # A floor of a step that is off must not cost a pass over the keys.
+        # A floor of a step that is off must not cost a look at the least weight.
         self.floors = Floor.of(config.dc_floor), Floor.of(config.re_floor if config.re_strength else 0.5)
         self.key_ranks, self.query_ranks = (ranks.to(inputs.dtype) for ranks in inputs.visibility.ranks())
-        self.query = inputs.query.to(inputs.dtype) * inputs.scaling
+        self.query = self._by_pair(inputs.query.to(inputs.dtype) * (inputs.scaling * LOG2_E))
+        self.content_query = self._by_pair(inputs.content_query.to(inputs.dtype))
+        num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
+        per_query = self.query.shape[1] * num_keys
+        at_once = num_keys
+        if _streams(inputs):
+            at_once = max(ELEMENTS_IN_CACHE * num_keys // inputs.key.numel(), 16)
+            self.num_queries, self.num_pairs = 1, len(self.query)
+        else:
+            elements = BLOCK_ELEMENTS if inputs.query.device.type == "cpu" else BLOCK_ELEMENTS_OF_A_GPU
+            self.num_queries = min(max(elements // per_query, LEAST_QUERIES), num_queries)
+            self.num_pairs = max(elements // (per_query * self.num_queries), 1)
+        self.key, self.content_key, self.value = (
+            _Keys(of_keys, num_keys, at_once, inputs.dtype)
+            for of_keys in (
+                lambda keys: inputs.key[:, :, keys],
+                inputs.content_of,
+                lambda keys: inputs.value[:, :, keys],
+            )
+        )
 
-    def attend(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output `(batch, heads, rows, value_dim)` and, if wanted, weights `(batch, heads, rows, num_keys)`."""
-        inputs, config = self.inputs, self.config
-        blocks = self._key_blocks(rows)
-        farthest, dc_exponent, re_exponent = self._row_factors(rows, blocks)
-        shape = *self.query.shape[:2], rows.stop - rows.start
-
-        largest = self.query.new_full((*shape, 1), _lowest(self.query))
-        total = self.query.new_zeros(*shape, 1)
-        attended = self.query.new_zeros(*shape, inputs.value.shape[-1])
-        for keys in blocks:
-            scores, raised, semantic, visible, applies = self._scores(rows, keys)
-            boost = None
-            if config.knows_distance:
-                strengths = config.dc_strength, config.re_strength
-                distance = self._distance(rows, keys)
-                boost = distance_boost(semantic, distance, farthest, dc_exponent, re_exponent, *strengths)
-                if applies is not None:
-                    boost = torch.where(applies, boost, 0)
-            if boost is not None and config.form == "logits":
-                raised = torch.addcmul(raised, scores, boost)
-            raised = _hide(raised, visible)
-            new_largest = torch.maximum(largest, raised.detach().amax(-1, keepdim=True))
-            weights = torch.exp(raised - new_largest)
-            if boost is not None and config.form == "weights":
-                weights = torch.addcmul(weights, weights, boost)
-            shrink = torch.exp(largest - new_largest)
-            total = total * shrink + weights.sum(-1, keepdim=True)
-            weights = F.dropout(weights, inputs.dropout)
-            block_attended = self._by_kv_head(weights) @ inputs.value[:, :, keys].to(weights.dtype)
-            attended = attended * shrink + block_attended.view_as(attended)
-            largest = new_largest
-        # With weights wanted, there is one block.
-        return attended / total, weights / total
-
-    def _key_blocks(self, rows: slice) -> list[slice]:
-        inputs = self.inputs
-        num_keys = inputs.key.shape[2]
-        first_column = inputs.visibility.first_column
-        if self.wants_weights:
-            return [slice(0, num_keys)]
-        if inputs.visibility.is_plain_causal and isinstance(first_column, int):
-            num_keys = min(num_keys, first_column + rows.stop)  # no query of the block sees more
-        per_key = inputs.query.shape[0] * inputs.query.shape[1] * (rows.stop - rows.start)
-        size = max(BLOCK_ELEMENTS // per_key, 64)
-        return [slice(start, min(start + size, num_keys)) for start in range(0, num_keys, size)]
-
-    def _row_factors(
-        self, rows: slice, blocks: list[slice]
-    ) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float]:
-        """What `distance_boost` needs of each row: the largest distance and the exponents of both factors."""
-        farthest = self.query_ranks[..., rows].unsqueeze(-1)  # where the first real token is in sight
-        if not self.config.knows_distance:
-            return farthest, 0.0, 0.0
-        plain, log_least = self.inputs.visibility.is_plain_causal, None
-        if not plain:
-            farthest = torch.zeros_like(farthest)
-            for keys in blocks:
-                visible = self.inputs.visibility.mask(rows, keys)
-                distance = self._distance(rows, keys).abs()
-                seen = distance if visible is None else distance * visible
-                farthest = torch.maximum(farthest, seen.amax(-1, keepdim=True))
-        if any(floor.is_multiple for floor in self.floors):
-            log_least = self._log_least(rows, blocks)
-        dc_exponent, re_exponent = (floor.exponent(log_least) for floor in self.floors)
-        return farthest, dc_exponent, re_exponent
-
-    def _log_least(self, rows: slice, blocks: list[slice]) -> torch.Tensor:
-        """The logarithm of the least weight of each row, after the semantic step, `(batch, heads, rows, 1)`."""
-        shape = *self.query.shape[:2], rows.stop - rows.start, 1
-        log_total = self.query.new_full(shape, _lowest(self.query))
-        least = self.query.new_full(shape, -_lowest(self.query))
-        for keys in blocks:
-            _, raised, _, visible, _ = self._scores(rows, keys)
-            log_total = torch.logaddexp(log_total, _hide(raised, visible).logsumexp(-1, keepdim=True))
-            seen = raised if visible is None else torch.where(visible, raised, -_lowest(raised))
-            least = torch.minimum(least, seen.amin(-1, keepdim=True))
-        return least - log_total
-
-    def _scores(
-        self, rows: slice, keys: slice
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Scores, scores after the semantic step, sem_pos, what is visible and what is reweighted."""
-        inputs = self.inputs
-        scores = self._products(self.query[:, :, rows], inputs.key[:, :, keys])
-        if inputs.softcap is not None:
-            scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-        visible, bias = inputs.visibility.mask(rows, keys), inputs.visibility.bias(rows, keys)
+    def attend(self, queries: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output `(batch, heads, queries, value_dim)` and, if wanted, weights `(batch, heads, queries, keys seen)`."""
+        inputs, visibility = self.inputs, self.inputs.visibility
+        keys, always = slice(0, visibility.num_keys), 0
+        if visibility.is_plain_causal and isinstance(visibility.first_column, int):
+            keys = slice(0, min(visibility.num_keys, visibility.first_column + queries.stop))
+            always = visibility.first_column + queries.start + 1
+        visible, bias = visibility.mask(queries, slice(always, keys.stop)), visibility.bias(queries, keys)
         if bias is not None and visible is not None:
-            scores = scores + torch.where(visible, bias, 0)  # not -inf, of which gradients would be undefined
-        semantic = semantic_position(self._products(inputs.content_query[:, :, rows], inputs.content_key[:, :, keys]))
+            bias = (bias * LOG2_E).masked_fill(~visible, 0)  # not -inf, of which gradients would be undefined
         applies = None
         if inputs.inter is not None:
             of_queries, of_keys = inputs.inter
-            applies = (of_queries[:, rows, None] != of_keys[:, None, keys]).unsqueeze(1)
-        step = semantic if applies is None else torch.where(applies, semantic, 0)
-        raised = torch.add(scores, step, alpha=self.config.sd_strength)
-        return scores, raised, semantic, visible, applies
+            applies = (of_queries[:, queries, None] != of_keys[:, None, keys]).unsqueeze(1)
+        distance = self.query_ranks[..., queries].unsqueeze(-1) - self.key_ranks[..., keys].unsqueeze(-2)
+        if visibility.is_plain_causal:
+            farthest = self.query_ranks[..., queries].unsqueeze(-1)  # to the first key
+        else:
+            farthest = (distance.abs() if visible is None else distance.abs() * visible).amax(-1, keepdim=True)
+        block = _Block(always, self._by_pair(distance), self._by_pair(farthest))
+        block.visible, block.bias, block.applies = (
+            None if tensor is None else self._by_pair(tensor) for tensor in (visible, bias, applies)
+        )
+        outputs, all_weights = [], []
+        for start in range(0, len(self.query), self.num_pairs):
+            pairs = slice(start, start + self.num_pairs)
+            output, weights = self._attend_pairs(pairs, queries, keys, block.of(pairs))
+            outputs.append(output)
+            all_weights.append(weights)
+        return self._by_head(outputs), self._by_head(all_weights) if self.wants_weights else None
 
-    def _products(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """`(batch, heads, queries, keys)`, without repeating keys for the heads that share them."""
-        dtype = self.inputs.dtype
-        products = self._by_kv_head(query.to(dtype)) @ key.to(dtype).transpose(2, 3)
-        return products.view(*query.shape[:3], key.shape[2])
+    def _attend_pairs(
+        self, pairs: slice, queries: slice, keys: slice, block: _Block
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output `(pairs, heads, queries, value_dim)` and weights `(pairs, heads, queries, keys)`."""
+        inputs, config = self.inputs, self.config
+        scores = self.key.products(self.query[pairs, :, queries], pairs, keys)
+        if inputs.softcap is not None:
+            scores = inputs.softcap * LOG2_E * torch.tanh(scores / (inputs.softcap * LOG2_E))
+        if block.bias is not None:
+            scores = scores + block.bias
+        semantic = semantic_position(self.content_key.products(self.content_query[pairs, :, queries], pairs, keys))
+        step = semantic if block.applies is None else torch.where(block.applies, semantic, 0)
+        raised = torch.add(scores, step, alpha=config.sd_strength * LOG2_E)
+        weights, log_total = block.exponentials(raised)
+        if config.knows_distance:
+            log_least = None
+            if any(floor.is_multiple for floor in self.floors):
+                log_least = (block.least(raised) - log_total) / LOG2_E
+            dc_exponent, re_exponent = (floor.exponent(log_least) for floor in self.floors)
+            strengths = config.dc_strength, config.re_strength
+            boost = distance_boost(semantic, block.distance, block.farthest, dc_exponent, re_exponent, *strengths)
+            if block.applies is not None:
+                boost = torch.where(block.applies, boost, 0)
+            if config.form == "weights":
+                weights = torch.addcmul(weights, weights, boost)
+            else:
+                weights, _ = block.exponentials(torch.addcmul(raised, scores, boost))
+        total = weights.sum(-1, keepdim=True)
+        weights = F.dropout(weights, inputs.dropout)
+        return self.value.weighted(weights, pairs, keys) / total, weights / total if self.wants_weights else weights
 
-    def _by_kv_head(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`(batch, heads, queries, ...)` to `(batch, kv_heads, heads / kv_heads * queries, ...)`."""
-        return tensor.reshape(tensor.shape[0], self.inputs.key.shape[1], -1, tensor.shape[-1])
+    def _by_pair(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`(batch or 1, heads or 1, ...)` as `(pairs or 1, heads that share keys or 1, ...)`."""
+        if tensor.shape[:2] == (1, 1):
+            return tensor
+        batch, kv_heads = self.inputs.key.shape[:2]
+        by_kv_head = tensor.unflatten(1, (kv_heads, -1)) if tensor.shape[1] > 1 else tensor.unsqueeze(1)
+        return by_kv_head.expand(batch, kv_heads, *by_kv_head.shape[2:]).flatten(0, 1)
 
-    def _distance(self, rows: slice, keys: slice) -> torch.Tensor:
-        """Number of real tokens between query and key, `(batch or 1, 1, rows, keys)`."""
-        return self.query_ranks[..., rows].unsqueeze(-1) - self.key_ranks[..., keys].unsqueeze(-2)
+    def _by_head(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """All pairs, one after the other, as `(batch, heads, ...)`."""
+        return torch.cat(parts).view(*self.inputs.query.shape[:2], *parts[0].shape[2:])
 
 
-def _hide(scores: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    return scores if visible is None else scores.masked_fill(~visible, _lowest(scores))
+def _streams(inputs: Inputs) -> bool:
+    """Whether keys are taken a few at a time: by a single query on a CPU, which needs each of them once.
+
+    What is made of them, without rotation and in the dtype that is computed in, then stays in the cache.
+    """
+    return inputs.query.shape[2] == 1 and inputs.query.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class _Keys:
+    """Something that belongs to keys, by pair: as a whole, or made anew for every use, a few keys at a time.
+
+    Args:
+        make: Makes it of some keys, `(batch, kv_heads, keys, width)`.
+        num_keys: How many there are.
+        at_once: How many at a time.
+        dtype: What to compute in.
+    """
+
+    def __init__(self, make: Callable[[slice], torch.Tensor], num_keys: int, at_once: int, dtype: torch.dtype):
+        self._of = lambda keys: make(keys).to(dtype).flatten(0, 1)
+        self._at_once = at_once
+        self._whole = self._of(slice(0, num_keys)) if at_once >= num_keys else None
+
+    def _pieces(self, pairs: slice, keys: slice) -> Iterator[tuple[slice, torch.Tensor]]:
+        if self._whole is not None:
+            yield keys, self._whole[pairs, keys]
+            return
+        for start in range(0, keys.stop, self._at_once):
+            piece = slice(start, min(start + self._at_once, keys.stop))
+            yield piece, self._of(piece)[pairs]
+
+    def products(self, query: torch.Tensor, pairs: slice, keys: slice) -> torch.Tensor:
+        """`(pairs, heads, queries, keys)`, without repeating keys for the heads that share them."""
+        rows = query.flatten(1, 2)
+        products = [rows @ key.transpose(1, 2) for _, key in self._pieces(pairs, keys)]
+        return torch.cat(products, -1).view(*query.shape[:3], -1)
+
+    def weighted(self, weights: torch.Tensor, pairs: slice, keys: slice) -> torch.Tensor:
+        """The sums of values by their weights, `(pairs, heads, queries, value_dim)`."""
+        rows = weights.flatten(1, 2)
+        sums = [rows[..., piece] @ value for piece, value in self._pieces(pairs, keys)]
+        return torch.stack(sums).sum(0).view(*weights.shape[:3], -1)
+
+
+@dataclass(eq=False)
+class _Block:
+    """What is known of some queries and keys beside their scores; axes as in `_Rows`.
+
+    Attributes:
+        always: So many keys, from the first on, are seen by every query.
+        distance: Number of real tokens between query and key, `(.., .., queries, keys)`.
+        farthest: The largest distance to a key that a query sees, `(.., .., queries, 1)`.
+        visible: Which of the other keys a query sees, `(.., .., queries, keys - always)`. `None`: all.
+        bias: What a mask adds to the scores, shaped like `distance`, or `None`.
+        applies: Which pairs are reweighted, shaped like `distance`. `None`: all.
+    """
+
+    always: int
+    distance: torch.Tensor
+    farthest: torch.Tensor
+    visible: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    applies: torch.Tensor | None = None
+
+    def of(self, pairs: slice) -> _Block:
+        """What is known of some pairs."""
+        own: dict[str, Any] = {
+            name: fact[pairs] for name, fact in vars(self).items() if torch.is_tensor(fact) and len(fact) > 1
+        }
+        return replace(self, **own)
+
+    def exponentials(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What softmax divides by its sum, and the logarithm to 2 of the sum of 2**scores. Hidden scores are lost."""
+        if self.visible is not None:
+            scores[..., self.always :].masked_fill_(~self.visible, _lowest(scores))
+        largest = scores.detach().amax(-1, keepdim=True)
+        exponentials = torch.exp2(scores - largest)
+        return exponentials, exponentials.sum(-1, keepdim=True).log2() + largest
+
+    def least(self, scores: torch.Tensor) -> torch.Tensor:
+        """The least score that each query sees, `(.., .., queries, 1)`."""
+        if self.visible is None:
+            return scores.amin(-1, keepdim=True)
+        least = scores[..., self.always :].masked_fill(~self.visible, -_lowest(scores)).amin(-1, keepdim=True)
+        return torch.minimum(least, scores[..., : self.always].amin(-1, keepdim=True)) if self.always else least
 
 
 def _lowest(tensor: torch.Tensor) -> float:

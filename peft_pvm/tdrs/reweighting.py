@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..attention import AttentionCall
-from ..rotation import Tables, inverse, rotate, rotation_tables
+from ..rotation import Tables, between, inverse, rotate, rotation_tables
 from .blockwise import Inputs, blockwise_attention
 from .config import TDRSConfig
 
@@ -41,7 +42,7 @@ class Reweighting:
         inter = None
         if self.config.pairs == "inter":
             inter = call.visual_queries, call.context.visual_keys(key.shape[2])
-        content_query, content_key = self._contents(call)
+        content_query, content_key = self.contents(call)
         inputs = Inputs(
             query,
             key,
@@ -77,11 +78,11 @@ class Reweighting:
         )
         return inputs.query.is_cuda and _has_triton() and not needs_blockwise and not records
 
-    def _contents(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys without position, of length 1."""
+    def contents(self, call: AttentionCall) -> tuple[torch.Tensor, Callable[[slice], torch.Tensor]]:
+        """Queries without position, of length 1, and a function that gives the same of some keys."""
         rotary = self.rotary
         if rotary is None:
-            return F.normalize(call.query, dim=-1), F.normalize(call.key, dim=-1)
+            return F.normalize(call.query, dim=-1), lambda keys: F.normalize(call.key[:, :, keys], dim=-1)
         context, num_queries, num_keys = call.context, call.query.shape[2], call.key.shape[2]
         own, _ = context.noted()
         positions = context.memory.position_ids
@@ -97,6 +98,9 @@ class Reweighting:
             key = ("tdrs", what, self.layer_type, positions.shape[1])
             return context.derived(key, lambda: inverse(rotation_tables(rotary, positions, self.layer_type)))
 
-        query = rotate(call.module, call.query, undo("queries", own[:, -num_queries:]))
-        key = rotate(call.module, call.key, undo("keys", of_keys))
-        return F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        def content(states: torch.Tensor, tables: Tables) -> torch.Tensor:
+            return F.normalize(rotate(call.module, states, tables), dim=-1)
+
+        to_keys = undo("keys", of_keys)
+        query = content(call.query, undo("queries", own[:, -num_queries:]))
+        return query, lambda keys: content(call.key[:, :, keys], between(to_keys, keys.start, keys.stop))

@@ -43,7 +43,7 @@ def triton_attention(inputs: Inputs, config: TDRSConfig) -> torch.Tensor:
         NotImplementedError: Gradients or dropout are asked for, or there is no GPU.
         ValueError: A tensor of another dtype.
     """
-    tensors = [inputs.query, inputs.key, inputs.content_query, inputs.content_key, inputs.value]
+    tensors = [inputs.query, inputs.key, inputs.content_query, inputs.content_of(slice(None)), inputs.value]
     if not inputs.query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise NotImplementedError(
             f"The Triton kernel needs a GPU; given tensors on {inputs.query.device}. Use kernel='auto'."

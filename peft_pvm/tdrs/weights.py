@@ -14,6 +14,7 @@ import torch
 from ..checks import is_number
 
 
+LOG2_E = math.log2(math.e)
 LARGEST_FLOOR = 0.999  # a multiple of the least weight is cut to this; at 1, distance would not matter at all
 
 
@@ -84,7 +85,7 @@ def semantic_position(similarity: torch.Tensor) -> torch.Tensor:
         >>> semantic_position(torch.tensor([-1.0, 0.0, 1.0]))
         tensor([0.0000, 0.5000, 1.0000])
     """
-    return (similarity + 1) / 2
+    return torch.add(similarity.new_tensor(0.5), similarity, alpha=0.5)
 
 
 def distance_boost(
@@ -121,12 +122,13 @@ def distance_boost(
         tensor([1.0000, 0.1000])
     """
     dc_exponent = torch.as_tensor(dc_exponent, dtype=semantic.dtype, device=semantic.device)
-    # What depends on the row alone comes first: it is small.
-    scaled = (distance * (dc_exponent.sqrt() / farthest.clamp(min=1)) / (1 + semantic)).square()
-    boost = torch.zeros_like(semantic)
-    if dc_strength:
-        boost = dc_strength * torch.exp(-scaled)
-    if re_strength:
-        power = -re_exponent / torch.log1p(dc_exponent)
-        boost = torch.add(boost, torch.exp(power * torch.log1p(scaled)), alpha=re_strength)
-    return boost
+    # Few steps over all pairs, and powers of two, which torch raises faster than those of e.
+    rate = dc_exponent * LOG2_E / farthest.clamp(min=1).square()
+    falling = (distance / (1 + semantic)).square() * -rate
+    near = torch.exp2(falling) if dc_strength else torch.zeros_like(falling)
+    if dc_strength not in (0, 1):
+        near = dc_strength * near
+    if not re_strength:
+        return near
+    power = -re_exponent * LOG2_E / torch.log1p(dc_exponent)
+    return torch.add(near, torch.exp2(power * torch.log1p(falling / -LOG2_E)), alpha=re_strength)

@@ -65,7 +65,7 @@ def test_gradients_equal_the_oracles(family: TinyVLM):
 
 def _no_swap(scoring: AnchoredScoring, call: AttentionCall):
     """Visual queries hold their halves in the order of text queries."""
-    query, anchored = call.query, scoring._anchored_query(call)
+    query, anchored = call.query, scoring.anchored_query(call)
     visual_keys = call.context.visual_keys(call.key.shape[2])[:, None, :, None]
     split = [call.key.masked_fill(visual_keys, 0), call.key.masked_fill(~visual_keys, 0)]
     return torch.cat([query, anchored], -1), torch.cat(split, -1)

@@ -1,0 +1,86 @@
+"""Time and memory, on a CPU and on CUDA."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+from .. import __version__
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes; on CUDA, until the device is done."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """The most memory that tensors take during a call, beyond what they took before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def free_bytes(device: torch.device) -> int:
+    """How much memory is left for tensors."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return 2**63 - 1
+
+
+def import_seconds(rounds: int = 5) -> tuple[float, float]:
+    """How long a new process takes to import PEFT, and then this package: the least of some rounds."""
+    code = (
+        "import time; a = time.perf_counter(); import peft; b = time.perf_counter(); import peft_pvm; "
+        "print(b - a, time.perf_counter() - b)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=True) for _ in range(rounds)]
+    times = [[float(part) for part in run.stdout.split()] for run in runs]
+    return min(run[0] for run in times), min(run[1] for run in times)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on beside the code."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft_pvm": __version__,
+    }

@@ -1,0 +1,150 @@
+"""Models to measure: the real shapes with random weights, so that nothing is downloaded."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.initialization import no_init_weights
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The text model of a Qwen3-VL.
+
+    Attributes:
+        title: What it stands for.
+        layers: Number of decoder layers.
+        hidden_size: Their width.
+        intermediate_size: Of the FFN.
+        heads: Of queries.
+        kv_heads: Of keys and values.
+        head_dim: Width of a head.
+        vocab_size: Number of tokens.
+        ties_embeddings: Whether the output layer shares its weights with the input embeddings.
+    """
+
+    title: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    ties_embeddings: bool
+
+    def config(self, layers: int | None = None) -> Qwen3VLConfig:
+        """The configuration, with a vision tower as small as it gets: it is not measured.
+
+        Args:
+            layers: So many decoder layers instead, and the same share of the vocabulary, so that the output layer
+                keeps its share of the work.
+
+        Raises:
+            ValueError: There are not so many layers.
+        """
+        layers = self.layers if layers is None else layers
+        if not 0 < layers <= self.layers:
+            raise ValueError(f"layers is {layers}, but {self.title} has 1 to {self.layers}.")
+        quarter = self.head_dim // 2 // 4
+        text = dict(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab_size * layers // self.layers,
+            max_position_embeddings=262_144,
+            tie_word_embeddings=self.ties_embeddings,
+            pad_token_id=0,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [self.head_dim // 2 - 2 * quarter, quarter, quarter],
+                "mrope_interleaved": True,
+            },
+        )
+        vision = dict(
+            depth=1,
+            hidden_size=16,
+            intermediate_size=16,
+            num_heads=1,
+            out_hidden_size=self.hidden_size,
+            deepstack_visual_indexes=[],
+        )
+        ids = dict(image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4)
+        return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=self.ties_embeddings, **ids)
+
+
+PRESETS = {
+    "tiny": Shape("a model of 6 layers of width 128", 6, 128, 384, 4, 2, 32, 512, True),
+    "1b-random": Shape("16 of the 28 layers of Qwen3-VL-2B", 16, 2048, 6144, 16, 8, 128, 151_936, True),
+    "8b-random": Shape("Qwen3-VL-8B", 36, 4096, 12288, 32, 8, 128, 151_936, False),
+}
+
+
+def build_random(
+    preset: str, layers: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> nn.Module:
+    """A model of one of `PRESETS` with random weights.
+
+    Args:
+        preset: Its name.
+        layers: Fewer decoder layers: see `Shape.config`.
+        dtype: Of the weights.
+        device: Where they are.
+
+    Raises:
+        ValueError: There is no such preset, or it has not so many layers.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
+    config = PRESETS[preset].config(layers)
+    with torch.device(device), no_init_weights():
+        model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+    fill_at_random(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def fill_at_random(model: nn.Module) -> None:
+    """Overwrite all weights by normal numbers, matrices of deviation 0.02: the same few million over and over.
+
+    To draw billions of numbers takes minutes, and what is measured does not depend on them.
+    """
+    weights = {parameter: name for name, parameter in model.named_parameters()}
+    draws: dict[Any, torch.Tensor] = {}
+    for parameter in weights:
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        kind = (parameter.dtype, parameter.device)
+        if kind not in draws:
+            generator = torch.Generator(parameter.device).manual_seed(0)
+            numbers = torch.empty(2**22 + 1, dtype=parameter.dtype, device=parameter.device)
+            draws[kind] = numbers.normal_(std=0.02, generator=generator)
+        flat = parameter.view(-1)
+        for part in flat.split(draws[kind].numel()):
+            part.copy_(draws[kind][: part.numel()])
+
+
+def load(model: str, dtype: torch.dtype, device: str, attn_implementation: str) -> nn.Module:
+    """A vision-language model from a folder or the Hub."""
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        model, dtype=dtype, device_map=device, attn_implementation=attn_implementation
+    )
+    return loaded.eval()
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """A model with the same tensors, not copied, on which hooks and adapters do not meet the original's."""
+    import copy
+
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -1,0 +1,94 @@
+"""What a measurement looks like: tables and a picture."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from ..plotting import line_look, logarithmic, new_figure, styled
+from .methods import METHODS
+
+
+def ratios(result: dict[str, Any], context: int, name: str, what: str) -> list[float]:
+    """A method's times over the base's, of each round; empty if it was left out.
+
+    Args:
+        result: What `measure` returns.
+        context: Length of the prompt.
+        name: Of the method.
+        what: "prefill_s" or "decode_s".
+    """
+    (methods,) = (entry["methods"] for entry in result["contexts"] if entry["context"] == context)
+    return [own / base for own, base in zip(methods[name][what], methods["base"][what])]
+
+
+def print_tables(result: dict[str, Any], console: Console) -> None:
+    """A table for every length of the prompt, and what loading takes."""
+    settings, model = result["settings"], result["model"]
+    for entry in result["contexts"]:
+        context = entry["context"]
+        table = Table(
+            "", "prefill, s", "of base", "ms a token", "of base", "prefill, MiB", "attention", "attention, a token",
+            title=f"{context:,} tokens, {settings['visual_tokens']:,} of them visual, batch {settings['batch']}",
+        )  # fmt: skip
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, measured in entry["methods"].items():
+            if measured["left_out"]:
+                table.add_row(METHODS[name].title, measured["left_out"])
+                continue
+            table.add_row(
+                METHODS[name].title,
+                f"{statistics.median(measured['prefill_s']):.3f}",
+                _middle(ratios(result, context, name, "prefill_s")),
+                f"{statistics.median(measured['decode_s']) * 1000:.2f}",
+                _middle(ratios(result, context, name, "decode_s")),
+                f"{measured['prefill_bytes'] / 2**20:,.0f}",
+                _middle(measured["attention_prefill"]),
+                _middle(measured["attention_decode"]),
+            )
+        console.print(table)
+    loading, machine = result["loading"], result["machine"]
+    console.print(
+        f"{model['name']}, {model['parameters']:,} parameters in {model['decoder_layers']} decoder layers, "
+        f"{model['dtype']}, {model['attn_implementation']}. Of base: the median of the rounds, "
+        "and half of their spread. Attention: of one layer alone, over its kernel."
+    )
+    console.print(
+        f"A PVM adapter: attached in {loading['attach']:.3f} s (of which {loading['draw_weights']:.3f} s go into its "
+        f"random weights), loaded in {loading['load']:.3f} s, swapped in {loading['swap'] * 1000:.2f} ms. "
+        f"import peft: {loading['import_peft']:.2f} s; import peft_pvm then: {loading['import_peft_pvm']:.2f} s."
+    )
+    console.print(
+        f"{machine['device']}, {machine['cpus']} CPUs, {machine['threads']} threads, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}."
+    )
+
+
+def _middle(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ±{(max(values) - min(values)) / 2:.3f}" if values else ""
+
+
+@styled
+def draw(result: dict[str, Any]) -> Figure:
+    """Prefill and decoding by length of the prompt, over the base."""
+    figure, axes = new_figure(2.8, columns=2)
+    names = [name for name in result["contexts"][0]["methods"] if name != "base"]
+    for panel, what, title in ((axes[0, 0], "prefill_s", "Prefill"), (axes[0, 1], "decode_s", "A token")):
+        for number, name in enumerate(names):
+            points = []
+            for entry in result["contexts"]:
+                if values := ratios(result, entry["context"], name, what):
+                    points.append((entry["context"], statistics.median(values)))
+            if points:
+                panel.plot(*zip(*points), label=METHODS[name].title, **line_look(number + 1))
+        panel.axhline(1.0, **{**line_look(0), "marker": None}, label="base")
+        panel.set(xlabel="Tokens of the prompt", ylabel="Time, of the base's", title=title)
+        if len(result["contexts"]) > 1:
+            logarithmic(panel, "x")
+    axes[0, 0].legend()
+    return figure

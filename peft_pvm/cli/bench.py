@@ -1,0 +1,84 @@
+"""`peft-pvm bench`: what each method costs on a model, here and now."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..bench.methods import METHODS
+from ..bench.models import PRESETS, build_random, load
+from ..bench.report import draw, print_tables
+from ..bench.run import Settings, measure
+from ..plotting import as_png
+from .refusals import refusals
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULTS = Settings()
+
+
+def bench(
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of a vision-language model.")] = None,
+    preset: Annotated[
+        str, typer.Option(help=f"Instead of a model, random weights of a shape: {', '.join(PRESETS)}.")
+    ] = "tiny",
+    layers: Annotated[
+        int | None, typer.Option(help="Of a preset: so many decoder layers, and that share of the vocabulary.")
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"Separated by commas: {', '.join(METHODS)}.")] = ",".join(
+        DEFAULTS.methods
+    ),
+    context: Annotated[
+        str, typer.Option(help="Lengths of the prompt, visual tokens included, separated by commas.")
+    ] = ",".join(map(str, DEFAULTS.contexts)),
+    visual_tokens: Annotated[int, typer.Option(help="Of the one image in each row.")] = DEFAULTS.visual_tokens,
+    batch: Annotated[int, typer.Option(help="Rows.")] = DEFAULTS.batch,
+    new_tokens: Annotated[int, typer.Option(help="Decoded in a round.")] = DEFAULTS.new_tokens,
+    rounds: Annotated[int, typer.Option(help="Of decoding.")] = DEFAULTS.rounds,
+    prefills: Annotated[int, typer.Option(help="Rounds of prefilling.")] = DEFAULTS.prefills,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
+    attn_implementation: Annotated[str, typer.Option(help="The attention kernel.")] = "sdpa",
+    static_cache: Annotated[bool, typer.Option(help="Give the KV cache its full size from the start.")] = False,
+    compile: Annotated[bool, typer.Option(help="Compile decoding; on CUDA, into graphs.")] = False,
+    seed: Annotated[int, typer.Option(help="Decides the embeddings.")] = DEFAULTS.seed,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write every time measured.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw the ratios by length, as PNG.")] = None,
+) -> None:
+    """Measure prefill, decoding, memory and loading of the base and of each method, taking turns in one process."""
+    with refusals():
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
+        settings = Settings(
+            methods=tuple(method.split(",")),
+            contexts=tuple(int(length) for length in context.split(",")),
+            visual_tokens=visual_tokens,
+            batch=batch,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            prefills=prefills,
+            static_cache=static_cache,
+            compile=compile,
+            seed=seed,
+        )
+        if model is None:
+            measured_model = build_random(preset, layers, DTYPES[dtype], device)
+            measured_model.set_attn_implementation(attn_implementation)  # type: ignore[operator]
+        else:
+            measured_model = load(model, DTYPES[dtype], device, attn_implementation)
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        result = measure(measured_model, settings, lambda text: progress.update(task, description=text))
+    print_tables(result, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+    if plot is not None:
+        plot.write_bytes(as_png(draw(result)))
