@@ -6,10 +6,13 @@ VENV_OLDEST ?= .venv-oldest
 WORKERS ?= auto
 PYTEST = pytest -n $(WORKERS) -q
 
-.PHONY: demo test test-oldest quality style clean
+.PHONY: demo bench test test-oldest quality style clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/peft-pvm bench
 
 test: $(VENV)/.installed
 	$(VENV)/bin/$(PYTEST)

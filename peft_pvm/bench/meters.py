@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _profiler_muted(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     events = recorded.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
@@ -48,6 +49,20 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+@contextlib.contextmanager
+def _profiler_muted() -> Iterator[None]:
+    """Keep from the terminal what the profiler, in C++, says at its start and end."""
+    sys.stderr.flush()
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
 
 
 def free_bytes(device: torch.device) -> int:

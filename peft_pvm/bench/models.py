@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -135,16 +136,19 @@ def fill_at_random(model: nn.Module) -> None:
 
 
 def load(model: str, dtype: torch.dtype, device: str, attn_implementation: str) -> nn.Module:
-    """A vision-language model from a folder or the Hub."""
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        model, dtype=dtype, device_map=device, attn_implementation=attn_implementation
-    )
-    return loaded.eval()
+    """A vision-language model from a folder or the Hub.
+
+    Raises:
+        OSError: There is none.
+    """
+    kwargs = dict(dtype=dtype, device_map=device, attn_implementation=attn_implementation)
+    try:
+        return AutoModelForImageTextToText.from_pretrained(model, **kwargs).eval()
+    except OSError as error:
+        raise OSError(f"{model}: {error}") from error
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
     """A model with the same tensors, not copied, on which hooks and adapters do not meet the original's."""
-    import copy
-
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -24,6 +24,7 @@ from .methods import METHODS, pvm_config
 from .models import structural_copy
 
 
+Result = TypeVar("Result")
 TEXT_BEFORE = 16  # tokens in front of the image
 
 
@@ -37,7 +38,7 @@ class Settings:
         visual_tokens: Of the one image, behind a few tokens of text.
         batch: Rows, all alike.
         new_tokens: Decoded in a round.
-        rounds: Of decoding, after one that does not count.
+        rounds: Of decoding, after a token that does not count.
         prefills: Rounds of prefilling, after one that does not count.
         static_cache: Whether the KV cache has its full size from the start.
         compile: Whether decoding is compiled; on CUDA, into graphs. The cache is static then.
@@ -151,8 +152,8 @@ class Runner:
     def _positions(self, start: int, stop: int) -> torch.Tensor:
         return torch.arange(start, stop, device=self.device).expand(self.settings.batch, -1)
 
-    def attention_call(self, forward: Callable[[], None]) -> AttentionCall | None:
-        """What the attention of the first layer that is changed is called with in a forward."""
+    def overheard(self, forward: Callable[[], Result]) -> tuple[AttentionCall | None, Result]:
+        """What the attention of the first layer that is changed is called with in a forward, and what that returns."""
         calls: list[AttentionCall] = []
 
         def observe(call: AttentionCall) -> None:
@@ -166,10 +167,10 @@ class Runner:
 
         handle = find_vlm(self.model).text_model.register_forward_pre_hook(watch, with_kwargs=True)
         try:
-            forward()
+            result = forward()
         finally:
             handle.remove()
-        return calls[0] if calls else None
+        return calls[0] if calls else None, result
 
 
 @torch.no_grad()
@@ -223,30 +224,26 @@ def _measure_context(
         if needed > 0.9 * free_bytes(device):
             measured[name].left_out = f"needs {needed / 2**30:.0f} GiB"
     runners = {name: Runner(model, name, context, settings) for name in names if measured[name].left_out is None}
-    for number in range(settings.prefills + 1):
-        for name in _in_turn(runners, number):
-            progress(f"{context} tokens, {METHODS[name].title}: prefill {number} of {settings.prefills}")
-            taken = seconds(runners[name].prefill, device)
-            if number:
-                measured[name].prefill_s.append(taken)
-    for number in range(settings.rounds + 1):
-        for name in _in_turn(runners, number):
-            progress(f"{context} tokens, {METHODS[name].title}: decoding, round {number} of {settings.rounds}")
-            times = [seconds(runners[name].decode, device) for _ in range(settings.new_tokens)]
-            if number:
-                measured[name].decode_s.append(statistics.median(times))
+    # What comes first warms up, and is where memory is measured and attention is overheard.
     for name, runner in runners.items():
         progress(f"{context} tokens, {METHODS[name].title}: memory and attention")
-        if not settings.compile:
-            measured[name].decode_bytes = peak_bytes(runner.decode, device)
-            call = runner.attention_call(runner.decode)
-            measured[name].attention_decode = _attention_ratios(call, settings.rounds)
-        runner.cache = None
-        measured[name].prefill_bytes = peak_bytes(runner.prefill, device)
-        runner.cache = None
-        call = runner.attention_call(runner.prefill)
-        runner.cache = None
-        measured[name].attention_prefill = _attention_ratios(call, settings.prefills)
+        own = measured[name]
+        call, own.prefill_bytes = runner.overheard(partial(peak_bytes, runner.prefill, device))
+        own.attention_prefill = _attention_ratios(call, settings.prefills)
+        if settings.compile:
+            runner.decode()
+        else:
+            call, own.decode_bytes = runner.overheard(partial(peak_bytes, runner.decode, device))
+            own.attention_decode = _attention_ratios(call, settings.rounds)
+    for number in range(settings.prefills):
+        for name in _in_turn(runners, number):
+            progress(f"{context} tokens, {METHODS[name].title}: prefill {number + 1} of {settings.prefills}")
+            measured[name].prefill_s.append(seconds(runners[name].prefill, device))
+    for number in range(settings.rounds):
+        for name in _in_turn(runners, number):
+            progress(f"{context} tokens, {METHODS[name].title}: decoding, round {number + 1} of {settings.rounds}")
+            times = [seconds(runners[name].decode, device) for _ in range(settings.new_tokens)]
+            measured[name].decode_s.append(statistics.median(times))
     return {name: asdict(value) for name, value in measured.items()}
 
 

@@ -15,6 +15,7 @@ from ..bench.methods import METHODS
 from ..bench.models import PRESETS, build_random, load
 from ..bench.report import draw, print_tables
 from ..bench.run import Settings, measure
+from ..bench.scale import show_scale
 from ..plotting import as_png
 from .refusals import refusals
 
@@ -50,14 +51,19 @@ def bench(
     seed: Annotated[int, typer.Option(help="Decides the embeddings.")] = DEFAULTS.seed,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write every time measured.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the ratios by length, as PNG.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Measure nothing: print what an earlier --json holds.")] = None,
 ) -> None:
     """Measure prefill, decoding, memory and loading of the base and of each method, taking turns in one process."""
+    if show is not None:
+        with refusals():
+            print_tables(json.loads(show.read_text()), Console())
+        return
     with refusals():
         if dtype not in DTYPES:
             raise ValueError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
         settings = Settings(
             methods=tuple(method.split(",")),
-            contexts=tuple(int(length) for length in context.split(",")),
+            contexts=tuple(_numbers(context)),
             visual_tokens=visual_tokens,
             batch=batch,
             new_tokens=new_tokens,
@@ -82,3 +88,19 @@ def bench(
         json_file.write_text(json.dumps(result, indent=1) + "\n")
     if plot is not None:
         plot.write_bytes(as_png(draw(result)))
+
+
+def scale(
+    preset: Annotated[str, typer.Option(help=f"A shape: {', '.join(PRESETS)}.")] = "8b-random",
+    context: Annotated[str, typer.Option(help="Lengths, visual tokens included, separated by commas.")] = "4096,32768",
+    visual_tokens: Annotated[str, typer.Option(help="How many of them are visual.")] = "256,1024,4095",
+    batch: Annotated[str, typer.Option(help="Conversations decoded in one step.")] = "1,64",
+    sequences: Annotated[str, typer.Option(help="Conversations kept at once.")] = "1,1000,1000000",
+) -> None:
+    """Work out, from the shapes alone, what PVM keeps of a conversation and reads in a step, beside the base."""
+    with refusals():
+        show_scale(preset, *(_numbers(text) for text in (context, visual_tokens, batch, sequences)))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

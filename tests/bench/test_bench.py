@@ -1,0 +1,248 @@
+"""`peft-pvm bench`: what is measured is what it says; the command, its files and its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import logits
+from tiny_vlms import FAMILIES
+from transformers import Qwen3VLForConditionalGeneration
+
+
+pytest.importorskip("typer", reason="the command needs the extra `lab`")
+pytest.importorskip("matplotlib", reason="the command needs the extra `lab`")
+
+from rich.console import Console
+from typer.testing import CliRunner
+
+from peft_pvm.bench import run as bench_run
+from peft_pvm.bench.meters import free_bytes, peak_bytes, seconds
+from peft_pvm.bench.methods import METHODS, pvm_config
+from peft_pvm.bench.models import PRESETS, build_random, fill_at_random, structural_copy
+from peft_pvm.bench.report import print_tables, ratios
+from peft_pvm.bench.run import Runner, Settings, measure
+from peft_pvm.bench.scale import footprint
+from peft_pvm.cli.app import app
+
+
+CPU = torch.device("cpu")
+QUICK = dict(contexts=(90,), visual_tokens=40, rounds=2, prefills=2, new_tokens=2)
+
+
+@pytest.fixture(autouse=True)
+def _import_times(monkeypatch):
+    """Starting Python ten times is for the one test that wants it."""
+    monkeypatch.setattr(bench_run, "import_seconds", lambda: (3.0, 0.1))
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+
+
+def test_seconds_are_seconds():
+    assert 0.02 < seconds(lambda: time.sleep(0.02), CPU) < 0.2
+
+
+def test_peak_bytes_are_what_is_held_at_once():
+    before = torch.zeros(1000)
+
+    def work():
+        first = before + 1  # 4,000 bytes
+        second = torch.cat([first, first])  # 8,000 more
+        del first
+        return second * 2  # 8,000 more, when the first 4,000 are gone
+
+    assert peak_bytes(work, CPU) == pytest.approx(16_000, abs=100)  # the numbers 1 and 2 are tensors as well
+
+
+def test_memory_is_left():
+    assert free_bytes(CPU) > 2**28
+
+
+@pytest.mark.parametrize(("preset", "billions"), [("tiny", 0.00125), ("1b-random", 1.12), ("8b-random", 8.19)])
+def test_presets_are_of_their_size(preset: str, billions: float):
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(PRESETS[preset].config())
+    assert model.model.language_model.num_parameters() / 1e9 + (
+        0 if PRESETS[preset].ties_embeddings else model.lm_head.weight.numel() / 1e9
+    ) == pytest.approx(billions, rel=0.02)
+
+
+def test_fewer_layers_keep_the_proportions():
+    whole, part = PRESETS["8b-random"].config().text_config, PRESETS["8b-random"].config(12).text_config
+    assert (part.num_hidden_layers, part.vocab_size) == (12, whole.vocab_size // 3)
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(PRESETS["8b-random"].config(12))
+    config = pvm_config(model)
+    assert (config.r, len(config.layers_to_transform)) == (512, 1)
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(PRESETS["8b-random"].config())
+    assert (pvm_config(model).r, len(pvm_config(model).layers_to_transform)) == (512, 3)
+
+
+def test_random_weights_are_drawn_for_every_matrix():
+    model = build_random("tiny")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
+    fill_at_random(twin := build_random("tiny"))
+    assert torch.equal(model.lm_head.weight, twin.lm_head.weight)
+
+
+def test_copies_share_weights_and_nothing_else():
+    family = FAMILIES["qwen3_vl"]
+    model = family.build()
+    inputs = family.inputs(model, "t4 i t6")
+    before = logits(model, inputs)
+    twin = structural_copy(model)
+    METHODS["pvm+dipe"].attach(twin)
+    assert {p.data_ptr() for p in model.parameters()} <= {p.data_ptr() for p in twin.parameters()}
+    assert (logits(twin, inputs) - before).abs().max() > 1e-3
+    assert torch.equal(logits(model, inputs), before)
+
+
+@pytest.mark.parametrize("name", sorted({"qwen3_vl", "llava", "gemma3", "glm4v", "idefics3"} & set(FAMILIES)))
+def test_every_method_is_measured(name: str):
+    model = FAMILIES[name].build()
+    settings = Settings(methods=tuple(METHODS), **QUICK)
+    result = measure(model, settings)
+    (entry,) = result["contexts"]
+    assert list(entry["methods"]) == list(METHODS)
+    for method, measured in entry["methods"].items():
+        assert measured["left_out"] is None
+        assert len(measured["prefill_s"]) == len(measured["decode_s"]) == 2
+        assert min(measured["prefill_s"] + measured["decode_s"]) > 0
+        assert min(measured["prefill_bytes"], measured["decode_bytes"]) > 0
+        steers = any(part in method for part in ("dipe", "t-drs"))
+        assert (len(measured["attention_prefill"]) == 2) == steers
+    methods = entry["methods"]
+    assert methods["t-drs-naive"]["prefill_bytes"] > methods["base"]["prefill_bytes"]
+    assert all(result["loading"][what] > 0 for what in ("attach", "load", "swap", "draw_weights"))
+
+
+def test_a_method_acts_while_it_is_measured():
+    """The prompt has its image, and steps go on from it."""
+    model, settings = build_random("tiny"), Settings(**QUICK)
+    runner = Runner(model, "pvm", 90, settings)
+    with torch.no_grad():
+        runner.prefill()
+        assert runner.cache.visual_memory.slots.shape == (1, 40)
+        runner.decode()
+        assert runner.cache.get_seq_length() == runner.length == 91
+        assert len(runner.cache.visual_memory.projections) == 1  # one branch: projected, and kept
+
+
+@pytest.mark.parametrize("how", [{"static_cache": True}, {"compile": True}, {"batch": 2}])
+def test_other_ways_to_measure(how: dict, monkeypatch):
+    traced = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda model, mode, fullgraph: traced(model, fullgraph=fullgraph))
+    result = measure(build_random("tiny"), Settings(methods=("pvm", "dipe"), **{**QUICK, **how}))
+    assert all(len(measured["decode_s"]) == 2 for measured in result["contexts"][0]["methods"].values())
+
+
+def test_ratios_are_taken_within_a_round():
+    methods = {"base": {"decode_s": [1.0, 2.0]}, "pvm": {"decode_s": [3.0, 4.0]}}
+    assert ratios({"contexts": [{"context": 9, "methods": methods}]}, 9, "pvm", "decode_s") == [3.0, 2.0]
+
+
+def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
+    monkeypatch.setattr(bench_run, "free_bytes", lambda device: 100_000)
+    result = measure(build_random("tiny"), Settings(methods=("dipe", "dipe-naive"), **QUICK))
+    methods = result["contexts"][0]["methods"]
+    assert methods["dipe-naive"]["left_out"].startswith("needs ")
+    assert methods["dipe"]["left_out"] is None
+    print_tables(result, console := Console(record=True, width=200))
+    assert "needs 0 GiB" in console.export_text()
+
+
+def test_the_command(tmp_path: Path):
+    arguments = ["--method", "pvm,dipe", "--context", "80,120", "--visual-tokens", "40", "--rounds", "2"]
+    files = ["--json", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "bench.png")]
+    result = run(*arguments, *files, "--prefills", "1", "--new-tokens", "2")
+    assert result.exit_code == 0, result.output
+    assert "80 tokens, 40 of them visual" in result.output
+    assert "PVM" in result.output
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert [entry["context"] for entry in written["contexts"]] == [80, 120]
+    assert written["settings"]["visual_tokens"] == 40
+    assert written["machine"]["torch"] == torch.__version__
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    shown = run("--show", str(tmp_path / "bench.json"))
+    assert shown.exit_code == 0
+    assert shown.output in result.output
+
+
+def test_the_command_takes_a_model(tmp_path: Path):
+    FAMILIES["llava"].build().save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--context", "80", "--visual-tokens", "40", "--rounds", "1"]
+    result = run(*arguments, "--prefills", "1", "--new-tokens", "1", "--method", "pvm")
+    assert result.exit_code == 0, result.output
+    assert "LlavaForConditionalGeneration" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "pvm,lora"], r"methods names ['lora'], but there are base, pvm"),
+        (["--preset", "70b"], "preset is '70b', but must be one of tiny"),
+        (["--layers", "7"], "layers is 7, but"),
+        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--context", "50", "--visual-tokens", "40"], "40 visual tokens need at least 57"),
+        (["--context", "many"], "invalid literal"),
+        (["--rounds", "0"], "rounds is 0"),
+        (["--model", "nowhere/there"], "nowhere/there"),
+        (["--show", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str):
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+@pytest.mark.parametrize("preset", ["tiny", "1b-random"])
+def test_scale_counts_what_is_kept(preset: str, monkeypatch):
+    """The bytes of a conversation as they are, on a model of a sixth of the layers."""
+    monkeypatch.setitem(PRESETS, preset, dataclasses.replace(PRESETS[preset], vocab_size=64, layers=6))
+    foot = footprint(preset, bytes_of_a_number=4)
+    model, settings = build_random(preset), Settings(**QUICK)
+    runner = Runner(model, "pvm", 90, settings)
+    with torch.no_grad():
+        runner.prefill()
+    layers, memory = runner.cache.layers, runner.cache.visual_memory
+    cache, projections, embeddings = foot.kept(90, 40)
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) == cache
+    assert sum(tensor.nbytes for pair in memory.projections.values() for tensor in pair) == projections
+    assert memory.embeddings.nbytes == embeddings
+
+
+def test_scale_is_the_papers():
+    """512 bytes of keys and values for a visual token and branch, 4 KiB for a token and layer of the cache."""
+    foot = footprint("8b-random")
+    assert (foot.projections, foot.cache) == (3 * 512, 36 * 4096)
+    base, pvm = foot.read(context=4096, visual_tokens=1024, batch=1)
+    assert base == pytest.approx(2 * 7.57e9 + 4096 * 36 * 4096, rel=0.01)
+    assert pvm / base < 0.0035
+
+
+def test_the_scale_command():
+    result = CliRunner().invoke(app, ["scale", "--sequences", "1000000"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "1.57 TB" in result.output
+    assert CliRunner().invoke(app, ["scale", "--preset", "70b"]).exit_code == 1
+
+
+def test_import_is_quick():
+    """The whole package adds at most 0.3 s to the import of PEFT, on a machine that is not busy with much else."""
+    from peft_pvm.bench.meters import import_seconds
+
+    _, own = import_seconds(rounds=3)
+    assert own < 0.3
