@@ -81,9 +81,9 @@ def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.
         rotated = function(wide, *tables, unsqueeze_dim=1)
     elif "mrope_section" in parameters:  # Qwen2-VL before transformers 5.17 puts the axes together here
         sections = attention.config.rope_parameters["mrope_section"]  # type: ignore[union-attr, index]
-        rotated, _ = function(wide, wide[:, :1], *tables, sections)
+        rotated, _ = function(wide, wide[:, :0], *tables, sections)
     else:
-        rotated, _ = function(wide, wide[:, :1], *tables)
+        rotated, _ = function(wide, wide[:, :0], *tables)  # it wants keys as well: none
     return rotated.to(states.dtype)
 
 

@@ -198,6 +198,18 @@ def resume(tiny: TinyVLM, model: PeftModel, cache, conversation: str, start: int
     return logits(model, inputs, past_key_values=cache, use_cache=True)
 
 
+def counted_graphs() -> tuple[list[torch.fx.GraphModule], Callable]:
+    """A list, and a backend for `torch.compile` that runs graphs as they are and adds each to the list."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    return graphs, backend
+
+
 def prompt_and_step(tiny: TinyVLM, base: torch.nn.Module, conversation: str) -> tuple[dict, dict]:
     """The inputs of a prompt, and those of one more token on the cache that it leaves."""
     prompt = tiny.inputs(base, conversation)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import METHODS, REPRESENTATIVE, TOLERANCE, Combination, Method, difference, logits, prompt_and_step
+from conftest import (
+    METHODS,
+    REPRESENTATIVE,
+    TOLERANCE,
+    Combination,
+    Method,
+    counted_graphs,
+    difference,
+    logits,
+    prompt_and_step,
+)
 from tiny_vlms import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
@@ -40,14 +50,8 @@ def test_steps_are_one_graph(name: str, method: Method | Combination):
     model = method.attach(family.build())
     base = model.get_base_model()
     prompt, step = prompt_and_step(family, base, "t4 i t9")
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    compiled = torch.compile(base, fullgraph=True, backend=count)
+    graphs, backend = counted_graphs()
+    compiled = torch.compile(base, fullgraph=True, backend=backend)
     length = step["attention_mask"].shape[1]
     results = []
     for run in (base, compiled):

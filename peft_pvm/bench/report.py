@@ -56,7 +56,7 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"{model['name']}, {model['parameters']:,} parameters in {model['decoder_layers']} decoder layers, "
         f"{model['dtype']}, {model['attn_implementation']}. Of base: the median of the rounds, "
-        "and half of their spread. Attention: of one layer alone, over its kernel."
+        "± half of what lies between their quartiles. Attention: of one layer alone, over its kernel."
     )
     console.print(
         f"A PVM adapter: attached in {loading['attach']:.3f} s (of which {loading['draw_weights']:.3f} s go into its "
@@ -70,7 +70,10 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
 
 
 def _middle(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ±{(max(values) - min(values)) / 2:.3f}" if values else ""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.3f} ±{(high - low) / 2:.3f}"
 
 
 @styled

@@ -111,7 +111,7 @@ class Runner:
         if settings.compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self.step = cast(Any, torch.compile(self.model, mode=mode, fullgraph=True))
-        self.knows_images = name != "base"
+        self.prompt = self._make_prompt(knows_images=name != "base")
         self.cache: Cache | None = None
         self.length = 0
 
@@ -119,7 +119,7 @@ class Runner:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def fresh_cache(self) -> Cache:
+    def _fresh_cache(self) -> Cache:
         settings = self.settings
         config = find_vlm(self.model).text_config
         if settings.static_cache or settings.compile:
@@ -127,20 +127,21 @@ class Runner:
             return StaticCache(config=config, max_cache_len=most)
         return DynamicCache(config=config)
 
+    def _make_prompt(self, knows_images: bool) -> dict[str, torch.Tensor]:
+        settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed)
+        size = (settings.batch, self.context, find_vlm(self.model).text_config.hidden_size)
+        embeds = torch.randn(size, generator=generator).mul_(0.02).to(self.device, self.model.dtype)
+        prompt = {"inputs_embeds": embeds, "position_ids": self._positions(0, self.context)}
+        if knows_images:
+            prompt[VISUAL_MASK] = torch.zeros(size[:2], dtype=torch.bool, device=self.device)
+            prompt[VISUAL_MASK][:, TEXT_BEFORE : TEXT_BEFORE + settings.visual_tokens] = True
+        return prompt
+
     def prefill(self) -> None:
         """Read the prompt into a new cache."""
-        settings, vlm = self.settings, find_vlm(self.model)
-        generator = torch.Generator().manual_seed(settings.seed)
-        size = (settings.batch, self.context, vlm.text_config.hidden_size)
-        embeds = torch.randn(size, generator=generator).mul_(0.02).to(self.device, self.model.dtype)
-        visual = torch.zeros(settings.batch, self.context, dtype=torch.bool, device=self.device)
-        visual[:, TEXT_BEFORE : TEXT_BEFORE + settings.visual_tokens] = True
-        self.cache = self.fresh_cache()
-        self.length = self.context
-        inputs = dict(inputs_embeds=embeds, position_ids=self._positions(0, self.context), past_key_values=self.cache)
-        if self.knows_images:
-            inputs[VISUAL_MASK] = visual
-        self.model(**inputs, use_cache=True, logits_to_keep=1)
+        self.cache, self.length = self._fresh_cache(), self.context
+        self.model(**self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def decode(self) -> None:
         """One token more."""

@@ -83,8 +83,7 @@ class AnchoredScoring:
         kv_heads, num_keys = key.shape[1:3]
         rows = torch.cat([_by_kv_head(call.query, kv_heads), _by_kv_head(self.anchored_query(call), kv_heads)], 2)
         same, cross = (rows @ key.transpose(2, 3) * call.scaling).chunk(2, 2)
-        of_one_modality = call.context.visual_keys(num_keys) == call.visual_queries
-        scores = torch.where(of_one_modality[:, None, None], same, cross).float()
+        scores = torch.where(self._of_one_modality(call), same, cross).float()
         softcap = call.kwargs.get("softcap")
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -96,9 +95,20 @@ class AnchoredScoring:
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = F.softmax(scores, -1).to(value.dtype)
-        weights = F.dropout(weights, call.kwargs.get("dropout", 0.0), call.module.training)
+        if dropout := call.kwargs.get("dropout", 0.0):
+            weights = F.dropout(weights, dropout, call.module.training)
         output = (_by_kv_head(weights, kv_heads) @ value).reshape(weights.shape[0], 1, -1, value.shape[-1])
         return output, weights if call.kernel == "eager" or call.wants_weights else None
+
+    @staticmethod
+    def _of_one_modality(call: AttentionCall) -> torch.Tensor:
+        """Which keys are of a single query's modality, `(batch, 1, 1, num_keys)`, bool."""
+        num_keys = call.key.shape[2]
+
+        def compare() -> torch.Tensor:
+            return (call.context.visual_keys(num_keys) == call.visual_queries)[:, None, None]
+
+        return call.context.derived(("of one modality", num_keys), compare)
 
     def anchored_query(self, call: AttentionCall) -> torch.Tensor:
         """The rotated queries, turned on from their own position to their anchor."""

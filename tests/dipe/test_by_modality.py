@@ -79,7 +79,7 @@ def test_layers_with_a_sliding_window_are_not_taken(name: str, calls: list[int])
     family = FAMILIES[name]
     model = METHODS["dipe"].attach(family.build(attn_implementation="sdpa"))
     logits(model, family.inputs(model.get_base_model(), "t4 i t3 i t6"))
-    assert len(calls) == (0 if name == "gemma3" else 3)
+    assert len(calls) == (1 if name == "gemma3" else 3)  # two of its three layers have a window
 
 
 def test_where_it_does_not_apply(calls: list[int]):

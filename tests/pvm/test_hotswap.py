@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, difference, give_weight, logits, prompt_and_step
+from conftest import METHODS, TOLERANCE, counted_graphs, difference, give_weight, logits, prompt_and_step
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
@@ -75,14 +75,8 @@ def test_a_compiled_model_is_not_compiled_again(tiny: TinyVLM, wrapped: bool, tm
     model = PeftModel.from_pretrained(tiny.build(), old)
     base = model.get_base_model()
     prompt, step = prompt_and_step(tiny, base, "t4 i t9")
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    compiled = torch.compile(model if wrapped else base, backend=count)
+    graphs, backend = counted_graphs()
+    compiled = torch.compile(model if wrapped else base, backend=backend)
     results, numbers = [], []
     for folder in (old, new, old):
         hotswap_adapter(compiled if wrapped else model, folder, "default")
