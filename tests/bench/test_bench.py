@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib", reason="the command needs the extra `lab`")
 from rich.console import Console
 from typer.testing import CliRunner
 
+from peft_pvm.bench import methods
 from peft_pvm.bench import run as bench_run
 from peft_pvm.bench.meters import free_bytes, peak_bytes, seconds
 from peft_pvm.bench.methods import METHODS, pvm_config
@@ -123,9 +124,18 @@ def test_every_method_is_measured(name: str):
         assert min(measured["prefill_bytes"], measured["decode_bytes"]) > 0
         steers = any(part in method for part in ("dipe", "t-drs"))
         assert (len(measured["attention_prefill"]) == 2) == steers
-    methods = entry["methods"]
-    assert methods["t-drs-naive"]["prefill_bytes"] > methods["base"]["prefill_bytes"]
+    by_name = entry["methods"]
+    assert by_name["t-drs-naive"]["prefill_bytes"] > by_name["base"]["prefill_bytes"]
     assert all(result["loading"][what] > 0 for what in ("attach", "load", "swap", "draw_weights"))
+
+
+def test_naive_methods_are_naive(monkeypatch):
+    made: list[torch.nn.Module] = []
+    monkeypatch.setattr(methods, "make_naive", made.append)
+    for name, method in METHODS.items():
+        made.clear()
+        method.attach(model := build_random("tiny"))
+        assert made == [model] * name.endswith("-naive")
 
 
 def test_a_method_acts_while_it_is_measured():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import difference, in_double, logits
 from oracle import oracle, reweighted
 from tiny_vlms import FAMILIES
+from transformers import DynamicCache
 
 from peft_pvm import DIPEConfig, TDRSConfig, attached
 from peft_pvm.tdrs import blockwise, reweighting
@@ -65,7 +66,34 @@ def test_equals_whole_matrices(form: str, num_queries: int, num_keys: int, first
     assert difference(output.double(), expected) < 1e-5
     assert difference(weights.double(), expected_weights) < 1e-5
     monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 2**10)
+    monkeypatch.setattr(blockwise, "ELEMENTS_IN_CACHE", 2**10)
     assert difference(blockwise_attention(inputs, config)[0].double(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
+def test_a_token_takes_keys_a_few_at_a_time(name: str, monkeypatch):
+    """Their rotation too is undone a few at a time, and the result is the full forward's."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = family.inputs(model, "t9 i t20")
+    length = inputs["input_ids"].shape[1]
+    made: list[int] = []
+    content_of = Inputs.content_of
+
+    def note(self: Inputs, keys: slice) -> torch.Tensor:
+        made.append(keys.stop - keys.start)
+        return content_of(self, keys)
+
+    with attached(model, DIPEConfig(), TDRSConfig()):
+        expected = logits(model, inputs)[:, -1]
+        cache = DynamicCache()
+        logits(model, family.inputs(model, "t9 i t20", stop=length - 1), past_key_values=cache, use_cache=True)
+        monkeypatch.setattr(blockwise, "ELEMENTS_IN_CACHE", 1)
+        monkeypatch.setattr(Inputs, "content_of", note)
+        last = family.inputs(model, "t9 i t20", start=length - 1)
+        assert difference(logits(model, last, past_key_values=cache, use_cache=True)[:, -1], expected) < 1e-5
+    assert max(made) == 16
+    assert sum(made) == 3 * length
 
 
 def test_gradients_equal_those_of_whole_matrices():
