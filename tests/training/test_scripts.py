@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from conftest import difference
@@ -170,6 +169,8 @@ def test_grpo(material: SimpleNamespace, stage_1: Path, learns: str, tmp_path: P
 
 def test_a_system_prompt_and_a_single_image(material: SimpleNamespace, stage_1: Path, tmp_path: Path):
     """The column `image`, and a text before every prompt."""
+    import datasets  # here: not every environment has it, and those skip this file further above
+
     rows = datasets.load_dataset(str(material.prompts), split="train")
     single = rows.map(lambda row: {"image": row["images"][0]}, remove_columns="images")
     single.cast_column("image", datasets.Image()).to_parquet(tmp_path / "data" / "train.parquet")
