@@ -25,7 +25,8 @@ COMPILED = {
     "dipe": METHODS["dipe"],
     "pvm+dipe": Combination(("pvm", "dipe"), text_alone="equal"),
 }
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")  # by name, of aten
+# By name, of aten. The last: a tensor made of Python numbers, which is copied to the device.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "lift_fresh")
 
 
 def static_cache(base: torch.nn.Module, length: int) -> StaticCache:

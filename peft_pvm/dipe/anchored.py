@@ -62,7 +62,8 @@ class AnchoredScoring:
         is_whole = call.visibility.is_plain_causal and query.shape[2] == key.shape[2]
         if visual_mask is None or records or not is_fused or not is_whole or call.kwargs.get("dropout"):
             return None
-        return call.context.derived("runs", lambda: runs_of(visual_mask))
+        known = call.context.memory.runs
+        return None if known is None else call.context.derived("runs", lambda: runs_of(known, query.shape[2]))
 
     def widen(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys of twice the width, whose products are the scores: exact on any kernel.

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..memory import Runs
+from ..positions import VISUAL
+
 
 @dataclass(frozen=True)
 class Run:
@@ -22,21 +25,18 @@ class Run:
     is_visual: bool
 
 
-def runs_of(visual_mask: torch.Tensor) -> list[Run] | None:
+def runs_of(runs: Runs, seq_len: int) -> list[Run] | None:
     """The runs of a batch in which all rows have the same; `None` if they have not. Waits for the device.
 
     Args:
-        visual_mask: Which tokens are visual, `(batch, seq_len)`, bool.
-
-    Example:
-        >>> runs_of(torch.tensor([[False, True, True]]))
-        [Run(start=0, stop=1, is_visual=False), Run(start=1, stop=3, is_visual=True)]
+        runs: Of rows that start with this forward and have no padding.
+        seq_len: Their length.
     """
-    first = visual_mask[0]
-    if not bool((visual_mask == first).all()):
+    if not bool(((runs.starts == runs.starts[:1]) & (runs.modalities == runs.modalities[:1])).all()):
         return None
-    starts = [0, *((first[1:] != first[:-1]).nonzero().flatten() + 1).tolist()]
-    return [Run(start, stop, bool(first[start])) for start, stop in zip(starts, [*starts[1:], len(first)])]
+    starts, modalities = runs.starts[0].tolist(), runs.modalities[0].tolist()
+    stops = [*starts[1:], seq_len]
+    return [Run(start, stop, modality == VISUAL) for start, stop, modality in zip(starts, stops, modalities)]
 
 
 def attend_by_modality(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -241,13 +242,14 @@ class _Keys:
         """`(pairs, heads, queries, keys)`, without repeating keys for the heads that share them."""
         rows = query.flatten(1, 2)
         products = [rows @ key.transpose(1, 2) for _, key in self._pieces(pairs, keys)]
-        return torch.cat(products, -1).view(*query.shape[:3], -1)
+        whole = products[0] if len(products) == 1 else torch.cat(products, -1)  # of one, cat would make a copy
+        return whole.view(*query.shape[:3], -1)
 
     def weighted(self, weights: torch.Tensor, pairs: slice, keys: slice) -> torch.Tensor:
         """The sums of values by their weights, `(pairs, heads, queries, value_dim)`."""
         rows = weights.flatten(1, 2)
         sums = [rows[..., piece] @ value for piece, value in self._pieces(pairs, keys)]
-        return torch.stack(sums).sum(0).view(*weights.shape[:3], -1)
+        return functools.reduce(torch.add, sums).view(*weights.shape[:3], -1)
 
 
 @dataclass(eq=False)

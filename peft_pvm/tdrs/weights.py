@@ -85,7 +85,7 @@ def semantic_position(similarity: torch.Tensor) -> torch.Tensor:
         >>> semantic_position(torch.tensor([-1.0, 0.0, 1.0]))
         tensor([0.0000, 0.5000, 1.0000])
     """
-    return torch.add(similarity.new_tensor(0.5), similarity, alpha=0.5)
+    return (similarity * 0.5).add_(0.5)
 
 
 def distance_boost(
@@ -121,7 +121,8 @@ def distance_boost(
         >>> distance_boost(semantic, distance, torch.tensor(8.0), floor, floor, 1.0, 0.0)
         tensor([1.0000, 0.1000])
     """
-    dc_exponent = torch.as_tensor(dc_exponent, dtype=semantic.dtype, device=semantic.device)
+    if not isinstance(dc_exponent, torch.Tensor):
+        dc_exponent = semantic.new_full((), dc_exponent)  # made on the device: nothing is copied there
     # Few steps over all pairs, and powers of two, which torch raises faster than those of e.
     rate = dc_exponent * LOG2_E / farthest.clamp(min=1).square()
     falling = (distance / (1 + semantic)).square() * -rate

@@ -11,6 +11,8 @@ from transformers import DynamicCache
 from peft_pvm import DIPEConfig, attached
 from peft_pvm.dipe import anchored
 from peft_pvm.dipe.by_modality import attend_by_modality, runs_of
+from peft_pvm.memory import Runs
+from peft_pvm.positions import PADDING, pack, run_starts
 
 
 LAYOUTS = {
@@ -21,6 +23,14 @@ LAYOUTS = {
     "image alone": "vvvv",
     "text alone": "tttt",
 }
+
+
+def table(*layouts: str) -> Runs:
+    """The runs of a batch."""
+    modality = torch.tensor([[int(token == "v") for token in layout] for layout in layouts])
+    starts = run_starts(modality, torch.full((len(layouts),), PADDING))
+    slots = pack(starts)
+    return Runs.of(slots, slots, modality.gather(1, slots.clamp(min=0)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -37,12 +47,14 @@ def test_equals_whole_matrices(layout: str, kv_heads: int):
     scores = torch.where(visual[:, None, :, None] == visual[:, None, None], same, cross)
     scores = scores.masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf)
     expected = scores.softmax(-1) @ value.double().repeat_interleave(4 // kv_heads, 1)
-    found = attend_by_modality(query, turned, key, value, runs_of(visual.expand(2, -1)), scaling)
+    found = attend_by_modality(query, turned, key, value, runs_of(table(layout, layout), length), scaling)
     assert difference(found.double(), expected) < 1e-5
 
 
-def test_rows_of_different_layout_have_no_runs_in_common():
-    assert runs_of(torch.tensor([[False, True], [False, False]])) is None
+@pytest.mark.parametrize("other", ["tttt", "tvvv", "vvtt", "ttvt"])
+def test_rows_of_different_layout_have_no_runs_in_common(other: str):
+    assert runs_of(table("ttvv", other), 4) is None
+    assert runs_of(table(other, other), 4) is not None
 
 
 @pytest.fixture
@@ -67,7 +79,7 @@ def test_equals_the_doubled_width(name: str, rows: list[str], calls: list[int], 
     by_modality = logits(model, inputs)
     assert len(calls) == 3
     assert min(calls) == 5
-    monkeypatch.setattr(anchored, "runs_of", lambda visual_mask: None)
+    monkeypatch.setattr(anchored, "runs_of", lambda runs, seq_len: None)
     assert difference(by_modality, logits(model, inputs)) < TOLERANCE
     assert len(calls) == 3
     with model.disable_adapter():

@@ -54,11 +54,11 @@ def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str,
     }
     launch(kind, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
     run("sft", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
-    for curve in ("loss", "grad_norm"):  # Adam forgets the size of gradients
+    for curve, bound in (("loss", {"abs": 1e-5}), ("grad_norm", {"rel": 1e-4})):  # Adam forgets gradients' size
         one, two = (
             [entry[curve] for entry in read_log(tmp_path / name) if curve in entry] for name in ("alone", "out")
         )
-        assert one == pytest.approx(two, rel=1e-4), curve
+        assert one == pytest.approx(two, **bound), curve
     alone, together = adapter_weights(tmp_path / "alone"), adapter_weights(tmp_path / "out")
     assert alone.keys() == together.keys()
     for key, tensor in alone.items():

@@ -26,10 +26,6 @@ def logged(trainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def curves(trainer) -> list[float]:
-    return logged(trainer, "loss") + logged(trainer, "grad_norm")
-
-
 def changed(model: torch.nn.Module) -> set[str]:
     """The base's parameters that are not the tiny model's."""
     base = dict(load_tiny_vlm().named_parameters())
@@ -93,12 +89,14 @@ def test_it_does_not_matter_how(material, data: str, tmp_path: Path):
         "learning_rate": 1e-3,
         "train_sampling_strategy": "sequential",
     }
-    expected = curves(run("sft", material, output_dir=tmp_path / "plain", **common))
+    plain = run("sft", material, output_dir=tmp_path / "plain", **common)
     for how, options in HOW.items():
-        found = curves(run("sft", material, output_dir=tmp_path / how, **{**common, **options}))
-        assert found == pytest.approx(expected, rel=0.05 if how == "bf16" else 1e-4), how
+        trainer = run("sft", material, output_dir=tmp_path / how, **{**common, **options})
+        losses, gradients = logged(trainer, "loss"), logged(trainer, "grad_norm")
+        assert losses == pytest.approx(logged(plain, "loss"), rel=0.02 if how == "bf16" else 1e-5), how
+        assert gradients == pytest.approx(logged(plain, "grad_norm"), rel=0.05 if how == "bf16" else 1e-4), how
         if how == "bf16":
-            assert found != expected
+            assert losses != logged(plain, "loss")
         else:
             plain, other = adapter_weights(tmp_path / "plain"), adapter_weights(tmp_path / how)
             assert all(difference(tensor, other[key]) < 1e-5 for key, tensor in plain.items()), how
