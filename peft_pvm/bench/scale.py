@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -45,18 +46,24 @@ class Footprint:
         return base, self.pvm_weights + batch * self.projections * visual_tokens
 
 
-def footprint(preset: str, bytes_of_a_number: int = 2) -> Footprint:
+def footprint(preset: str, branches: int | None = None, bytes_of_a_number: int = 2) -> Footprint:
     """The footprint of one of `PRESETS`.
 
     Args:
         preset: Its name.
+        branches: How many decoder layers have one, the first ones; by default as many as in the paper.
         bytes_of_a_number: 2 for bf16.
+
+    Raises:
+        ValueError: There is no such preset, or it has not so many layers.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(PRESETS[preset].config())
         vlm, config = find_vlm(model), pvm_config(model)
+        if branches is not None:
+            config = dataclasses.replace(config, layers_to_transform=list(range(branches)))
         text, tied = vlm.text_config, PRESETS[preset].ties_embeddings
         read = sum(parameter.numel() for parameter in vlm.text_model.parameters())
         if not tied:  # a step reads the output layer, and of the input embeddings a row
@@ -68,18 +75,24 @@ def footprint(preset: str, bytes_of_a_number: int = 2) -> Footprint:
         for name, parameter in wrapped.named_parameters()
         if ".pvm_" in name and not any(f".pvm_{part}." in name for part in ("vision_reducer", "k_proj", "v_proj"))
     ]
-    branches = len(config.layer_indices)
+    number = len(config.layer_indices)
     return Footprint(
         weights=bytes_of_a_number * read,
         cache=bytes_of_a_number * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim,
         pvm_weights=bytes_of_a_number * sum(own),
-        projections=bytes_of_a_number * 2 * branches * shape.num_key_value_heads * shape.head_dim,
+        projections=bytes_of_a_number * 2 * number * shape.num_key_value_heads * shape.head_dim,
         embeddings=bytes_of_a_number * text.hidden_size,
     )
 
 
 def show_scale(
-    preset: str, contexts: list[int], visual_tokens: list[int], batches: list[int], sequences: list[int]
+    preset: str,
+    contexts: list[int],
+    visual_tokens: list[int],
+    batches: list[int],
+    sequences: list[int],
+    branches: int | None = None,
+    bandwidth: float | None = None,
 ) -> None:
     """Print what conversations keep, and what steps read.
 
@@ -89,8 +102,15 @@ def show_scale(
         visual_tokens: How many of them are visual.
         batches: Conversations decoded in one step.
         sequences: Conversations kept at once.
+        branches: As `footprint` takes them.
+        bandwidth: What memory delivers, in GB a second, to tell times as well.
+
+    Raises:
+        ValueError: As `footprint`, or the bandwidth is not above 0.
     """
-    console, foot = Console(), footprint(preset)
+    if bandwidth is not None and not bandwidth > 0:
+        raise ValueError(f"bandwidth is {bandwidth}, but must be above 0.")
+    console, foot = Console(), footprint(preset, branches)
     console.print(
         f"{preset} in bf16. Of the base a step reads {foot.weights / 1e9:.2f} GB of weights, of PVM "
         f"{foot.pvm_weights / 1e6:.1f} MB. A token of the KV cache takes {foot.cache:,} bytes; of PVM a visual token "
@@ -106,13 +126,16 @@ def show_scale(
                     sizes = map(_readable, kept)
                     table.add_row(f"{number:,}", f"{context:,}", f"{visual:,}", *sizes, f"{share:.2%}")
     console.print(table)
-    table = Table("Batch", "tokens", "visual", "the base reads", "PVM beyond that", "ratio")
+    times = () if bandwidth is None else ("base, ms", "PVM, ms")
+    table = Table("Batch", "tokens", "visual", "the base reads", "PVM beyond that", "ratio", *times)
     for batch in batches:
         for context in contexts:
             for visual in visual_tokens:
                 if visual < context:
                     base, pvm = foot.read(context, visual, batch)
                     row = [_readable(base), _readable(pvm), f"{1 + pvm / base:.4f}"]
+                    if bandwidth is not None:
+                        row += [f"{part / bandwidth / 1e6:,.1f}" for part in (base, pvm)]
                     table.add_row(f"{batch:,}", f"{context:,}", f"{visual:,}", *row)
     console.print(table)
 

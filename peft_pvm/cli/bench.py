@@ -96,10 +96,13 @@ def scale(
     visual_tokens: Annotated[str, typer.Option(help="How many of them are visual.")] = "256,1024,4095",
     batch: Annotated[str, typer.Option(help="Conversations decoded in one step.")] = "1,64",
     sequences: Annotated[str, typer.Option(help="Conversations kept at once.")] = "1,1000,1000000",
+    branches: Annotated[int | None, typer.Option(help="Decoder layers with PVM; by default the paper's.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Of memory, in GB a second, to tell times as well.")] = None,
 ) -> None:
     """Work out, from the shapes alone, what PVM keeps of a conversation and reads in a step, beside the base."""
     with refusals():
-        show_scale(preset, *(_numbers(text) for text in (context, visual_tokens, batch, sequences)))
+        contexts, visual, batches, kept = (_numbers(text) for text in (context, visual_tokens, batch, sequences))
+        show_scale(preset, contexts, visual, batches, kept, branches, bandwidth)
 
 
 def _numbers(text: str) -> list[int]:

@@ -238,6 +238,8 @@ def test_scale_is_the_papers():
     """512 bytes of keys and values for a visual token and branch, 4 KiB for a token and layer of the cache."""
     foot = footprint("8b-random")
     assert (foot.projections, foot.cache) == (3 * 512, 36 * 4096)
+    six = footprint("8b-random", branches=6)
+    assert (six.projections, six.pvm_weights, six.cache) == (2 * foot.projections, 2 * foot.pvm_weights, foot.cache)
     base, pvm = foot.read(context=4096, visual_tokens=1024, batch=1)
     assert base == pytest.approx(2 * 7.57e9 + 4096 * 36 * 4096, rel=0.01)
     assert pvm / base < 0.0035
@@ -247,7 +249,10 @@ def test_the_scale_command():
     result = CliRunner().invoke(app, ["scale", "--sequences", "1000000"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "1.57 TB" in result.output
-    assert CliRunner().invoke(app, ["scale", "--preset", "70b"]).exit_code == 1
+    timed = CliRunner().invoke(app, ["scale", "--bandwidth", "1000", "--context", "4096", "--batch", "1"])
+    assert "15.7" in timed.output  # 15.7 GB at 1,000 GB a second, in ms
+    for wrong in (["--preset", "70b"], ["--bandwidth", "0"], ["--branches", "37"]):
+        assert CliRunner().invoke(app, ["scale", *wrong]).exit_code == 1, wrong
 
 
 def test_import_is_quick():
