@@ -98,8 +98,8 @@ def test_it_does_not_matter_how(material, data: str, tmp_path: Path):
         if how == "bf16":
             assert losses != logged(plain, "loss")
         else:
-            plain, other = adapter_weights(tmp_path / "plain"), adapter_weights(tmp_path / how)
-            assert all(difference(tensor, other[key]) < 1e-5 for key, tensor in plain.items()), how
+            expected, found = adapter_weights(tmp_path / "plain"), adapter_weights(tmp_path / how)
+            assert all(difference(tensor, found[key]) < 1e-5 for key, tensor in expected.items()), how
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
