@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from .adapter_file import write_adapter
 from .pvm import PVMConfig
-from .pvm.branch import fresh_weights
+from .pvm.branch import fresh_weights, weight_name
 from .pvm.files import read_adapter
 from .pvm.merging import Tensors
 from .pvm.shape import BranchShape
@@ -86,7 +86,7 @@ def convert_reference_checkpoint(
                 else:
                     tensors[f"{PEFT_PREFIX}{match['layer']}.pvm.pvm_{names[0]}.weight"] = file.get_tensor(key)
     config.mlp_ratio = _mlp_ratio(tensors, config.r, text)
-    _check_shapes(source, tensors, stray, config, content)
+    check_shapes(source, tensors, stray, config, content)
     if base_dir is not None:
         _write_base(folder, Path(base_dir), content)
     return write_adapter(output_dir, config, tensors)
@@ -120,34 +120,69 @@ def export_reference_checkpoint(
     }
     if any(other.values()):
         raise ValueError(f"The authors' code knows nothing like the adapter's {[k for k in other if other[k]]}.")
-    folder, out = _local(base), Path(output_dir)
-    content = _config_of(folder)
+    checkpoint = BaseCheckpoint(base)
+    content = checkpoint.config
     if config.mlp_ratio is not None and _mlp_ratio(tensors, config.r, content["text_config"]) is not None:
         raise ValueError(
             f"The authors' code takes the base's ratio, not the adapter's mlp_ratio of {config.mlp_ratio}."
         )
-    _check_shapes(adapter, tensors, [], config, content)
-    out.mkdir(parents=True, exist_ok=True)
-    _copy_other_files(folder, out)
+    check_shapes(adapter, tensors, [], config, content)
     content["text_config"].update(pvm_hidden_size=config.r, pvm_layers=config.layer_indices)
-    _write_json(out / "config.json", content)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for shard in _shards(folder):
-        name = "model-00001-of-00002.safetensors" if shard.name == SINGLE else shard.name
-        shutil.copyfile(shard, out / name)
-        with _opened(shard) as file:
-            weight_map.update(dict.fromkeys(file.keys(), name))
-        total += _tensor_bytes(shard)
     branch = {}
     for key, tensor in tensors.items():
         layer, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".pvm.pvm_")
-        branch[f"{layer}.pvm_block.{AUTHORS_NAMES[name.removesuffix('.weight')]}"] = tensor.contiguous()
-    save_file(branch, out / PVM_SHARD, metadata={"format": "pt"})
-    weight_map.update(dict.fromkeys(branch, PVM_SHARD))
-    total += _tensor_bytes(out / PVM_SHARD)
-    _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return out
+        branch[f"{layer}.pvm_block.{AUTHORS_NAMES[name.removesuffix('.weight')]}"] = tensor
+    return checkpoint.copy(Path(output_dir), content, branch)
+
+
+class BaseCheckpoint:
+    """The checkpoint of a vision-language model, to be copied with more weights.
+
+    Args:
+        source: Folder or Hub id.
+
+    Attributes:
+        config: What its `config.json` holds.
+
+    Raises:
+        FileNotFoundError: There is no safetensors checkpoint.
+        ValueError: It is not that of a vision-language model.
+    """
+
+    def __init__(self, source: str | os.PathLike):
+        self._folder = _local(source)
+        self.config = _config_of(self._folder)
+        self._shards_found = _shards(self._folder)
+
+    def copy(self, out: Path, config: dict[str, Any], branch: Tensors) -> Path:
+        """Copy its shards as they are, and write one more.
+
+        Args:
+            out: Folder of the copy.
+            config: What its `config.json` shall hold.
+            branch: Further weights, by name; none: no further shard.
+
+        Returns:
+            `out`.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        _copy_other_files(self._folder, out)
+        _write_json(out / "config.json", config)
+        weight_map: dict[str, str] = {}
+        total = 0
+        for shard in self._shards_found:
+            name = "model-00001-of-00002.safetensors" if shard.name == SINGLE else shard.name
+            shutil.copyfile(shard, out / name)
+            with _opened(shard) as file:
+                weight_map.update(dict.fromkeys(file.keys(), name))
+            total += _tensor_bytes(shard)
+        if branch:
+            contiguous = {name: tensor.contiguous() for name, tensor in branch.items()}
+            save_file(contiguous, out / PVM_SHARD, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(branch, PVM_SHARD))
+            total += _tensor_bytes(out / PVM_SHARD)
+        _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        return out
 
 
 def _local(source: str | os.PathLike) -> Path:
@@ -203,21 +238,38 @@ def _mlp_ratio(tensors: Tensors, r: int, text: dict[str, Any]) -> float | None:
     return None if len(widths) != 1 or widths == {int(r * base_ratio)} else widths.pop() / r
 
 
-def _check_shapes(
+def check_shapes(
     source: str | os.PathLike, tensors: Tensors, stray: list[str], config: PVMConfig, content: dict[str, Any]
 ) -> None:
+    """Compare the tensors of an adapter with what its configuration means on a base model.
+
+    Args:
+        source: Where they are from, for the message.
+        tensors: By their keys in the adapter's file.
+        stray: Other things that were found there.
+        config: The adapter's configuration.
+        content: What the base's `config.json` holds.
+
+    Raises:
+        ValueError: They are not the same.
+    """
     text_config = _text_config(content)
-    with torch.device("meta"):
-        fresh = fresh_weights(config, BranchShape.of(config, text_config))
-    shapes = {f"pvm_{name}.weight": tuple(module.weight.shape) for name, module in fresh.items()}
     problems = [f"{key} is none of the branch's weights" for key in stray]
     if max(config.layer_indices) >= text_config.num_hidden_layers:
         problems.append(f"layers {config.layer_indices} are named, but there are only {text_config.num_hidden_layers}")
+    needed = {}
+    for number, part in enumerate(config.parts()):
+        with torch.device("meta"):
+            fresh = fresh_weights(part, BranchShape.of(part, text_config))
+        for name, module in fresh.items():
+            shape = tuple(module.weight.shape)
+            needed.update(
+                {(layer_idx, f"{weight_name(name, number)}.weight"): shape for layer_idx in part.layer_indices}
+            )
     found = {}
     for key, tensor in tensors.items():
         layer, _, name = key.rpartition(".pvm.")
         found[int(layer.rpartition(".")[2]), name] = tuple(tensor.shape)
-    needed = {(layer_idx, name): shape for layer_idx in config.layer_indices for name, shape in shapes.items()}
     for (layer_idx, name), shape in needed.items():
         if found.get((layer_idx, name)) != shape:
             had = found.get((layer_idx, name), "missing")

@@ -1,4 +1,4 @@
-"""`peft-pvm inspect`, `merge`, `convert`, `export-reference`, `card`: adapters as files."""
+"""`peft-pvm inspect`, `merge`, `convert`, `export-reference`, `export-vllm`, `card`: adapters as files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from ..cards import write_card
 from ..checkpoints import convert_reference_checkpoint, export_reference_checkpoint
 from ..inspection import Inspection, inspect_adapter
+from ..integrations.vllm import export_vllm as write_for_vllm
 from ..pvm.files import merge_adapters
 from ..pvm.merging import CombinationType
 from ..tuner import VisualConfig
@@ -85,6 +86,19 @@ def export_reference(
     """Make a checkpoint for the authors' PVM code of an adapter and its base model."""
     with refusals():
         typer.echo(export_reference_checkpoint(adapter, base, out))
+
+
+def export_vllm(
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model, a Qwen3-VL.")],
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids: one of PVM, one of DIPE, or both.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    accept_causal: Annotated[
+        bool, typer.Option(help="Let a token see the images before it, though the adapter says all of its sample.")
+    ] = False,
+) -> None:
+    """Make a folder of a base model and adapters that `vllm serve` takes."""
+    with refusals():
+        typer.echo(write_for_vllm(base, adapters, out, accept_causal))
 
 
 def card(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .adapters import card, convert, export_reference, inspect, merge
+from .adapters import card, convert, export_reference, export_vllm, inspect, merge
 from .bench import bench, scale
 from .curves import curves
 from .lab import app as lab
@@ -19,6 +19,6 @@ def describe() -> None:
     """Adapters that keep vision-language models looking at the image."""
 
 
-for command in (probe, bench, scale, inspect, merge, convert, export_reference, card, curves):
+for command in (probe, bench, scale, inspect, merge, convert, export_reference, export_vllm, card, curves):
     app.command()(command)
 app.add_typer(lab, name="lab")

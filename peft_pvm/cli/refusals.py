@@ -13,6 +13,6 @@ def refusals() -> Iterator[None]:
     """Errors that the user can do something about, without a traceback."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -141,16 +141,31 @@ class Branch:
         keys, values = keys.to(queries.dtype), values.to(queries.dtype)
         is_grouped = self.shape.num_heads != self.shape.num_key_value_heads
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=view.mask, enable_gqa=is_grouped)
-        attended = self.o_proj(attended.transpose(1, 2).flatten(2))
+        update = self.complete(attended.transpose(1, 2).flatten(2)).to(hidden_states.dtype)
+        if view.positions is not None:
+            update = scatter_rows(update, view.positions, hidden_states.shape[1])
+        return update if view.has_memory is None else torch.where(view.has_memory, update, 0)
+
+    def queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What readers ask with: `(..., hidden_size)` to `(..., num_heads, head_dim)`."""
+        text = self.input_norm(self.text_reducer(self.cast(hidden_states, self.text_reducer.weight.dtype)))
+        return self.q_norm(self.q_proj(text).unflatten(-1, (-1, self.shape.head_dim)))
+
+    def keys_and_values(self, bank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is read: `(..., hidden_size)` to `(..., num_key_value_heads, head_dim)` each."""
+        memory = self.vision_reducer(self.cast(bank, self.vision_reducer.weight.dtype))
+        keys = self.k_norm(self.k_proj(memory).unflatten(-1, (-1, self.shape.head_dim)))
+        return keys, self.v_proj(memory).unflatten(-1, (-1, self.shape.head_dim))
+
+    def complete(self, attended: torch.Tensor) -> torch.Tensor:
+        """What was read, made into the update: `(..., num_heads * head_dim)` to `(..., hidden_size)`; 0 to 0."""
+        attended = self.o_proj(attended)
         normed = self.post_attn_norm(attended)
         latent = attended + self.down_proj(
             ACT2FN[self.shape.hidden_act](self.gate_proj(normed)) * self.up_proj(normed)
         )
         expanded = self.output_expander(latent)
-        update = self.gate(F.rms_norm(expanded, expanded.shape[-1:], eps=self.shape.eps)).to(hidden_states.dtype)
-        if view.positions is not None:
-            update = scatter_rows(update, view.positions, hidden_states.shape[1])
-        return update if view.has_memory is None else torch.where(view.has_memory, update, 0)
+        return self.gate(F.rms_norm(expanded, expanded.shape[-1:], eps=self.shape.eps))
 
     def retrieval(self, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
         """Which visual tokens each token reads, for inspection: the weights of the cross-attention.
@@ -190,8 +205,7 @@ class Branch:
     def _queries(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
         """Of the tokens that read, `(batch, num_heads, num_queries, head_dim)`."""
         readers = hidden_states if view.positions is None else gather_rows(hidden_states, view.positions)
-        text = self.input_norm(self.text_reducer(self.cast(readers, self.text_reducer.weight.dtype)))
-        return self.q_norm(_split_heads(self.q_proj(text), self.shape.head_dim))
+        return self.queries(readers).transpose(1, 2)
 
     def _project(self, bank: torch.Tensor, context: VisualContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the memory, `(batch, num_key_value_heads, num_visual, head_dim)` each.
@@ -203,16 +217,9 @@ class Branch:
         num_known = 0 if known is None else known[0].shape[2]
         if known is not None and num_known == bank.shape[1]:
             return known
-        memory = self.vision_reducer(self.cast(bank[:, num_known:], self.vision_reducer.weight.dtype))
-        keys = self.k_norm(_split_heads(self.k_proj(memory), self.shape.head_dim))
-        values = _split_heads(self.v_proj(memory), self.shape.head_dim)
+        keys, values = (tensor.transpose(1, 2) for tensor in self.keys_and_values(bank[:, num_known:]))
         if known is not None:
             keys, values = torch.cat([known[0], keys], 2), torch.cat([known[1], values], 2)
         if keeps:
             context.memory.projections[self.identity] = (keys, values)
         return keys, values
-
-
-def _split_heads(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """`(batch, length, heads * head_dim)` to `(batch, heads, length, head_dim)`."""
-    return tensor.unflatten(-1, (-1, head_dim)).transpose(1, 2)
