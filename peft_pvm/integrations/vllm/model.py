@@ -210,7 +210,7 @@ class PeftPVMQwen3VLForConditionalGeneration(qwen3_vl.Qwen3VLForConditionalGener
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model"):
         has_anchors = configs_of(vllm_config.model_config.hf_config.text_config)[1] is not None
-        _refuse(vllm_config, has_anchors)
+        refuse_what_breaks(vllm_config, has_anchors)
         # vLLM has no other place to say which class the text model is of.
         with patch.object(qwen3_vl, "Qwen3LLMModel", LanguageModel):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -230,7 +230,7 @@ class PeftPVMQwen3VLForConditionalGeneration(qwen3_vl.Qwen3VLForConditionalGener
         return labelled, np.int64(delta)  # a Python int would be added to an int32 of numpy's, and not fit
 
 
-def _refuse(vllm_config: VllmConfig, has_anchors: bool) -> None:
+def refuse_what_breaks(vllm_config: VllmConfig, has_anchors: bool) -> None:
     """Raise NotImplementedError for what would break, or was never tried."""
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise NotImplementedError("PVM and DIPE in vLLM know tensor parallelism only: set --pipeline-parallel-size 1.")

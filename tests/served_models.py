@@ -1,0 +1,158 @@
+"""The lab's tiny Qwen3-VL as vLLM and as transformers run it, and what is asked of both."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    Qwen2VLImageProcessor,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from peft_pvm.integrations.vllm import export_vllm
+from peft_pvm.lab.mosaic import CHANNELS, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from peft_pvm.lab.processor import tiny_vlm_processor
+from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+NEW_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt with a placeholder for each image, and which images, by number."""
+
+    prompt: str
+    images: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens of a greedy answer, the log-probability of each, and how many tokens of the prompt were cached."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    num_cached: int = 0
+
+    def differs_by(self, other: Answer) -> float:
+        """By how much at most their logprobs differ; infinite if the tokens do."""
+        if self.tokens != other.tokens:
+            return float("inf")
+        return max(abs(a - b) for a, b in zip(self.logprobs, other.logprobs))
+
+
+REQUESTS = [
+    Request(f"{IMAGE}[cell 3]", (0,)),
+    Request(f"{IMAGE}{'A sentence of text that lies in between. ' * 8}[cell 5]", (1,)),
+    Request(f"Some text first. {IMAGE}{'and more of it ' * 30}[cell 1]", (2,)),
+    Request(f"{IMAGE} then another {IMAGE} and a question [cell 7]", (3, 4)),
+    Request(f"{IMAGE}{IMAGE} side by side", (5, 5)),
+    Request(f"text and an image at the end {IMAGE}", (6,)),
+    Request("no image at all [cell 2]"),
+]
+
+
+def picture(number: int) -> Image.Image:
+    """Noise, another for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def save_base(folder: Path) -> Path:
+    """The tiny model with the processor of a real Qwen3-VL, as vLLM wants it."""
+    load_tiny_vlm().save_pretrained(folder)
+    tiny = tiny_vlm_processor()
+    sizes = dict(patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, temporal_patch_size=TEMPORAL_PATCH_SIZE)
+    sizes |= dict(size=dict(tiny.image_processor.size), image_mean=[0.5] * CHANNELS, image_std=[0.5] * CHANNELS)
+    processor = Qwen3VLProcessor(
+        Qwen2VLImageProcessor(**sizes),
+        tiny.tokenizer,
+        Qwen3VLVideoProcessor(**sizes),
+        chat_template=tiny.chat_template,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def exported(base: Path, adapters: Sequence[Path], folder: Path) -> Path:
+    """What vLLM serves."""
+    return export_vllm(base, adapters, folder) if adapters else base
+
+
+def ask_transformers(base: Path, adapters: Sequence[Path], requests: Sequence[Request], **kwargs: Any) -> list[Answer]:
+    """What each request alone is answered."""
+    model = Qwen3VLForConditionalGeneration.from_pretrained(base)
+    processor = Qwen3VLProcessor.from_pretrained(base)
+    for number, adapter in enumerate(adapters):
+        model.load_adapter(str(adapter), adapter_name=f"adapter_{number}")
+    if adapters:
+        model.set_adapter([f"adapter_{number}" for number in range(len(adapters))])
+    answers = []
+    for request in requests:
+        images = [picture(number) for number in request.images]
+        inputs = processor(text=[request.prompt], images=images or None, return_tensors="pt")
+        output = model.generate(
+            **inputs,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=[],
+            return_dict_in_generate=True,
+            output_logits=True,
+            **kwargs,
+        )
+        tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logprobs = torch.cat(output.logits).log_softmax(-1)
+        answers.append(Answer(tokens, [logprobs[step, token].item() for step, token in enumerate(tokens)]))
+    return answers
+
+
+@contextlib.contextmanager
+def engine(folder: Path, **kwargs: Any) -> Iterator[Any]:
+    """vLLM on a folder, as small as it goes: so that prompts come in chunks and prefixes of a sentence are cached."""
+    from vllm import LLM
+
+    settings = dict(
+        dtype="float32",
+        max_model_len=1024,
+        max_num_seqs=8,
+        max_num_batched_tokens=48,
+        block_size=32,
+        enforce_eager=True,
+        limit_mm_per_prompt={"image": 2, "video": 0},
+        kv_cache_memory_bytes=256 << 20,
+    )
+    llm = LLM(str(folder), **{**settings, **kwargs})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def ask_vllm(llm: Any, requests: Sequence[Request], **kwargs: Any) -> list[Answer]:
+    """What the requests are answered, all at once."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, **kwargs)
+    prompts = []
+    for request in requests:
+        images = [picture(number) for number in request.images]
+        prompts.append({"prompt": request.prompt, **({"multi_modal_data": {"image": images}} if images else {})})
+    answers = []
+    for result in llm.generate(prompts, sampling, use_tqdm=False):
+        tokens = list(result.outputs[0].token_ids)
+        logprobs = [of_token[token].logprob for token, of_token in zip(tokens, result.outputs[0].logprobs)]
+        answers.append(Answer(tokens, logprobs, result.num_cached_tokens))
+    return answers

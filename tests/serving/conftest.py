@@ -1,0 +1,46 @@
+"""Adapters for the lab's tiny Qwen3-VL, as folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import give_weight
+from peft import get_peft_model
+
+from peft_pvm import DIPEConfig, PVMConfig
+from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+
+
+SHIPPED = Path(__file__).parents[2] / "adapters"
+
+
+def save_branches(folder: Path) -> Path:
+    """A PVM adapter of two branches, of which one looks up hidden states."""
+    model = get_peft_model(load_tiny_vlm(), PVMConfig(r=64, layers_to_transform=[1, 4]), "first")
+    model.add_adapter("second", PVMConfig(r=32, layers_to_transform=[4, 5], memory_source="hidden_states"))
+    give_weight(model)
+    model.base_model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "both", combination_type="cat")
+    model.save_pretrained(folder, selected_adapters=["both"])
+    return folder / "both"
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    DIPEConfig(layers_to_transform=[0, 2, 3]).save_pretrained(folder / "dipe-some-layers")
+    return {
+        "pvm": SHIPPED / "pvm-tiny-vlm",
+        "dipe": SHIPPED / "dipe",
+        "t-drs": SHIPPED / "t-drs",
+        "dipe-some-layers": folder / "dipe-some-layers",
+        "branches": save_branches(folder),
+    }
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the processor that vLLM wants, which takes torchvision."""
+    from served_models import save_base
+
+    return save_base(tmp_path_factory.mktemp("base"))

@@ -1,0 +1,124 @@
+"""peft-pvm export-vllm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import give_weight
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny_vlms import FAMILIES
+
+from peft_pvm import DIPEConfig, PVMConfig
+from peft_pvm.integrations.vllm import ARCHITECTURE, export_vllm
+from peft_pvm.integrations.vllm.export import configs_of
+from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+
+
+pytest.importorskip("typer", reason="the command line needs the extra `lab`")
+
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from peft_pvm.cli.app import app
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    load_tiny_vlm().save_pretrained(tmp_path / "base", max_shard_size="3MB")
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("names", [["pvm"], ["dipe"], ["branches", "dipe-some-layers"]])
+def test_a_folder_has_the_base_the_branch_and_what_was_asked_for(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, names: list[str]
+):
+    paths = [str(adapters[name]) for name in names]
+    result = CliRunner().invoke(app, ["export-vllm", str(base), *paths, str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    found = {}
+    for shard in set(index["weight_map"].values()):
+        tensors = load_file(out / shard)
+        assert all(index["weight_map"][key] == shard for key in tensors)
+        found.update(tensors)
+    for key, tensor in load_tiny_vlm().state_dict().items():
+        assert found.pop(key).equal(tensor)
+    if names[0] == "dipe":
+        assert not found
+    else:
+        written = load_file(adapters[names[0]] / "adapter_model.safetensors")
+        assert found.keys() == {key.removeprefix("base_model.model.") for key in written}
+        assert all(found[key.removeprefix("base_model.model.")].equal(tensor) for key, tensor in written.items())
+    assert (out / "chat_template.jinja").is_file()
+    config = AutoConfig.from_pretrained(out)
+    assert config.architectures == [ARCHITECTURE]
+    pvm, dipe = configs_of(config.text_config)
+    assert (pvm is None) == (names == ["dipe"])
+    assert (dipe is None) == (names == ["pvm"])
+    if names[-1] == "dipe-some-layers":
+        assert pvm is not None
+        assert dipe is not None
+        assert dipe.layers_to_transform == [0, 2, 3]
+        assert [part.memory_source for part in pvm.parts()] == ["embeddings", "hidden_states"]
+
+
+def refused(adapter: Path, base: Path, tmp_path: Path, **options) -> str:
+    """What is said; nothing is written."""
+    with pytest.raises((ValueError, NotImplementedError)) as error:
+        export_vllm(base, [adapter], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PVMConfig(r=32, layers_to_transform=[1], modules_to_save=["lm_head"]), "brings modules of the base"),
+        (PVMConfig(r=32, layers_to_transform=[1], memory_visibility="sample"), "--accept-causal"),
+        (LoraConfig(target_modules=["q_proj"]), "not of peft_pvm"),
+    ],
+)
+def test_adapters_that_vllm_would_compute_otherwise_are_refused(base: Path, tmp_path: Path, config, message: str):
+    get_peft_model(load_tiny_vlm(), config).save_pretrained(tmp_path / "adapter")
+    assert message in refused(tmp_path / "adapter", base, tmp_path)
+
+
+def test_an_adapter_that_sees_its_sample_is_served_causally_on_request(base: Path, tmp_path: Path):
+    config = PVMConfig(r=32, layers_to_transform=[1], memory_visibility="sample")
+    get_peft_model(load_tiny_vlm(), config).save_pretrained(tmp_path / "adapter")
+    export_vllm(base, [tmp_path / "adapter"], tmp_path / "out", accept_causal=True)
+    assert (tmp_path / "out" / "model-pvm.safetensors").is_file()
+
+
+def test_other_methods_bases_and_sizes_are_refused(base: Path, adapters: dict[str, Path], tmp_path: Path):
+    assert "there are PVM and DIPE" in refused(adapters["t-drs"], base, tmp_path)
+    FAMILIES["qwen2_5_vl"].build().save_pretrained(tmp_path / "other")
+    assert "is of type 'qwen2_5_vl'" in refused(adapters["dipe"], tmp_path / "other", tmp_path)
+    tiny = FAMILIES["qwen3_vl"].build()
+    tiny.save_pretrained(tmp_path / "smaller")
+    assert "must be of shape" in refused(adapters["pvm"], tmp_path / "smaller", tmp_path)
+    DIPEConfig(layers_to_transform=[6]).save_pretrained(tmp_path / "dipe")
+    assert "acts on layers [6], but" in refused(tmp_path / "dipe", base, tmp_path)
+    with pytest.raises(ValueError, match="a second adapter of dipe"):
+        export_vllm(base, [adapters["dipe"], adapters["dipe-some-layers"]], tmp_path / "out")
+    with pytest.raises(ValueError, match="No adapter is given"):
+        export_vllm(base, [], tmp_path / "out")
+    shutil.rmtree(tmp_path / "base")
+    result = CliRunner().invoke(app, ["export-vllm", str(base), str(adapters["dipe"]), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "Error" in result.output
+
+
+def test_a_damaged_adapter_is_refused(base: Path, tmp_path: Path):
+    model = get_peft_model(load_tiny_vlm(), PVMConfig(r=32, layers_to_transform=[1]))
+    give_weight(model)
+    model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "damaged" in refused(tmp_path / "adapter", base, tmp_path)
