@@ -1,0 +1,184 @@
+"""Every code block of README, CONTRIBUTING and docs runs, page by page, on tiny models under the names a reader sees."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import tomllib
+
+
+pytest.importorskip("markdown_it", reason="the pages show what needs the extra lab")
+pytest.importorskip("datasets", reason="the pages show what needs the extra train")
+
+import typer
+from markdown_it import MarkdownIt
+from typer.testing import CliRunner
+
+from peft_pvm.cli.app import app
+from peft_pvm.lab.chats import make_chats
+from peft_pvm.lab.processor import save_as_folder
+from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+MODELS = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-2B-Instruct")
+REASON = re.compile(r"<!-- not run in tests: (\S.*) -->\s*")
+SHOWN = ("text", "yaml", "json")  # what is not code
+
+
+@dataclass(frozen=True)
+class Block:
+    """A code block of a page.
+
+    Attributes:
+        language: As its fence names it.
+        code: What stands in it.
+        line: Where it begins, from 0.
+        reason: Why it is not run.
+    """
+
+    language: str
+    code: str
+    line: int
+    reason: str | None
+
+    def commands(self) -> list[list[str]]:
+        """The words of each command, without comments."""
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def blocks_of(page: Path) -> list[Block]:
+    blocks: list[Block] = []
+    reason = None
+    for token in MarkdownIt().parse(page.read_text()):
+        if token.type in ("fence", "code_block"):
+            blocks.append(Block(token.info, token.content, token.map[0], reason))
+        if token.type == "html_block" and (match := REASON.fullmatch(token.content)):
+            reason = match[1]
+        elif token.nesting == 0:
+            reason = None
+    return blocks
+
+
+BLOCKS = {page.relative_to(REPOSITORY).as_posix(): blocks_of(page) for page in PAGES}
+WITH_CODE = [name for name, blocks in BLOCKS.items() if any(block.language not in SHOWN for block in blocks)]
+
+
+@pytest.fixture(scope="session")
+def hub_cache(tmp_path_factory) -> Path:
+    """A cache of the Hub in which every model is the lab's tiny one."""
+    cache = tmp_path_factory.mktemp("hub")
+    save_as_folder(load_tiny_vlm(), cache / "tiny")
+    for model_id in MODELS:
+        repository = cache / f"models--{model_id.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        (repository / "snapshots").mkdir()
+        (repository / "snapshots" / ("0" * 40)).symlink_to(cache / "tiny")
+    return cache
+
+
+@pytest.fixture
+def checkout(hub_cache, tmp_path, monkeypatch) -> Path:
+    """The working folder: what a checkout has, and the image and data that pages speak of."""
+    for name in ("adapters", "examples", "results"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    chats = make_chats("prompts", 2)
+    chats[0]["images"][0].save(tmp_path / "photo.jpg")
+    questions = chats.map(lambda row: {"question": "?", "answer": row["solution"], "image": row["images"][0]})
+    questions.select_columns(["question", "answer", "image"]).to_parquet(tmp_path / "questions.parquet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_command(words: list[str], monkeypatch) -> None:
+    match words:
+        case ["peft-pvm", *arguments]:
+            result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+        case ["python", script, *arguments]:
+            monkeypatch.setattr("sys.argv", [script, *arguments])
+            runpy.run_path(script, run_name="__main__")
+        case _:
+            pytest.fail(f"No test can run {shlex.join(words)!r}: say why in a comment before the block.")
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_blocks_run(name, checkout, monkeypatch):
+    namespace: dict = {"__name__": name}
+    for block in BLOCKS[name]:
+        if block.reason is not None or block.language in SHOWN:
+            continue
+        if block.language == "python":
+            code = "\n" * (block.line + 1) + block.code  # so that a traceback names the page's own line
+            exec(compile(code, REPOSITORY / name, "exec"), namespace)
+        else:
+            for words in block.commands():
+                run_command(words, monkeypatch)
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_blocks_name_a_language_that_is_run(name):
+    assert {block.language for block in BLOCKS[name]} <= {"python", "bash", *SHOWN}
+
+
+def parse(words: list[str]) -> None:
+    """Have typer read the words of a `peft-pvm` command, without running it."""
+    command, name = typer.main.get_command(app), words.pop(0)
+    context = command.make_context(name, words)
+    while isinstance(command, typer.core.TyperGroup):
+        name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, words, parent=context)
+
+
+def check_command(words: list[str]) -> None:
+    """A command that is not run exists, with the options, files, targets or extras that it names."""
+    if words[0] == "peft-pvm":
+        return parse(words)
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:]) <= set(targets), words
+    for word in words:
+        if re.match(r"(examples|tests|docs|results|adapters)\b", word):
+            assert (REPOSITORY / word).exists(), word
+        if match := re.fullmatch(r"\.\[([\w,]+)\]", word):
+            extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert set(match[1].split(",")) <= set(extras), word
+    return None
+
+
+NOT_RUN = [
+    (name, block) for name, blocks in BLOCKS.items() for block in blocks if block.reason and block.language == "bash"
+]
+
+
+@pytest.mark.parametrize(("name", "block"), NOT_RUN, ids=[f"{name}:{block.line + 1}" for name, block in NOT_RUN])
+def test_commands_that_are_not_run_exist(name, block, checkout):
+    for words in block.commands():
+        check_command(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["peft-pvm", "prob"],
+        ["peft-pvm", "lab", "recall", "--bytes", "3"],
+        ["peft-pvm", "inspect"],
+        ["make", "tests"],
+        ["python", "examples/none.py"],
+        ["pip", "install", ".[laboratory]"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_does_not_exist_is_noticed(words):
+    with pytest.raises((typer._click.exceptions.UsageError if hasattr(typer, "_click") else Exception, AssertionError)):
+        check_command(words)
