@@ -1,4 +1,4 @@
-"""The drawn figures of docs/concepts.md, as SVG beside this file: `make figures`.
+"""The drawn figures of docs/concepts.md, as SVG beside this file: `make generate`.
 
 Nothing in them is drawn by eye that can be computed: DIPE's distances and T-DRS's factors come from the functions that
 the adapters use, measured curves from the JSON in `results/`. The same code gives the same bytes.

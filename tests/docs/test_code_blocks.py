@@ -1,11 +1,10 @@
-"""Every code block of README, CONTRIBUTING and docs runs, page by page, on tiny models under the names a reader sees."""
+"""The code blocks of README, CONTRIBUTING and docs run: page by page, on tiny models of the names given."""
 
 from __future__ import annotations
 
 import re
 import runpy
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -13,11 +12,11 @@ import pytest
 import tomllib
 
 
-pytest.importorskip("markdown_it", reason="the pages show what needs the extra lab")
+pytest.importorskip("typer", reason="the pages show what needs the extra lab")
 pytest.importorskip("datasets", reason="the pages show what needs the extra train")
 
 import typer
-from markdown_it import MarkdownIt
+from pages import BLOCKS, REPOSITORY
 from typer.testing import CliRunner
 
 from peft_pvm.cli.app import app
@@ -26,49 +25,8 @@ from peft_pvm.lab.processor import save_as_folder
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
-REPOSITORY = Path(__file__).parents[2]
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 MODELS = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-2B-Instruct")
-REASON = re.compile(r"<!-- not run in tests: (\S.*) -->\s*")
-SHOWN = ("text", "yaml", "json")  # what is not code
-
-
-@dataclass(frozen=True)
-class Block:
-    """A code block of a page.
-
-    Attributes:
-        language: As its fence names it.
-        code: What stands in it.
-        line: Where it begins, from 0.
-        reason: Why it is not run.
-    """
-
-    language: str
-    code: str
-    line: int
-    reason: str | None
-
-    def commands(self) -> list[list[str]]:
-        """The words of each command, without comments."""
-        lines = self.code.replace("\\\n", " ").splitlines()
-        return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
-def blocks_of(page: Path) -> list[Block]:
-    blocks: list[Block] = []
-    reason = None
-    for token in MarkdownIt().parse(page.read_text()):
-        if token.type in ("fence", "code_block"):
-            blocks.append(Block(token.info, token.content, token.map[0], reason))
-        if token.type == "html_block" and (match := REASON.fullmatch(token.content)):
-            reason = match[1]
-        elif token.nesting == 0:
-            reason = None
-    return blocks
-
-
-BLOCKS = {page.relative_to(REPOSITORY).as_posix(): blocks_of(page) for page in PAGES}
+SHOWN = ("text", "console")  # what is not code
 WITH_CODE = [name for name, blocks in BLOCKS.items() if any(block.language not in SHOWN for block in blocks)]
 
 
@@ -114,13 +72,13 @@ def run_command(words: list[str], monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_blocks_run(name, checkout, monkeypatch):
-    namespace: dict = {"__name__": name}
+    namespace: dict = {"__name__": "__main__"}
     for block in BLOCKS[name]:
         if block.reason is not None or block.language in SHOWN:
             continue
         if block.language == "python":
             code = "\n" * (block.line + 1) + block.code  # so that a traceback names the page's own line
-            exec(compile(code, REPOSITORY / name, "exec"), namespace)
+            exec(compile(code, REPOSITORY / name, "exec", dont_inherit=True), namespace)
         else:
             for words in block.commands():
                 run_command(words, monkeypatch)
@@ -156,6 +114,7 @@ def check_command(words: list[str]) -> None:
     return None
 
 
+UsageError = typer.BadParameter.__mro__[1]  # typer brings a click of its own, or not, by version
 NOT_RUN = [
     (name, block) for name, blocks in BLOCKS.items() for block in blocks if block.reason and block.language == "bash"
 ]
@@ -180,5 +139,7 @@ def test_commands_that_are_not_run_exist(name, block, checkout):
     ids=" ".join,
 )
 def test_a_command_that_does_not_exist_is_noticed(words):
-    with pytest.raises((typer._click.exceptions.UsageError if hasattr(typer, "_click") else Exception, AssertionError)):
+    with pytest.raises(
+        (typer._click.exceptions.UsageError if hasattr(typer, "_click") else Exception, AssertionError)
+    ):
         check_command(words)
