@@ -13,6 +13,10 @@ import sys
 from types import ModuleType
 
 import pytest
+
+
+pytest.importorskip("matplotlib", reason="figures and command line need the extra lab")
+
 from pages import BLOCKS, REPOSITORY
 
 import peft_pvm
