@@ -7,11 +7,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-
-pytest.importorskip("markdown_it", reason="the pages show what needs the extra lab")
-
 from markdown_it import MarkdownIt
 
 
