@@ -20,6 +20,7 @@ pytest.importorskip("matplotlib", reason="figures and command line need the extr
 from pages import BLOCKS, REPOSITORY
 
 import peft_pvm
+from peft_pvm import integrations
 
 
 DOCS = REPOSITORY / "docs"
@@ -68,6 +69,11 @@ def test_every_exported_name_is_in_the_reference(package):
     module = importlib.import_module(package)
     known = documented()
     assert [name for name in module.__all__ if not any(getattr(module, name) is entry for entry in known)] == []
+
+
+def test_every_integration_is_in_the_reference():
+    modules = {f"peft_pvm.integrations.{info.name}" for info in pkgutil.iter_modules(integrations.__path__)}
+    assert modules <= set(IDENTIFIERS)
 
 
 def test_every_name_that_pages_import_is_in_the_reference():
