@@ -9,7 +9,7 @@ PYTEST = pytest -n $(WORKERS) -q
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench test test-oldest test-vllm quality style clean
+.PHONY: demo bench test test-oldest test-vllm quality style docs generate clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -40,13 +40,21 @@ style: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: $(VENV)/.installed
+	$(VENV)/bin/mkdocs build --strict
+
+# What code writes into docs/: the drawn figures and the page of the command line.
+generate: $(VENV)/.installed
+	$(VENV)/bin/python docs/figures/draw.py
+	$(VENV)/bin/typer peft_pvm.cli.app utils docs --name peft-pvm --title "Command line" --output docs/api/cli.md
+
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site $(VENV) $(VENV_OLDEST) $(VENV_VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab,train,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab,train,docs,dev]'
 	touch $@
 
 $(VENV_OLDEST)/.installed: constraints-oldest.txt pyproject.toml

@@ -4,7 +4,7 @@
 
 The data set has `images`, `prompt` and `solution`. With `--use_peft` the language model learns by a LoRA, else all of
 it learns. `output_dir` gets the PVM adapter (`pvm/`) and what it belongs to: the LoRA (`lora/`) or the base (`base/`).
-`docs/training.md` has the rest.
+`docs/how-to/train.md` has the rest.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_sft.py --config examples/sft.yaml
 
 The data set has `images` and `messages`, or `images`, `prompt` and `completion`. The loss is on the last answer; with
-`--assistant_only_loss` on all of them. What is saved is a PVM adapter. `docs/training.md` has the rest.
+`--assistant_only_loss` on all of them. What is saved is a PVM adapter. `docs/how-to/train.md` has the rest.
 """
 
 from __future__ import annotations

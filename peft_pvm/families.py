@@ -93,6 +93,7 @@ _GLM = VLMFamily(placeholders={"image": ("image_token_id",), "video": ("image_to
 # By the model's `model_type`: the families that the tests cover.
 FAMILIES: dict[str, VLMFamily] = {
     "aya_vision": VLMFamily(),
+    "deepseek_vl": VLMFamily(),
     "gemma3": VLMFamily(),
     "gemma4": VLMFamily(),
     "glm4v": _GLM,

@@ -188,6 +188,12 @@ def _smolvlm():
     )
 
 
+def _deepseek_vl():
+    return T.DeepseekVLConfig(
+        vision_config=T.SiglipVisionConfig(**SIGLIP), text_config=T.LlamaConfig(**TEXT), image_token_id=IMAGE
+    )
+
+
 def _llava_cohere():
     config = _llava()
     config.text_config = T.CohereConfig(**TEXT)
@@ -465,6 +471,7 @@ FAMILIES = {
     "llava_onevision": TinyVLM(
         "LlavaOnevisionForConditionalGeneration", _llava_onevision, _tiled_visual(10), _onevision_video
     ),
+    "deepseek_vl": TinyVLM("DeepseekVLForConditionalGeneration", _deepseek_vl, _square_visual(4)),
     "internvl": TinyVLM("InternVLForConditionalGeneration", _internvl, _square_visual(4)),
     "mistral3": TinyVLM("Mistral3ForConditionalGeneration", _mistral3, _square_visual(4, image_sizes=_image_sizes)),
     "idefics3": TinyVLM("Idefics3ForConditionalGeneration", _idefics3, _square_visual(1), pixels_by_row=True),

@@ -42,7 +42,9 @@ def quieten() -> None:
 
 @app.command("train-base")
 def train_base_command(
-    out: Annotated[Path, typer.Option(help="The file; by default the shipped one is overwritten.")] = Path(SHIPPED),
+    out: Annotated[
+        Path, typer.Option(help="The file; by default the shipped one is overwritten.", show_default=False)
+    ] = Path(SHIPPED),
     steps: int = 2000,
     seed: Seed = 0,
 ) -> None:

@@ -35,7 +35,7 @@ class DIPEModel(SteeringTuner):
 
     Args:
         model: A vision-language model from transformers.
-        config: The adapter's configuration.
+        peft_config: The adapter's configuration.
         adapter_name: The adapter's name.
 
     Raises:

@@ -52,9 +52,9 @@ class PVMModel(VisualTuner):
 
     Args:
         model: A vision-language model from transformers.
-        config: The adapter's configuration.
+        peft_config: The adapter's configuration.
         adapter_name: The adapter's name.
-        low_cpu_mem_usage: Leave the weights on the meta device until they are loaded.
+        **kwargs: PEFT's own; `low_cpu_mem_usage=True` leaves the weights on the meta device until they are loaded.
 
     Raises:
         ValueError: The model is not one that fits, the configuration does not fit the model, or the file that the

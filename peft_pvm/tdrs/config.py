@@ -21,7 +21,7 @@ class TDRSConfig(SteeringConfig):
 
     Attention is reweighted in three steps: towards keys that are similar to the query (SD-DRS), towards keys that are
     near, where a similar key counts as nearer (DC-DRS), and towards distant keys, so that they keep a share (reDRS).
-    What the paper leaves open is our reading; docs/t-drs.md sets the two side by side.
+    What the paper leaves open is our reading; docs/methods/t-drs.md sets the two side by side.
 
     Args:
         form: What distance multiplies. "weights": attention weights, which are then renormalised. "logits": scores.

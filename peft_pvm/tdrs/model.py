@@ -51,7 +51,7 @@ class TDRSModel(SteeringTuner):
 
     Args:
         model: A vision-language model from transformers.
-        config: The adapter's configuration.
+        peft_config: The adapter's configuration.
         adapter_name: The adapter's name.
 
     Raises:

@@ -1,6 +1,6 @@
 """The reweighting of T-DRS (arXiv 2511.09868) on blocks of scores: pure functions, with no model in sight.
 
-`docs/t-drs.md` says which of this the paper states and which is our reading.
+`docs/methods/t-drs.md` says which of this the paper states and which is our reading.
 """
 
 from __future__ import annotations

@@ -1,0 +1,48 @@
+"""The README's tables and links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny_vlms
+
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def test_the_table_of_families_is_that_of_the_tests():
+    table = README.partition("## Families")[2].partition("\n## ")[0]
+    ids = [
+        name for row in re.findall(r"^\| .+ \| (.+) \|$", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    ]
+    assert sorted(ids) == sorted(tiny_vlms.FAMILIES)
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) < 150
+
+
+LINKING = [
+    path for pattern in ("*.md", "docs/**/*.md", "adapters/*/README.md") for path in sorted(REPOSITORY.glob(pattern))
+]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere(page):
+    """mkdocs checks links within docs/ as well, but not those from outside."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page if not path else (page.parent / path).resolve()
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target

@@ -1,0 +1,120 @@
+"""The reference holds every public name, and what code writes into docs/ is what it writes today."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+
+pytest.importorskip("matplotlib", reason="figures and command line need the extra lab")
+
+from pages import BLOCKS, REPOSITORY
+
+import peft_pvm
+from peft_pvm import integrations
+
+
+DOCS = REPOSITORY / "docs"
+IDENTIFIERS = [
+    identifier
+    for page in (DOCS / "api").glob("*.md")
+    for identifier in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
+]
+
+
+def resolve(identifier: str) -> object:
+    try:
+        return importlib.import_module(identifier)
+    except ModuleNotFoundError:
+        module, _, name = identifier.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+
+def public_names(module: ModuleType) -> dict[str, object]:
+    """What a module defines and does not hide, as mkdocstrings shows it."""
+    return {
+        name: found
+        for name, found in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(found) or inspect.isfunction(found))
+        and found.__module__ == module.__name__
+    }
+
+
+def documented() -> list[object]:
+    found: list[object] = []
+    for entry in map(resolve, IDENTIFIERS):
+        found += public_names(entry).values() if isinstance(entry, ModuleType) else [entry]
+    return found
+
+
+EXPORTING = [
+    info.name
+    for info in pkgutil.walk_packages(peft_pvm.__path__, "peft_pvm.")
+    if info.ispkg and "__all__" in (REPOSITORY / info.name.replace(".", "/") / "__init__.py").read_text()
+]
+
+
+@pytest.mark.parametrize("package", ["peft_pvm", *EXPORTING])
+def test_every_exported_name_is_in_the_reference(package):
+    module = importlib.import_module(package)
+    known = documented()
+    assert [name for name in module.__all__ if not any(getattr(module, name) is entry for entry in known)] == []
+
+
+def test_every_integration_is_in_the_reference():
+    modules = {f"peft_pvm.integrations.{info.name}" for info in pkgutil.iter_modules(integrations.__path__)}
+    assert modules <= set(IDENTIFIERS)
+
+
+def test_every_name_that_pages_import_is_in_the_reference():
+    known = documented()
+    missing = set()
+    for blocks in BLOCKS.values():
+        for block in blocks:
+            if block.language != "python":
+                continue
+            for node in ast.walk(ast.parse(block.code)):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("peft_pvm"):
+                    module = importlib.import_module(node.module)
+                    missing |= {a.name for a in node.names if not any(getattr(module, a.name) is k for k in known)}
+    assert missing == set()
+
+
+def test_nothing_is_shown_twice():
+    assert len(set(IDENTIFIERS)) == len(IDENTIFIERS)
+
+
+def pinned(package: str) -> bool:
+    """Whether the version that wrote the committed files is installed: others may write other bytes."""
+    return f"{package}=={importlib.metadata.version(package)}\n" in (REPOSITORY / "constraints.txt").read_text()
+
+
+@pytest.mark.skipif(not pinned("matplotlib"), reason="other versions of matplotlib draw other bytes")
+def test_figures_are_what_their_code_draws():
+    sys.path.insert(0, str(DOCS / "figures"))
+    from draw import DRAWN
+
+    sys.path.pop(0)
+    assert {path.stem for path in DOCS.rglob("*.svg")} == set(DRAWN)
+    for name, draw in DRAWN.items():
+        drawn = draw()
+        assert drawn == (DOCS / "figures" / f"{name}.svg").read_text(), f"{name}.svg: run `make generate`"
+        assert len(drawn) < 100_000
+
+
+@pytest.mark.skipif(not pinned("typer"), reason="other versions of typer write other pages")
+def test_the_page_of_the_command_line_is_what_typer_writes():
+    command = [sys.executable, "-m", "typer", "peft_pvm.cli.app", "utils", "docs", "--name", "peft-pvm"]
+    command += ["--title", "Command line"]
+    written = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert written.strip() == (DOCS / "api" / "cli.md").read_text().strip(), "run `make generate`"
