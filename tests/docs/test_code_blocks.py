@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -45,9 +46,10 @@ def hub_cache(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkout(hub_cache, tmp_path, monkeypatch) -> Path:
-    """The working folder: what a checkout has, and the image and data that pages speak of."""
+    """The working folder: what a checkout has, and the adapter, image and data that pages speak of."""
     for name in ("adapters", "examples", "results"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
+    shutil.copytree(REPOSITORY / "adapters" / "pvm-tiny-vlm", tmp_path / "my-pvm")
     chats = make_chats("prompts", 2)
     chats[0]["images"][0].save(tmp_path / "photo.jpg")
     questions = chats.map(lambda row: {"question": "?", "answer": row["solution"], "image": row["images"][0]})

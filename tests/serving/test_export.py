@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, PVMConfig
-from peft_pvm.integrations.vllm import ARCHITECTURE, export_vllm
-from peft_pvm.integrations.vllm.export import configs_of
+from peft_pvm.integrations.vllm import export_vllm
+from peft_pvm.integrations.vllm.export import ARCHITECTURE, configs_of
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 

@@ -3,7 +3,7 @@
 from .export import ARCHITECTURE, export_vllm
 
 
-__all__ = ["ARCHITECTURE", "export_vllm", "register"]
+__all__ = ["export_vllm", "register"]
 
 
 def register() -> None:
