@@ -1,18 +1,14 @@
-"""For machines where torchvision is built for CUDA and torch for CPUs: what lmms-eval needs of it is plain torch."""
+"""A plugin for pytest where torchvision is built for CUDA and torch for CPUs: `pytest -p torchvision_operators`.
 
-from __future__ import annotations
-
-import importlib.util
+torchvision then cannot be imported, for want of its own operators. What lmms-eval and transformers need of it is plain
+torch, so it is enough to declare the two operators that the import looks for. Nothing calls them.
+"""
 
 import torch
 
 
-def declare_missing_operators() -> None:
-    """Let torchvision be imported without its own operators, by declaring the two that its import looks for."""
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

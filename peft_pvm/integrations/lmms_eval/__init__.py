@@ -9,6 +9,9 @@ import os
 from importlib.resources import files
 
 
+SEPARATOR = "+"  # of adapters in one argument; a comma would end the argument, a semicolon the shell's command
+
+
 def tasks_folder() -> str:
     """The folder to give to lmms-eval as `--include_path`; `python -m peft_pvm.integrations.lmms_eval` prints it."""
     return os.fspath(files(__package__) / "tasks")  # type: ignore[call-overload]

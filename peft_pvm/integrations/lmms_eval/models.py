@@ -20,12 +20,12 @@ except ImportError as error:
 from loguru import logger
 
 from ...loading import load_adapters
+from . import SEPARATOR
 from .distractors import Distractors, answers_of, has_visuals, into_context, into_messages, read_paragraphs
 
 
 MODELS = ("qwen3_vl", "qwen2_5_vl", "llava_hf")  # names of lmms-eval; each is offered with the prefix
 PREFIX = "peft_pvm_"
-SEPARATOR = "+"  # of adapters; a comma would end the argument, a semicolon the shell's command
 SIMPLE = "_simple"
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from ...plotting import line_look, new_figure, styled
+from . import SEPARATOR
 
 
 Score = tuple[float, float | None]  # a mean and its standard error, if that is known
@@ -56,15 +58,26 @@ def curves(result: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, dict[in
     }
 
 
+def labels(adapters: Sequence[str]) -> dict[str, str]:
+    """A short name for each adapter, or several with `+` between: their folders' own, unless two are alike.
+
+    Example:
+        >>> labels(["base", "runs/pvm", "runs/pvm+adapters/dipe"])
+        {'base': 'base', 'runs/pvm': 'pvm', 'runs/pvm+adapters/dipe': 'pvm+dipe'}
+    """
+    short = [SEPARATOR.join(Path(part).name for part in adapter.split(SEPARATOR)) for adapter in adapters]
+    return {adapter: name if short.count(name) == 1 else adapter for adapter, name in zip(adapters, short)}
+
+
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """A table for every metric of every task: a row for each length, a column for each adapter.
 
     Args:
         result: What `evaluate_lengths` returns.
     """
-    made = []
+    made, names = [], labels(result["adapters"])
     for (task, metric), by_adapter in curves(result).items():
-        table = Table("tokens between", *by_adapter, title=f"{task}: {metric}")
+        table = Table("tokens between", *map(names.__getitem__, by_adapter), title=f"{task}: {metric}")
         for column in table.columns:
             column.justify = "right"
         for length in sorted({length for scores in by_adapter.values() for length in scores}):
@@ -89,13 +102,13 @@ def draw(result: Mapping[str, Any]) -> Figure:
     columns = min(2, len(found))
     rows = math.ceil(len(found) / columns)
     figure, axes = new_figure(2.8 * rows, rows=rows, columns=columns)
-    lengths = sorted(result["lengths"])
+    lengths, names = sorted(result["lengths"]), labels(result["adapters"])
     for panel, ((task, metric), by_adapter) in zip(axes.flat, found.items()):
         for number, (adapter, scores) in enumerate(by_adapter.items()):
             places = [lengths.index(length) for length in scores]
             values = [value for value, _ in scores.values()]
             errors = [stderr or 0.0 for _, stderr in scores.values()]
-            panel.errorbar(places, values, yerr=errors, label=adapter, capsize=2, **line_look(number))
+            panel.errorbar(places, values, yerr=errors, label=names[adapter], capsize=2, **line_look(number))
         panel.set(title=task, xlabel="Tokens between image and question", ylabel=metric)
         panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     for panel in list(axes.flat)[len(found) :]:
