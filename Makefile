@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_LMMS ?= .venv-lmms
 WORKERS ?= auto
 PYTEST = pytest -n $(WORKERS) -q
 
-.PHONY: demo bench test test-oldest quality style clean
+.PHONY: demo bench test test-oldest test-lmms-eval quality style clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -21,6 +22,10 @@ test: $(VENV)/.installed
 test-oldest: $(VENV_OLDEST)/.installed
 	$(VENV_OLDEST)/bin/$(PYTEST) tests --ignore tests/lab
 
+# lmms-eval pins versions that do not go with the training extra's.
+test-lmms-eval: $(VENV_LMMS)/.installed
+	PYTHONPATH=tests $(VENV_LMMS)/bin/pytest -p torchvision_operators -q tests/integrations
+
 quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -31,7 +36,7 @@ style: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_LMMS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'
@@ -42,4 +47,9 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 $(VENV_OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 	test -d $(VENV_OLDEST) || $(PYTHON) -m venv $(VENV_OLDEST)
 	$(VENV_OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[test,quantised]'
+	touch $@
+
+$(VENV_LMMS)/.installed: constraints-lmms.txt pyproject.toml
+	test -d $(VENV_LMMS) || $(PYTHON) -m venv $(VENV_LMMS)
+	$(VENV_LMMS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt --editable '.[eval,lab,test]'
 	touch $@

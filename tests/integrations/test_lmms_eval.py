@@ -27,8 +27,8 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from peft_pvm.cli.app import app
-from peft_pvm.integrations.lmms_eval import tasks_folder
-from peft_pvm.integrations.lmms_eval.models import MODELS, PREFIX, WithAdapters, separate
+from peft_pvm.integrations.lmms_eval import separate, tasks_folder
+from peft_pvm.integrations.lmms_eval.models import MODELS, PREFIX, WithAdapters
 
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"

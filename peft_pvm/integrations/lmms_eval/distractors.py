@@ -195,6 +195,8 @@ def answers_of(task: Any, doc: Mapping[str, Any]) -> list[str]:
 def _spelt(target: Any, choices: Sequence[str]) -> list[str]:
     if isinstance(target, int) and choices:
         return [str(choices[target])] if 0 <= target < len(choices) else []
+    if target is None:  # some test sets keep their answers
+        return []
     letter = re.fullmatch(r"\(?([A-Za-z])[).:]?", str(target).strip())
     if letter is None:
         return [str(target)]

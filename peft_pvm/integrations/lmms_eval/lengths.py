@@ -6,11 +6,16 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager
-
-from .models import MODELS, PREFIX, model_class
+from . import MISSING
 from .report import score_rows
+
+
+try:
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+except ModuleNotFoundError as error:
+    raise ImportError(f"{error}. {MISSING}") from error
+from .models import MODELS, PREFIX, model_class
 
 
 VERSIONS = ("lmms_eval", "torch", "transformers", "peft", "peft-pvm")

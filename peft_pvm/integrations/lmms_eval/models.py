@@ -12,15 +12,16 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from ...loading import load_adapters
+from . import MISSING, separate
+
 
 try:
     from lmms_eval.models.registry_v2 import ModelManifest
-except ImportError as error:
-    raise ImportError("This needs lmms-eval, which the extra brings: pip install 'peft-pvm[eval]'") from error
+except ModuleNotFoundError as error:
+    raise ImportError(f"{error}. {MISSING}") from error
 from loguru import logger
 
-from ...loading import load_adapters
-from . import SEPARATOR
 from .distractors import Distractors, answers_of, has_visuals, into_context, into_messages, read_paragraphs
 
 
@@ -133,22 +134,6 @@ class WithAdapters:
         text = self._distractors.draw(document, answers_of(task, doc))
         self.distractor_counts.append(self._distractors.count(text))
         return text
-
-
-def separate(adapter: str | Sequence[str]) -> list[str]:
-    """The adapters in an argument: those of a sequence, or of a string with `+` between.
-
-    Raises:
-        ValueError: One of them has no name.
-
-    Example:
-        >>> separate("my-pvm+adapters/dipe")
-        ['my-pvm', 'adapters/dipe']
-    """
-    parts = list(map(str, adapter)) if isinstance(adapter, (list, tuple)) else str(adapter).split(SEPARATOR)
-    if not all(part.strip() for part in parts):
-        raise ValueError(f"adapter is {adapter!r}, but must be folders or Hub ids, with {SEPARATOR} between.")
-    return parts
 
 
 def manifests() -> list[ModelManifest]:
