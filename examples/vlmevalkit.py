@@ -1,11 +1,11 @@
 """Evaluate adapters with VLMEvalKit (github.com/open-compass/VLMEvalKit), which has no hook for models from elsewhere.
 
-python examples/vlmevalkit.py --kit ../VLMEvalKit --model Qwen3-VL-8B-Instruct --adapter my-pvm --adapter adapters/dipe \
+python examples/vlmevalkit.py --kit ../VLMEvalKit --model Qwen3-VL-8B-Instruct --adapter my-pvm \\
     --data MMStar --work-dir outputs
 
-`--kit` is a checkout in which VLMEvalKit is installed, `--model` one of its own names, of a class that keeps a transformers
-model as `.model`. All other options go to its `run.py`, which sees a model of the name `Qwen3-VL-8B-Instruct+my-pvm+dipe`.
-For several GPUs, `torchrun --nproc-per-node 8 examples/vlmevalkit.py ...`.
+`--kit` is a checkout in which VLMEvalKit is installed, `--model` one of its own names, of a class that keeps a model
+of transformers as `.model`. Names that it would serve with vLLM run on transformers. Several `--adapter` act together.
+All other options go to its `run.py`, which sees a model of the name `Qwen3-VL-8B-Instruct+my-pvm`.
 """
 
 import argparse
@@ -36,12 +36,12 @@ build = supported_VLM[arguments.model]
 
 def build_with_adapters(**kwargs):
     """VLMEvalKit's own model, with the adapters attached in place."""
+    if "use_vllm" in {**getattr(build, "keywords", {}), **kwargs}:
+        kwargs["use_vllm"] = False
     wrapper = build(**kwargs)
     model = getattr(wrapper, "model", None)
     if not hasattr(model, "load_adapter"):
-        sys.exit(
-            f"{type(wrapper).__name__} keeps no transformers model as .model, to which adapters could be attached."
-        )
+        sys.exit(f"{type(wrapper).__name__} keeps no model of transformers as .model: there is nothing to attach to.")
     load_adapters(model, arguments.adapter)
     model.eval()
     return wrapper

@@ -1,4 +1,4 @@
-"""The examples run. Trainings are cut short. Those for other packages have tests of their own: training, integrations."""
+"""The examples run. Trainings are cut short. Those for other packages have tests of their own."""
 
 from __future__ import annotations
 

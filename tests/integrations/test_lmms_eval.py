@@ -279,6 +279,25 @@ def test_why_the_papers_tasks_are_not_repeated(folder: Path, tmp_path: Path):
     assert accuracy(results) == first
 
 
+def test_each_seed_is_a_run_and_the_familys_own_settings_hold(folder: Path, tmp_path: Path):
+    """Of two tokens no answer would be right: what the task has for the model of that name is one."""
+    from peft_pvm.integrations.lmms_eval.lengths import evaluate_lengths
+
+    settings = {"qwen3_vl": {"max_new_tokens": 1, "do_sample": True, "temperature": 2.0}, "default": {}}
+    save_task(
+        tmp_path / "tasks",
+        24,
+        generation_kwargs={"max_new_tokens": 2},
+        model_specific_generation_kwargs=settings,
+    )
+    model_args = f"pretrained={folder / 'qwen3_vl'},{MODEL_ARGS['qwen3_vl']}"
+    result = evaluate_lengths(
+        "qwen3_vl", model_args, [TASK], [512], seeds=[0, 1], include_path=str(tmp_path / "tasks"), device="cpu"
+    )
+    first, second = (row["value"] for row in result["scores"])
+    assert 0 < first != second > 0
+
+
 def test_what_is_not_known_is_refused(folder: Path):
     from peft_pvm.integrations.lmms_eval.lengths import evaluate_lengths
 

@@ -23,7 +23,14 @@ class Chat:
     def __init__(self, model_path, use_vllm=False):
         self.model = None if use_vllm else AutoModelForImageTextToText.from_pretrained(model_path)
 
-supported_VLM = {"Tiny": partial(Chat, model_path=FOLDER), "Served": partial(Chat, model_path=FOLDER, use_vllm=True)}
+class Api:
+    pass
+
+supported_VLM = {
+    "Tiny": partial(Chat, model_path=FOLDER),
+    "Served": partial(Chat, model_path=FOLDER, use_vllm=True),
+    "Far": partial(Api),
+}
 """
 RUN = """
 import argparse
@@ -70,10 +77,11 @@ def drive(kit: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict:
     return seen
 
 
-def test_adapters_are_on_the_model_that_is_run(kit: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("model", ["Tiny", "Served"])
+def test_adapters_are_on_the_model_that_is_run(kit: Path, monkeypatch: pytest.MonkeyPatch, model: str):
     adapters = [option for name in ("pvm", "dipe") for option in ("--adapter", str(kit.parent / name))]
-    seen = drive(kit, monkeypatch, "--model", "Tiny", *adapters)
-    assert seen["name"] == "Tiny+pvm+dipe"
+    seen = drive(kit, monkeypatch, "--model", model, *adapters)
+    assert seen["name"] == f"{model}+pvm+dipe"
     assert seen["arguments"].data == ["MMStar"]
     assert seen["built"].model.active_adapters() == ["pvm", "dipe"]
     assert not seen["built"].model.training
@@ -83,7 +91,7 @@ def test_what_cannot_be_driven_is_said(kit: Path, monkeypatch: pytest.MonkeyPatc
     adapter = ("--adapter", str(kit.parent / "pvm"))
     for options, message in (
         (("--model", "Huge", *adapter), "has no model 'Huge'"),
-        (("--model", "Served", *adapter), "keeps no transformers model"),
+        (("--model", "Far", *adapter), "keeps no model of transformers"),
     ):
         with pytest.raises(SystemExit, match=message):
             drive(kit, monkeypatch, *options)
