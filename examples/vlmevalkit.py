@@ -43,7 +43,6 @@ def build_with_adapters(**kwargs):
     if not hasattr(model, "load_adapter"):
         sys.exit(f"{type(wrapper).__name__} keeps no model of transformers as .model: there is nothing to attach to.")
     load_adapters(model, arguments.adapter)
-    model.eval()
     return wrapper
 
 

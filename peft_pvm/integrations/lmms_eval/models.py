@@ -79,7 +79,6 @@ class WithAdapters:
         # lmms-eval's classes load the model and hand it to accelerate in one `__init__`; adapters belong in between.
         if name == "_model" and "_model" not in vars(self):
             load_adapters(value, self._adapters)
-            value.eval()
         super().__setattr__(name, value)
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
