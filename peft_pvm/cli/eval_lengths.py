@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -44,7 +44,12 @@ def eval_lengths(
     except ImportError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+
+    def write(result: dict[str, Any]) -> None:
+        (out / f"{NAME}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
     with refusals():
+        out.mkdir(parents=True, exist_ok=True)
         result = evaluate_lengths(
             model,
             model_args,
@@ -58,12 +63,11 @@ def eval_lengths(
             device,
             gen_kwargs,
             lambda text: typer.echo(text, err=True),
+            write,
         )
     if not result["scores"]:  # another process than the first writes nothing
         return
     console = Console()
     for table in report.tables(result):
         console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{NAME}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / f"{NAME}.png").write_bytes(as_png(report.draw(result)))

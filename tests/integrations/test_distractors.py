@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,23 +189,12 @@ def test_what_counts_as_an_answer(target, choices, expected):
     assert answers_of(task, {}) == expected
 
 
-def test_without_lmms_eval_it_says_what_to_install():
-    """In a process in which it cannot be imported."""
-    code = """
-import sys
-sys.modules["lmms_eval"] = None
-import peft_pvm, peft_pvm.integrations.lmms_eval.distractors
-print("so far")
-import peft_pvm.integrations.lmms_eval.models
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "so far\n"
-    assert (
-        "This needs lmms-eval and what it needs, which the extra brings: pip install 'peft-pvm[eval]'" in done.stderr
-    )
+@pytest.mark.parametrize("module", ["models", "lengths"])
+def test_without_lmms_eval_it_says_what_to_install(without_lmms_eval, module: str):
+    with pytest.raises(ImportError, match=r"needs lmms-eval .* pip install 'peft-pvm\[eval\]'"):
+        importlib.import_module(f"peft_pvm.integrations.lmms_eval.{module}")
 
 
-def test_the_folder_of_tasks_is_printed():
-    done = subprocess.run([sys.executable, "-m", "peft_pvm.integrations.lmms_eval"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (Path(done.stdout.strip()) / "pvm_paper.yaml").is_file()
+def test_the_folder_of_tasks_is_printed(capsys):
+    runpy.run_module("peft_pvm.integrations.lmms_eval", run_name="__main__")
+    assert (Path(capsys.readouterr().out.strip()) / "pvm_paper.yaml").is_file()

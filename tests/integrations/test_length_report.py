@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 
@@ -85,10 +83,7 @@ def test_nothing_to_draw():
         draw(result())
 
 
-def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "lmms_eval", None)
-    for name in ("models", "lengths"):
-        monkeypatch.delitem(sys.modules, f"peft_pvm.integrations.lmms_eval.{name}", raising=False)
+def test_the_command_says_what_is_missing(without_lmms_eval):
     options = ["--model", "qwen3_vl", "--model-args", "pretrained=x", "--tasks", "ai2d", "--out", "nowhere"]
     done = CliRunner().invoke(app, ["eval-lengths", *options])
     assert done.exit_code == 1

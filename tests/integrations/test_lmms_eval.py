@@ -305,3 +305,9 @@ def test_what_is_not_known_is_refused(folder: Path):
         evaluate_lengths("peft_pvm_qwen3_vl", "pretrained=x", [TASK], [0])
     with pytest.raises(ValueError, match=r"has no tasks \['nothing'\]"):
         evaluate_lengths("qwen3_vl", "pretrained=x", ["nothing"], [0])
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        evaluate_lengths("qwen3_vl", "pretrained=x", [TASK], [-1, 0])
+    with pytest.raises(ValueError, match=r"give the folder as \./base"):
+        evaluate_lengths("qwen3_vl", "pretrained=x", [TASK], [0], ["base"])
+    with pytest.raises(ValueError, match="nowhere"):
+        evaluate_lengths("qwen3_vl", "pretrained=x", [TASK], [0], [f"{PVM}+{folder / 'nowhere'}"])

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from . import MISSING
+from peft import PeftConfig
+
+from . import MISSING, separate
 from .report import score_rows
 
 
@@ -35,6 +37,7 @@ def evaluate_lengths(
     device: str | None = None,
     gen_kwargs: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Run lmms-eval for the base and for adapters, with every length of text.
 
@@ -54,6 +57,7 @@ def evaluate_lengths(
         device: Such as "cuda" or "cpu"; `None`: lmms-eval's default.
         gen_kwargs: What to change of the tasks' generation settings, such as "temperature=0.7".
         progress: Is told what is being run.
+        keep: Is given the result so far after each run.
 
     Returns:
         What can be written as JSON: the arguments, `versions`, `text` (what was put in, by run) and `scores`, rows of
@@ -61,15 +65,33 @@ def evaluate_lengths(
         Empty `scores` on other processes than the first.
 
     Raises:
-        ValueError: A model or a task that is not known, or what a run refuses.
+        ValueError: A model, task or adapter that is not known, a length below 0, or what a run refuses.
     """
     if model not in MODELS:
         raise ValueError(f"The model is {model!r}, but must be one of {', '.join(MODELS)}.")
+    if min(lengths) < 0:
+        raise ValueError(f"The lengths are {list(lengths)}, but must be 0 or more.")
+    if BASE in adapters:
+        raise ValueError(f"{BASE!r} is what the model without adapters is called here: give the folder as ./{BASE}.")
+    for source in (source for adapter in adapters for source in separate(adapter)):
+        PeftConfig.from_pretrained(source)  # rather now than after hours
     # Prompts that a task has for this model are found by lmms-eval's own name of it.
     manager = TaskManager(include_path=include_path, model_name=model)
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise ValueError(f"lmms-eval has no tasks {unknown}: `lmms-eval tasks list` shows them all.")
-    text, scores = [], []
+    result: dict[str, Any] = {
+        "model": f"{PREFIX}{model}",
+        "model_args": model_args,
+        "tasks": list(tasks),
+        "lengths": list(lengths),
+        "adapters": [BASE, *adapters],
+        "seeds": list(seeds),
+        "limit": limit,
+        "gen_kwargs": gen_kwargs,
+        "versions": {name: version(name) for name in VERSIONS},
+        "text": [],
+        "scores": [],
+    }
     for adapter in (BASE, *adapters):
         for length in lengths:
             for seed in seeds:
@@ -91,19 +113,8 @@ def evaluate_lengths(
                 )
                 run = {"adapter": adapter, "length": length, "seed": seed}
                 counts = lm.distractor_counts
-                text.append({**run, "requests": len(counts), "tokens": sorted(set(counts))})
+                result["text"].append({**run, "requests": len(counts), "tokens": sorted(set(counts))})
                 if results is not None:  # all is gathered in the first process
-                    scores += [{**run, **row} for row in score_rows(results["results"])]
-    return {
-        "model": f"{PREFIX}{model}",
-        "model_args": model_args,
-        "tasks": list(tasks),
-        "lengths": list(lengths),
-        "adapters": [BASE, *adapters],
-        "seeds": list(seeds),
-        "limit": limit,
-        "gen_kwargs": gen_kwargs,
-        "versions": {name: version(name) for name in VERSIONS},
-        "text": text,
-        "scores": scores,
-    }
+                    result["scores"] += [{**run, **row} for row in score_rows(results["results"])]
+                    keep(result)
+    return result
