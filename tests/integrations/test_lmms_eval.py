@@ -177,28 +177,24 @@ def test_arguments_are_checked_before_the_model_is_loaded(folder: Path):
         )
 
 
-def test_adapters_are_attached_before_the_model_is_wrapped():
+def test_adapters_are_attached_before_the_model_is_wrapped(monkeypatch: pytest.MonkeyPatch):
     """As lmms-eval's classes do where there are several processes, which takes GPUs."""
-    seen: list[Any] = []
+    done: list[Any] = []
+    monkeypatch.setattr(
+        "peft_pvm.integrations.lmms_eval.models.load_adapters", lambda model, names: done.append((model, names))
+    )
 
     class Loading:
         def __init__(self):
             self._model = torch.nn.Linear(2, 2)
-            seen.append(("wraps", self._model.training))
+            done.append("wrapped")
             self._model = torch.nn.Sequential(self._model)
-
-        config = None
 
     class Loaded(WithAdapters, Loading):
         pass
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "peft_pvm.integrations.lmms_eval.models.load_adapters", lambda model, names: seen.append((model, names))
-        )
-        loaded = Loaded(adapter="a+b")
-    assert [what[1] for what in seen] == [["a", "b"], False]
-    assert seen[0][0] is loaded._model[0]
+    loaded = Loaded(adapter="a+b")
+    assert done == [(loaded._model[0], ["a", "b"]), "wrapped"]
 
 
 def test_a_document_without_image_is_left_alone(folder: Path, tmp_path: Path):
