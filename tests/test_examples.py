@@ -1,4 +1,4 @@
-"""The examples run. Trainings are cut short. The training scripts have tests of their own, in tests/training."""
+"""The examples run. Trainings are cut short. Those for other packages have tests of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+OF_OTHERS = ("train_", "vlmevalkit")
 EXTRAS = ("matplotlib", "sklearn", "rich")
 
 pytestmark = pytest.mark.skipif(
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "example", sorted(path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("train_"))
+    "example", sorted(path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith(OF_OTHERS))
 )
 def test_example(example, tmp_path, monkeypatch, capsys):
     from peft_pvm.lab import train

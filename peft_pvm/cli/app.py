@@ -7,6 +7,7 @@ import typer
 from .adapters import card, convert, export_reference, export_vllm, inspect, merge
 from .bench import bench, scale
 from .curves import curves
+from .eval_lengths import eval_lengths
 from .lab import app as lab
 from .probe import probe
 
@@ -19,6 +20,18 @@ def describe() -> None:
     """Adapters that keep vision-language models looking at the image."""
 
 
-for command in (probe, bench, scale, inspect, merge, convert, export_reference, export_vllm, card, curves):
+for command in (
+    probe,
+    bench,
+    scale,
+    eval_lengths,
+    inspect,
+    merge,
+    convert,
+    export_reference,
+    export_vllm,
+    card,
+    curves,
+):
     app.command()(command)
 app.add_typer(lab, name="lab")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,6 +16,7 @@ from rich.progress import Progress, TaskID
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..families import find_vlm
+from ..loading import load_adapters
 from ..probe import ProbeResult, build_inputs, picture_of
 from ..probe import probe as probe_model
 from ..steering import steerable_attentions
@@ -51,12 +50,8 @@ def probe(
     if dtype not in DTYPES:
         _fail(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
     loaded, processor = _load(model, dtype, device, attn_implementation)
-    adapters = adapter_names(adapter or [])
-    for name, source in adapters.items():
-        _attach(loaded, name, source)
-    if adapters:
-        loaded.set_adapter(list(adapters))
     try:
+        load_adapters(loaded, adapter or [])
         inputs = {name: tensor.to(device) for name, tensor in build_inputs(processor, picture, prompt).items()}
         with _progress() as show:
             result = probe_model(
@@ -76,30 +71,6 @@ def probe(
     typer.echo(f"Answer: {''.join(result.tokens)}")
     typer.echo(_sentence(result))
     typer.echo(f"Report: {report}")
-
-
-def adapter_names(sources: Collection[str]) -> dict[str, str]:
-    """A name for each adapter, from its folder or Hub id; those that are alike are numbered.
-
-    Args:
-        sources: Folders or Hub ids.
-
-    Returns:
-        Sources by name, in their order.
-
-    Example:
-        >>> adapter_names(["runs/pvm", "someone/pvm", "dipe-1.0/"])
-        {'pvm': 'runs/pvm', 'pvm-2': 'someone/pvm', 'dipe-1-0': 'dipe-1.0/'}
-    """
-    names: dict[str, str] = {}
-    for source in sources:
-        # Modules are looked up by adapter name, in which a dot would separate two.
-        stem = re.sub(r"[^\w-]+", "-", Path(source).resolve().name if source in (".", "..") else Path(source).name)
-        name, number = stem, 2
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names[name] = source
-    return names
 
 
 def _fail(message: str) -> NoReturn:
@@ -137,23 +108,6 @@ def _load(source: str, dtype: str, device: str, attn_implementation: str | None)
         return model.to(torch.device(device)).eval(), processor
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         _fail(f"--device {device} cannot be used: {_first_line(error)}")
-
-
-def _attach(model: Any, name: str, source: str) -> None:
-    refusal = f"The adapter {source} does not fit {type(model).__name__} or cannot be read"
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
-            loaded = model.load_adapter(source, adapter_name=name)
-    except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
-        _fail(f"{refusal}: {error}")
-    # transformers would only warn, and run with half an adapter.
-    missing = sorted(key for key in loaded.missing_keys if f".{name}." in key)
-    strays = sorted(loaded.unexpected_keys)
-    if missing or strays:
-        lacks = f"it lacks {len(missing)} tensors ({missing[0]} ...)" if missing else ""
-        brings = f"{len(strays)} of its tensors belong to nothing ({strays[0]} ...)" if strays else ""
-        _fail(f"{refusal}: {' and '.join(filter(None, (lacks, brings)))}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
-"""For a Python that has torchvision's wheel for CUDA beside a torch for the CPU, which is all that the package index has.
+"""For a Python that has torchvision built for CUDA beside a torch for CPUs: this folder belongs on PYTHONPATH.
 
-Its compiled operators cannot be loaded there, and importing it stops where it describes two of them that it does not
-compile itself. Nothing here calls them. This module, on PYTHONPATH, declares them in every process of vLLM.
+torchvision then cannot be imported, for want of its own operators. What transformers, lmms-eval and vLLM need of it is
+plain torch, so it is enough to declare the two operators that its import looks for, in every process that imports it.
+Nothing calls them.
 """
 
 import importlib.abc
@@ -14,10 +15,9 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
             sys.meta_path.remove(self)
             import torch
 
-            self.library = torch.library.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
-                self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            sys.modules["torch"]._peft_pvm_tests_library = self.library  # for as long as the process lives
+                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(f"torchvision::{operator}", schema)
 
 
 sys.meta_path.insert(0, _BeforeTorchvision())

@@ -1,0 +1,35 @@
+"""Evaluation with lmms-eval: its models with adapters, text between image and question, the PVM paper's tasks.
+
+lmms-eval finds the models by itself, through the entry point `lmms_eval.models`. `models` and `lengths` need it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+
+
+MISSING = "This needs lmms-eval and what it needs, which the extra brings: pip install 'peft-pvm[eval]'"
+SEPARATOR = "+"  # of adapters in one argument; a comma would end the argument, a semicolon the shell's command
+
+
+def tasks_folder() -> str:
+    """The folder to give to lmms-eval as `--include_path`; `python -m peft_pvm.integrations.lmms_eval` prints it."""
+    return os.fspath(files(__package__) / "tasks")  # type: ignore[call-overload]
+
+
+def separate(adapter: str | Sequence[str]) -> list[str]:
+    """The adapters in an argument: those of a sequence, or of a string with `+` between.
+
+    Raises:
+        ValueError: One of them has no name.
+
+    Example:
+        >>> separate("my-pvm+adapters/dipe")
+        ['my-pvm', 'adapters/dipe']
+    """
+    parts = list(map(str, adapter)) if isinstance(adapter, (list, tuple)) else str(adapter).split(SEPARATOR)
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"adapter is {adapter!r}, but must be folders or Hub ids, with {SEPARATOR} between.")
+    return parts

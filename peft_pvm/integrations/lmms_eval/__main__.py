@@ -1,0 +1,4 @@
+from . import tasks_folder
+
+
+print(tasks_folder())

@@ -1,0 +1,120 @@
+"""Tasks of lmms-eval by how much text stands between image and question, for the base and for adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from peft import PeftConfig
+
+from . import MISSING, separate
+from .report import score_rows
+
+
+try:
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+except ModuleNotFoundError as error:
+    raise ImportError(f"{error}. {MISSING}") from error
+from .models import MODELS, PREFIX, model_class
+
+
+VERSIONS = ("lmms_eval", "torch", "transformers", "peft", "peft-pvm")
+BASE = "base"
+
+
+def evaluate_lengths(
+    model: str,
+    model_args: str,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    adapters: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    include_path: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    device: str | None = None,
+    gen_kwargs: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Run lmms-eval for the base and for adapters, with every length of text.
+
+    All run on the same texts. Each run loads the model anew, as lmms-eval does.
+
+    Args:
+        model: One of `MODELS`.
+        model_args: Of lmms-eval's model, such as "pretrained=Qwen/Qwen3-VL-8B-Instruct".
+        tasks: Names of tasks or groups.
+        lengths: Tokens of text between image and question; 0 for none.
+        adapters: What is compared with the base: each a folder, a Hub id, or several with `+` between, which act
+            together.
+        seeds: Of sampling. Each is a run; a task that is answered greedily needs one.
+        include_path: Folder of further tasks.
+        limit: Documents of each task; `None`: all.
+        batch_size: Documents at a time.
+        device: Such as "cuda" or "cpu"; `None`: lmms-eval's default.
+        gen_kwargs: What to change of the tasks' generation settings, such as "temperature=0.7".
+        progress: Is told what is being run.
+        keep: Is given the result so far after each run.
+
+    Returns:
+        What can be written as JSON: the arguments, `versions`, `text` (what was put in, by run) and `scores`, rows of
+        `adapter`, `length`, `seed`, `task`, `metric`, `value` and `stderr` (lmms-eval's, over documents, or `None`).
+        Empty `scores` on other processes than the first.
+
+    Raises:
+        ValueError: A model, task or adapter that is not known, a length below 0, or what a run refuses.
+    """
+    if model not in MODELS:
+        raise ValueError(f"The model is {model!r}, but must be one of {', '.join(MODELS)}.")
+    if min(lengths) < 0:
+        raise ValueError(f"The lengths are {list(lengths)}, but must be 0 or more.")
+    if BASE in adapters:
+        raise ValueError(f"{BASE!r} is what the model without adapters is called here: give the folder as ./{BASE}.")
+    for source in (source for adapter in adapters for source in separate(adapter)):
+        PeftConfig.from_pretrained(source)  # rather now than after hours
+    # Prompts that a task has for this model are found by lmms-eval's own name of it.
+    manager = TaskManager(include_path=include_path, model_name=model)
+    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+        raise ValueError(f"lmms-eval has no tasks {unknown}: `lmms-eval tasks list` shows them all.")
+    result: dict[str, Any] = {
+        "model": f"{PREFIX}{model}",
+        "model_args": model_args,
+        "tasks": list(tasks),
+        "lengths": list(lengths),
+        "adapters": [BASE, *adapters],
+        "seeds": list(seeds),
+        "limit": limit,
+        "gen_kwargs": gen_kwargs,
+        "versions": {name: version(name) for name in VERSIONS},
+        "text": [],
+        "scores": [],
+    }
+    for adapter in (BASE, *adapters):
+        for length in lengths:
+            for seed in seeds:
+                progress(f"{adapter}, {length} tokens, seed {seed}")
+                given = f"{model_args},distractor_tokens={length}" + ("" if adapter == BASE else f",adapter={adapter}")
+                lm = model_class(model).create_from_arg_string(  # type: ignore[attr-defined]
+                    given, {"batch_size": batch_size, "device": device}
+                )
+                results = simple_evaluate(
+                    model=lm,
+                    tasks=list(tasks),
+                    task_manager=manager,
+                    limit=limit,
+                    gen_kwargs=gen_kwargs,
+                    random_seed=seed,
+                    numpy_random_seed=seed,
+                    torch_random_seed=seed,
+                    log_samples=False,
+                )
+                run = {"adapter": adapter, "length": length, "seed": seed}
+                counts = lm.distractor_counts
+                result["text"].append({**run, "requests": len(counts), "tokens": sorted(set(counts))})
+                if results is not None:  # all is gathered in the first process
+                    result["scores"] += [{**run, **row} for row in score_rows(results["results"])]
+                    keep(result)
+    return result
