@@ -31,8 +31,8 @@ def eval_lengths(
     ] = None,
     seeds: Annotated[str, typer.Option(help="Of sampling, separated by commas; each is a run.")] = "0",
     include_path: Annotated[
-        str, typer.Option(help="Folder of further tasks; by default those of this package, such as pvm_paper.")
-    ] = tasks_folder(),
+        str | None, typer.Option(help="Folder of further tasks; by default those of this package, such as pvm_paper.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, for a try.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Documents at a time.")] = 1,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
@@ -57,7 +57,7 @@ def eval_lengths(
             [int(length) for length in lengths.split(",")],
             adapter or [],
             [int(seed) for seed in seeds.split(",")],
-            include_path,
+            include_path or tasks_folder(),
             limit,
             batch_size,
             device,

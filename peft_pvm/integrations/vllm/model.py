@@ -11,7 +11,6 @@ Under tensor parallelism every rank computes the whole branch, which is small, a
 from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -211,9 +210,12 @@ class PeftPVMQwen3VLForConditionalGeneration(qwen3_vl.Qwen3VLForConditionalGener
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model"):
         has_anchors = configs_of(vllm_config.model_config.hf_config.text_config)[1] is not None
         refuse_what_breaks(vllm_config, has_anchors)
-        # vLLM has no other place to say which class the text model is of.
-        with patch.object(qwen3_vl, "Qwen3LLMModel", LanguageModel):
+        original = qwen3_vl.Qwen3LLMModel
+        qwen3_vl.Qwen3LLMModel = LanguageModel  # vLLM has no other place to say which class the text model is of
+        try:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        finally:
+            qwen3_vl.Qwen3LLMModel = original
         self.has_anchors = has_anchors
 
     def get_mrope_input_positions(
