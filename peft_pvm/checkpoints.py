@@ -164,8 +164,13 @@ class BaseCheckpoint:
 
         Returns:
             `out`.
+
+        Raises:
+            ValueError: `out` is the folder of the checkpoint itself.
         """
         out.mkdir(parents=True, exist_ok=True)
+        if out.samefile(self._folder):
+            raise ValueError(f"{out} is the folder of the base model itself, which is left as it is: name another.")
         _copy_other_files(self._folder, out)
         _write_json(out / "config.json", config)
         weight_map: dict[str, str] = {}

@@ -115,6 +115,13 @@ def test_other_methods_bases_and_sizes_are_refused(base: Path, adapters: dict[st
     assert "Error" in result.output
 
 
+def test_the_base_is_not_written_over(base: Path, adapters: dict[str, Path]):
+    before = {path: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(ValueError, match="is the folder of the base model itself"):
+        export_vllm(base, [adapters["dipe"]], base)
+    assert {path: path.read_bytes() for path in base.iterdir()} == before
+
+
 def test_a_damaged_adapter_is_refused(base: Path, tmp_path: Path):
     model = get_peft_model(load_tiny_vlm(), PVMConfig(r=32, layers_to_transform=[1]))
     give_weight(model)
