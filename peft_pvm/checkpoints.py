@@ -166,11 +166,9 @@ class BaseCheckpoint:
             `out`.
 
         Raises:
-            ValueError: `out` is the folder of the checkpoint itself.
+            ValueError: `out` is the checkpoint's own folder.
         """
-        out.mkdir(parents=True, exist_ok=True)
-        if out.samefile(self._folder):
-            raise ValueError(f"{out} is the folder of the base model itself, which is left as it is: name another.")
+        _make_beside(self._folder, out)
         _copy_other_files(self._folder, out)
         _write_json(out / "config.json", config)
         weight_map: dict[str, str] = {}
@@ -295,7 +293,7 @@ def _without(content: dict[str, Any]) -> dict[str, Any]:
 
 def _write_base(folder: Path, out: Path, content: dict[str, Any]) -> None:
     """The model without the branch, one shard after the other."""
-    out.mkdir(parents=True, exist_ok=True)
+    _make_beside(folder, out)
     _copy_other_files(folder, out)
     text = {name: value for name, value in content["text_config"].items() if name not in FIELDS}
     _write_json(out / "config.json", {**content, "text_config": text})
@@ -311,6 +309,12 @@ def _write_base(folder: Path, out: Path, content: dict[str, Any]) -> None:
         total += _tensor_bytes(out / shard.name)
     if set(weight_map.values()) != {SINGLE}:
         _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _make_beside(folder: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    if out.samefile(folder):
+        raise ValueError(f"{out} is what is read, and is left as it is: name another folder to write to.")
 
 
 def _copy_other_files(folder: Path, out: Path) -> None:

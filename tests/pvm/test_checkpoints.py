@@ -229,3 +229,10 @@ def test_what_their_code_does_not_know_is_not_exported(checkpoint: Path, tmp_pat
     with pytest.raises(ValueError, match=message):
         export_reference_checkpoint(tmp_path / "ours", tmp_path / "base", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_not_written_over(checkpoint: Path, tmp_path: Path):
+    before = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    with pytest.raises(ValueError, match="is left as it is"):
+        convert_reference_checkpoint(checkpoint, tmp_path / "adapter", base_dir=checkpoint)
+    assert {path: path.read_bytes() for path in checkpoint.iterdir()} == before

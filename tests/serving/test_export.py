@@ -117,7 +117,7 @@ def test_other_methods_bases_and_sizes_are_refused(base: Path, adapters: dict[st
 
 def test_the_base_is_not_written_over(base: Path, adapters: dict[str, Path]):
     before = {path: path.read_bytes() for path in base.iterdir()}
-    with pytest.raises(ValueError, match="is the folder of the base model itself"):
+    with pytest.raises(ValueError, match="is left as it is"):
         export_vllm(base, [adapters["dipe"]], base)
     assert {path: path.read_bytes() for path in base.iterdir()} == before
 
