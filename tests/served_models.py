@@ -18,6 +18,7 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+from transformers.video_utils import VideoMetadata
 
 from peft_pvm.integrations.vllm import export_vllm
 from peft_pvm.lab.mosaic import CHANNELS, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
@@ -26,15 +27,17 @@ from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 NEW_TOKENS = 12
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt with a placeholder for each image, and which images, by number."""
+    """A prompt with a placeholder for each image, which images, by number, and of how many frames a video is."""
 
     prompt: str
     images: tuple[int, ...] = ()
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ REQUESTS = [
     Request(f"{IMAGE} then another {IMAGE} and a question [cell 7]", (3, 4)),
     Request(f"{IMAGE}{IMAGE} side by side", (5, 5)),
     Request(f"text and an image at the end {IMAGE}", (6,)),
+    Request(f"{VIDEO} and an image {IMAGE}{' of which ' * 10}[cell 4]", (7,), frames=6),
     Request("no image at all [cell 2]"),
 ]
 
@@ -69,16 +73,25 @@ def picture(number: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def clip(frames: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """A video of so many pictures, two a second, and what is known about it."""
+    pixels = np.stack([np.asarray(picture(100 + number)) for number in range(frames)])
+    known = dict(fps=2.0, duration=frames / 2, total_num_frames=frames, frames_indices=list(range(frames)))
+    return pixels, known
+
+
 def save_base(folder: Path) -> Path:
     """The tiny model with the processor of a real Qwen3-VL, as vLLM wants it."""
     load_tiny_vlm().save_pretrained(folder)
     tiny = tiny_vlm_processor()
-    sizes = dict(patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, temporal_patch_size=TEMPORAL_PATCH_SIZE)
-    sizes |= dict(size=dict(tiny.image_processor.size), image_mean=[0.5] * CHANNELS, image_std=[0.5] * CHANNELS)
+    common = dict(patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, temporal_patch_size=TEMPORAL_PATCH_SIZE)
+    common |= dict(image_mean=[0.5] * CHANNELS, image_std=[0.5] * CHANNELS)
+    of_image = dict(tiny.image_processor.size)
+    of_video = {"shortest_edge": 4 * of_image["shortest_edge"], "longest_edge": 8 * of_image["longest_edge"]}
     processor = Qwen3VLProcessor(
-        Qwen2VLImageProcessor(**sizes),
+        Qwen2VLImageProcessor(size=of_image, **common),
         tiny.tokenizer,
-        Qwen3VLVideoProcessor(**sizes),
+        Qwen3VLVideoProcessor(size=of_video, **common),
         chat_template=tiny.chat_template,
     )
     processor.save_pretrained(folder)
@@ -101,7 +114,11 @@ def ask_transformers(base: Path, adapters: Sequence[Path], requests: Sequence[Re
     answers = []
     for request in requests:
         images = [picture(number) for number in request.images]
-        inputs = processor(text=[request.prompt], images=images or None, return_tensors="pt")
+        video = {}
+        if request.frames:
+            pixels, known = clip(request.frames)
+            video = dict(videos=[pixels], video_metadata=[VideoMetadata(**known)], do_sample_frames=False)
+        inputs = processor(text=[request.prompt], images=images or None, return_tensors="pt", **video)
         output = model.generate(
             **inputs,
             max_new_tokens=NEW_TOKENS,
@@ -129,7 +146,7 @@ def engine(folder: Path, **kwargs: Any) -> Iterator[Any]:
         max_num_batched_tokens=48,
         block_size=32,
         enforce_eager=True,
-        limit_mm_per_prompt={"image": 2, "video": 0},
+        limit_mm_per_prompt={"image": 2, "video": {"count": 1, "num_frames": 8, "width": 24, "height": 24}},
         kv_cache_memory_bytes=256 << 20,
     )
     llm = LLM(str(folder), **{**settings, **kwargs})
@@ -149,7 +166,8 @@ def ask_vllm(llm: Any, requests: Sequence[Request], **kwargs: Any) -> list[Answe
     prompts = []
     for request in requests:
         images = [picture(number) for number in request.images]
-        prompts.append({"prompt": request.prompt, **({"multi_modal_data": {"image": images}} if images else {})})
+        data = {**({"image": images} if images else {}), **({"video": clip(request.frames)} if request.frames else {})}
+        prompts.append({"prompt": request.prompt, **({"multi_modal_data": data} if data else {})})
     answers = []
     for result in llm.generate(prompts, sampling, use_tqdm=False):
         tokens = list(result.outputs[0].token_ids)
