@@ -38,7 +38,9 @@ def test_what_pvm_retrieves_of_the_asked_cell():
     (layer,) = (module for module in model.modules() if isinstance(module, PVMLayer) and module.layer_idx == 3)
     for name in ("pvm_q_norm", "pvm_k_norm"):
         norm = getattr(layer, name)["default"]
-        norm.register_forward_hook(lambda module, args, output, name=name: seen.__setitem__(name, output[0]))
+        norm.register_forward_hook(
+            lambda module, args, output, name=name: seen.__setitem__(name, output[0].transpose(0, 1))
+        )
     inputs = make_questions("test", 1, 30, 9, torch.Generator().manual_seed(0)).inputs
     with torch.no_grad():
         model(**inputs, use_cache=False)
