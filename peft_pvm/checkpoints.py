@@ -30,7 +30,7 @@ from .tuner import PEFT_PREFIX
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PVM_SHARD = "model-pvm.safetensors"
+FIRST_OF_TWO, PVM_SHARD = "model-00001-of-00002.safetensors", "model-pvm.safetensors"
 FIELDS = ("pvm_hidden_size", "pvm_layers")
 AUTHORS_NAMES = {
     "gate": "gate_alpha",
@@ -169,12 +169,13 @@ class BaseCheckpoint:
             ValueError: `out` is the checkpoint's own folder.
         """
         _make_beside(self._folder, out)
+        for name in ("config.json", INDEX):  # without them it is no checkpoint, until all of it is there
+            (out / name).unlink(missing_ok=True)
         _copy_other_files(self._folder, out)
-        _write_json(out / "config.json", config)
         weight_map: dict[str, str] = {}
         total = 0
         for shard in self._shards_found:
-            name = "model-00001-of-00002.safetensors" if shard.name == SINGLE else shard.name
+            name = FIRST_OF_TWO if branch and shard.name == SINGLE else shard.name
             shutil.copyfile(shard, out / name)
             with _opened(shard) as file:
                 weight_map.update(dict.fromkeys(file.keys(), name))
@@ -185,6 +186,7 @@ class BaseCheckpoint:
             weight_map.update(dict.fromkeys(branch, PVM_SHARD))
             total += _tensor_bytes(out / PVM_SHARD)
         _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(out / "config.json", config)
         return out
 
 

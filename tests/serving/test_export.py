@@ -14,7 +14,7 @@ from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, PVMConfig
 from peft_pvm.integrations.vllm import export_vllm
-from peft_pvm.integrations.vllm.export import ARCHITECTURE, configs_of
+from peft_pvm.integrations.vllm.served import ARCHITECTURE, configs_of
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
@@ -56,6 +56,7 @@ def test_a_folder_has_the_base_the_branch_and_what_was_asked_for(
         assert found.keys() == {key.removeprefix("base_model.model.") for key in written}
         assert all(found[key.removeprefix("base_model.model.")].equal(tensor) for key, tensor in written.items())
     assert (out / "chat_template.jinja").is_file()
+    assert "base_model_name_or_path" not in (out / "config.json").read_text()
     config = AutoConfig.from_pretrained(out)
     assert config.architectures == [ARCHITECTURE]
     pvm, dipe = configs_of(config.text_config)

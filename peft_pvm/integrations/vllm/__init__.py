@@ -1,6 +1,7 @@
 """Serving with vLLM: its plugin, found by the entry point `vllm.general_plugins`, and what makes a folder for it."""
 
-from .export import ARCHITECTURE, export_vllm
+from .export import export_vllm
+from .served import ARCHITECTURE
 
 
 __all__ = ["export_vllm", "register"]

@@ -15,11 +15,10 @@ from ...pvm import PVMConfig
 from ...pvm.files import read_adapter
 from ...pvm.merging import Tensors
 from ...tuner import PEFT_PREFIX, VisualConfig
+from .served import ARCHITECTURE, FIELD, fields_of
 
 
-ARCHITECTURE = "PeftPVMQwen3VLForConditionalGeneration"
 BASES = ("qwen3_vl",)  # by `model_type`
-FIELD = "peft_pvm"  # of the text config, where the adapters stand by method
 
 
 def export_vllm(
@@ -66,26 +65,13 @@ def export_vllm(
                 raise ValueError(f"{adapter} acts on layers {beyond}, but {base} has {num_layers} layers.")
         else:
             raise NotImplementedError(f"{adapter} is an adapter of {config.method}. For vLLM there are PVM and DIPE.")
-        by_method[config.method] = {name: value for name, value in config.to_dict().items() if value is not None}
+        by_method[config.method] = fields_of(config)
     if not by_method:
         raise ValueError("No adapter is given. To serve the base alone, vLLM takes it as it is.")
     content = checkpoint.config
     content["architectures"] = [ARCHITECTURE]
     content["text_config"][FIELD] = by_method
     return checkpoint.copy(Path(output_dir), content, branch)
-
-
-def configs_of(text_config: Any) -> tuple[PVMConfig | None, DIPEConfig | None]:
-    """The adapters' configurations, as `export_vllm` wrote them into a text config."""
-    by_method = getattr(text_config, FIELD)
-    found = [PeftConfig.from_peft_type(**by_method[name]) if name in by_method else None for name in ("pvm", "dipe")]
-    return found[0], found[1]
-
-
-def acts_on(dipe: DIPEConfig, layer_idx: int) -> bool:
-    """Whether DIPE acts on a decoder layer of Qwen3-VL, which all rotate queries and keys."""
-    layers = dipe.layers_to_transform
-    return layers is None or layer_idx in cast(list[int], layers)
 
 
 def _pvm_weights(adapter: str | os.PathLike, base: BaseCheckpoint, accept_causal: bool) -> Tensors:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+import vllm
 from torch import nn
 from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -25,13 +26,16 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from ...pvm import PVMConfig
 from ...pvm.branch import Branch, fresh_weights, weight_name
 from ...pvm.shape import BranchShape
-from .export import acts_on, configs_of
 from .labels import attach_labels, detach_labels
+from .served import acts_on, configs_of
 from .widening import anchored_across_modalities, supported_width, visual_keys_only
 
 
+VERSIONS = ("0.32.", "0.33.")  # of vLLM: the first was run, the files that this builds on are the same in the second
+
+
 class Tokens(NamedTuple):
-    """What is known of the tokens of a forward.
+    """What is known of the tokens of a forward. vLLM's layers hand it down as `positions`.
 
     Attributes:
         positions: `(axes, num_tokens)`, int64.
@@ -132,7 +136,7 @@ class AnchoredAttention(nn.Module):
         self.attn = _wide_attention(*sizes, narrow, cache_config, narrow.layer_name)
 
     def forward(self, positions: Tokens, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(num_tokens, hidden_size)` to the same. The layer calls what it hands down `positions`."""
+        """`(num_tokens, hidden_size)` to the same."""
         tokens = positions
         projected, _ = self.qkv_proj(hidden_states)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected.split(self.sizes, -1))
@@ -165,7 +169,7 @@ class DecoderLayer(qwen3_vl.Qwen3VLDecoderLayer):
     def forward(
         self, positions: Tokens, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the base, whose loop over layers calls what it hands down `positions`."""
+        """As the base."""
         is_anchored = isinstance(self.self_attn, AnchoredAttention)
         hidden_states, residual = super().forward(
             positions if is_anchored else positions.positions, hidden_states, residual
@@ -191,7 +195,8 @@ class LanguageModel(qwen3_vl.Qwen3LLMModel):
         """As the base."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
-        tokens = Tokens(*detach_labels(positions), inputs_embeds)
+        # A copy: kernels that add in place write the residual stream of later layers into what enters the first.
+        tokens = Tokens(*detach_labels(positions), inputs_embeds.clone())
         return super().forward(None, tokens, intermediate_tensors, inputs_embeds, deepstack_input_embeds)
 
 
@@ -204,7 +209,7 @@ class PeftPVMQwen3VLForConditionalGeneration(qwen3_vl.Qwen3VLForConditionalGener
     """Qwen3-VL with the adapters that `export_vllm` wrote into its config. Arguments are the base's.
 
     Raises:
-        NotImplementedError: vLLM was started with something that was not made to work with it.
+        NotImplementedError: Another version of vLLM, or one that was started with what breaks this.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model"):
@@ -233,9 +238,21 @@ class PeftPVMQwen3VLForConditionalGeneration(qwen3_vl.Qwen3VLForConditionalGener
 
 
 def refuse_what_breaks(vllm_config: VllmConfig, has_anchors: bool) -> None:
-    """Raise NotImplementedError for what would break, or was never tried."""
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise NotImplementedError("PVM and DIPE in vLLM know tensor parallelism only: set --pipeline-parallel-size 1.")
+    """Raise NotImplementedError for what is known to break, and for versions of vLLM that nobody looked into."""
+    if not vllm.__version__.startswith(VERSIONS):
+        raise NotImplementedError(
+            f"PVM and DIPE stand on the insides of vLLM {' and '.join(VERSIONS)}, but this is {vllm.__version__}."
+        )
+    parallel = vllm_config.parallel_config
+    if (
+        max(
+            parallel.pipeline_parallel_size,
+            parallel.decode_context_parallel_size,
+            parallel.prefill_context_parallel_size,
+        )
+        > 1
+    ):
+        raise NotImplementedError("PVM and DIPE in vLLM know tensor parallelism only: neither pipeline nor context.")
     if vllm_config.speculative_config is not None:
         raise NotImplementedError("PVM and DIPE in vLLM do not work with speculative decoding: leave it out.")
     if vllm_config.model_config.get_multimodal_config().is_multimodal_pruning_enabled():
