@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]
     num_cached: int = 0
+
+    def begins(self, length: int) -> Answer:
+        """The first tokens of it."""
+        return replace(self, tokens=self.tokens[:length], logprobs=self.logprobs[:length])
 
     def differs_by(self, other: Answer) -> float:
         """By how much at most their logprobs differ; infinite if the tokens do."""
@@ -162,7 +166,8 @@ def ask_vllm(llm: Any, requests: Sequence[Request], **kwargs: Any) -> list[Answe
     """What the requests are answered, all at once."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, **kwargs)
+    settings = dict(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
+    sampling = SamplingParams(**{**settings, **kwargs})
     prompts = []
     for request in requests:
         images = [picture(number) for number in request.images]

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings it")
 
-from served_models import REQUESTS, Answer, ask_transformers, ask_vllm, engine, exported
+from served_models import NEW_TOKENS, REQUESTS, Answer, Request, ask_transformers, ask_vllm, engine, exported
+from transformers import AutoTokenizer
 
 from peft_pvm.lab.mosaic import IMAGE
 
@@ -36,6 +39,15 @@ def assert_same(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
     assert max(differences) < TOLERANCE, differences
 
 
+def second_turns(base: Path, answers: Sequence[Answer]) -> list[Request]:
+    """Each conversation goes on after its answer."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return [
+        replace(request, prompt=f"{request.prompt}{tokenizer.decode(answer.tokens)} And what else? [cell 8]")
+        for request, answer in zip(REQUESTS, answers)
+    ]
+
+
 class Served:
     """What vLLM and transformers answer with some adapters."""
 
@@ -48,11 +60,14 @@ class Served:
         with engine(self.folder) as llm:
             self.together = ask_vllm(llm, REQUESTS)
             self.again = ask_vllm(llm, REQUESTS)
+            goes_on = second_turns(base, self.together)
+            self.second = ask_vllm(llm, goes_on)
             self.alone = []
             for request in REQUESTS:
                 assert llm.reset_prefix_cache()
                 self.alone += ask_vllm(llm, [request])
             self.forced = ask_vllm(llm, REQUESTS, allowed_token_ids=[IMAGE])
+        self.expected_second = ask_transformers(base, adapters, goes_on)
 
 
 _served: dict[str, Served] = {}
@@ -91,6 +106,13 @@ def test_cached_prefixes_change_nothing(serve, name: str):
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_second_turn_on_the_cache_of_the_first(serve, name: str):
+    served = serve(name)
+    assert sum(answer.num_cached for answer in served.second) > sum(answer.num_cached for answer in served.again)
+    assert_same(served.second, served.expected_second)
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
 def test_a_generated_placeholder_is_text(serve, name: str):
     served = serve(name)
     assert {token for answer in served.forced for token in answer.tokens} == {IMAGE}
@@ -107,7 +129,19 @@ def test_on_differs_from_off_where_there_is_an_image(serve, name: str):
             assert answer.differs_by(without) < 1e-5, request
 
 
-def test_compiled(serve):
+def test_preempted_requests_are_answered_as_others(serve):
+    served = serve("pvm+dipe")
+    crowded = dict(max_model_len=640, num_gpu_blocks_override=24, disable_log_stats=False)
+    with engine(served.folder, **crowded) as llm:
+        answers = ask_vllm(llm, REQUESTS * 2, max_tokens=80)
+        preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+    assert sum(preemptions) > 0
+    assert_same([answer.begins(NEW_TOKENS) for answer in answers], served.expected * 2)
+    halves = len(REQUESTS)
+    assert_same(answers[:halves], answers[halves:])
+
+
+def test_traced_by_dynamo(serve):
     served = serve("pvm+dipe")
     with engine(served.folder, enforce_eager=False) as llm:
         assert_same(ask_vllm(llm, REQUESTS), served.expected)
@@ -135,14 +169,39 @@ def test_without_the_plugin_vllm_refuses_the_folder(serve, monkeypatch: pytest.M
     monkeypatch.delitem(ModelRegistry.models, "PeftPVMQwen3VLForConditionalGeneration", raising=False)
     monkeypatch.setenv("VLLM_PLUGINS", "none_of_ours")
     monkeypatch.setattr("vllm.plugins.plugins_loaded", True)
-    with pytest.raises(Exception, match="PeftPVMQwen3VLForConditionalGeneration"), engine(folder):
+    said = r"Model architectures \['PeftPVMQwen3VLForConditionalGeneration'\] are not supported"
+    with pytest.raises(Exception, match=said), engine(folder):
         pass
+
+
+def test_the_engine_says_what_it_refuses(serve, capfd: pytest.CaptureFixture):
+    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(Exception, match="initialization"), engine(serve("pvm").folder, speculative_config=speculative):
+        pass
+    assert "do not work with speculative decoding" in "".join(capfd.readouterr())
+
+
+def test_what_enters_the_first_layer_survives_kernels_that_add_in_place(monkeypatch: pytest.MonkeyPatch):
+    from peft_pvm.integrations.vllm import model
+
+    def add_in_place(self, input_ids, tokens, intermediate_tensors, inputs_embeds, deepstack_input_embeds):
+        inputs_embeds.add_(1)
+        return tokens.inputs_embeds
+
+    monkeypatch.setattr(model.qwen3_vl.Qwen3LLMModel, "forward", add_in_place)
+    bare = model.LanguageModel.__new__(model.LanguageModel)
+    embeddings = torch.zeros(2, 4)
+    kept = model.LanguageModel.forward(bare, None, torch.zeros(3, 2, dtype=torch.long), inputs_embeds=embeddings)
+    assert embeddings.all()
+    assert not kept.any()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "--pipeline-parallel-size 1"),
+        ({"pipeline_parallel_size": 2}, "tensor parallelism only"),
+        ({"decode_context_parallel_size": 2}, "tensor parallelism only"),
+        ({"prefill_context_parallel_size": 2}, "tensor parallelism only"),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"is_pruned": True}, "pruning of videos"),
@@ -151,17 +210,25 @@ def test_without_the_plugin_vllm_refuses_the_folder(serve, monkeypatch: pytest.M
 def test_what_was_not_made_to_work_is_refused(change: dict, message: str):
     from peft_pvm.integrations.vllm.model import refuse_what_breaks
 
-    def config(is_pruned: bool = False, **fields) -> SimpleNamespace:
-        multimodal = SimpleNamespace(is_multimodal_pruning_enabled=lambda: is_pruned)
-        usual = dict(
-            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-            speculative_config=None,
-            use_v2_model_runner=False,
+    def config(**changes) -> SimpleNamespace:
+        multimodal = SimpleNamespace(is_multimodal_pruning_enabled=lambda: changes.get("is_pruned", False))
+        sizes = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(**{size: changes.get(size, 1) for size in sizes}),
+            speculative_config=changes.get("speculative_config"),
+            use_v2_model_runner=changes.get("use_v2_model_runner", False),
             model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal),
         )
-        return SimpleNamespace(**{**usual, **fields})
 
     refuse_what_breaks(config(), has_anchors=True)
     with pytest.raises(NotImplementedError, match=message):
         refuse_what_breaks(config(**change), has_anchors=True)
     refuse_what_breaks(config(use_v2_model_runner=True), has_anchors=False)
+
+
+def test_another_version_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch):
+    from peft_pvm.integrations.vllm.model import refuse_what_breaks
+
+    monkeypatch.setattr("vllm.__version__", "0.34.0")
+    with pytest.raises(NotImplementedError, match=r"vLLM 0\.32\. and 0\.33\., but this is 0\.34\.0"):
+        refuse_what_breaks(SimpleNamespace(), has_anchors=False)
