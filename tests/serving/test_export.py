@@ -18,7 +18,7 @@ from peft_pvm.integrations.vllm.served import ARCHITECTURE, configs_of
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
-pytest.importorskip("typer", reason="the command line needs the extra `lab`")
+pytest.importorskip("matplotlib", reason="the command line needs the extra `lab`")
 
 from transformers import AutoConfig
 from typer.testing import CliRunner
