@@ -169,7 +169,7 @@ def test_arguments_are_checked_before_the_model_is_loaded(folder: Path):
     with pytest.raises(ValueError, match="with \\+ between"):
         separate("my-pvm++dipe")
     with pytest.raises(FileNotFoundError, match="no text file"):
-        evaluate(folder, name="no model", model_args="distractor_tokens=4,distractor_file=nowhere.txt")
+        WithAdapters(distractor_tokens=4, distractor_file="nowhere.txt", pretrained="no model")
     for tokens in ("-1", "1.5", "8k"):
         with pytest.raises(ValueError, match=f"distractor_tokens is '?{tokens}'?, but must be a whole number"):
             WithAdapters(distractor_tokens=handle_arg_string(tokens), pretrained="no model")

@@ -154,8 +154,10 @@ def into_messages(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict
 
     Example:
         >>> content = [{"type": "image", "url": "a.png"}, {"type": "text", "text": "What?"}]
-        >>> [part.get("text") for part in into_messages([{"role": "user", "content": content}], "...")[0]["content"]]
-        [None, '...\\n\\n', 'What?']
+        >>> (message,) = into_messages([{"role": "user", "content": content}], "...")
+        >>> _, distractor, _ = message["content"]
+        >>> distractor["text"]
+        '...\\n\\n'
     """
     changed = [{**message, "content": list(message["content"])} for message in messages]
     number, place = max(
