@@ -219,6 +219,7 @@ def test_a_task_without_targets_has_no_answers():
         ("7只", "共有7只猫。", True),
         ("7只", "共有17只猫。", False),
         ("cat", "这是cat的照片。", True),
+        ("猫", "A猫7", True),
         ("cat", "a category", False),
         ("cat", "two wildcats", False),
         ("최고", "최고의", False),

@@ -22,8 +22,8 @@ import yaml
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model, list_available_models
 from lmms_eval.tasks import TaskManager
-from lmms_eval.utils import handle_arg_string
 from lmms_eval_runs import MODEL_ARGS, TASK, save_model, save_task
+from loguru import logger
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -170,15 +170,21 @@ def test_arguments_are_checked_before_the_model_is_loaded(folder: Path):
         separate("my-pvm++dipe")
     with pytest.raises(FileNotFoundError, match="no text file"):
         WithAdapters(distractor_tokens=4, distractor_file="nowhere.txt", pretrained="no model")
-    for tokens in ("-1", "1.5", "8k"):
-        with pytest.raises(ValueError, match=f"distractor_tokens is '?{tokens}'?, but must be a whole number"):
-            WithAdapters(distractor_tokens=handle_arg_string(tokens), pretrained="no model")
+    for tokens in (-1, 1.5, "8k"):
+        with pytest.raises(ValueError, match=f"distractor_tokens is {tokens!r}, but must be a whole number"):
+            WithAdapters(distractor_tokens=tokens, pretrained="no model")
     with pytest.raises(AssertionError, match="Unexpected kwargs"):  # lmms-eval's own check is still there
         evaluate(folder, model_args="adaptor=my-pvm")
-    with pytest.warns(UserWarning, match="was made for 2048 positions"):
-        get_model("peft_pvm_llava_hf").create_from_arg_string(
-            f"pretrained={folder / 'llava_hf'},{MODEL_ARGS['llava_hf']},distractor_tokens=4096", {"device": "cpu"}
-        )
+
+
+def test_a_text_longer_than_the_model_was_made_for_is_logged(folder: Path):
+    logged: list[str] = []
+    sink = logger.add(logged.append, level="WARNING")
+    get_model("peft_pvm_llava_hf").create_from_arg_string(
+        f"pretrained={folder / 'llava_hf'},{MODEL_ARGS['llava_hf']},distractor_tokens=4096", {"device": "cpu"}
+    )
+    logger.remove(sink)
+    assert any("was made for 2048 positions" in line for line in logged)
 
 
 def test_adapters_are_attached_before_the_model_is_wrapped(monkeypatch: pytest.MonkeyPatch):

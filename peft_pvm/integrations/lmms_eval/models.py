@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -89,9 +88,9 @@ class WithAdapters:
             self._distractors = Distractors(self.tokenizer, distractor_tokens, paragraphs, distractor_seed)
             longest = self.model.config.get_text_config().max_position_embeddings
             if distractor_tokens >= longest:
-                warnings.warn(
-                    f"distractor_tokens is {distractor_tokens}, but the model was made for {longest} positions.",
-                    stacklevel=2,
+                # Logged: some of lmms-eval's modules silence all warnings.
+                logger.warning(
+                    f"distractor_tokens is {distractor_tokens}, but the model was made for {longest} positions."
                 )
 
     def __setattr__(self, name: str, value: Any) -> None:
