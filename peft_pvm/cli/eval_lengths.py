@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,6 +16,7 @@ from .refusals import refusals
 
 
 NAME = "by_length"
+Value = TypeVar("Value")
 
 
 def eval_lengths(
@@ -39,6 +41,10 @@ def eval_lengths(
     gen_kwargs: Annotated[str | None, typer.Option(help="Changes to the tasks' generation settings.")] = None,
 ) -> None:
     """Evaluate a model with lmms-eval, alone and with adapters, after ever more text between image and question."""
+    with refusals():
+        names = separated("--tasks", tasks, str, "names of tasks or groups")
+        tokens = separated("--lengths", lengths, int, "whole numbers of tokens, such as 0,1024")
+        draws = separated("--seeds", seeds, int, "whole numbers")
     try:
         from ..integrations.lmms_eval.lengths import evaluate_lengths
     except ImportError as error:
@@ -53,10 +59,10 @@ def eval_lengths(
         result = evaluate_lengths(
             model,
             model_args,
-            tasks.split(","),
-            [int(length) for length in lengths.split(",")],
+            names,
+            tokens,
             adapter or [],
-            [int(seed) for seed in seeds.split(",")],
+            draws,
             include_path or tasks_folder(),
             limit,
             batch_size,
@@ -71,3 +77,25 @@ def eval_lengths(
     for table in report.tables(result):
         console.print(table)
     (out / f"{NAME}.png").write_bytes(as_png(report.draw(result)))
+
+
+def separated(option: str, text: str, read: Callable[[str], Value], accepted: str) -> list[Value]:
+    """What an option holds between commas.
+
+    Args:
+        option: Its name.
+        text: What it was given.
+        read: Makes a value of each part; raises ValueError if it is none.
+        accepted: What parts may be, for the error.
+
+    Raises:
+        ValueError: A part is empty, or cannot be read.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        values = [read(part) for part in parts]
+    except ValueError:
+        values = []
+    if not values or not all(parts):
+        raise ValueError(f"{option} is {text!r}, but must be {accepted}, separated by commas.")
+    return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import runpy
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,19 +180,60 @@ def test_where_a_text_goes_in_a_prompt(context, expected):
         ("(B)", None, []),
         ("B", ["A", "B"], []),
         ("C", ["cat", "dog"], []),
+        ("['cat','dog']", None, ["['cat','dog']", "cat", "dog"]),
+        ("[cat", None, ["[cat"]),
+        ("[cat]", None, ["[cat]"]),
+        ("[1, 0]", ["cat", "dog"], ["[1, 0]", "dog", "cat"]),
+        ("1", ["cat", "dog"], ["dog"]),
+        ("2", ["1", "2", "3"], ["2"]),
+        ("2", [1, 2, 3], ["2"]),
+        ("7", ["cat", "dog"], ["7"]),
+        ("2", None, ["2"]),
+        ({"answer": "cat", "others": ["dog"], "count": 3}, None, ["cat", "dog", "3"]),
         (" ", None, []),
         (None, None, []),
     ],
 )
 def test_what_counts_as_an_answer(target, choices, expected):
-    config = SimpleNamespace(doc_to_choice=choices)
+    config = SimpleNamespace(doc_to_choice=choices, doc_to_target="answer")
     task = SimpleNamespace(config=config, doc_to_target=lambda doc: target, doc_to_choice=lambda doc: choices)
     assert answers_of(task, {}) == expected
 
 
+def test_a_task_without_targets_has_no_answers():
+    def refuse(doc):
+        raise TypeError
+
+    config = SimpleNamespace(doc_to_choice=None, doc_to_target=None)
+    assert answers_of(SimpleNamespace(config=config, doc_to_target=refuse), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "stands"),
+    [
+        ("猫", "这是一只猫的照片。", True),
+        ("こねこ", "これはこねこです。", True),
+        ("แมว", "นี่คือแมวตัวหนึ่ง", True),
+        ("7", "共有7只猫。", True),
+        ("7", "共有17只猫。", False),
+        ("7只", "共有7只猫。", True),
+        ("7只", "共有17只猫。", False),
+        ("cat", "这是cat的照片。", True),
+        ("猫", "A猫7", True),
+        ("cat", "a category", False),
+        ("cat", "two wildcats", False),
+        ("최고", "최고의", False),
+    ],
+)
+def test_where_words_have_no_spaces_between(answer: str, text: str, stands: bool):
+    draw = Distractors(NeverFive(), 1, [text]).draw
+    with pytest.raises(ValueError, match="in which none of") if stands else nullcontext():
+        draw("a", [answer])
+
+
 @pytest.mark.parametrize("module", ["models", "lengths"])
 def test_without_lmms_eval_it_says_what_to_install(without_lmms_eval, module: str):
-    with pytest.raises(ImportError, match=r"needs lmms-eval .* pip install 'peft-pvm\[eval\]'"):
+    with pytest.raises(ImportError, match=r"needs lmms-eval .* pip install '\.\[eval,lab\]'"):
         importlib.import_module(f"peft_pvm.integrations.lmms_eval.{module}")
 
 

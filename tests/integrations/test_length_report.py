@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from peft_pvm.cli.app import app
+from peft_pvm.cli.eval_lengths import separated
 from peft_pvm.integrations.lmms_eval.report import curves, draw, score_rows, tables
 from peft_pvm.plotting import as_png
 
@@ -87,4 +88,27 @@ def test_the_command_says_what_is_missing(without_lmms_eval):
     options = ["--model", "qwen3_vl", "--model-args", "pretrained=x", "--tasks", "ai2d", "--out", "nowhere"]
     done = CliRunner().invoke(app, ["eval-lengths", *options])
     assert done.exit_code == 1
-    assert "pip install 'peft-pvm[eval]'" in done.stderr
+    assert "pip install '.[eval,lab]' in a checkout" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("--lengths", "1k", "whole numbers of tokens, such as 0,1024"),
+        ("--lengths", "", "whole numbers of tokens, such as 0,1024"),
+        ("--seeds", "0,x", "whole numbers"),
+        ("--tasks", "a,,b", "names of tasks or groups"),
+    ],
+)
+def test_the_command_says_which_option_is_wrong(tmp_path, option: str, value: str, accepted: str):
+    options = {"--model": "qwen3_vl", "--model-args": "pretrained=x", "--tasks": "a", "--out": str(tmp_path / "out")}
+    given = [part for pair in {**options, option: value}.items() for part in pair]
+    done = CliRunner().invoke(app, ["eval-lengths", *given])
+    assert done.exit_code == 1
+    assert done.stderr == f"Error: {option} is {value!r}, but must be {accepted}, separated by commas.\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_spaces_beside_commas():
+    assert separated("--tasks", "a, b ", str, "names") == ["a", "b"]
+    assert separated("--lengths", " 0, 1024", int, "numbers") == [0, 1024]

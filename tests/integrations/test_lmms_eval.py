@@ -23,11 +23,12 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model, list_available_models
 from lmms_eval.tasks import TaskManager
 from lmms_eval_runs import MODEL_ARGS, TASK, save_model, save_task
+from loguru import logger
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from peft_pvm.cli.app import app
-from peft_pvm.integrations.lmms_eval import separate, tasks_folder
+from peft_pvm.integrations.lmms_eval import TESTED, separate, tasks_folder
 from peft_pvm.integrations.lmms_eval.models import MODELS, PREFIX, WithAdapters
 
 
@@ -168,13 +169,22 @@ def test_arguments_are_checked_before_the_model_is_loaded(folder: Path):
     with pytest.raises(ValueError, match="with \\+ between"):
         separate("my-pvm++dipe")
     with pytest.raises(FileNotFoundError, match="no text file"):
-        evaluate(folder, model_args="distractor_tokens=4,distractor_file=nowhere.txt")
+        WithAdapters(distractor_tokens=4, distractor_file="nowhere.txt", pretrained="no model")
+    for tokens in (-1, 1.5, "8k"):
+        with pytest.raises(ValueError, match=f"distractor_tokens is {tokens!r}, but must be a whole number"):
+            WithAdapters(distractor_tokens=tokens, pretrained="no model")
     with pytest.raises(AssertionError, match="Unexpected kwargs"):  # lmms-eval's own check is still there
         evaluate(folder, model_args="adaptor=my-pvm")
-    with pytest.warns(UserWarning, match="was made for 2048 positions"):
-        get_model("peft_pvm_llava_hf").create_from_arg_string(
-            f"pretrained={folder / 'llava_hf'},{MODEL_ARGS['llava_hf']},distractor_tokens=4096", {"device": "cpu"}
-        )
+
+
+def test_a_text_longer_than_the_model_was_made_for_is_logged(folder: Path):
+    logged: list[str] = []
+    sink = logger.add(logged.append, level="WARNING")
+    get_model("peft_pvm_llava_hf").create_from_arg_string(
+        f"pretrained={folder / 'llava_hf'},{MODEL_ARGS['llava_hf']},distractor_tokens=4096", {"device": "cpu"}
+    )
+    logger.remove(sink)
+    assert any("was made for 2048 positions" in line for line in logged)
 
 
 def test_adapters_are_attached_before_the_model_is_wrapped(monkeypatch: pytest.MonkeyPatch):
@@ -195,6 +205,22 @@ def test_adapters_are_attached_before_the_model_is_wrapped(monkeypatch: pytest.M
 
     loaded = Loaded(adapter="a+b")
     assert done == [(loaded._model[0], ["a", "b"]), "wrapped"]
+
+
+def test_a_model_to_which_nothing_was_attached_is_refused():
+    """As of a later lmms-eval, which might load the model in another way: it would be scored as adapted."""
+
+    class Loading:
+        def __init__(self):
+            self._network = torch.nn.Linear(2, 2)
+
+    class Loaded(WithAdapters, Loading):
+        pass
+
+    message = rf"adapters \['a', 'b'\] were not attached: Loaded .*_network.* pip install lmms-eval=={TESTED}"
+    with pytest.raises(RuntimeError, match=message):
+        Loaded(adapter="a+b")
+    assert isinstance(Loaded()._network, torch.nn.Linear)
 
 
 def test_a_document_without_image_is_left_alone(folder: Path, tmp_path: Path):
@@ -307,3 +333,8 @@ def test_what_is_not_known_is_refused(folder: Path):
         evaluate_lengths("qwen3_vl", "pretrained=x", [TASK], [0], ["base"])
     with pytest.raises(ValueError, match="nowhere"):
         evaluate_lengths("qwen3_vl", "pretrained=x", [TASK], [0], [f"{PVM}+{folder / 'nowhere'}"])
+    for name, option in (("adapter", "--adapter"), ("distractor_tokens", "--lengths")):
+        with pytest.raises(ValueError, match=f"holds {name}=, but that is set here: give .*{option}"):
+            evaluate_lengths("qwen3_vl", f"pretrained=x,{name}=1", [TASK], [0])
+    with pytest.raises(ValueError, match="is 'x', but must be name=value"):
+        evaluate_lengths("qwen3_vl", "x", [TASK], [0])

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 
-MISSING = "This needs lmms-eval and what it needs, which the extra brings: pip install 'peft-pvm[eval]'"
+MISSING = "This needs lmms-eval and more, which extras bring: pip install '.[eval,lab]' in a checkout of peft_pvm."
+TESTED = "0.7.3"  # of lmms-eval
 SEPARATOR = "+"  # of adapters in one argument; a comma would end the argument, a semicolon the shell's command
 
 

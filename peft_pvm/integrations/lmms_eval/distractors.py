@@ -6,6 +6,7 @@ thousand tokens later.
 
 from __future__ import annotations
 
+import ast
 import os
 import random
 import re
@@ -17,6 +18,9 @@ from typing import Any
 
 VISUAL = ("image", "video")
 PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
+# Of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Kana, Chinese characters.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+UNSPACED += "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 AROUND = 16  # a cut text may become more or fewer tokens than it was cut from: so many lengths are tried on each side
 
 
@@ -44,6 +48,12 @@ def read_paragraphs(path: str | os.PathLike | None = None) -> list[str]:
     return distinct
 
 
+def check_tokens(tokens: Any) -> None:
+    """Raise ValueError unless a text can have so many tokens."""
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"distractor_tokens is {tokens!r}, but must be a whole number of tokens, 0 for none.")
+
+
 class Distractors:
     """Draws texts of one length, a different one for each document.
 
@@ -58,8 +68,7 @@ class Distractors:
     """
 
     def __init__(self, tokenizer: Any, tokens: int, paragraphs: Sequence[str], seed: int = 0):
-        if not isinstance(tokens, int) or tokens < 1:
-            raise ValueError(f"distractor_tokens is {tokens!r}, but must be a whole number of tokens, 0 for none.")
+        check_tokens(tokens)
         # The text must not open an image or end a turn.
         reserved = tokenizer.get_added_vocab()
         self.paragraphs = [text for text in paragraphs if not any(token in text for token in reserved)]
@@ -72,7 +81,8 @@ class Distractors:
 
         Args:
             document: What names the document, such as task, split and number.
-            answers: What must not stand in the text, as words of their own, letter case and line breaks aside.
+            answers: What must not stand in the text, as words of their own, letter case and line breaks aside;
+                anywhere in it, if they are of a script that puts no spaces between words.
 
         Raises:
             ValueError: The paragraphs without answers do not suffice.
@@ -144,8 +154,10 @@ def into_messages(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict
 
     Example:
         >>> content = [{"type": "image", "url": "a.png"}, {"type": "text", "text": "What?"}]
-        >>> [part.get("text") for part in into_messages([{"role": "user", "content": content}], "...")[0]["content"]]
-        [None, '...\\n\\n', 'What?']
+        >>> (message,) = into_messages([{"role": "user", "content": content}], "...")
+        >>> _, distractor, _ = message["content"]
+        >>> distractor["text"]
+        '...\\n\\n'
     """
     changed = [{**message, "content": list(message["content"])} for message in messages]
     number, place = max(
@@ -177,34 +189,56 @@ def into_context(context: str, text: str) -> str:
 def answers_of(task: Any, doc: Mapping[str, Any]) -> list[str]:
     """What a distractor for a document must not contain: its targets, as far as text can give them away.
 
-    A target that is a number is looked up in the choices, if the task has some; so is a letter. A letter itself, such
-    as "B" or "(B)", gives nothing away and is left out.
+    Of a list each member counts, of a dict each value. A list that is written as a string, such as "['cat', 'dog']",
+    counts as it is and by its members. If the task has choices, a target that is a number among them stands for that
+    choice, counted from 0; so does a string of digits, unless it is itself one of the choices; so does a letter,
+    counted from A. A letter itself, such as "B" or "(B)", gives nothing away and is left out.
 
     Args:
-        task: One of lmms-eval's.
+        task: One of lmms-eval's. Without a `doc_to_target` it has no targets.
         doc: The document.
     """
-    target = task.doc_to_target(doc)
+    if task.config.doc_to_target is None:
+        return []
     choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else []
-    answers = [
-        text for one in (target if isinstance(target, (list, tuple)) else [target]) for text in _spelt(one, choices)
-    ]
+    answers = _spelt(task.doc_to_target(doc), list(map(str, choices)))
     return list(dict.fromkeys(text.strip() for text in answers if re.search(r"\w", text)))
 
 
 def _spelt(target: Any, choices: Sequence[str]) -> list[str]:
-    if isinstance(target, int) and choices:
-        return [str(choices[target])] if 0 <= target < len(choices) else []
     if target is None:  # some test sets keep their answers
         return []
-    letter = re.fullmatch(r"\(?([A-Za-z])[).:]?", str(target).strip())
-    if letter is None:
-        return [str(target)]
-    number = ord(letter[1].upper()) - ord("A")
-    return [text for text in map(str, choices[number : number + 1]) if len(text) > 1]
+    if isinstance(target, Mapping):
+        return _spelt(list(target.values()), choices)
+    if isinstance(target, (list, tuple)):
+        return [text for one in target for text in _spelt(one, choices)]
+    text = str(target).strip()
+    number = int(text) if isinstance(target, int) or (text.isdecimal() and text not in choices) else -1
+    if 0 <= number < len(choices):
+        return [choices[number]]
+    if letter := re.fullmatch(r"\(?([A-Za-z])[).:]?", text):
+        number = ord(letter[1].upper()) - ord("A")
+        return [choice for choice in choices[number : number + 1] if len(choice) > 1]
+    return [text, *_spelt(_written_list(text), choices)]
+
+
+def _written_list(text: str) -> list[Any]:
+    """The list that a string is, or an empty one."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return []
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, ValueError):  # brackets around something else
+        return []
 
 
 def _as_words(answer: str) -> str:
-    """A pattern for an answer that no letter or digit continues; its words may be on two lines."""
+    """A pattern for an answer that no letter or digit continues; its words may be on two lines.
+
+    Where a script without spaces begins or ends, a word may.
+    """
     words = r"[^\S\n]*\n?[^\S\n]*".join(map(re.escape, answer.split()))
-    return rf"(?<!\w){words}(?!\w)"
+    spaced = rf"[^\W{UNSPACED}]"
+    before = "" if re.match(f"[{UNSPACED}]", answer) else f"(?<!{spaced})"
+    after = "" if re.search(f"[{UNSPACED}]$", answer) else f"(?!{spaced})"
+    return f"{before}{words}{after}"

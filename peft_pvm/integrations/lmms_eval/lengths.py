@@ -15,6 +15,7 @@ from .report import score_rows
 try:
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import simple_parse_args_string
 except ModuleNotFoundError as error:
     raise ImportError(f"{error}. {MISSING}") from error
 from .models import MODELS, PREFIX, model_class
@@ -22,6 +23,7 @@ from .models import MODELS, PREFIX, model_class
 
 VERSIONS = ("lmms_eval", "torch", "transformers", "peft", "peft-pvm")
 BASE = "base"
+SET_HERE = {"adapter": "adapters (--adapter)", "distractor_tokens": "lengths (--lengths)"}  # among a model's arguments
 
 
 def evaluate_lengths(
@@ -45,7 +47,8 @@ def evaluate_lengths(
 
     Args:
         model: One of `MODELS`.
-        model_args: Of lmms-eval's model, such as "pretrained=Qwen/Qwen3-VL-8B-Instruct".
+        model_args: Of lmms-eval's model, such as "pretrained=Qwen/Qwen3-VL-8B-Instruct"; not `adapter` or
+            `distractor_tokens`, which differ from run to run.
         tasks: Names of tasks or groups.
         lengths: Tokens of text between image and question; 0 for none.
         adapters: What is compared with the base: each a folder, a Hub id, or several with `+` between, which act
@@ -65,7 +68,8 @@ def evaluate_lengths(
         Empty `scores` on other processes than the first.
 
     Raises:
-        ValueError: A model, task or adapter that is not known, a length below 0, or what a run refuses.
+        ValueError: A model, task or adapter that is not known, a length below 0, `model_args` that cannot be read or
+            hold what is set here, or what a run refuses.
     """
     if model not in MODELS:
         raise ValueError(f"The model is {model!r}, but must be one of {', '.join(MODELS)}.")
@@ -73,6 +77,9 @@ def evaluate_lengths(
         raise ValueError(f"The lengths are {list(lengths)}, but must be 0 or more.")
     if BASE in adapters:
         raise ValueError(f"{BASE!r} is what the model without adapters is called here: give the folder as ./{BASE}.")
+    for name in _argument_names(model_args):
+        if name in SET_HERE:
+            raise ValueError(f"model_args (--model-args) holds {name}=, but that is set here: give {SET_HERE[name]}.")
     for source in (source for adapter in adapters for source in separate(adapter)):
         PeftConfig.from_pretrained(source)  # rather now than after hours
     # Prompts that a task has for this model are found by lmms-eval's own name of it.
@@ -118,3 +125,12 @@ def evaluate_lengths(
                     result["scores"] += [{**run, **row} for row in score_rows(results["results"])]
                     keep(result)
     return result
+
+
+def _argument_names(model_args: str) -> list[str]:
+    try:
+        return list(simple_parse_args_string(model_args))
+    except ValueError as error:
+        raise ValueError(
+            f"model_args (--model-args) is {model_args!r}, but must be name=value, separated by commas."
+        ) from error

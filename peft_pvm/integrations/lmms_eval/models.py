@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from ...loading import load_adapters
-from . import MISSING, separate
+from . import MISSING, TESTED, separate
 
 
 try:
@@ -22,7 +22,15 @@ except ModuleNotFoundError as error:
     raise ImportError(f"{error}. {MISSING}") from error
 from loguru import logger
 
-from .distractors import Distractors, answers_of, has_visuals, into_context, into_messages, read_paragraphs
+from .distractors import (
+    Distractors,
+    answers_of,
+    check_tokens,
+    has_visuals,
+    into_context,
+    into_messages,
+    read_paragraphs,
+)
 
 
 MODELS = ("qwen3_vl", "qwen2_5_vl", "llava_hf")  # names of lmms-eval; each is offered with the prefix
@@ -45,6 +53,7 @@ class WithAdapters:
 
     Raises:
         FileNotFoundError: There is no `distractor_file`.
+        RuntimeError: This version of lmms-eval loads the model in another way, so that no adapter was attached.
         ValueError: An adapter cannot be read or does not fit; a number out of range; a text that does not suffice.
     """
 
@@ -61,24 +70,34 @@ class WithAdapters:
         distractor_seed: int = 0,
         **kwargs: Any,
     ):
-        self._adapters = separate(adapter)
-        paragraphs = read_paragraphs(distractor_file) if distractor_tokens else []  # before the model takes minutes
+        self._adapters, self._attached = separate(adapter), False
+        paragraphs: list[str] = []
+        if distractor_tokens:  # checked before the model takes minutes
+            check_tokens(distractor_tokens)
+            paragraphs = read_paragraphs(distractor_file)
         super().__init__(**kwargs)
+        if self._adapters and not self._attached:
+            raise RuntimeError(
+                f"The adapters {self._adapters} were not attached: {type(self).__name__} did not assign the attribute "
+                f"_model, but {sorted(vars(self))}. lmms-eval {version('lmms_eval')} is installed, and {TESTED} was "
+                f"tested: pip install lmms-eval=={TESTED}"
+            )
         self._distractors: Distractors | None = None
         self.distractor_counts: list[int] = []
         if distractor_tokens:
             self._distractors = Distractors(self.tokenizer, distractor_tokens, paragraphs, distractor_seed)
             longest = self.model.config.get_text_config().max_position_embeddings
             if distractor_tokens >= longest:
-                warnings.warn(
-                    f"distractor_tokens is {distractor_tokens}, but the model was made for {longest} positions.",
-                    stacklevel=2,
+                # Logged: some of lmms-eval's modules silence all warnings.
+                logger.warning(
+                    f"distractor_tokens is {distractor_tokens}, but the model was made for {longest} positions."
                 )
 
     def __setattr__(self, name: str, value: Any) -> None:
         # lmms-eval's classes load the model and hand it to accelerate in one `__init__`; adapters belong in between.
-        if name == "_model" and "_model" not in vars(self):
+        if name == "_model" and not self._attached:
             load_adapters(value, self._adapters)
+            self._attached = True
         super().__setattr__(name, value)
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
