@@ -233,6 +233,7 @@ def test_where_words_have_no_spaces_between(answer: str, text: str, stands: bool
 
 @pytest.mark.parametrize("module", ["models", "lengths"])
 def test_without_lmms_eval_it_says_what_to_install(without_lmms_eval, module: str):
+    pytest.importorskip("matplotlib", reason="the lengths are drawn, which needs the extra lab")
     with pytest.raises(ImportError, match=r"needs lmms-eval .* pip install '\.\[eval,lab\]'"):
         importlib.import_module(f"peft_pvm.integrations.lmms_eval.{module}")
 
