@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import subprocess
@@ -40,6 +41,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()  # what an earlier call left as garbage, if collected during this one, would be counted off
     with _profiler_muted(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     events = recorded.profiler.kineto_results.events()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import time
 from pathlib import Path
@@ -60,6 +61,23 @@ def test_peak_bytes_are_what_is_held_at_once():
         return second * 2  # 8,000 more, when the first 4,000 are gone
 
     assert peak_bytes(work, CPU) == pytest.approx(16_000, abs=100)  # the numbers 1 and 2 are tensors as well
+
+
+def test_garbage_of_an_earlier_call_is_not_counted_off():
+    def litter():
+        garbage: list = [torch.zeros(100_000)]
+        garbage.append(garbage)
+
+    def work():
+        gc.collect()
+        return torch.ones(1000)
+
+    gc.disable()
+    try:
+        assert peak_bytes(litter, CPU) == 400_000
+        assert peak_bytes(work, CPU) == 4_000
+    finally:
+        gc.enable()
 
 
 def test_memory_is_left():
