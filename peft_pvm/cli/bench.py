@@ -17,6 +17,7 @@ from ..bench.report import draw, print_tables
 from ..bench.run import Settings, measure
 from ..bench.scale import show_scale
 from ..plotting import as_png
+from .lists import separated
 from .refusals import refusals
 
 
@@ -62,8 +63,8 @@ def bench(
         if dtype not in DTYPES:
             raise ValueError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
         settings = Settings(
-            methods=tuple(method.split(",")),
-            contexts=tuple(_numbers(context)),
+            methods=tuple(separated("--method", method, str, f"some of {', '.join(METHODS)}")),
+            contexts=tuple(separated("--context", context, int, "whole numbers")),
             visual_tokens=visual_tokens,
             batch=batch,
             new_tokens=new_tokens,
@@ -101,9 +102,6 @@ def scale(
 ) -> None:
     """Work out, from the shapes alone, what PVM keeps of a conversation and reads in a step, beside the base."""
     with refusals():
-        contexts, visual, batches, kept = (_numbers(text) for text in (context, visual_tokens, batch, sequences))
+        given = {"--context": context, "--visual-tokens": visual_tokens, "--batch": batch, "--sequences": sequences}
+        contexts, visual, batches, kept = (separated(name, text, int, "whole numbers") for name, text in given.items())
         show_scale(preset, contexts, visual, batches, kept, branches, bandwidth)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]

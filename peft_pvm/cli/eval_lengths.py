@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ..integrations.lmms_eval import report, tasks_folder
 from ..plotting import as_png
+from .lists import separated
 from .refusals import refusals
 
 
 NAME = "by_length"
-Value = TypeVar("Value")
 
 
 def eval_lengths(
@@ -77,25 +76,3 @@ def eval_lengths(
     for table in report.tables(result):
         console.print(table)
     (out / f"{NAME}.png").write_bytes(as_png(report.draw(result)))
-
-
-def separated(option: str, text: str, read: Callable[[str], Value], accepted: str) -> list[Value]:
-    """What an option holds between commas.
-
-    Args:
-        option: Its name.
-        text: What it was given.
-        read: Makes a value of each part; raises ValueError if it is none.
-        accepted: What parts may be, for the error.
-
-    Raises:
-        ValueError: A part is empty, or cannot be read.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    try:
-        values = [read(part) for part in parts]
-    except ValueError:
-        values = []
-    if not values or not all(parts):
-        raise ValueError(f"{option} is {text!r}, but must be {accepted}, separated by commas.")
-    return values

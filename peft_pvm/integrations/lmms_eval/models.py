@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 from ...loading import load_adapters
 from . import MISSING, TESTED, separate
@@ -148,9 +148,9 @@ class WithAdapters:
         return changed
 
     def _draw(self, task: Any, doc: Any, document: str) -> str:
-        assert self._distractors is not None
-        text = self._distractors.draw(document, answers_of(task, doc))
-        self.distractor_counts.append(self._distractors.count(text))
+        distractors = cast(Distractors, self._distractors)  # nobody draws without
+        text = distractors.draw(document, answers_of(task, doc))
+        self.distractor_counts.append(distractors.count(text))
         return text
 
 
