@@ -6,6 +6,7 @@ from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .registry import extend_peft, register
 from .tdrs import TDRSConfig, TDRSModel
 from .trial import attached
+from .versions import check_versions
 
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "hotswap_adapter",
 ]
 
+check_versions()
 register("pvm", PVMConfig, PVMModel)
 register("dipe", DIPEConfig, DIPEModel)
 register("tdrs", TDRSConfig, TDRSModel)

@@ -12,14 +12,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
-# Keywords of a multimodal forward that bring features of a modality. `mm_encoder_outputs`, which is keyed by modality
-# and carries features that `generate` encoded beforehand, counts as well.
-FEATURE_KEYWORDS = {
-    "image": ("pixel_values", "image_hidden_states"),
-    "video": ("pixel_values_videos",),
-}
-
-
 @dataclass(frozen=True)
 class DecoderBlock:
     """How a decoder layer is put together around its FFN.

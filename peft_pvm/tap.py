@@ -21,9 +21,10 @@ from torch import nn
 from transformers import Cache
 
 from .context import CONTEXT, VisualContext
-from .families import FEATURE_KEYWORDS, VisionLanguageModel, is_tuner_child
+from .families import VisionLanguageModel, is_tuner_child
 from .memory import VisualMemory, attach_memory, memory_of
 from .positions import placeholder_mask
+from .versions import cache_in, caches_in, modalities_in, paged_inputs
 
 
 VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
@@ -95,12 +96,8 @@ class Tap:
 
     def _context_of_ids(self, inputs: dict[str, Any]) -> VisualContext:
         """The usual case: `input_ids`, and features for the placeholders among them."""
-        encoded = inputs.get("mm_encoder_outputs") or {}
         context = VisualContext(None)
-        for modality, keywords in FEATURE_KEYWORDS.items():
-            # A placeholder id without features is plain text: a model may well sample one.
-            if encoded.get(modality) is None and all(inputs.get(keyword) is None for keyword in keywords):
-                continue
+        for modality in modalities_in(inputs):  # a placeholder id without features is text: a model may sample one
             token_ids = self.vlm.placeholder_ids[modality]
             mask = placeholder_mask(inputs["input_ids"], token_ids)
             if not bool(mask.any()):
@@ -116,7 +113,7 @@ class Tap:
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         inputs = _by_name(module, args, kwargs)
-        inputs_embeds, cache = inputs.get("inputs_embeds"), inputs.get("past_key_values")
+        inputs_embeds, cache = inputs.get("inputs_embeds"), cache_in(inputs)
         given_mask = kwargs.pop(VISUAL_MASK, None)
         context = kwargs.get(CONTEXT)
         if inputs_embeds is None:  # text alone: nothing to read but the shape
@@ -151,10 +148,9 @@ class Tap:
         context = kwargs.get(CONTEXT)
         if context is None or context.refusal is not None or output is None:  # None: the forward raised
             return
-        outputs = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
-        for cache in (_by_name(module, args, kwargs).get("past_key_values"), *outputs):
-            if isinstance(cache, Cache):
-                attach_memory(cache, context.memory, context.past_length + context.seq_len)
+        given = cache_in(_by_name(module, args, kwargs))
+        for cache in ([] if given is None else [given]) + caches_in(output):
+            attach_memory(cache, context.memory, context.past_length + context.seq_len)
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +193,7 @@ def _context_of_own_embeds(visual_mask: torch.Tensor | None, inputs_embeds: torc
 
 
 def _refuse_packed(inputs: dict[str, Any], past_length: int | torch.Tensor) -> None:
-    packed = [name for name in ("cu_seq_lens_q", "block_table", "cache") if inputs.get(name) is not None]
+    packed = paged_inputs(inputs)
     positions = inputs.get("position_ids")
     fresh = isinstance(past_length, int) and past_length == 0
     if positions is not None and fresh and inputs.get("attention_mask") is None:

@@ -19,6 +19,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_vlms import FAMILIES, VOCAB, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
+from peft_pvm.versions import CACHE
 
 
 torch.set_num_threads(1)  # tests run side by side
@@ -190,12 +191,12 @@ def generate(tiny: TinyVLM, model: PeftModel, *prompts: str, seed: int | None = 
 def prefill(tiny: TinyVLM, model: PeftModel, *conversations: str, stop: int | None = None, cache=None):
     inputs = tiny.inputs(model.get_base_model(), *conversations, stop=stop)
     with torch.no_grad():
-        return model(**inputs, past_key_values=cache, use_cache=True).past_key_values
+        return model(**inputs, **{CACHE: cache}, use_cache=True)[CACHE]
 
 
 def resume(tiny: TinyVLM, model: PeftModel, cache, conversation: str, start: int) -> torch.Tensor:
     inputs = tiny.inputs(model.get_base_model(), conversation, start=start)
-    return logits(model, inputs, past_key_values=cache, use_cache=True)
+    return logits(model, inputs, **{CACHE: cache}, use_cache=True)
 
 
 def counted_graphs() -> tuple[list[torch.fx.GraphModule], Callable]:

@@ -16,6 +16,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 from transformers import DynamicCache, StaticCache
 
 from peft_pvm import TDRSConfig
+from peft_pvm.versions import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
@@ -165,20 +166,20 @@ def test_tdrs_needs_the_positions_of_all_tokens(static: bool):
 
     def prefill():
         cache = StaticCache(config=base.config.get_text_config(), max_cache_len=40) if static else DynamicCache()
-        logits(base, family.inputs(base, "t4 i t9", stop=length - 2), past_key_values=cache, use_cache=True)
+        logits(base, family.inputs(base, "t4 i t9", stop=length - 2), **{CACHE: cache}, use_cache=True)
         return cache
 
     cache = prefill()
     tdrs = get_peft_model(base, TDRSConfig(), "late")
     with pytest.raises(RuntimeError, match="must be attached from the first token on"):
-        logits(base, rest, past_key_values=cache, use_cache=True)
+        logits(base, rest, **{CACHE: cache}, use_cache=True)
     with tdrs.disable_adapter():
         cache = prefill()
     if not static:  # nothing is left of what was read without it
         emptied = copy.deepcopy(cache)
         emptied.crop(-emptied.get_seq_length())
-        logits(base, family.inputs(base, "t9"), past_key_values=emptied, use_cache=True)
-    switched_on = logits(base, rest, past_key_values=cache, use_cache=True)
+        logits(base, family.inputs(base, "t9"), **{CACHE: emptied}, use_cache=True)
+    switched_on = logits(base, rest, **{CACHE: cache}, use_cache=True)
     with tdrs.disable_adapter():
-        left_off = logits(base, rest, past_key_values=prefill(), use_cache=True)
+        left_off = logits(base, rest, **{CACHE: prefill()}, use_cache=True)
     assert difference(switched_on, left_off) > 100 * TOLERANCE

@@ -19,6 +19,8 @@ from tiny_vlms import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
+from peft_pvm.versions import CACHE
+
 
 COMPILED = {
     "pvm": METHODS["pvm"],
@@ -57,19 +59,19 @@ def test_steps_are_one_graph(name: str, method: Method | Combination):
     results = []
     for run in (base, compiled):
         cache = static_cache(base, 64)
-        logits(base, prompt, past_key_values=cache, use_cache=True)
+        logits(base, prompt, **{CACHE: cache}, use_cache=True)
         steps = []
         for number in range(5):
             inputs = step_at(step, number)
             inputs["attention_mask"] = (torch.arange(64) < length + number).long()[None]
-            steps.append(logits(run, inputs, past_key_values=cache, use_cache=True))
+            steps.append(logits(run, inputs, **{CACHE: cache}, use_cache=True))
         results.append(torch.cat(steps, 1))
     assert len(graphs) == 1
     assert difference(*results) < TOLERANCE
     with model.disable_adapter():
         cache = static_cache(base, 64)
-        logits(base, prompt, past_key_values=cache, use_cache=True)
-        assert difference(results[0][:, :1], logits(base, step, past_key_values=cache, use_cache=True)) > 1e-3
+        logits(base, prompt, **{CACHE: cache}, use_cache=True)
+        assert difference(results[0][:, :1], logits(base, step, **{CACHE: cache}, use_cache=True)) > 1e-3
 
 
 class Watch(TorchDispatchMode):
@@ -96,10 +98,10 @@ def watched_step(family, model: torch.nn.Module, length: int) -> Watch:
     base = model.get_base_model()
     prompt, step = prompt_and_step(family, base, "t4 i t9")
     cache = static_cache(base, length)
-    logits(base, prompt, past_key_values=cache, use_cache=True)
-    logits(base, step, past_key_values=cache, use_cache=True)
+    logits(base, prompt, **{CACHE: cache}, use_cache=True)
+    logits(base, step, **{CACHE: cache}, use_cache=True)
     with Watch() as watch:
-        logits(base, step_at(step, 1), past_key_values=cache, use_cache=True)
+        logits(base, step_at(step, 1), **{CACHE: cache}, use_cache=True)
     return watch
 
 

@@ -11,12 +11,16 @@ from tiny_vlms import FAMILIES, TinyVLM
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from peft_pvm.versions import CACHE
+
 
 MIXED_BATCH = ("t4 i t3 i t6", "t7 i t5", "t9")  # two images, one, none
 
 
 def test_off_is_bit_identical(family: TinyVLM, method: Method):
-    model = family.build()
+    # PEFT freezes the base, with any adapter. That alone changes the last bits of a projector that is given
+    # non-contiguous features (LLaVA-OneVision since transformers 5.24): torch takes another kernel for frozen weights.
+    model = family.build().requires_grad_(False)
     inputs = family.inputs(model, *MIXED_BATCH)
     base = logits(model, inputs)
     names, hooks = set(model.state_dict()), _hooks(model)
@@ -52,8 +56,8 @@ def test_cached_decoding_equals_the_full_forward(family: TinyVLM, method: Method
     for start, stop in itertools.pairwise(cuts):
         piece = family.inputs(model.get_base_model(), whole, start=start, stop=stop)
         with torch.no_grad():
-            output = model(**piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            output = model(**piece, **{CACHE: cache}, use_cache=True)
+        cache = output[CACHE]
         pieces.append(output.logits)
     assert difference(torch.cat(pieces, 1), expected) < TOLERANCE
 
@@ -128,10 +132,10 @@ def test_flash_attention_is_given_what_it_takes(family: TinyVLM, method: Method 
         whole, length = "t4 i t9", family.inputs(base, "t4 i t9")["input_ids"].shape[1]
         with torch.no_grad():
             first = family.inputs(base, whole, stop=length - 2)
-            cache = model(**first, use_cache=True).past_key_values
+            cache = model(**first, use_cache=True)[CACHE]
         for start in (length - 2, length - 1):
             one = family.inputs(base, whole, start=start, stop=start + 1)
-            on[-1].append(logits(model, one, past_key_values=cache, use_cache=True))
+            on[-1].append(logits(model, one, **{CACHE: cache}, use_cache=True))
     assert difference(*off) < TOLERANCE
     for one, other in zip(*on):
         assert difference(one, other) < TOLERANCE
@@ -184,8 +188,8 @@ def test_interleaved_conversations_stay_apart(family: TinyVLM, method: Method):
             start, stop = (0, length - 3) if step == 0 else (length - 4 + step, length - 3 + step)
             piece = family.inputs(base, conversation, start=start, stop=stop)
             with torch.no_grad():
-                output = model(**piece, past_key_values=caches[number], use_cache=True)
-            caches[number] = output.past_key_values
+                output = model(**piece, **{CACHE: caches[number]}, use_cache=True)
+            caches[number] = output[CACHE]
             steps[number].append(output.logits[:, -1:])
     for decoded, whole in zip(steps, expected):
         assert difference(torch.cat(decoded[1:], 1), whole) < TOLERANCE

@@ -30,6 +30,7 @@ from tiny_vlms import EOS, FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from peft_pvm.tap import Tap
+from peft_pvm.versions import CACHE
 
 
 @pytest.fixture
@@ -130,8 +131,8 @@ def test_decoding_traces_to_one_graph(method: Method):
     results = []
     for run in (base, torch.compile(base, fullgraph=True, backend="eager")):
         cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
-        logits(base, prompt, past_key_values=cache, use_cache=True)
-        results.append(logits(run, step, past_key_values=cache, use_cache=True))
+        logits(base, prompt, **{CACHE: cache}, use_cache=True)
+        results.append(logits(run, step, **{CACHE: cache}, use_cache=True))
     assert difference(*results) < TOLERANCE
 
 
@@ -167,16 +168,16 @@ def test_crop_forgets_images(plain: TinyVLM, method: Method):
     text = torch.tensor([[11, 12, 13]])
     positions = inputs["position_ids"].amax(-1, keepdim=True) + torch.arange(1, 4)
     after = dict(input_ids=text, position_ids=positions, attention_mask=torch.ones(1, kept + 3, dtype=torch.long))
-    cropped = logits(model, after, past_key_values=cache, use_cache=True)
-    fresh = logits(model, after, past_key_values=prefill(plain, model, whole, stop=kept), use_cache=True)
+    cropped = logits(model, after, **{CACHE: cache}, use_cache=True)
+    fresh = logits(model, after, **{CACHE: prefill(plain, model, whole, stop=kept)}, use_cache=True)
     assert difference(cropped, fresh) < TOLERANCE
 
     cache.crop(-(kept + 3 - 2))  # in front of all images
     after = dict(input_ids=text, position_ids=positions, attention_mask=torch.ones(1, 5, dtype=torch.long))
-    on = logits(model, after, past_key_values=copy.deepcopy(cache), use_cache=True)
+    on = logits(model, after, **{CACHE: copy.deepcopy(cache)}, use_cache=True)
     if method.text_alone != "changed":
         with model.disable_adapter():
-            assert torch.equal(on, logits(model, after, past_key_values=cache, use_cache=True))
+            assert torch.equal(on, logits(model, after, **{CACHE: cache}, use_cache=True))
 
 
 def test_crop_takes_the_image_from_one_row_alone(plain: TinyVLM, method: Method):
@@ -185,16 +186,16 @@ def test_crop_takes_the_image_from_one_row_alone(plain: TinyVLM, method: Method)
     early, late = "t2 i t14", "t12 i t4"
     inputs = plain.inputs(base, early, late)
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
     cache.crop(11 - cache.get_seq_length())
     after = dict(
         input_ids=torch.tensor([[11, 12], [11, 12]]),
         position_ids=inputs["position_ids"][..., 11:13],
         attention_mask=torch.ones(2, 13, dtype=torch.long),
     )
-    on = logits(model, after, past_key_values=copy.deepcopy(cache), use_cache=True)
+    on = logits(model, after, **{CACHE: copy.deepcopy(cache)}, use_cache=True)
     with model.disable_adapter():
-        off = logits(model, after, past_key_values=cache, use_cache=True)
+        off = logits(model, after, **{CACHE: cache}, use_cache=True)
     assert difference(on[0], off[0]) > 100 * TOLERANCE
     if method.text_alone == "untouched":
         assert torch.equal(on[1], off[1])
@@ -209,7 +210,7 @@ def test_row_operations(plain: TinyVLM, method: Method):
     assert length == length_of(plain, model, conversations[1])
     prefix = plain.inputs(model.get_base_model(), *conversations, stop=length - LAST)
     with torch.no_grad():
-        cache = model(**prefix, use_cache=True).past_key_values
+        cache = model(**prefix, use_cache=True)[CACHE]
     rest = plain.inputs(model.get_base_model(), *conversations)
     rest = {
         "input_ids": rest["input_ids"][:, -LAST:],
@@ -224,9 +225,9 @@ def test_row_operations(plain: TinyVLM, method: Method):
             name: tensor[:, rows] if name == "position_ids" and tensor.dim() == 3 else tensor[rows]
             for name, tensor in rest.items()
         }
-        return logits(model, inputs, past_key_values=changed, use_cache=True)
+        return logits(model, inputs, **{CACHE: changed}, use_cache=True)
 
-    expected = logits(model, rest, past_key_values=copy.deepcopy(cache), use_cache=True)
+    expected = logits(model, rest, **{CACHE: copy.deepcopy(cache)}, use_cache=True)
     cases = {
         "reorder": (lambda c: c.reorder_cache(torch.tensor([1, 0])), [1, 0]),
         "repeat": (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1]),
@@ -244,7 +245,7 @@ def test_reset_static_cache_forgets(plain: TinyVLM, method: Method):
     cache.reset()
     inputs = plain.inputs(base, "t9")
     expected = logits(model, inputs, use_cache=False)
-    found = logits(model, inputs, past_key_values=cache, use_cache=True)
+    found = logits(model, inputs, **{CACHE: cache}, use_cache=True)
     assert difference(found, expected) < TOLERANCE
     if method.text_alone != "changed":
         with model.disable_adapter():
@@ -257,7 +258,7 @@ def test_cache_from_before_attaching_is_refused(plain: TinyVLM, method: Method):
     cache = DynamicCache()
     inputs = plain.inputs(base, conversation)
     length = inputs["input_ids"].shape[1]
-    logits(base, plain.inputs(base, conversation, stop=length - LAST), past_key_values=cache, use_cache=True)
+    logits(base, plain.inputs(base, conversation, stop=length - LAST), **{CACHE: cache}, use_cache=True)
     model = method.attach(base)
     with pytest.raises(ValueError, match="tokens of this KV cache were computed without the adapter knowing"):
         resume(plain, model, cache, conversation, length - LAST)
@@ -274,13 +275,13 @@ def test_tokens_that_the_tap_did_not_read_are_refused(plain: TinyVLM, method: Me
         own = base.get_input_embeddings()(torch.tensor([[11, 12]]))
         positions = plain.inputs(base, whole, start=stop, stop=stop + 2)["position_ids"]
         grown = copy.deepcopy(known)
-        logits(model, dict(inputs_embeds=own, position_ids=positions), past_key_values=grown, use_cache=True)
+        logits(model, dict(inputs_embeds=own, position_ids=positions), **{CACHE: grown}, use_cache=True)
     with pytest.raises(ValueError, match=r"^2 tokens of this KV cache"):
-        logits(model, dict(input_ids=torch.tensor([[11]]), position_ids=positions[..., -1:]), past_key_values=grown)
+        logits(model, dict(input_ids=torch.tensor([[11]]), position_ids=positions[..., -1:]), **{CACHE: grown})
 
     base = model.unload()
     middle = plain.inputs(base, whole, start=stop, stop=length - LAST)
-    logits(base, middle, past_key_values=known, use_cache=True)
+    logits(base, middle, **{CACHE: known}, use_cache=True)
     with pytest.raises(ValueError, match="tokens of this KV cache were computed without"):
         resume(plain, method.attach(base), known, whole, length - LAST)
 
@@ -295,7 +296,7 @@ def test_tokens_of_a_static_cache_that_the_tap_did_not_read_are_refused(plain: T
     prefill(plain, model, whole, stop=stop, cache=cache)
     base = model.unload()
     middle = plain.inputs(base, whole, start=stop, stop=length - LAST)
-    logits(base, middle, past_key_values=cache, use_cache=True)
+    logits(base, middle, **{CACHE: cache}, use_cache=True)
     with pytest.raises(ValueError, match="tokens of this KV cache were computed without"):
         resume(plain, method.attach(base), cache, whole, length - LAST)
 
@@ -327,7 +328,7 @@ def test_context_may_be_moved_between_layers(plain: TinyVLM, method: Method):
     cache = prefill(plain, model, whole, stop=stop)
     with torch.no_grad():
         middle = plain.inputs(model.get_base_model(), whole, start=stop, stop=length - LAST)
-        cache = model(**middle, past_key_values=cache, use_cache=True).past_key_values
+        cache = model(**middle, **{CACHE: cache}, use_cache=True)[CACHE]
     assert difference(resume(plain, model, cache, whole, length - LAST), expected) < TOLERANCE
 
 
@@ -354,11 +355,11 @@ def test_disabled_adapter_refuses_nothing(plain: TinyVLM, method: Method):
     own = dict(inputs_embeds=base.get_input_embeddings()(text["input_ids"]), attention_mask=text["attention_mask"])
     packed = dict(text, cu_seq_lens_q=torch.tensor([0, 4, 9]))
     cache = DynamicCache()
-    logits(base, plain.inputs(base, conversation, stop=length - LAST), past_key_values=cache, use_cache=True)
+    logits(base, plain.inputs(base, conversation, stop=length - LAST), **{CACHE: cache}, use_cache=True)
     rest = plain.inputs(base, conversation, start=length - LAST)
 
     def everything(model) -> list[torch.Tensor]:
-        old = dict(past_key_values=copy.deepcopy(cache), use_cache=True)
+        old = {CACHE: copy.deepcopy(cache), "use_cache": True}
         return [logits(model, own), logits(model, packed), logits(model, rest, **old)]
 
     expected = everything(base)
@@ -446,9 +447,9 @@ def test_sampled_placeholder_is_text(plain: TinyVLM, token: int, method: Method)
         position_ids=positions,
         attention_mask=torch.ones(1, length + 1, dtype=torch.long),
     )
-    on = logits(model, step, past_key_values=copy.deepcopy(cache), use_cache=True)
+    on = logits(model, step, **{CACHE: copy.deepcopy(cache)}, use_cache=True)
     with model.disable_adapter():
-        off = logits(model, step, past_key_values=copy.deepcopy(cache), use_cache=True)
+        off = logits(model, step, **{CACHE: copy.deepcopy(cache)}, use_cache=True)
     assert difference(on, off) > 100 * TOLERANCE, "a text token is not silenced"
     assert copy.deepcopy(cache).visual_memory.slots.shape[1] == cache.visual_memory.slots.shape[1]
 

@@ -19,6 +19,7 @@ from ..attention import AttentionCall
 from ..context import CONTEXT, VisualContext
 from ..families import find_vlm
 from ..tap import VISUAL_MASK
+from ..versions import CACHE
 from .meters import describe_machine, free_bytes, import_seconds, peak_bytes, seconds
 from .methods import METHODS, pvm_config
 from .models import structural_copy
@@ -141,13 +142,13 @@ class Runner:
     def prefill(self) -> None:
         """Read the prompt into a new cache."""
         self.cache, self.length = self._fresh_cache(), self.context
-        self.model(**self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.model(**self.prompt, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
 
     def decode(self) -> None:
         """One token more."""
         token = torch.full((self.settings.batch, 1), 7, device=self.device)
         positions = self._positions(self.length, self.length + 1)
-        self.step(input_ids=token, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        self.step(input_ids=token, position_ids=positions, **{CACHE: self.cache}, use_cache=True)
         self.length += 1
 
     def _positions(self, start: int, stop: int) -> torch.Tensor:

@@ -12,11 +12,12 @@ from torch import nn
 
 from ..attention import AttentionCall, release, steer
 from ..context import CONTEXT, VisualContext
-from ..families import FEATURE_KEYWORDS, VisionLanguageModel
+from ..families import VisionLanguageModel
 from ..positions import placeholder_mask
 from ..pvm.layer import PVMLayer
 from ..steering import steerable_attentions
 from ..tap import Tap
+from ..versions import modalities_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,10 +212,5 @@ def undisturbed(vlm: VisionLanguageModel) -> Iterator[None]:
 
 def visual_mask(vlm: VisionLanguageModel, inputs: Mapping[str, Any]) -> torch.Tensor:
     """Which tokens of the prompt stand for an image or a video that comes with it, `(1, seq_len)`, bool."""
-    token_ids = [
-        token_id
-        for modality, ids in vlm.placeholder_ids.items()
-        if any(inputs.get(keyword) is not None for keyword in FEATURE_KEYWORDS[modality])
-        for token_id in ids
-    ]
+    token_ids = [token_id for modality in modalities_in(inputs) for token_id in vlm.placeholder_ids[modality]]
     return placeholder_mask(inputs["input_ids"], token_ids)

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from peft_pvm.bench.naive import NaiveBranch, make_naive
 from peft_pvm.pvm.layer import PVMLayer
+from peft_pvm.versions import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
@@ -30,8 +31,8 @@ def test_naive_forms_give_the_same(name: str, method):
     steps = []
     for model in (ours, naive):
         cache = DynamicCache()
-        logits(model, prompt, past_key_values=cache, use_cache=True)
-        steps.append(logits(model, step, past_key_values=cache, use_cache=True))
+        logits(model, prompt, **{CACHE: cache}, use_cache=True)
+        steps.append(logits(model, step, **{CACHE: cache}, use_cache=True))
     assert difference(*steps) < TOLERANCE
 
 
@@ -52,9 +53,9 @@ def test_the_naive_branch_projects_at_every_step():
     prompt, step = prompt_and_step(family, model.get_base_model(), "t4 i t9")
     cache = DynamicCache()
     with torch.no_grad():
-        logits(model, prompt, past_key_values=cache, use_cache=True)
+        logits(model, prompt, **{CACHE: cache}, use_cache=True)
         visual = projected[-1]
         projected.clear()
-        logits(model, step, past_key_values=cache, use_cache=True)
+        logits(model, step, **{CACHE: cache}, use_cache=True)
     assert projected
     assert set(projected) == {visual}

@@ -16,6 +16,7 @@ from peft_pvm.attention import AttentionCall
 from peft_pvm.context import VisualContext
 from peft_pvm.dipe.anchored import AnchoredScoring
 from peft_pvm.rotation import rotate, rotation_tables, unit
+from peft_pvm.versions import CACHE
 
 
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
@@ -149,7 +150,7 @@ def test_bfloat16():
     with attached(model, DIPEConfig()):
         assert difference(logits(model, rounded)[real].float(), on) < 2 * base_error
         cache = DynamicCache()
-        logits(model, rounded, past_key_values=cache, use_cache=True)
+        logits(model, rounded, **{CACHE: cache}, use_cache=True)
         assert cache.layers[0].keys.dtype == torch.bfloat16
 
 
@@ -180,7 +181,7 @@ def test_decoding_allocates_nothing_of_the_caches_size(name: str, kernel: str):
     inputs = family.inputs(base, "t4 i t9")
     length = inputs["input_ids"].shape[1]
     cache = StaticCache(config=base.config.get_text_config(), max_cache_len=2000)
-    logits(model, inputs, past_key_values=cache, use_cache=True)
+    logits(model, inputs, **{CACHE: cache}, use_cache=True)
     step = dict(
         input_ids=torch.tensor([[11]]),
         position_ids=inputs["position_ids"][..., -1:] + 1,
@@ -188,11 +189,11 @@ def test_decoding_allocates_nothing_of_the_caches_size(name: str, kernel: str):
     )
     whole = cache.layers[0].keys.numel()
     with Allocations() as allocations:
-        on = logits(model, step, past_key_values=cache, use_cache=True)
+        on = logits(model, step, **{CACHE: cache}, use_cache=True)
     largest = max(allocations.sizes)
     assert largest[0] < whole / 2, largest
     with model.disable_adapter():
-        assert difference(on, logits(model, step, past_key_values=cache, use_cache=True)) > 100 * TOLERANCE
+        assert difference(on, logits(model, step, **{CACHE: cache}, use_cache=True)) > 100 * TOLERANCE
 
 
 def test_prefill_runs_on_the_fused_kernel(monkeypatch):

@@ -13,6 +13,7 @@ from peft_pvm.dipe import anchored
 from peft_pvm.dipe.by_modality import attend_by_modality, runs_of
 from peft_pvm.memory import Runs
 from peft_pvm.positions import PADDING, pack, run_starts
+from peft_pvm.versions import CACHE
 
 
 LAYOUTS = {
@@ -103,10 +104,10 @@ def test_where_it_does_not_apply(calls: list[int]):
         logits(model, family.inputs(model, "t9"))
         cache = DynamicCache()
         length = family.inputs(model, "t4 i t3 i t6")["input_ids"].shape[1]
-        logits(model, family.inputs(model, "t4 i t3 i t6", stop=length - 4), past_key_values=cache, use_cache=True)
+        logits(model, family.inputs(model, "t4 i t3 i t6", stop=length - 4), **{CACHE: cache}, use_cache=True)
         assert len(calls) == 3
         rest = family.inputs(model, "t4 i t3 i t6", start=length - 4)
-        logits(model, rest, past_key_values=cache, use_cache=True)
+        logits(model, rest, **{CACHE: cache}, use_cache=True)
         model.get_input_embeddings().weight.requires_grad_()
         model(**family.inputs(model, "t4 i t6"), use_cache=False).logits.sum().backward()
         model.set_attn_implementation("eager")

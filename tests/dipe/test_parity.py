@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from peft_pvm import DIPEConfig
+from peft_pvm.versions import CACHE
 
 
 GOLDEN = Path(__file__).parents[1] / "data" / "dipe_qwen25vl.safetensors"
@@ -75,7 +76,7 @@ def test_decoding(model, golden, inputs):
             output = peft_model(
                 input_ids=inputs["input_ids"][:, one],
                 position_ids=positions[..., one],
-                past_key_values=output.past_key_values,
+                **{CACHE: output[CACHE]},
                 use_cache=True,
             )
             steps.append(output.logits)

@@ -23,6 +23,7 @@ from peft_pvm.probe.answer import extended
 from peft_pvm.probe.grid import visual_grids
 from peft_pvm.probe.observers import AttentionObserver, layers_observed
 from peft_pvm.tuner import VisualTunerLayer
+from peft_pvm.versions import CACHE
 
 
 NUM_TOKENS = 8
@@ -118,10 +119,10 @@ def test_a_conversation_goes_on_after_a_probe(probed):
 
     def answer(interrupted: bool) -> torch.Tensor:
         with torch.no_grad():
-            cache = model(**family.prompt(model, "t4 i t3"), use_cache=True).past_key_values
+            cache = model(**family.prompt(model, "t4 i t3"), use_cache=True)[CACHE]
             if interrupted:
                 probed(model, "qwen3_vl", "t3 i t2 i t4")
-            return model(torch.tensor([[20]]), past_key_values=cache).logits
+            return model(torch.tensor([[20]]), **{CACHE: cache}).logits
 
     assert torch.equal(answer(interrupted=True), answer(interrupted=False))
 
@@ -355,11 +356,11 @@ def test_retrieval_of_every_token_adds_up(memory_source: str):
 
     base.get_submodule(find_vlm(base).layer_name(1)).pvm.register_forward_hook(add_up)
     with torch.no_grad():
-        cache = base(**inputs, use_cache=True).past_key_values
+        cache = base(**inputs, use_cache=True)[CACHE]
         base(
             torch.full((3, 1), 20),
             attention_mask=F.pad(inputs["attention_mask"], (0, 1), value=1),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     visual = inputs["input_ids"] == base.config.image_token_id
     reads = (visual.cumsum(1) > 0) & ~visual

@@ -13,6 +13,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 from transformers import StaticCache
 
 from peft_pvm import DIPEConfig, PVMConfig, hotswap_adapter
+from peft_pvm.versions import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
@@ -81,13 +82,13 @@ def test_a_compiled_model_is_not_compiled_again(tiny: TinyVLM, wrapped: bool, tm
     for folder in (old, new, old):
         hotswap_adapter(compiled if wrapped else model, folder, "default")
         cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
-        logits(base, prompt, past_key_values=cache, use_cache=True)
-        results.append(logits(compiled, step, past_key_values=cache, use_cache=True))
+        logits(base, prompt, **{CACHE: cache}, use_cache=True)
+        results.append(logits(compiled, step, **{CACHE: cache}, use_cache=True))
         numbers.append(len(graphs))
         fresh = PeftModel.from_pretrained(tiny.build(), folder)
         cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
-        logits(fresh, prompt, past_key_values=cache, use_cache=True)
-        assert difference(results[-1], logits(fresh, step, past_key_values=cache, use_cache=True)) < TOLERANCE
+        logits(fresh, prompt, **{CACHE: cache}, use_cache=True)
+        assert difference(results[-1], logits(fresh, step, **{CACHE: cache}, use_cache=True)) < TOLERANCE
     assert numbers[0] > 0
     assert numbers == [numbers[0]] * 3
     assert difference(results[0], results[1]) > 100 * TOLERANCE

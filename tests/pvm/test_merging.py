@@ -14,6 +14,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import PVMConfig
 from peft_pvm.pvm.layer import own_tensors
+from peft_pvm.versions import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
@@ -172,8 +173,8 @@ def test_cat_trains_and_decodes(tiny: TinyVLM, strangers: PeftModel):
     for start in range(inputs["input_ids"].shape[1] - 3, inputs["input_ids"].shape[1]):
         step = tiny.inputs(strangers.get_base_model(), "t7 i t5", start=start if cache else 0, stop=start + 1)
         with torch.no_grad():
-            output = strangers(**step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            output = strangers(**step, **{CACHE: cache}, use_cache=True)
+        cache = output[CACHE]
         assert difference(output.logits[:, -1], whole[:, start]) < TOLERANCE
 
 

@@ -12,6 +12,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from peft_pvm import PVMConfig
+from peft_pvm.versions import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
@@ -157,8 +158,8 @@ def test_trained_adapter_evaluates_as_it_trained():
     assert torch.equal(model(**inputs).logits.detach(), logits(model, inputs))
     length = inputs["input_ids"].shape[1]
     whole = family.inputs(model.get_base_model(), ROWS[0])
-    cache = model(**family.inputs(model.get_base_model(), ROWS[0], stop=length - 2), use_cache=True).past_key_values
-    rest = model(**family.inputs(model.get_base_model(), ROWS[0], start=length - 2), past_key_values=cache).logits
+    cache = model(**family.inputs(model.get_base_model(), ROWS[0], stop=length - 2), use_cache=True)[CACHE]
+    rest = model(**family.inputs(model.get_base_model(), ROWS[0], start=length - 2), **{CACHE: cache}).logits
     assert difference(rest.detach(), logits(model, whole)[:, -2:]) < 1e-5
 
 

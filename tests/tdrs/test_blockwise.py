@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from peft_pvm import DIPEConfig, TDRSConfig, attached
 from peft_pvm.tdrs import blockwise, reweighting
 from peft_pvm.tdrs.blockwise import Inputs, blockwise_attention
+from peft_pvm.versions import CACHE
 from peft_pvm.visibility import Visibility
 
 
@@ -87,11 +88,11 @@ def test_a_token_takes_keys_a_few_at_a_time(name: str, monkeypatch):
     with attached(model, DIPEConfig(), TDRSConfig()):
         expected = logits(model, inputs)[:, -1]
         cache = DynamicCache()
-        logits(model, family.inputs(model, "t9 i t20", stop=length - 1), past_key_values=cache, use_cache=True)
+        logits(model, family.inputs(model, "t9 i t20", stop=length - 1), **{CACHE: cache}, use_cache=True)
         monkeypatch.setattr(blockwise, "ELEMENTS_IN_CACHE", 1)
         monkeypatch.setattr(Inputs, "content_of", note)
         last = family.inputs(model, "t9 i t20", start=length - 1)
-        assert difference(logits(model, last, past_key_values=cache, use_cache=True)[:, -1], expected) < 1e-5
+        assert difference(logits(model, last, **{CACHE: cache}, use_cache=True)[:, -1], expected) < 1e-5
     assert max(made) == 16
     assert sum(made) == 3 * length
 
@@ -205,7 +206,10 @@ from pathlib import Path
 import torch.nn.functional as F
 from peft_pvm import TDRSConfig
 from peft_pvm.tdrs.blockwise import Inputs, blockwise_attention
+from peft_pvm.versions import CACHE
 from peft_pvm.visibility import Visibility
+
+from peft_pvm.versions import CACHE
 
 def peak():
     '''KiB this program held at most (ru_maxrss would begin with what the process that started it held).'''
