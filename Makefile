@@ -1,16 +1,20 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes its own virtual environment.
+# None of these is `.venv`, which is the reader's own (docs/start.md).
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv-dev
 VENV_OLDEST ?= .venv-oldest
+VENV_NEWEST ?= .venv-newest
 VENV_LMMS ?= .venv-lmms
 VENV_VLLM ?= .venv-vllm
 WORKERS ?= auto
+# What test-newest takes of torch, most builds of which come with CUDA.
+TORCH ?= torch==2.13.0
 PYTEST = pytest -n $(WORKERS) -q
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench test test-oldest test-lmms-eval test-vllm quality style docs generate clean
+.PHONY: demo bench test test-oldest test-newest test-lmms-eval test-vllm quality style docs generate clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -24,6 +28,16 @@ test: $(VENV)/.installed
 # The oldest transformers and peft that are supported; and bitsandbytes, which greets every import of PEFT with a warning.
 test-oldest: $(VENV_OLDEST)/.installed
 	$(VENV_OLDEST)/bin/$(PYTEST) tests --ignore tests/lab
+
+# The newest release of everything but torch, also of what we do not support yet: to learn what breaks. So it is made anew
+# each time, and a scheduled workflow runs it, not `.ci/run`, where the index would decide what passes.
+test-newest:
+	rm -rf $(VENV_NEWEST)
+	$(PYTHON) -m venv $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/pip install --quiet --disable-pip-version-check $(TORCH) --editable '.[lab,train,test]'
+	$(VENV_NEWEST)/bin/pip install --quiet --disable-pip-version-check --upgrade $(TORCH) transformers peft
+	$(VENV_NEWEST)/bin/pip list --format freeze | grep -E '^(accelerate|datasets|huggingface_hub|peft|torch|transformers|trl)=='
+	$(VENV_NEWEST)/bin/$(PYTEST) tests
 
 # lmms-eval pins versions that do not go with the training extra's.
 test-lmms-eval: $(VENV_LMMS)/.installed
@@ -54,7 +68,7 @@ generate: $(VENV)/.installed
 	$(VENV)/bin/typer peft_pvm.cli.app utils docs --name peft-pvm --title "Command line" --output docs/api/cli.md
 
 clean:
-	rm -rf site $(VENV) $(VENV_OLDEST) $(VENV_LMMS) $(VENV_VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_LMMS) $(VENV_VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'

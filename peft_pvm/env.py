@@ -7,6 +7,8 @@ import platform
 
 import torch
 
+from .versions import supported_ranges
+
 
 PACKAGES = ("peft-pvm", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface-hub", "trl", "vllm")
 
@@ -36,3 +38,4 @@ def environment() -> dict[str, str]:
 if __name__ == "__main__":
     for name, value in environment().items():
         print(f"- {name}: {value}")
+    print(f"- Supported: {supported_ranges()}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import peft
-import transformers
 from transformers import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -45,13 +44,13 @@ def check_versions(installed: Mapping[str, str] | None = None) -> None:
     """Refuse versions that are too old, and warn of those that nobody has tested.
 
     Args:
-        installed: Versions by package; `None`: those that are imported.
+        installed: Versions by package; `None`: those that are installed.
 
     Raises:
         ImportError: A package is older than the oldest supported version.
     """
     if installed is None:
-        installed = {"transformers": transformers.__version__, "peft": peft.__version__}
+        installed = {package: importlib.metadata.version(package) for package in SUPPORTED}
     untested = []
     for package, (oldest, newest) in SUPPORTED.items():
         found = f"{package} {installed[package]}"
