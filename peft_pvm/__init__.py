@@ -2,6 +2,7 @@
 
 from .checkpoints import convert_reference_checkpoint, export_reference_checkpoint
 from .dipe import DIPEConfig, DIPEModel
+from .loading import add_adapters, load_adapters, save_adapter
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .registry import extend_peft, register
 from .tdrs import TDRSConfig, TDRSModel
@@ -17,10 +18,13 @@ __all__ = [
     "PVMModel",
     "TDRSConfig",
     "TDRSModel",
+    "add_adapters",
     "attached",
     "convert_reference_checkpoint",
     "export_reference_checkpoint",
     "hotswap_adapter",
+    "load_adapters",
+    "save_adapter",
 ]
 
 check_versions()

@@ -35,6 +35,19 @@ def acting_adapters(model: nn.Module) -> list[str]:
     return [name for name in getattr(model, "peft_config", {}) if name in acting]
 
 
+def activate(model: nn.Module, names: Collection[str], trainable: bool = True) -> None:
+    """Let some adapters act, of whatever types, and no others.
+
+    Args:
+        model: A transformers model with adapters of any of PEFT's types that live in layers.
+        names: Those that act.
+        trainable: Whether their weights require gradients from now on.
+    """
+    for layer in _adapter_layers(model):
+        layer.enable_adapters(True)
+        layer.set_adapter([name for name in names if name in _held_by(layer)], inference_mode=not trainable)
+
+
 @contextlib.contextmanager
 def only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Of the adapters that act, let only some act for the length of a block. Nothing begins to act.

@@ -193,7 +193,7 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
     if isinstance(model, PeftModel):
         raise ValueError(
             "The model is already a PeftModel. Attach to what it wraps: get_peft_model(model.get_base_model(), "
-            "config), or use transformers' add_adapter for several adapters of different types."
+            "config), or peft_pvm.add_adapters(model.get_base_model(), ...) for adapters of several types."
         )
     family = FAMILIES.get(model_type, VLMFamily())
     placeholder_ids = {}

@@ -1,12 +1,46 @@
-"""Loading adapters of whatever types onto one model, by transformers' own adapter API."""
+"""Adapters of whatever types side by side on one model: attached, saved and loaded, through PEFT alone.
+
+A `PeftModel` takes one type. transformers' own adapter methods take several, but transformers 5.24 refuses every PEFT
+that is released with them (it wants 0.22), so nothing here uses them.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.functional import delete_adapter
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import nn
+
+from .acting import activate
+from .adapter_file import AdapterFile, write_adapter
+from .tuner import PEFT_PREFIX
+
+
+def add_adapters(model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
+    """Attach fresh adapters of any of PEFT's layer-based types to a model, in place. All of them act and learn.
+
+    Args:
+        model: A transformers model, with or without adapters. Those that it has stop acting.
+        configs: Configurations by the names that the adapters get.
+
+    Raises:
+        ValueError: A configuration does not fit the model. Adapters that come before it stay attached.
+
+    Example:
+        add_adapters(model, {"pvm": PVMConfig(), "dipe": DIPEConfig(), "lora": LoraConfig(target_modules=["q_proj"])})
+    """
+    for name, config in configs.items():
+        _inject(model, name, config)
+    if configs:
+        activate(model, list(configs))
 
 
 def adapter_names(sources: Collection[str]) -> dict[str, str]:
@@ -33,39 +67,81 @@ def adapter_names(sources: Collection[str]) -> dict[str, str]:
     return names
 
 
-def load_adapters(model: Any, sources: Collection[str]) -> list[str]:
-    """Attach saved adapters to a model, in place; all of them act.
+def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
+    """Attach saved adapters of any of PEFT's layer-based types to a model, in place. All of them act.
 
     Args:
-        model: A transformers model.
+        model: A transformers model, with or without adapters. Those that it has stop acting.
         sources: Folders or Hub ids.
 
     Returns:
-        The adapters' names on the model.
+        The adapters' names on the model, made from the names of the folders or repositories.
 
     Raises:
         ValueError: An adapter cannot be read, does not fit, or leaves something without weights.
+
+    Example:
+        load_adapters(model, ["runs/pvm", "someone/a-lora"])
     """
     names = adapter_names(sources)
     for name, source in names.items():
         _load(model, name, source)
     if names:
-        model.set_adapter(list(names))
+        activate(model, list(names), trainable=False)
+        model.eval()
     return list(names)
 
 
-def _load(model: Any, name: str, source: str) -> None:
+def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike) -> Path:
+    """Save one of the adapters of a model as PEFT saves it, whole or not at all.
+
+    Args:
+        model: A transformers model with adapters.
+        adapter_name: Which of them.
+        folder: Where to.
+
+    Returns:
+        The folder, which `load_adapters` and `PeftModel.from_pretrained` take.
+
+    Raises:
+        ValueError: The model has no adapter of that name.
+    """
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"The model has no adapter {adapter_name!r}. Its adapters: {sorted(configs)}.")
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return write_adapter(folder, configs[adapter_name], {f"{PEFT_PREFIX}{key}": tensors[key] for key in tensors})
+
+
+def _load(model: nn.Module, name: str, source: str) -> None:
     refusal = f"The adapter {source} does not fit {type(model).__name__} or cannot be read"
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
-            loaded = model.load_adapter(source, adapter_name=name)
+        config = PeftConfig.from_pretrained(source)
+        config.inference_mode = True
+        tensors = AdapterFile(source).read()
+        _inject(model, name, config)
+        missing, strays = _set_weights(model, name, tensors)
     except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
         raise ValueError(f"{refusal}: {error}") from error
-    # transformers would only warn, and run with half an adapter.
-    missing = sorted(key for key in loaded.missing_keys if f".{name}." in key)
-    strays = sorted(loaded.unexpected_keys)
+    # PEFT would say nothing, and run with half an adapter.
     if missing or strays:
+        delete_adapter(model, name, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
+        del model.peft_config[name]  # type: ignore[union-attr, operator]
         lacks = f"it lacks {len(missing)} tensors ({missing[0]} ...)" if missing else ""
         brings = f"{len(strays)} of its tensors belong to nothing ({strays[0]} ...)" if strays else ""
         raise ValueError(f"{refusal}: {' and '.join(filter(None, (lacks, brings)))}.")
+
+
+def _inject(model: nn.Module, name: str, config: PeftConfig) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
+        inject_adapter_in_model(config, model, name)
+    attached: Any = model
+    attached.peft_config[name].base_model_name_or_path = getattr(model, "name_or_path", None)
+
+
+def _set_weights(model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+    """Give an attached adapter its weights. Returns the names of weights that are missing and of stray tensors."""
+    own = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    result: Any = set_peft_model_state_dict(model, own, adapter_name=name)
+    return sorted(key for key in result.missing_keys if name in key.split(".")), sorted(result.unexpected_keys)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..dipe import DIPEConfig
 from ..families import find_vlm
+from ..loading import add_adapters
 from ..pvm import PVMConfig
 from ..tdrs import TDRSConfig
 from .naive import make_naive
@@ -37,11 +38,7 @@ class Method:
 
     def attach(self, model: nn.Module) -> None:
         """Put it on a model from transformers, active."""
-        names = [f"adapter_{number}" for number in range(len(self.adapters))]
-        for name, make in zip(names, self.adapters):
-            model.add_adapter(make(model), adapter_name=name)  # type: ignore[operator]
-        if names:
-            model.set_adapter(names)  # type: ignore[operator]
+        add_adapters(model, {f"adapter_{number}": make(model) for number, make in enumerate(self.adapters)})
         if self.is_naive:
             make_naive(model)
 

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..dipe import DIPEConfig
+from ..loading import add_adapters
 from ..pvm import PVMConfig
 from ..tdrs import TDRSConfig
 from .controls import add_mlp_branches
@@ -94,11 +95,7 @@ def attach(model: Qwen3VLForConditionalGeneration, method: Method, seed: int = 0
         torch.manual_seed(seed)
         if method.has_mlp_branch:
             add_mlp_branches(model, STRIDED, r=64, num_parameters=PVM_PARAMETERS)
-        adapters = method.adapters()
-        for name, config in adapters.items():
-            model.add_adapter(config, adapter_name=name)
-        if adapters:
-            model.set_adapter(list(adapters))
+        add_adapters(model, method.adapters())
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

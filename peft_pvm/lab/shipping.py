@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from ..loading import save_adapter
 from .experiment import RECIPES, load_method
 from .mosaic import NUM_CELLS, load_material
 from .results import Entry, Results
@@ -36,8 +37,7 @@ def export_adapter(
     model = load_method("pvm", recipe, seed, runs)
     found = Results(results)
     entry, base = found.only("pvm", recipe, seed), found.only("base", None, 0)
-    model.save_pretrained(out)
-    (Path(out) / "generation_config.json").unlink(missing_ok=True)  # of the base
+    save_adapter(model, "pvm", out)
     (Path(out) / "README.md").write_text(_card(recipe, seed, entry, base))
     return Path(out)
 

@@ -37,7 +37,7 @@ def assert_equal_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.
 
 
 def test_starts_unchanged_and_every_parameter_learns(family: TinyVLM):
-    model = family.build()
+    model = family.build().requires_grad_(False)  # as PEFT has it
     inputs = family.inputs(model, *ROWS)
     base = logits(model, inputs)
     model = get_peft_model(model, PVMConfig(r=32))

@@ -1,0 +1,154 @@
+"""Adapters of several types on one model, through PEFT alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import METHODS, difference, give_weight, logits
+from packaging.version import Version
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_vlms import FAMILIES, TinyVLM
+
+from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, add_adapters, attached, load_adapters, save_adapter
+
+
+LORA = dict(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+PROMPTS = ("t4 i t3 i t6", "t7 i t5", "t9")
+
+
+@pytest.fixture
+def saved(tiny: TinyVLM, tmp_path: Path) -> list[str]:
+    """A PVM, a DIPE and a LoRA adapter, and what a model with all three computes."""
+    METHODS["pvm"].attach(tiny.build()).save_pretrained(tmp_path / "pvm")
+    METHODS["dipe"].attach(tiny.build()).save_pretrained(tmp_path / "dipe")
+    torch.manual_seed(0)
+    get_peft_model(tiny.build(), LoraConfig(**LORA)).save_pretrained(tmp_path / "lora")
+    return [str(tmp_path / name) for name in ("pvm", "dipe", "lora")]
+
+
+def one_inside_the_other(tiny: TinyVLM, saved: list[str]) -> torch.Tensor:
+    model = tiny.build()
+    for source in saved:
+        PeftModel.from_pretrained(model, source, adapter_name=Path(source).name)
+    return logits(model.eval(), tiny.inputs(model, *PROMPTS))
+
+
+def test_saved_adapters_of_several_types(tiny: TinyVLM, saved: list[str]):
+    expected = one_inside_the_other(tiny, saved)
+    model = tiny.build().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert load_adapters(model, saved) == ["pvm", "dipe", "lora"]
+    assert difference(logits(model, tiny.inputs(model, *PROMPTS)), expected) < 1e-6
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "pvm_" in name)
+    with attached(model, TDRSConfig()):
+        assert difference(logits(model, tiny.inputs(model, *PROMPTS)), expected) > 1e-3
+
+
+def test_fresh_adapters_of_several_types(tiny: TinyVLM):
+    model = tiny.build()
+    inputs = tiny.inputs(model, *PROMPTS)
+    with attached(model, DIPEConfig()):
+        expected = logits(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        add_adapters(
+            model, {"pvm": PVMConfig(r=32), "dipe": DIPEConfig(), "lora": LoraConfig(target_modules=["q_proj"])}
+        )
+    assert difference(logits(model, inputs), expected) < 1e-6
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learns == {name for name, _ in model.named_parameters() if "pvm_" in name or "lora_" in name}
+    give_weight(model)
+    assert difference(logits(model, inputs), expected) > 1e-3
+
+
+def test_each_is_saved_as_peft_saves_it(tiny: TinyVLM, saved: list[str], tmp_path: Path):
+    expected = one_inside_the_other(tiny, saved)
+    model = tiny.build()
+    names = load_adapters(model, saved)
+    again = [str(save_adapter(model, name, tmp_path / "again" / name)) for name in names]
+    for before, after in zip(saved, again):
+        assert load_file(Path(before) / "adapter_model.safetensors").keys() == (
+            load_file(Path(after) / "adapter_model.safetensors").keys()
+        )
+    assert difference(one_inside_the_other(tiny, again), expected) < 1e-6
+    with pytest.raises(ValueError, match=r"has no adapter 'lota'. Its adapters: \['dipe', 'lora', 'pvm'\]"):
+        save_adapter(model, "lota", tmp_path)
+
+
+def test_those_that_were_there_stop_acting(tiny: TinyVLM, saved: list[str]):
+    model = tiny.build()
+    load_adapters(model, saved[2:])
+    load_adapters(model, saved[:1])
+    alone = METHODS["pvm"].attach(tiny.build())
+    inputs = tiny.inputs(model, *PROMPTS)
+    assert difference(logits(model, inputs), logits(alone, inputs)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.popitem(), "it lacks 1 tensors"),
+        (
+            lambda tensors: tensors.update({"base_model.model.stray": torch.ones(1)}),
+            "1 of its tensors belong to nothing",
+        ),
+    ],
+)
+def test_half_an_adapter_of_another_type_is_refused(saved: list[str], tiny: TinyVLM, change, message: str):
+    file = Path(saved[2]) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    model = tiny.build()
+    base = logits(model, tiny.inputs(model, *PROMPTS))
+    with pytest.raises(ValueError, match=rf"lora does not fit .*{message}"):
+        load_adapters(model, saved)
+    model.eval()
+    with pytest.raises(ValueError, match="does not fit"):
+        load_adapters(model, saved[2:])
+    assert "lora" not in model.peft_config
+    assert difference(logits(model, tiny.inputs(model, *PROMPTS)), base) > 1e-3  # PVM and DIPE came before it and stay
+
+
+def test_pickles_are_not_read(saved: list[str], tiny: TinyVLM):
+    folder = Path(saved[2])
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="Adapters are read from safetensors files only"):
+        load_adapters(tiny.build(), saved[2:])
+
+
+@pytest.mark.skipif(
+    not (transformers.__version__.startswith("5.24") and Version(peft.__version__) < Version("0.22")),
+    reason="other versions of transformers take the PEFT that is released with them",
+)
+def test_transformers_refuses_every_peft():
+    """What the documentation says of transformers 5.24: LoRA is refused as our adapters are."""
+    code = (
+        "import peft, transformers; from transformers import LlamaConfig, LlamaForCausalLM; "
+        "model = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, "
+        "num_attention_heads=1, vocab_size=8)); model.add_adapter(peft.LoraConfig(target_modules=['q_proj']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (
+        "ValueError: The version of PEFT you are using is not compatible, please use a version >= 0.22.0" in run.stderr
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.broken])
+def test_a_family_that_is_skipped_is_broken_itself(name: str):
+    family = FAMILIES[name]
+    if not family.is_broken:
+        pytest.skip("it works in this version")
+    model = family.build_anyway()
+    with pytest.raises(AttributeError, match="image_outputs"):
+        model(**family.inputs(model, "t4 i t3"))
