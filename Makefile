@@ -11,10 +11,12 @@ WORKERS ?= auto
 # What test-newest takes of torch, most builds of which come with CUDA.
 TORCH ?= torch==2.13.0
 PYTEST = pytest -n $(WORKERS) -q
+GPU_TESTS = tests/test_five_properties.py tests/test_generation.py tests/test_combinations.py tests/test_decoding_step.py \
+	tests/dipe tests/tdrs tests/pvm
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench test test-oldest test-newest test-lmms-eval test-vllm quality style docs generate clean
+.PHONY: demo bench test test-oldest test-newest test-gpu test-lmms-eval test-vllm quality style docs generate clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -38,6 +40,10 @@ test-newest:
 	$(VENV_NEWEST)/bin/pip install --quiet --disable-pip-version-check --upgrade $(TORCH) transformers peft
 	$(VENV_NEWEST)/bin/pip list --format freeze | grep -E '^(accelerate|datasets|huggingface_hub|peft|torch|transformers|trl)=='
 	$(VENV_NEWEST)/bin/$(PYTEST) tests
+
+# What the methods compute, on a GPU: in an environment of the reader's, since ours hold a torch for the CPU.
+test-gpu:
+	PEFT_PVM_TEST_DEVICE=cuda $(PYTHON) -m $(PYTEST) $(GPU_TESTS)
 
 # lmms-eval pins versions that do not go with the training extra's.
 test-lmms-eval: $(VENV_LMMS)/.installed

@@ -25,6 +25,10 @@ from peft_pvm.versions import CACHE
 
 
 torch.set_num_threads(1)  # tests run side by side
+DEVICE = os.environ.get("PEFT_PVM_TEST_DEVICE", "cpu")  # where models and tensors are made: `make test-gpu`
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
+    torch.backends.cudnn.allow_tf32 = False
 # transformers 5.24 asks for a PEFT that has not been released. Its adapter methods are tested without that bound.
 if Version(peft.__version__) < Version(transformers.integrations.peft.MIN_PEFT_VERSION):
     transformers.integrations.peft.MIN_PEFT_VERSION = peft.__version__
@@ -111,7 +115,7 @@ def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".pvm_" in name:
-                noise = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu")
                 if parameter.dim() == 2:
                     parameter.copy_(noise / parameter.shape[-1] ** 0.5)
                 else:

@@ -295,7 +295,7 @@ def _grid_visual(modality: str, token_id: int, frames: int = 1):
         channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", 3)
         features = channels * config.temporal_patch_size * config.patch_size**2
         suffix = "_videos" if modality == "video" else ""
-        pixels = torch.randn(16 * frames, features, generator=generator)
+        pixels = torch.randn(16 * frames, features, generator=generator, device="cpu")
         grid = {f"pixel_values{suffix}": pixels, f"{modality}_grid_thw": torch.tensor([[frames, 4, 4]])}
         return frames * [START, *[token_id] * 4, END], grid
 
@@ -306,7 +306,7 @@ def _square_visual(num_tokens: int, **extra: Callable[[], torch.Tensor]):
     """LLaVA and its kin: square images, stacked."""
 
     def make(model, generator):
-        pixels = {"pixel_values": torch.randn(1, 3, 28, 28, generator=generator)}
+        pixels = {"pixel_values": torch.randn(1, 3, 28, 28, generator=generator, device="cpu")}
         return [IMAGE] * num_tokens, {**pixels, **{name: value() for name, value in extra.items()}}
 
     return make
@@ -316,7 +316,7 @@ def _tiled_visual(num_tokens: int):
     """LLaVA-Next and -OneVision: the image and its tiles."""
 
     def make(model, generator):
-        pixels = torch.randn(1, 2, 3, 28, 28, generator=generator)
+        pixels = torch.randn(1, 2, 3, 28, 28, generator=generator, device="cpu")
         return [IMAGE] * num_tokens, {"pixel_values": pixels, "image_sizes": torch.tensor([[28, 28]])}
 
     return make
@@ -324,7 +324,7 @@ def _tiled_visual(num_tokens: int):
 
 def _onevision_video(model, generator):
     # 3 frames of 4 tokens, pooled to 1 token each, and a newline
-    return [VIDEO] * 4, {"pixel_values_videos": torch.randn(1, 3, 3, 28, 28, generator=generator)}
+    return [VIDEO] * 4, {"pixel_values_videos": torch.randn(1, 3, 3, 28, 28, generator=generator, device="cpu")}
 
 
 def _gemma4_positions(frames: int) -> torch.Tensor:
@@ -333,13 +333,13 @@ def _gemma4_positions(frames: int) -> torch.Tensor:
 
 
 def _gemma4_image(model, generator):
-    pixels = torch.randn(1, 16, 48, generator=generator)
+    pixels = torch.randn(1, 16, 48, generator=generator, device="cpu")
     return [START, *[IMAGE] * 4, END], {"pixel_values": pixels, "image_position_ids": _gemma4_positions(1)}
 
 
 def _gemma4_video(model, generator):
     ids = [START, *[VIDEO] * 8, END]
-    pixels, positions = torch.randn(2, 16, 48, generator=generator), _gemma4_positions(2)
+    pixels, positions = torch.randn(2, 16, 48, generator=generator, device="cpu"), _gemma4_positions(2)
     if "num_frames_per_video" not in inspect.signature(model.model.forward).parameters:  # transformers before 5.23
         return ids, {"pixel_values_videos": pixels[None], "video_position_ids": positions[None]}
     arguments = {"video_position_ids": positions, "num_frames_per_video": torch.tensor([2])}
@@ -408,7 +408,7 @@ class TinyVLM:
             for name, parameter in model.named_parameters():
                 if parameter.dim() >= 2:
                     scale = 0.1 if "embed" in name else 0.6 / parameter.shape[-1] ** 0.5
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * scale)
         return model
 
     def inputs(self, model: T.PreTrainedModel, *conversations: str, start: int = 0, stop: int | None = None):
@@ -443,7 +443,7 @@ class TinyVLM:
         row = Rendered()
         for segment in conversation.split():
             if segment[0] == "t":
-                ids = torch.randint(10, 290, (int(segment[1:]),), generator=generator).tolist()
+                ids = torch.randint(10, 290, (int(segment[1:]),), generator=generator, device="cpu").tolist()
                 types = [0] * len(ids)
             else:
                 ids, arguments = {"i": self.image, "v": self.video}[segment](model, generator)
@@ -462,7 +462,9 @@ class TinyVLM:
                     stacked[row, column] = visual["pixel_values"][0]
             return {"pixel_values": stacked}
         names = {name for visual in visuals for name in visual}
-        return {name: torch.cat([visual[name] for visual in visuals if name in visual]) for name in sorted(names)}
+        device = torch.get_default_device()  # pixels are drawn on the CPU, so that they are the same everywhere
+        pixels = {name: [visual[name] for visual in visuals if name in visual] for name in sorted(names)}
+        return {name: torch.cat([tensor.to(device) for tensor in tensors]) for name, tensors in pixels.items()}
 
     def _position_ids(self, model, rows: list[Rendered], input_ids, types, attention_mask) -> torch.Tensor:
         if not hasattr(getattr(model, "model", None), "get_rope_index"):
