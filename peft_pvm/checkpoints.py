@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from .adapter_file import write_adapter
 from .pvm import PVMConfig
 from .pvm.branch import fresh_weights, weight_name
 from .pvm.files import read_adapter
 from .pvm.merging import Tensors
 from .pvm.shape import BranchShape
 from .tuner import PEFT_PREFIX
+from .writing import write_adapter
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from tiny_vlms import FAMILIES
 
 from peft_pvm import PVMConfig
-from peft_pvm.adapter_file import written_whole
+from peft_pvm.writing import written_whole
 
 
 ROWS = ("t4 i t3 i t6",)

@@ -28,10 +28,10 @@ from transformers import (
 from trl.data_utils import prepare_multimodal_messages
 
 from ..acting import base_of
-from ..adapter_file import write_adapter
 from ..families import find_vlm
 from ..probe.observers import AttentionObserver, branches_observed, observed, undisturbed, visual_mask
 from ..tuner import PEFT_PREFIX
+from ..writing import write_adapter
 
 
 FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
