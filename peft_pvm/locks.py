@@ -35,8 +35,8 @@ class Lock:
     def acquire(self, wait: bool = True) -> bool:
         """Take the lock.
 
-        A file system may have no locks. Then a lock that is waited for counts as taken, with a warning, and one that is
-        not waited for counts as held by somebody else.
+        A file system may have no locks. Then a lock that is waited for counts as taken, with a warning. One that is not
+        waited for counts as held by somebody else.
 
         Args:
             wait: Until it is free.

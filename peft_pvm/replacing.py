@@ -1,8 +1,8 @@
 """Files in a folder that take the place of older ones all at once, whoever else writes there and whenever it dies.
 
-What is to be written is first completed in a hidden folder inside the target, so on its file system. Then the files change
-places under a lock. One file changes place in one step. For several, a note of what is replaced is made first; whoever
-next takes the lock puts the old files back if the note is still there.
+New files are first completed in a hidden folder inside the target, so on its file system. Then they take their places
+under a lock. A single file does so in one step. For several, a note of what they replace is made first. If the process
+dies at this, whoever next takes the lock finds the note and puts the old files back.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ FORMER_SAVE_SECONDS = 600  # after which nobody is still writing to one
 
 @contextlib.contextmanager
 def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
-    """Write adapters so that a folder holds the old one or the new one, whenever the process dies and whoever else saves.
+    """Write an adapter so that its folder holds the old one or the new one, whenever the process dies.
 
-    Of several adapters in sub-folders each is written whole by itself. Other files in the folder are not touched, nor is
-    a model card that a person wrote. `replacing` says how.
+    The same is true if several processes save into one folder. Adapters in sub-folders are each written whole by
+    themselves. Other files in the folder are not touched, nor is a model card that a person wrote. `replacing` does it.
 
     Args:
         folder: Where they shall be.

@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
+from peft.utils import CONFIG_NAME
 
+from ..cards import CARD_NAME
+from ..replacing import replacing
 from .experiment import RECIPES, load_method
 from .mosaic import NUM_CELLS, load_material
 from .results import Entry, Results
@@ -36,9 +39,10 @@ def export_adapter(
     model = load_method("pvm", recipe, seed, runs)
     found = Results(results)
     entry, base = found.only("pvm", recipe, seed), found.only("base", None, 0)
-    model.save_pretrained(out)
-    (Path(out) / "generation_config.json").unlink(missing_ok=True)  # of the base
-    (Path(out) / "README.md").write_text(_card(recipe, seed, entry, base))
+    with replacing(out, entry=CONFIG_NAME) as staged:
+        model.save_pretrained(staged)
+        (staged / "generation_config.json").unlink(missing_ok=True)  # of the base
+        (staged / CARD_NAME).write_text(_card(recipe, seed, entry, base), encoding="utf-8")
     return Path(out)
 
 

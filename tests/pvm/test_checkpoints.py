@@ -148,8 +148,8 @@ def test_no_more_is_read_than_needed(golden, tmp_path: Path, monkeypatch):
             read.append(key)
             return self.opened.get_tensor(key)
 
-    opened = checkpoints._opened
-    monkeypatch.setattr(checkpoints, "_opened", lambda shard: Counting(opened(shard)))
+    opened = checkpoints.opened
+    monkeypatch.setattr(checkpoints, "opened", lambda shard: Counting(opened(shard)))
     convert_reference_checkpoint(theirs, tmp_path / "adapter")
     assert sorted(read) == sorted(key for key in tensors_of(theirs) if ".pvm_block." in key)
 
