@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .replacing import replacing
+from .replacing import replacing, settle
 
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -41,6 +41,7 @@ class BaseCheckpoint:
 
     def __init__(self, source: str | os.PathLike):
         self.folder = _local(source).resolve()
+        settle(self.folder)
         self.config = self._read_config()
         self.shards = self._find_shards()
         self._shard_of: dict[str, Path] = {}

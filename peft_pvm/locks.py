@@ -35,8 +35,8 @@ class Lock:
     def acquire(self, wait: bool = True) -> bool:
         """Take the lock.
 
-        A file system may have no locks. Then a lock that is waited for counts as taken, with a warning. One that is not
-        waited for counts as held by somebody else.
+        A file system may have no locks. Then a lock that is waited for counts as taken, with a warning. One that is
+        not waited for counts as held by somebody else.
 
         Args:
             wait: Until it is free.
@@ -72,13 +72,14 @@ class Lock:
         if self._descriptor is None:
             return
         if remove and sys.platform != "win32":
-            self.path.unlink(missing_ok=True)  # while it is held: whoever opened it before will notice
+            with contextlib.suppress(OSError):  # a file that remains does no harm
+                self.path.unlink()  # while it is held: whoever opened it before will notice
         self._unlock(self._descriptor)
         os.close(self._descriptor)
         self._descriptor = None
         if remove and sys.platform == "win32":
             with contextlib.suppress(OSError):  # where others have opened it, it stays
-                self.path.unlink(missing_ok=True)
+                self.path.unlink()
 
     def _open(self) -> int:
         try:

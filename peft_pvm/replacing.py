@@ -82,7 +82,8 @@ def replacing(
     finally:
         with _locked_area(folder):
             alive.release()
-            shutil.rmtree(own, ignore_errors=True)  # what remains is removed by the next one
+            if not (own / PLAN).exists():  # else the old files are still there, and the next one puts them back
+                shutil.rmtree(own, ignore_errors=True)
         for path in absent:
             with contextlib.suppress(OSError):  # where something was written
                 path.rmdir()
@@ -193,10 +194,10 @@ def _replace(
                 _keep(folder / name, old / name, move=name == entry or name in obsolete)
             for name in sorted(changed, key=lambda name: name == entry):
                 os.replace(staged / name, folder / name)
-            (own / PLAN).unlink()
         except BaseException:
             _put_back(folder, own)
             raise
+        (own / PLAN).unlink()
     else:
         for name in changed:
             os.replace(staged / name, folder / name)

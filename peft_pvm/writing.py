@@ -29,7 +29,7 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     """Write an adapter so that its folder holds the old one or the new one, whenever the process dies.
 
     The same is true if several processes save into one folder. Adapters in sub-folders are each written whole by
-    themselves. Other files in the folder are not touched, nor is a model card that a person wrote. `replacing` does it.
+    themselves. Other files in the folder are not touched, nor is a model card that a person wrote.
 
     Args:
         folder: Where they shall be.
