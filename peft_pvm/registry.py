@@ -65,6 +65,7 @@ def extend_peft() -> None:
       the file later, and transformers' `load_adapter` calls `PeftConfig.from_pretrained` on the base class, so a
       subclass's own `from_pretrained` would not be asked.
     - What is no adapter's configuration is refused with its name and the reason.
+    - Who loads an adapter waits for a save that is replacing it; one that died at this is undone.
     - A model with our adapters is saved by way of `written_whole`, and not in a form that we do not load.
     - `push_to_hub` does not put an empty card in the place of ours.
     """
@@ -78,12 +79,14 @@ def extend_peft() -> None:
     PeftConfigMixin._get_peft_type = classmethod(type_of)  # type: ignore[method-assign, assignment]
     for cls in (PeftModel, PreTrainedModel):
         cls.save_pretrained = _saving_whole(cls.save_pretrained)  # type: ignore[method-assign]
+    PreTrainedModel.load_adapter = _settling(PreTrainedModel.load_adapter)  # type: ignore[method-assign]
     PushToHubMixin._upload_modified_files = _with_cards(PushToHubMixin._upload_modified_files)
 
 
 def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def read_config(cls, path, *args, **kwargs):
+        settle(os.path.join(path, kwargs.get("subfolder") or ""))
         try:
             found = original(cls, path, *args, **kwargs)
             if not isinstance(found, PeftConfig):  # the type that PEFT is about to look up
@@ -98,10 +101,19 @@ def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
     return read_config
 
 
+def _settling(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        if peft_model_id is not None:
+            settle(peft_model_id)  # before transformers looks whether there is a configuration
+        return original(self, peft_model_id, *args, **kwargs)
+
+    return load_adapter
+
+
 def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        settle(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if _is_ours(config):
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)

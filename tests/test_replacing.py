@@ -92,8 +92,7 @@ def test_an_error_at_any_step_puts_the_old_files_back(tmp_path: Path, monkeypatc
             interrupt(patch, ("replace",), step, fail)
             try:
                 write(folder, "new")
-            except OSError as error:
-                assert str(error) == "the disk fails"
+            except OSError:
                 assert contents(folder) == {"entry": "old", "other": "old", "outdated": "old", "mine": "mine"}
             else:
                 break
@@ -199,7 +198,9 @@ def test_a_part_on_another_file_system(tmp_path: Path, other_file_system: Path):
 
 
 @needs_fork
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becomes another user, which only root can")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becomes another user, which only root can"
+)
 def test_a_parent_that_cannot_be_written_to():
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:  # which another user can enter
         folder = Path(parent) / "folder"

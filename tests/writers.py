@@ -1,7 +1,7 @@
 """Everything that writes a folder, as processes of its own that are killed or write at the same time.
 
-`python tests/writers.py killed WRITER FOLDER TIMES` and `python tests/writers.py racing WRITER FOLDER TIMES` print what
-the folder held each time, as JSON: "old", "new" or "nothing". Anything else is an error.
+`python tests/writers.py killed WRITER FOLDER TIMES` prints what the folder held each time, as JSON: "old", "new",
+"nothing" or "a mixture". So does `racing` in the place of `killed`.
 """
 
 from __future__ import annotations
