@@ -41,7 +41,7 @@ class BaseCheckpoint:
 
     def __init__(self, source: str | os.PathLike):
         self.folder = _local(source).resolve()
-        settle(self.folder)
+        settle(self.folder, CONFIG)
         self.config = self._read_config()
         self.shards = self._find_shards()
         self._shard_of: dict[str, Path] = {}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 EXTENDED = "peft_pvm_was_here"
+READ_ATTEMPTS = 5  # of a configuration that others keep replacing
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
@@ -79,16 +80,15 @@ def extend_peft() -> None:
     PeftConfigMixin._get_peft_type = classmethod(type_of)  # type: ignore[method-assign, assignment]
     for cls in (PeftModel, PreTrainedModel):
         cls.save_pretrained = _saving_whole(cls.save_pretrained)  # type: ignore[method-assign]
-    PreTrainedModel.load_adapter = _settling(PreTrainedModel.load_adapter)  # type: ignore[method-assign]
+    PreTrainedModel.load_adapter = _settling(PreTrainedModel.load_adapter)
     PushToHubMixin._upload_modified_files = _with_cards(PushToHubMixin._upload_modified_files)
 
 
 def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def read_config(cls, path, *args, **kwargs):
-        settle(os.path.join(path, kwargs.get("subfolder") or ""))
         try:
-            found = original(cls, path, *args, **kwargs)
+            found = _read_settled(original, cls, path, *args, **kwargs)
             if not isinstance(found, PeftConfig):  # the type that PEFT is about to look up
                 PEFT_TYPE_TO_CONFIG_MAPPING[found]
         except (AttributeError, KeyError, TypeError) as error:
@@ -101,11 +101,23 @@ def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
     return read_config
 
 
+def _read_settled(read: Callable[..., Any], cls: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Read a configuration, again if a save was just replacing it."""
+    folder = os.path.join(path, kwargs.get("subfolder") or "")
+    settle(folder, CONFIG_NAME)
+    for attempts_left in reversed(range(READ_ATTEMPTS)):
+        try:
+            return read(cls, path, *args, **kwargs)
+        except (ValueError, FileNotFoundError):
+            if not settle(folder, CONFIG_NAME) or not attempts_left:
+                raise
+
+
 def _settling(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
         if peft_model_id is not None:
-            settle(peft_model_id)  # before transformers looks whether there is a configuration
+            settle(peft_model_id, CONFIG_NAME)  # before transformers looks whether there is a configuration
         return original(self, peft_model_id, *args, **kwargs)
 
     return load_adapter

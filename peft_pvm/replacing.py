@@ -108,16 +108,19 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
         (staged / path.name).write_bytes(data)
 
 
-def settle(folder: str | os.PathLike) -> None:
+def settle(folder: str | os.PathLike, entry: str) -> bool:
     """Wait for those who are replacing files in a folder, and undo what one of them left half done.
 
     Args:
         folder: The folder.
+        entry: A file in it.
+
+    Returns:
+        Whether the file was there in between.
     """
     folder = Path(os.path.realpath(folder))
-    if (folder / AREA).is_dir():
-        with _locked_area(folder):
-            pass
+    with _locked_area(folder) if (folder / AREA).is_dir() else contextlib.nullcontext():
+        return (folder / entry).is_file()
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def test_a_process_that_dies_at_any_step_is_undone_by_the_next_reader(tmp_path: 
             write(folder, "new")
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        settle(folder)
+        settle(folder, "entry")
         assert list(folder.glob(".*")) == []
         found.append(contents(folder))
         if status == 0:
@@ -129,7 +129,7 @@ def test_what_a_living_process_is_writing_is_not_cleared(tmp_path: Path):
     with replacing(tmp_path, entry="entry") as staged:
         (staged / "entry").write_text("first")
         write(tmp_path, "second")
-        settle(tmp_path)
+        settle(tmp_path, "entry")
         assert (staged / "entry").read_text() == "first"
     assert contents(tmp_path)["entry"] == "first"
     assert not (tmp_path / AREA).exists()
@@ -271,7 +271,7 @@ def test_threads_exclude_each_other(tmp_path: Path):
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        settle(tmp_path)
+        settle(tmp_path, "entry")
     assert len(set(contents(tmp_path).values())) == 1
     assert list(tmp_path.glob(".*")) == []
 
@@ -315,6 +315,6 @@ def test_old_files_that_cannot_be_put_back_at_once_are_put_back_later(tmp_path: 
         with pytest.raises(OSError, match="the disk fails"):
             write(tmp_path, "new")
     assert "entry" not in contents(tmp_path), "half of it is not taken for the whole"
-    settle(tmp_path)
+    settle(tmp_path, "entry")
     assert contents(tmp_path) == dict.fromkeys(("entry", "other", "third"), "old")
     assert list(tmp_path.glob(".*")) == []

@@ -202,6 +202,34 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_reader_finds_a_configuration_while_others_save(tmp_path: Path):
+    """One of the two, at any time, though it goes and comes again hundreds of times."""
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from peft import PeftConfig
+from peft_pvm import DIPEConfig
+
+folder = sys.argv[1]
+layers = [[0], [1, 2]]
+DIPEConfig(layers_to_transform=layers[0]).save_pretrained(folder)
+saver = os.fork()
+if saver == 0:
+    for number in range(300):
+        DIPEConfig(layers_to_transform=layers[number % 2]).save_pretrained(folder)
+    os._exit(0)
+found = []
+while os.waitpid(saver, os.WNOHANG)[0] == 0:
+    found.append(PeftConfig.from_pretrained(folder).layers_to_transform)
+assert all(one in layers for one in found)
+print(min(map(found.count, layers)))
+"""
+    process = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert int(process.stdout) > 5
+
+
 def inject(model: PreTrainedModel, config: PeftConfig, name: str) -> None:
     """As `add_adapter` does, which some versions of transformers refuse with some of PEFT."""
     inject_adapter_in_model(config, model, name)
