@@ -133,7 +133,7 @@ def _locked_area(folder: Path) -> Iterator[Path]:
             area.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             break
-        except FileNotFoundError:  # somebody who needed it no more has just removed it
+        except (FileNotFoundError, FileExistsError):  # somebody who needed it no more has just removed it
             if not attempts_left:
                 raise
     try:

@@ -1,7 +1,7 @@
 """Everything that writes a folder, as processes of its own that are killed or write at the same time.
 
-`python tests/writers.py killed WRITER FOLDER TIMES` prints what the folder held each time, as JSON: "old", "new",
-"nothing" or "a mixture". So does `racing` in the place of `killed`.
+`python tests/writers.py killed FOLDER TIMES WRITER...` prints what the folder held each time, as JSON by writer: "old",
+"new", "nothing" or "a mixture". So does `racing` in the place of `killed`.
 """
 
 from __future__ import annotations
@@ -201,8 +201,12 @@ def racing(write: Write, read: Read, folder: Path, times: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    mode, writer, folder, times = sys.argv[1:]
+    mode, top, times, *names = sys.argv[1:]
     torch.set_num_threads(1)
-    write, read = WRITERS[writer](Path(folder))
     test = {"killed": killed, "racing": racing}[mode]
-    print(json.dumps(test(write, read, Path(folder) / "out", int(times))))
+    found = {}
+    for name in names:
+        folder = Path(top, name)
+        folder.mkdir(parents=True)
+        found[name] = test(*WRITERS[name](folder), folder / "out", int(times))
+    print(json.dumps(found))
