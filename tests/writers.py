@@ -1,7 +1,7 @@
 """Everything that writes a folder, as processes of its own that are killed or write at the same time.
 
-`python tests/writers.py killed FOLDER TIMES WRITER...` prints what the folder held each time, as JSON by writer: "old",
-"new", "nothing" or "a mixture". So does `racing` in the place of `killed`.
+`python tests/writers.py killed FOLDER TIMES WRITER...` prints what the folder held each time, as JSON by writer:
+"old", "new", "nothing" or "a mixture". So does `racing` in the place of `killed`.
 """
 
 from __future__ import annotations
