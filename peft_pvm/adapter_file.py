@@ -1,22 +1,17 @@
-"""Saved adapters: their weights file, checked against a model before it is loaded, and how they are written."""
+"""Saved adapters: their weights file, checked against a model before it is loaded."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 
 FORMAT_VERSION = "1"  # of the adapters we write
@@ -125,59 +120,3 @@ def flaw_of(tensor: torch.Tensor) -> str | None:
     if not tensor.is_floating_point():
         return f"{tensor.dtype}, not floating-point numbers"
     return None if bool(torch.isfinite(tensor.float()).all()) else "NaN or infinity"
-
-
-@contextlib.contextmanager
-def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
-    """Write adapters so that a crash leaves the old ones, none, or the new ones, but never a part of one.
-
-    An adapter without its configuration is none. So what was written elsewhere takes its place in this order: the old
-    configuration goes, the other files come, the new configuration comes.
-
-    Args:
-        folder: Where they shall be.
-
-    Yields:
-        A folder of the same name beside it, to write to. It holds the model cards and results that are there already.
-    """
-    folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as temporary:
-        staged = Path(temporary) / folder.name
-        staged.mkdir()
-        for name in ("README.md", RESULTS_NAME):  # which the card is made from
-            for file in (*folder.glob(name), *folder.glob(f"*/{name}")):
-                (staged / file.parent.relative_to(folder)).mkdir(exist_ok=True)
-                shutil.copy(file, staged / file.relative_to(folder))
-        yield staged
-        files = sorted(path for path in staged.rglob("*") if path.is_file())
-        for file in files:
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        configs = [file for file in files if file.name == CONFIG_NAME]
-        for config in configs:
-            (folder / config.relative_to(staged)).unlink(missing_ok=True)
-        for file in [*(file for file in files if file not in configs), *configs]:
-            place = folder / file.relative_to(staged)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, place)
-
-
-def write_adapter(folder: str | os.PathLike, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> Path:
-    """Save an adapter as PEFT does, whole or not at all. Ours bring a model card.
-
-    Args:
-        folder: Where to.
-        config: Its configuration.
-        tensors: Its tensors, by their keys in the file.
-
-    Returns:
-        The folder.
-    """
-    with written_whole(folder) as staged:
-        contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, staged / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        saved = copy.copy(config)
-        saved.inference_mode = True  # as PEFT saves it
-        saved.save_pretrained(str(staged))
-    return Path(folder)

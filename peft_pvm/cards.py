@@ -13,12 +13,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
 
 from .adapter_file import RESULTS_NAME
+from .replacing import write_file
 
 
 if TYPE_CHECKING:
     from .tuner import VisualConfig
 
 
+CARD_NAME = "README.md"
 PEFT_TEMPLATE = "# Model Card for Model ID"  # the heading of the card that PEFT leaves to be filled in
 MARK = "<!-- Written by peft-pvm, again at every save. Delete this line to keep your changes. -->"
 RESULT_FIELDS = {"dataset", "metric", "value"}  # and "base", the base model's, if known
@@ -37,13 +39,17 @@ def write_card(config: VisualConfig, folder: str | os.PathLike) -> None:
     Raises:
         ValueError: `results.json` is not such a list.
     """
-    path = os.path.join(folder, "README.md")
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            card = file.read()
-        if PEFT_TEMPLATE not in card and MARK not in card:
-            return
-    ModelCard(card_text(config, read_results(folder))).save(path)
+    path = Path(folder) / CARD_NAME
+    if not is_written_by_a_person(path):
+        write_file(path, str(ModelCard(card_text(config, read_results(folder)))))
+
+
+def is_written_by_a_person(path: Path) -> bool:
+    """Whether a file is a model card that neither we nor PEFT have made."""
+    if path.name != CARD_NAME or not path.is_file():
+        return False
+    card = path.read_text(encoding="utf-8", errors="replace")
+    return PEFT_TEMPLATE not in card and MARK not in card
 
 
 def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:

@@ -6,31 +6,25 @@ in the text config, `pvm_hidden_size` and `pvm_layers`. They are read shard by s
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from .adapter_file import write_adapter
+from .base_checkpoint import BaseCheckpoint, opened
 from .pvm import PVMConfig
 from .pvm.branch import fresh_weights, weight_name
 from .pvm.files import read_adapter
 from .pvm.merging import Tensors
 from .pvm.shape import BranchShape
 from .tuner import PEFT_PREFIX
+from .writing import write_adapter, written_whole
 
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FIRST_OF_TWO, PVM_SHARD = "model-00001-of-00002.safetensors", "model-pvm.safetensors"
+BRANCH = ".pvm_block."  # in the name of every weight of the branch
 FIELDS = ("pvm_hidden_size", "pvm_layers")
 AUTHORS_NAMES = {
     "gate": "gate_alpha",
@@ -65,8 +59,8 @@ def convert_reference_checkpoint(
         FileNotFoundError: There is no safetensors checkpoint.
         ValueError: It holds no PVM branch, or not one as its config says.
     """
-    folder = _local(source)
-    content = _config_of(folder)
+    checkpoint = BaseCheckpoint(source)
+    content = checkpoint.config
     text = content["text_config"]
     if missing := [name for name in FIELDS if name not in text]:
         raise ValueError(f"The text_config of {source} has no {', '.join(missing)}: it is no checkpoint of PVM.")
@@ -74,10 +68,10 @@ def convert_reference_checkpoint(
     config.base_model_name_or_path = str(content.get("_name_or_path") or "") or None
     tensors: Tensors = {}
     stray = []
-    for shard in _shards(folder):
-        with _opened(shard) as file:
+    for shard in checkpoint.shards:
+        with opened(shard) as file:
             for key in file.keys():  # noqa: SIM118
-                if ".pvm_block." not in key:
+                if BRANCH not in key:
                     continue
                 match = AUTHORS_KEY.fullmatch(key)
                 names = [name for name, theirs in AUTHORS_NAMES.items() if match and theirs == match["name"]]
@@ -87,9 +81,11 @@ def convert_reference_checkpoint(
                     tensors[f"{PEFT_PREFIX}{match['layer']}.pvm.pvm_{names[0]}.weight"] = file.get_tensor(key)
     config.mlp_ratio = _mlp_ratio(tensors, config.r, text)
     check_shapes(source, tensors, stray, config, content)
-    if base_dir is not None:
-        _write_base(folder, Path(base_dir), content)
-    return write_adapter(output_dir, config, tensors)
+    with written_whole(output_dir) as staged:
+        write_adapter(staged, config, tensors)
+        if base_dir is not None:
+            checkpoint.copy_without(base_dir, {**content, "text_config": _without(text, FIELDS)}, BRANCH)
+    return Path(output_dir)
 
 
 def export_reference_checkpoint(
@@ -132,108 +128,7 @@ def export_reference_checkpoint(
     for key, tensor in tensors.items():
         layer, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".pvm.pvm_")
         branch[f"{layer}.pvm_block.{AUTHORS_NAMES[name.removesuffix('.weight')]}"] = tensor
-    return checkpoint.copy(Path(output_dir), content, branch)
-
-
-class BaseCheckpoint:
-    """The checkpoint of a vision-language model, to be copied with more weights.
-
-    Args:
-        source: Folder or Hub id.
-
-    Attributes:
-        config: What its `config.json` holds.
-
-    Raises:
-        FileNotFoundError: There is no safetensors checkpoint.
-        ValueError: It is not that of a vision-language model.
-    """
-
-    def __init__(self, source: str | os.PathLike):
-        self._folder = _local(source)
-        self.config = _config_of(self._folder)
-        self._shards_found = _shards(self._folder)
-
-    def copy(self, out: Path, config: dict[str, Any], branch: Tensors) -> Path:
-        """Copy its shards as they are, and write one more.
-
-        Args:
-            out: Folder of the copy.
-            config: What its `config.json` shall hold.
-            branch: Further weights, by name; none: no further shard.
-
-        Returns:
-            `out`.
-
-        Raises:
-            ValueError: `out` is the checkpoint's own folder.
-        """
-        _make_beside(self._folder, out)
-        for name in ("config.json", INDEX):  # without them it is no checkpoint, until all of it is there
-            (out / name).unlink(missing_ok=True)
-        _copy_other_files(self._folder, out)
-        weight_map: dict[str, str] = {}
-        total = 0
-        for shard in self._shards_found:
-            name = FIRST_OF_TWO if branch and shard.name == SINGLE else shard.name
-            shutil.copyfile(shard, out / name)
-            with _opened(shard) as file:
-                weight_map.update(dict.fromkeys(file.keys(), name))
-            total += _tensor_bytes(shard)
-        if branch:
-            contiguous = {name: tensor.contiguous() for name, tensor in branch.items()}
-            save_file(contiguous, out / PVM_SHARD, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(branch, PVM_SHARD))
-            total += _tensor_bytes(out / PVM_SHARD)
-        _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(out / "config.json", config)
-        return out
-
-
-def _local(source: str | os.PathLike) -> Path:
-    if os.path.isdir(source):
-        return Path(source)
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-    return Path(snapshot_download(os.fspath(source), allow_patterns=patterns))
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}.")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("text_config"), dict):
-        raise ValueError(f"{path} has no text_config: it is not that of a vision-language model.")
-    return content
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if wrong := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{index} names {wrong}, which lead out of the folder.")
-    else:
-        names = [SINGLE]
-    shards = [folder / name for name in names]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise FileNotFoundError(
-            f"There is no {', '.join(missing)} in {folder}. Checkpoints are read from safetensors files only."
-        )
-    return shards
-
-
-def _opened(shard: Path) -> Any:
-    try:
-        return safe_open(shard, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{shard} is damaged or not a safetensors file: {error}") from error
-
-
-def _tensor_bytes(shard: Path) -> int:
-    with open(shard, "rb") as file:
-        header = 8 + int.from_bytes(file.read(8), "little")
-    return shard.stat().st_size - header
+    return checkpoint.copy(output_dir, content, branch)
 
 
 def _mlp_ratio(tensors: Tensors, r: int, text: dict[str, Any]) -> float | None:
@@ -285,51 +180,10 @@ def check_shapes(
 
 
 def _text_config(content: dict[str, Any]) -> Any:
-    plain = {name: value for name, value in content["text_config"].items() if name not in FIELDS}
-    return AutoConfig.for_model(content["model_type"], **{**_without(content), "text_config": plain}).get_text_config()
+    other = _without(content, ("model_type", "text_config"))
+    plain = _without(content["text_config"], FIELDS)
+    return AutoConfig.for_model(content["model_type"], **other, text_config=plain).get_text_config()
 
 
-def _without(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name not in ("model_type", "text_config")}
-
-
-def _write_base(folder: Path, out: Path, content: dict[str, Any]) -> None:
-    """The model without the branch, one shard after the other."""
-    _make_beside(folder, out)
-    _copy_other_files(folder, out)
-    text = {name: value for name, value in content["text_config"].items() if name not in FIELDS}
-    _write_json(out / "config.json", {**content, "text_config": text})
-    weight_map: dict[str, str] = {}
-    total = 0
-    for shard in _shards(folder):
-        with _opened(shard) as file:
-            kept = {key: file.get_tensor(key) for key in file.keys() if ".pvm_block." not in key}  # noqa: SIM118
-        if not kept:
-            continue
-        save_file(kept, out / shard.name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(kept, shard.name))
-        total += _tensor_bytes(out / shard.name)
-    if set(weight_map.values()) != {SINGLE}:
-        _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _make_beside(folder: Path, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    if out.samefile(folder):
-        raise ValueError(f"{out} is what is read, and is left as it is: name another folder to write to.")
-
-
-def _copy_other_files(folder: Path, out: Path) -> None:
-    """What belongs to a model beside its weights: tokenizer, processor, templates. No code."""
-    for path in _other_files(folder):
-        shutil.copyfile(path, out / path.name)
-
-
-def _other_files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".txt", ".jinja") and path.name not in ("config.json", INDEX):
-            yield path
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _without(content: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in fields}

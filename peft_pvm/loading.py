@@ -20,8 +20,9 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
 from .acting import activate
-from .adapter_file import AdapterFile, write_adapter
+from .adapter_file import AdapterFile
 from .tuner import PEFT_PREFIX
+from .writing import write_adapter
 
 
 def add_adapters(model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:

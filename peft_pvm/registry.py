@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import CONFIG_NAME, PeftType, register_peft_method
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType, register_peft_method
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
-from .adapter_file import written_whole
 from .cards import write_card
+from .replacing import settle
+from .writing import written_whole
+
+
+if TYPE_CHECKING:
+    from .tuner import VisualConfig
 
 
 EXTENDED = "peft_pvm_was_here"
+READ_ATTEMPTS = 5  # of a configuration that others keep replacing
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
@@ -59,7 +66,8 @@ def extend_peft() -> None:
       the file later, and transformers' `load_adapter` calls `PeftConfig.from_pretrained` on the base class, so a
       subclass's own `from_pretrained` would not be asked.
     - What is no adapter's configuration is refused with its name and the reason.
-    - A model with our adapters is saved by way of `written_whole`.
+    - Who loads an adapter waits for a save that is replacing it; one that died at this is undone.
+    - A model with our adapters is saved by way of `written_whole`, and not in a form that we do not load.
     - `push_to_hub` does not put an empty card in the place of ours.
     """
     original = PeftConfigMixin.__dict__["from_pretrained"].__func__
@@ -72,6 +80,7 @@ def extend_peft() -> None:
     PeftConfigMixin._get_peft_type = classmethod(type_of)  # type: ignore[method-assign, assignment]
     for cls in (PeftModel, PreTrainedModel):
         cls.save_pretrained = _saving_whole(cls.save_pretrained)  # type: ignore[method-assign]
+    PreTrainedModel.load_adapter = _settling(PreTrainedModel.load_adapter)
     PushToHubMixin._upload_modified_files = _with_cards(PushToHubMixin._upload_modified_files)
 
 
@@ -79,7 +88,7 @@ def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def read_config(cls, path, *args, **kwargs):
         try:
-            found = original(cls, path, *args, **kwargs)
+            found = _read_settled(original, cls, path, *args, **kwargs)
             if not isinstance(found, PeftConfig):  # the type that PEFT is about to look up
                 PEFT_TYPE_TO_CONFIG_MAPPING[found]
         except (AttributeError, KeyError, TypeError) as error:
@@ -92,11 +101,33 @@ def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
     return read_config
 
 
+def _read_settled(read: Callable[..., Any], cls: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Read a configuration, again if a save was just replacing it."""
+    folder = os.path.join(path, kwargs.get("subfolder") or "")
+    settle(folder, CONFIG_NAME)
+    for attempts_left in reversed(range(READ_ATTEMPTS)):
+        try:
+            return read(cls, path, *args, **kwargs)
+        except (ValueError, FileNotFoundError):
+            if not settle(folder, CONFIG_NAME) or not attempts_left:
+                raise
+
+
+def _settling(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        if peft_model_id is not None:
+            settle(peft_model_id, CONFIG_NAME)  # before transformers looks whether there is a configuration
+        return original(self, peft_model_id, *args, **kwargs)
+
+    return load_adapter
+
+
 def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if hasattr(config, "set_source"):
+        if _is_ours(config):
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)
             config.set_source(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
         return config
@@ -104,29 +135,62 @@ def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
+def _is_ours(config: Any) -> bool:
+    return hasattr(config, "set_source")
+
+
 def _has_ours(model: Any) -> bool:
-    configs = getattr(model, "peft_config", None) or {}
-    return any(hasattr(config, "set_source") for config in configs.values())
+    return any(map(_is_ours, (getattr(model, "peft_config", None) or {}).values()))
 
 
 def _saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, **kwargs):
-        if not _has_ours(self) or os.path.isfile(save_directory) or not kwargs.get("is_main_process", True):
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        if not _has_ours(self) or os.path.isfile(save_directory) or not given.get("is_main_process", True):
             return original(self, save_directory, *args, **kwargs)
+        _refuse_pickles(self, given)
         with written_whole(save_directory) as folder:
-            return original(self, str(folder), *args, **kwargs)
+            saved = original(self, str(folder), *args, **kwargs)
+            for _, adapter in _ours_in(folder):
+                if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
+                    raise ValueError(
+                        f"With these arguments an adapter is saved as {sorted(map(str, os.listdir(adapter)))}, from "
+                        f"which it cannot be loaded, so nothing was written to {save_directory}. Leave out "
+                        "max_shard_size and distributed_checkpoint: an adapter is one safetensors file."
+                    )
+        return saved
 
     return save_pretrained
+
+
+def _refuse_pickles(model: Any, given: dict[str, Any]) -> None:
+    if given.get("safe_serialization", given.get("kwargs", {}).get("safe_serialization", True)):
+        return
+    saved = model.active_adapters() if isinstance(model, PreTrainedModel) else given.get("selected_adapters")
+    if ours := [name for name, config in model.peft_config.items() if name in (saved or [name]) and _is_ours(config)]:
+        raise ValueError(
+            f"safe_serialization=False would save {', '.join(ours)} as a pickle, and peft_pvm loads adapters from "
+            "safetensors files only. Leave the argument out."
+        )
+
+
+def _ours_in(folder: Path) -> Iterator[tuple[VisualConfig, Path]]:
+    """The configurations of our adapters in a folder and below, and where they are."""
+    for file in folder.rglob(CONFIG_NAME):
+        config = PeftConfig.from_pretrained(str(file.parent))
+        if _is_ours(config):
+            yield cast("VisualConfig", config), file.parent
 
 
 def _with_cards(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        for file in Path(working_dir).rglob(CONFIG_NAME) if _has_ours(self) else ():
-            config = PeftConfig.from_pretrained(str(file.parent))
-            if hasattr(config, "set_source"):
-                write_card(config, file.parent)
+        if _has_ours(self):
+            for config, adapter in _ours_in(Path(working_dir)):
+                write_card(config, adapter)
         return original(self, working_dir, *args, **kwargs)
 
     return _upload_modified_files

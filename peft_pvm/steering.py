@@ -17,6 +17,7 @@ from .context import CONTEXT, VisualContext
 from .families import VisionLanguageModel
 from .rotation import ROTARY_FUNCTIONS, has_rotary_function
 from .tuner import VisualConfig, VisualTuner, VisualTunerLayer
+from .writing import written_whole
 
 
 @dataclass
@@ -48,9 +49,10 @@ class SteeringConfig(VisualConfig):
         Of what PEFT and transformers write themselves, nothing else matters here: PEFT's file does not say what it
         belongs to, and transformers writes none.
         """
-        super().save_pretrained(save_directory, **kwargs)
         metadata = {"format": "pt", "method": self.method, "version": FORMAT_VERSION}
-        save_file({}, os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata=metadata)
+        with written_whole(save_directory) as staged:
+            super().save_pretrained(staged, **kwargs)
+            save_file({}, staged / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
 
 
 Config = TypeVar("Config", bound=SteeringConfig)

@@ -18,6 +18,7 @@ from .adapter_file import FORMAT_VERSION, AdapterFile
 from .cards import write_card
 from .families import VisionLanguageModel, find_vlm
 from .tap import Tap
+from .writing import written_whole
 
 
 PEFT_PREFIX = "base_model.model."  # PEFT saves every key below this name
@@ -58,8 +59,9 @@ class VisualConfig(PeftConfig):
 
         PEFT and transformers call this when they save an adapter; PEFT leaves a card to be filled in.
         """
-        super().save_pretrained(os.fspath(save_directory), **kwargs)
-        write_card(self, save_directory)
+        with written_whole(save_directory) as staged:
+            super().save_pretrained(str(staged), **kwargs)
+            write_card(self, staged)
 
     def set_source(self, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> None:
         """Remember the folder or Hub repository this config was loaded from."""

@@ -17,6 +17,7 @@ from ..bench.report import draw, print_tables
 from ..bench.run import Settings, measure
 from ..bench.scale import show_scale
 from ..plotting import as_png
+from ..replacing import write_file
 from .lists import separated
 from .refusals import refusals
 
@@ -86,9 +87,9 @@ def bench(
         result = measure(measured_model, settings, lambda text: progress.update(task, description=text))
     print_tables(result, Console())
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n")
+        write_file(json_file, json.dumps(result, indent=1) + "\n")
     if plot is not None:
-        plot.write_bytes(as_png(draw(result)))
+        write_file(plot, as_png(draw(result)))
 
 
 def scale(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..curves import draw_curves, read_log
+from ..replacing import write_file
 from .refusals import refusals
 
 
@@ -17,5 +18,5 @@ def curves(
 ) -> None:
     """Draw what a training of PVM logged: loss or reward, gates, updates."""
     with refusals():
-        out.write_bytes(draw_curves(read_log(folder)))
+        write_file(out, draw_curves(read_log(folder)))
     typer.echo(out)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..integrations.lmms_eval import report, tasks_folder
 from ..plotting import as_png
+from ..replacing import write_file
 from .lists import separated
 from .refusals import refusals
 
@@ -51,7 +52,7 @@ def eval_lengths(
         raise typer.Exit(1) from error
 
     def write(result: dict[str, Any]) -> None:
-        (out / f"{NAME}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_file(out / f"{NAME}.json", json.dumps(result, indent=1) + "\n")
 
     with refusals():
         out.mkdir(parents=True, exist_ok=True)
@@ -75,4 +76,4 @@ def eval_lengths(
     console = Console()
     for table in report.tables(result):
         console.print(table)
-    (out / f"{NAME}.png").write_bytes(as_png(report.draw(result)))
+    write_file(out / f"{NAME}.png", as_png(report.draw(result)))

@@ -28,10 +28,12 @@ from transformers import (
 from trl.data_utils import prepare_multimodal_messages
 
 from ..acting import base_of
-from ..adapter_file import write_adapter
+from ..base_checkpoint import CONFIG, weight_files
 from ..families import find_vlm
 from ..probe.observers import AttentionObserver, branches_observed, observed, undisturbed, visual_mask
+from ..replacing import replacing
 from ..tuner import PEFT_PREFIX
+from ..writing import write_adapter
 
 
 FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
@@ -211,8 +213,9 @@ def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if learned - of_adapters:
         base = {key: tensor for key, tensor in state_dict.items() if key not in of_adapters}
-        model.save_pretrained(Path(output_dir, "base"), state_dict=base, save_original_format=True)
-        cast(ProcessorMixin, trainer.processing_class).save_pretrained(Path(output_dir, "base"))
+        with replacing(Path(output_dir, "base"), entry=CONFIG, outdated=weight_files) as staged:
+            model.save_pretrained(staged, state_dict=base, save_original_format=True)
+            cast(ProcessorMixin, trainer.processing_class).save_pretrained(staged)
 
 
 def refuse_vllm(use_vllm: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL.Image import fromarray
 
+from ..replacing import replacing
 from . import mosaic
 from .processor import cell_token, digit_token
 
@@ -56,8 +57,9 @@ def write_chats(data: Dataset, folder: str | os.PathLike, split: str = "train") 
         folder: Where to.
         split: The split's name.
     """
-    os.makedirs(folder, exist_ok=True)
-    data.to_parquet(os.path.join(folder, f"{split}.parquet"))
+    name = f"{split}.parquet"
+    with replacing(folder, entry=name) as staged:
+        data.to_parquet(staged / name)
 
 
 def _chat(form: Form, max_distractor_length: int, split: mosaic.Split, generator: torch.Generator) -> dict[str, Any]:

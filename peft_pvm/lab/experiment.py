@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..env import environment
+from ..replacing import replacing, write_file
 from .fading import retrieved_mass, visual_mass
 from .methods import METHODS, attach, trained_parameters
 from .mosaic import NUM_CELLS
@@ -118,9 +119,10 @@ def train_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLi
     attach(model, method, seed)
     train_adapter(model, used, folder / "checkpoint.safetensors")
     weights = {key: parameter.detach().contiguous() for key, parameter in trained_parameters(model).items()}
-    save_file(weights, folder / "weights.safetensors", metadata={"format": "pt"})
     run = {"recipe": asdict(used), "base": fingerprint(), "environment": environment()}
-    _write_json(folder / "run.json", run)
+    with replacing(folder, entry="run.json") as staged:
+        save_file(weights, staged / "weights.safetensors", metadata={"format": "pt"})
+        write_file(staged / "run.json", json.dumps(run, indent=1) + "\n")
     return folder
 
 
@@ -208,8 +210,7 @@ def evaluate_method(
         },
         "environment": environment(),
     }
-    Path(results).mkdir(parents=True, exist_ok=True)
-    _write_json(file, result)
+    write_file(file, json.dumps(result, indent=1) + "\n")
     return file
 
 
@@ -221,9 +222,3 @@ def _lookup(table: dict[str, Any], name: str | None, what: str) -> Any:
     if name not in table:
         raise ValueError(f"There is no {what} {name!r}; there are {', '.join(table)}.")
     return table[name]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)

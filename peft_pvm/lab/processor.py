@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ..base_checkpoint import CONFIG, weight_files
+from ..replacing import replacing
 from . import mosaic
 
 
@@ -98,5 +100,6 @@ def tiny_vlm_processor() -> TinyVLMProcessor:
 
 def save_as_folder(model: Qwen3VLForConditionalGeneration, folder: str | os.PathLike) -> None:
     """Write the tiny model as `from_pretrained` reads it, with its processor."""
-    model.save_pretrained(folder)
-    tiny_vlm_processor().save_pretrained(folder)
+    with replacing(folder, entry=CONFIG, outdated=weight_files) as staged:
+        model.save_pretrained(staged)
+        tiny_vlm_processor().save_pretrained(staged)

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ..plotting import as_png, line_look, logarithmic, new_figure, styled
+from ..replacing import write_file
 from .claims import claims
 from .experiment import MAIN_RECIPE, RECIPES
 from .methods import METHODS
@@ -42,11 +43,9 @@ def write_report(results: str | os.PathLike, docs: str | os.PathLike) -> Path:
         FileNotFoundError: There are no results.
     """
     found = Results(results)
-    figures = Path(docs) / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    (figures / "recall.png").write_bytes(draw_recall(found))
+    write_file(Path(docs) / "figures" / "recall.png", draw_recall(found))
     page = Path(docs) / "results.md"
-    page.write_text(render(found))
+    write_file(page, render(found))
     return page
 
 

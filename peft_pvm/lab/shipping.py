@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
+from peft.utils import CONFIG_NAME
 
+from ..cards import CARD_NAME
 from ..loading import save_adapter
+from ..replacing import replacing
 from .experiment import RECIPES, load_method
 from .mosaic import NUM_CELLS, load_material
 from .results import Entry, Results
@@ -37,8 +40,9 @@ def export_adapter(
     model = load_method("pvm", recipe, seed, runs)
     found = Results(results)
     entry, base = found.only("pvm", recipe, seed), found.only("base", None, 0)
-    save_adapter(model, "pvm", out)
-    (Path(out) / "README.md").write_text(_card(recipe, seed, entry, base))
+    with replacing(out, entry=CONFIG_NAME) as staged:
+        save_adapter(model, "pvm", staged)
+        (staged / CARD_NAME).write_text(_card(recipe, seed, entry, base), encoding="utf-8")
     return Path(out)
 
 

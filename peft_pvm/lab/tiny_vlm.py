@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from ..replacing import write_file
 from . import mosaic
 
 
@@ -83,7 +84,7 @@ def save_tiny_vlm(model: Qwen3VLForConditionalGeneration, path: str | os.PathLik
         path: The file; by default the one that is shipped with the package.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt", "config": json.dumps(model.config.to_diff_dict())})
+    write_file(path, save(tensors, metadata={"format": "pt", "config": json.dumps(model.config.to_diff_dict())}))
 
 
 def fingerprint(path: str | os.PathLike = SHIPPED) -> str:

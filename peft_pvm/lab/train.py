@@ -15,9 +15,10 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
+from ..replacing import write_file
 from .mosaic import IMAGE, IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcriptions
 
 
@@ -194,9 +195,7 @@ class Checkpoint:
         for index, parameter in enumerate(self._parameters(optimizer)):
             tensors[f"{index}.parameter"] = parameter.detach()
             tensors.update({f"{index}.{name}": tensor for name, tensor in optimizer.state[parameter].items()})
-        temporary = f"{self.path}.new"
-        save_file(tensors, temporary, metadata={"step": str(step), "recipe": self.recipe})
-        os.replace(temporary, self.path)
+        write_file(self.path, save(tensors, metadata={"step": str(step), "recipe": self.recipe}))
 
     def load(self, optimizer: torch.optim.Optimizer) -> int:
         """Put the state back into parameters and optimizer.

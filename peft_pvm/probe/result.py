@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..replacing import replacing
 from .decay import Dilution, PowerLaw, rounded
 
 
@@ -172,7 +173,7 @@ class ProbeResult:
         return sorted({token for branch in self.branches for token in branch.retrieval})
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write `probe.json`, the pictures and `report.html`. The same result gives the same bytes.
+        """Write `probe.json`, the pictures and `report.html`, all or none. The same result gives the same bytes.
 
         Args:
             folder: Made if it is not there; files of the same name are overwritten.
@@ -186,17 +187,15 @@ class ProbeResult:
         from .html import report
         from .plots import draw
 
-        folder = Path(folder)
         pictures = draw(self)
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(self.images):
-            (folder / f"image-{number}.png").write_bytes(image)
-        for picture in pictures:
-            (folder / f"{picture.name}.png").write_bytes(picture.png)
-        (folder / "probe.json").write_text(self.to_json(), encoding="utf-8", newline="\n")
-        path = folder / "report.html"
-        path.write_text(report(self, pictures), encoding="utf-8", newline="\n")
-        return path
+        with replacing(folder, entry="probe.json") as staged:
+            for number, image in enumerate(self.images):
+                (staged / f"image-{number}.png").write_bytes(image)
+            for picture in pictures:
+                (staged / f"{picture.name}.png").write_bytes(picture.png)
+            (staged / "probe.json").write_text(self.to_json(), encoding="utf-8", newline="\n")
+            (staged / "report.html").write_text(report(self, pictures), encoding="utf-8", newline="\n")
+        return Path(folder) / "report.html"
 
     def to_json(self) -> str:
         """All numbers, without the images."""

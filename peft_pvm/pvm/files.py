@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from peft import PeftConfig
 
-from ..adapter_file import AdapterFile, flaw_of, write_adapter
+from ..adapter_file import AdapterFile, flaw_of
+from ..writing import write_adapter
 from .branch import WEIGHTS, weight_name
 from .config import PVMConfig
 from .merging import Tensors, combine

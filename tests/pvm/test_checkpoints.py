@@ -148,8 +148,8 @@ def test_no_more_is_read_than_needed(golden, tmp_path: Path, monkeypatch):
             read.append(key)
             return self.opened.get_tensor(key)
 
-    opened = checkpoints._opened
-    monkeypatch.setattr(checkpoints, "_opened", lambda shard: Counting(opened(shard)))
+    opened = checkpoints.opened
+    monkeypatch.setattr(checkpoints, "opened", lambda shard: Counting(opened(shard)))
     convert_reference_checkpoint(theirs, tmp_path / "adapter")
     assert sorted(read) == sorted(key for key in tensors_of(theirs) if ".pvm_block." in key)
 
@@ -236,3 +236,137 @@ def test_a_checkpoint_is_not_written_over(checkpoint: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="is left as it is"):
         convert_reference_checkpoint(checkpoint, tmp_path / "adapter", base_dir=checkpoint)
     assert {path: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def converted(checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
+    convert_reference_checkpoint(checkpoint, tmp_path / "adapter", base_dir=tmp_path / "base")
+    return tmp_path / "adapter", tmp_path / "base"
+
+
+def rename_shards(folder: Path, names: list[str]) -> None:
+    """Make a checkpoint of one file into one of several, of the given names."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    keys = sorted(weights)
+    weight_map = {}
+    for number, name in enumerate(names):
+        part = {key: weights[key] for key in keys[number :: len(names)]}
+        save_file(part, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model-pvm.safetensors", "a.safetensors"],
+        ["Model-PVM.safetensors", "model-pvm-2.safetensors"],
+        ["model.safetensors", "model-00001-of-00002.safetensors"],
+        ["model.safetensors", "model-00001-of-00002.safetensors", "model-00001-of-00002-2.safetensors"],
+    ],
+)
+def test_shards_of_any_name_and_the_branch_are_all_in_the_export(checkpoint: Path, tmp_path: Path, names: list[str]):
+    adapter, base = converted(checkpoint, tmp_path)
+    rename_shards(base, names)
+    out = export_reference_checkpoint(adapter, base, tmp_path / "out")
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {name: load_file(out / name) for name in set(index.values())}
+    assert {key: name for name, tensors in files.items() for key in tensors} == index
+    assert sum(map(len, files.values())) == len(index)
+    assert not (out / "model.safetensors").exists(), "transformers would take it for the whole model"
+    assert equal(
+        {key: tensor for tensors in files.values() for key, tensor in tensors.items()}, tensors_of(checkpoint)
+    )
+    assert len({name.lower() for name in files}) == len(files), "also where upper and lower case are the same"
+
+
+def test_a_base_with_the_branch_or_a_tensor_twice_is_refused(checkpoint: Path, tmp_path: Path):
+    adapter, base = converted(checkpoint, tmp_path)
+    with pytest.raises(ValueError, match="of the adapter's tensors itself, such as"):
+        export_reference_checkpoint(adapter, checkpoint, tmp_path / "out")
+    rename_shards(base, ["a.safetensors", "b.safetensors"])
+    twice = {**load_file(base / "b.safetensors"), "lm_head.weight": torch.zeros(1)}
+    save_file(twice, base / "b.safetensors")
+    save_file({**load_file(base / "a.safetensors"), "lm_head.weight": torch.zeros(1)}, base / "a.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight is in two shards of .*, a\.safetensors and b\.safetensors"):
+        export_reference_checkpoint(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_changes_while_it_is_copied_is_not_exported(checkpoint: Path, tmp_path: Path, monkeypatch):
+    adapter, base = converted(checkpoint, tmp_path)
+
+    def copy_something_else(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes())
+        if source.suffix == ".safetensors":
+            save_file({"other": torch.zeros(1)}, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copy_something_else)
+    with pytest.raises(ValueError, match="would not hold each tensor once"):
+        export_reference_checkpoint(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "model.safetensors"])
+def test_a_link_that_leaves_the_base_is_refused(checkpoint: Path, tmp_path: Path, name: str):
+    adapter, base = converted(checkpoint, tmp_path)
+    (base / name).rename(tmp_path / "elsewhere")
+    (base / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=rf"{name} is a link to .*elsewhere, outside .*put a copy in the link's place"
+    ):
+        export_reference_checkpoint(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_of_the_hubs_cache_and_to_a_whole_folder_are_followed(checkpoint: Path, tmp_path: Path):
+    """A snapshot links to blobs of its model, which may be links to blobs that models share."""
+    adapter, base = converted(checkpoint, tmp_path)
+    cache = tmp_path / "hub"
+    snapshot, blobs, shared = (
+        cache / name for name in ("models--a--b/snapshots/123", "models--a--b/blobs", "blobs/ab")
+    )
+    for folder in (snapshot, blobs, shared):
+        folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(base.iterdir())):
+        path.rename(shared / f"{number}")
+        (blobs / f"etag-{number}").symlink_to(Path("../../blobs/ab") / f"{number}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"etag-{number}")
+    (tmp_path / "link").symlink_to(snapshot)
+    out = export_reference_checkpoint(adapter, tmp_path / "link", tmp_path / "out")
+    assert equal(tensors_of(out), tensors_of(checkpoint))
+    assert not any(path.is_symlink() for path in out.iterdir())
+
+
+def test_an_export_through_links_stays_in_its_folder(checkpoint: Path, tmp_path: Path):
+    adapter, base = converted(checkpoint, tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "real" / "model-pvm.safetensors").symlink_to(tmp_path / "elsewhere")
+    export_reference_checkpoint(adapter, base, tmp_path / "out")
+    assert equal(tensors_of(tmp_path / "real"), tensors_of(checkpoint))
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+    assert (tmp_path / "out").is_symlink()
+    (tmp_path / "to-the-base").symlink_to(base)
+    with pytest.raises(ValueError, match="is left as it is"):
+        export_reference_checkpoint(adapter, base, tmp_path / "to-the-base")
+
+
+@pytest.mark.parametrize("shards", [(1, 3), (3, 1)])
+def test_a_model_of_other_shards_is_replaced_with_all_its_files(golden, tmp_path: Path, shards: tuple[int, int]):
+    """Else transformers would go on loading the old `model.safetensors`."""
+    old, new = (write_checkpoint(golden, tmp_path / f"theirs-{count}", count) for count in shards)
+    for theirs in (old, new):
+        convert_reference_checkpoint(theirs, tmp_path / "adapter", base_dir=tmp_path / "base")
+    convert_reference_checkpoint(new, tmp_path / "adapter", base_dir=tmp_path / "fresh")
+    assert {path.name for path in (tmp_path / "base").iterdir()} == {
+        path.name for path in (tmp_path / "fresh").iterdir()
+    }
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ".."}}', "{"])
+def test_an_index_that_is_none_is_refused(checkpoint: Path, tmp_path: Path, index: str):
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index\.json (has no weight_map|names \['\.\.'\]|is not JSON)"):
+        convert_reference_checkpoint(checkpoint, tmp_path / "adapter")

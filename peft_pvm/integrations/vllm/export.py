@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from peft import PeftConfig
 
-from ...checkpoints import BaseCheckpoint, check_shapes
+from ...base_checkpoint import BaseCheckpoint
+from ...checkpoints import check_shapes
 from ...dipe import DIPEConfig
 from ...pvm import PVMConfig
 from ...pvm.files import read_adapter
@@ -71,7 +72,7 @@ def export_vllm(
     content = checkpoint.config
     content["architectures"] = [ARCHITECTURE]
     content["text_config"][FIELD] = by_method
-    return checkpoint.copy(Path(output_dir), content, branch)
+    return checkpoint.copy(output_dir, content, branch)
 
 
 def _pvm_weights(adapter: str | os.PathLike, base: BaseCheckpoint, accept_causal: bool) -> Tensors:

@@ -1,0 +1,253 @@
+"""Files in a folder that take the place of older ones all at once, whoever else writes there and whenever it dies.
+
+New files are first completed in a hidden folder inside the target, so on its file system. Then they take their places
+under a lock. A single file does so in one step. For several, a note of what they replace is made first. If the process
+dies at this, whoever next takes the lock finds the note and puts the old files back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from .locks import Lock
+
+
+AREA = ".peft-pvm-saving"  # in the folder that is written to, while somebody does
+LOCK, ALIVE, PLAN = "lock", "alive", "plan.json"
+COMPARED_BYTES = 2**20  # up to this size, files with the same content are left as they are
+
+
+@contextlib.contextmanager
+def replacing(
+    folder: str | os.PathLike,
+    entry: str,
+    outdated: Callable[[Path], Iterable[str]] = lambda folder: (),
+    stays: Callable[[Path], bool] = lambda path: False,
+) -> Iterator[Path]:
+    """Write files into a folder so that it holds the old ones or the new ones, never some of each.
+
+    A process that dies leaves the old files or the new ones. Other files in the folder are not touched. Several
+    processes and threads may write to one folder: the last one wins. Sub-folders are written the same way, each on its
+    own.
+
+    Args:
+        folder: Where the files shall be; made if it is not there. A link is followed.
+        entry: Name of the file without which nothing reads the others. It goes first and comes last, so that nobody
+            takes files of two kinds for one thing.
+        outdated: Names of files that the new ones make obsolete, from the folder as it is then.
+        stays: Whether a file that is there, by its path, keeps its place.
+
+    Yields:
+        A folder of the same name, to write to.
+
+    Raises:
+        IsADirectoryError: A folder is where a file shall be.
+        NotADirectoryError: A file is where the folder shall be.
+        OSError: The folder cannot be written to. The old files are as they were.
+    """
+    folder = Path(os.path.realpath(folder))
+    if AREA in folder.parts:  # inside what is being written already
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, but a folder is to be written there. Name another.")
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    with _locked_area(folder) as area:
+        own = area / uuid.uuid4().hex
+        staged = _staged(own, folder)
+        staged.mkdir(parents=True)
+        alive = Lock(own / ALIVE)
+        alive.acquire()
+    try:
+        yield staged
+        with contextlib.ExitStack() as below:
+            for part in [path for path in staged.iterdir() if path.is_dir()]:
+                into = below.enter_context(replacing(folder / part.name, entry, outdated, stays))
+                for path in part.iterdir():
+                    shutil.move(path, into / path.name)  # which may be on another file system
+                part.rmdir()
+            for path in staged.iterdir():
+                _sync(path)
+            with _locked_area(folder):
+                _replace(folder, own, entry, outdated, stays)
+    finally:
+        with _locked_area(folder):
+            alive.release()
+            if not (own / PLAN).exists():  # else the old files are still there, and the next one puts them back
+                shutil.rmtree(own, ignore_errors=True)
+        for path in absent:
+            with contextlib.suppress(OSError):  # where something was written
+                path.rmdir()
+
+
+def write_file(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write one file so that it holds the old content or the new, never a part.
+
+    Args:
+        path: The file. A link is followed.
+        content: Text is written as UTF-8.
+
+    Raises:
+        OSError: It cannot be written. The old content is as it was.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(data)
+        return
+    with replacing(path.parent, entry=path.name) as staged:
+        (staged / path.name).write_bytes(data)
+
+
+def settle(folder: str | os.PathLike, entry: str) -> bool:
+    """Wait for those who are replacing files in a folder, and undo what one of them left half done.
+
+    Args:
+        folder: The folder.
+        entry: A file in it.
+
+    Returns:
+        Whether the file was there in between.
+    """
+    folder = Path(os.path.realpath(folder))
+    with _locked_area(folder) if (folder / AREA).is_dir() else contextlib.nullcontext():
+        return (folder / entry).is_file()
+
+
+@contextlib.contextmanager
+def _locked_area(folder: Path) -> Iterator[Path]:
+    """The hidden folder, held alone for a moment, without what the dead left there. It goes when nobody needs it."""
+    area = folder / AREA
+    lock = Lock(area / LOCK)
+    for attempts_left in reversed(range(1000)):
+        try:
+            area.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            break
+        except (FileNotFoundError, FileExistsError):  # somebody who needed it no more has just removed it
+            if not attempts_left:
+                raise
+    try:
+        _clear(folder, area)
+        yield area
+    finally:
+        lock.release(remove=not area.is_dir() or os.listdir(area) == [LOCK])
+        with contextlib.suppress(OSError):  # where others still write
+            area.rmdir()
+
+
+def _clear(folder: Path, area: Path) -> None:
+    """Undo and remove what dead processes left. The living hold a lock."""
+    for own in [path for path in area.iterdir() if path.is_dir()]:
+        alive = Lock(own / ALIVE)
+        try:
+            if not alive.acquire(wait=False):
+                continue
+        except PermissionError:  # of another user, who may live
+            continue
+        try:
+            _put_back(folder, own)
+        finally:
+            alive.release()
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _staged(own: Path, folder: Path) -> Path:
+    return own / "new" / (folder.name or "root")
+
+
+def _replace(
+    folder: Path,
+    own: Path,
+    entry: str,
+    outdated: Callable[[Path], Iterable[str]],
+    stays: Callable[[Path], bool],
+) -> None:
+    """Give the staged files their places, all or none."""
+    staged, old = _staged(own, folder), own / "old"
+    written = sorted(path.name for path in staged.iterdir())
+    changed = [name for name in written if not _is_kept(folder / name, staged / name, stays)]
+    obsolete = [name for name in sorted(set(outdated(folder)) - set(written)) if os.path.lexists(folder / name)]
+    for name in [*changed, *obsolete]:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name} is a folder, but a file is to be written there. Move it away.")
+        if name in changed and (folder / name).is_file():
+            shutil.copymode(folder / name, staged / name)
+    if len(changed) + len(obsolete) > 1:
+        if entry in written and entry not in changed:
+            changed.append(entry)
+        replaced = [*obsolete, *(name for name in changed if os.path.lexists(folder / name))]
+        old.mkdir()
+        plan = {"entry": entry, "changed": changed, "replaced": replaced}
+        (own / "plan.new").write_text(json.dumps(plan), encoding="utf-8")
+        _sync(own / "plan.new")
+        os.replace(own / "plan.new", own / PLAN)
+        _sync(own)
+        try:
+            for name in sorted(replaced, key=lambda name: name != entry):
+                _keep(folder / name, old / name, move=name == entry or name in obsolete)
+            for name in sorted(changed, key=lambda name: name == entry):
+                os.replace(staged / name, folder / name)
+        except BaseException:
+            _put_back(folder, own)
+            raise
+        (own / PLAN).unlink()
+    else:
+        for name in changed:
+            os.replace(staged / name, folder / name)
+        for name in obsolete:
+            (folder / name).unlink()
+    _sync(folder)
+
+
+def _is_kept(place: Path, new: Path, stays: Callable[[Path], bool]) -> bool:
+    """Whether a file that is there stays: it is somebody's, or the new one is the same."""
+    if not place.is_file():
+        return False
+    is_small = place.stat().st_size == new.stat().st_size <= COMPARED_BYTES
+    return stays(place) or (is_small and filecmp.cmp(place, new, shallow=False))
+
+
+def _keep(path: Path, kept: Path, move: bool) -> None:
+    if not move and not path.is_symlink():
+        with contextlib.suppress(OSError):  # where there are no hard links
+            os.link(path, kept)
+            return
+    os.replace(path, kept)
+
+
+def _put_back(folder: Path, own: Path) -> None:
+    """Put the old files back, unless all new ones have their places. Done twice, it does no harm."""
+    if not (own / PLAN).is_file():
+        return
+    plan = json.loads((own / PLAN).read_text(encoding="utf-8"))
+    staged, old, entry = _staged(own, folder), own / "old", plan["entry"]
+    if entry not in plan["changed"] or (staged / entry).exists():  # the entry came last
+        for name in set(plan["changed"]) - set(plan["replaced"]):
+            if not (staged / name).exists():
+                (folder / name).unlink(missing_ok=True)
+        for name in sorted(plan["replaced"], key=lambda name: name == entry):
+            if os.path.lexists(old / name):
+                os.replace(old / name, folder / name)
+        _sync(folder)
+    (own / PLAN).unlink()
+
+
+def _sync(path: Path) -> None:
+    """Have what was written to a file, or what was moved in a folder, on the disk."""
+    if path.is_dir() and sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
