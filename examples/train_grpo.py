@@ -27,6 +27,7 @@ from peft_pvm.integrations.trl import (
     format_reward,
     refuse_vllm,
     save_parts,
+    shard_decoder_layers,
 )
 from peft_pvm.pvm.files import read_adapter
 
@@ -91,6 +92,7 @@ def main(arguments: list[str] | None = None) -> GRPOTrainer:
         processing_class=processor,
     )
     trainer.add_callback(GazeCallback(trainer, chat_inputs(processor, data)))
+    shard_decoder_layers(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     save_parts(trainer, training.output_dir)
     trainer.save_state()

@@ -172,13 +172,28 @@ def gaze(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, floa
     num_queries = int((~visual_mask(vlm, inputs)[0]).flip(0).cumprod(0).sum())
     observer = AttentionObserver(num_queries)
     with undisturbed(vlm), branches_observed(vlm.model, num_queries) as branches, observed(vlm, observer):
-        vlm.model(**{**inputs, "use_cache": False, "logits_to_keep": 1})
+        model(**{**inputs, "use_cache": False, "logits_to_keep": 1})  # not what it wraps: FSDP gathers at its outermost
     masses = [masses.visual.mean() for masses in observer.masses.values()]
     values = {"gaze/visual_mass": float(torch.stack(masses).mean())}
     for (adapter, layer_idx), trace in sorted(branches.items()):
         values[f"gaze/gate/{adapter}/{layer_idx}"] = trace.gate
         values[f"gaze/update/{adapter}/{layer_idx}"] = float(trace.relative_update.mean())
     return values
+
+
+def shard_decoder_layers(trainer: Trainer) -> None:
+    """Let FSDP shard the text model by its decoder layers, and no other module by itself. To be called before training.
+
+    What is sharded by itself is gathered by all processes when it runs. By default the blocks of the vision tower are
+    sharded that way as well: a process whose batch brings no image does not run them, and training breaks off or hangs.
+
+    Args:
+        trainer: The trainer. Without FSDP, or with classes that its configuration names, nothing changes.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        layers = find_vlm(base_of(cast(nn.Module, trainer.model))).layers
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
 
 
 def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
