@@ -91,7 +91,7 @@ def by_rank(probabilities: torch.Tensor, num_samples: int, **kwargs) -> torch.Te
     One process and two then sample the same.
     """
     ranks = torch.arange(len(probabilities)) % 8
-    return probabilities.sort(-1, descending=True, stable=True).indices.gather(1, ranks[:, None])
+    return probabilities.sort(dim=-1, descending=True, stable=True).indices.gather(1, ranks[:, None])
 
 
 def adapter_weights(folder: Path) -> dict:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -220,7 +221,7 @@ def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
     of_adapters = {
         f"{name}.{key}"
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         for key in cast(nn.Module, module).state_dict()
     }
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

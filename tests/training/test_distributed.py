@@ -107,6 +107,7 @@ LEARNS = {
         "use_peft": True,
         "lora_r": 4,
         "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_dropout": 0.0,
         "lora_modules_to_save": ["lm_head"],
     },
 }
@@ -117,7 +118,7 @@ def test_a_sharded_stage_2_saves_all_its_parts(
     material: SimpleNamespace, stage_1: Path, learns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As one process does, with samples that do not hang on a process's random numbers."""
-    options = {"adapter": stage_1, "max_steps": 2, **LEARNS[learns]}
+    options = {"adapter": stage_1, "max_steps": 2, "learning_rate": 1e-4, **LEARNS[learns]}
     launch("fsdp2", "grpo", material, tmp_path, per_device_train_batch_size=8, **options)
     monkeypatch.setattr(torch, "multinomial", by_rank)
     run("grpo", material, output_dir=tmp_path / "alone", per_device_train_batch_size=16, **options)
