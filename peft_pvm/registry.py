@@ -12,12 +12,15 @@ from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import CONFIG_NAME, PeftType, register_peft_method
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType, register_peft_method
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
 from .adapter_file import written_whole
 from .cards import write_card
+from .tuner import check_whole
+from .wrappers import is_wrapped, plain_name, without_wrappers
 
 
 EXTENDED = "peft_pvm_was_here"
@@ -114,10 +117,31 @@ def _saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self, save_directory, *args, **kwargs):
         if not _has_ours(self) or os.path.isfile(save_directory) or not kwargs.get("is_main_process", True):
             return original(self, save_directory, *args, **kwargs)
-        with written_whole(save_directory) as folder:
-            return original(self, str(folder), *args, **kwargs)
+        state_dict = kwargs.get("state_dict")
+        if state_dict is None and is_wrapped(self):  # now: some wrappers have to gather it
+            state_dict = self.state_dict()
+        if state_dict is not None:
+            kwargs["state_dict"] = {plain_name(key): tensor for key, tensor in state_dict.items()}
+        with written_whole(save_directory) as folder, without_wrappers(self):
+            saved = original(self, str(folder), *args, **kwargs)
+            _check_whole(self, folder)
+        return saved
 
     return save_pretrained
+
+
+def _check_whole(model: Any, folder: Path) -> None:
+    """Compare what is written with what the adapters have."""
+    if isinstance(model, PeftModel):
+        folders = {name: folder if name == "default" else folder / name for name in model.peft_config}
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        folders = dict.fromkeys(model.active_adapters()[:1], folder)
+    else:  # adapters that were injected: transformers saves the whole model
+        return
+    for name, place in folders.items():
+        if hasattr(model.peft_config[name], "set_source") and (place / SAFETENSORS_WEIGHTS_NAME).is_file():
+            with safe_open(place / SAFETENSORS_WEIGHTS_NAME, framework="pt") as tensors:
+                check_whole(model, name, tensors.keys())
 
 
 def _with_cards(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
@@ -18,6 +19,7 @@ from .adapter_file import FORMAT_VERSION, AdapterFile
 from .cards import write_card
 from .families import VisionLanguageModel, find_vlm
 from .tap import Tap
+from .wrappers import plain_name, unwrapped, without_wrappers
 
 
 PEFT_PREFIX = "base_model.model."  # PEFT saves every key below this name
@@ -186,11 +188,22 @@ class VisualTuner(BaseTuner):
         file = resolved._source
         # A folder with a configuration alone is a fine start for training, but nothing to run.
         if file is not None and (resolved.inference_mode or not file.is_config_only()):
+            self._refuse_wrappers(resolved)
             self._check_file(file, resolved)
         for name, config in self.peft_config.items():
             if config is peft_config:
                 self.peft_config[name] = resolved
         return resolved
+
+    def _refuse_wrappers(self, config: VisualConfig) -> None:
+        # PEFT and transformers would look for the tensors under other names than they have in the file.
+        wrapped = [name for name, module in self.model.named_modules() if unwrapped(module) is not module]
+        if wrapped and (config.has_parameters or getattr(config, "modules_to_save", None)):
+            raise ValueError(
+                f"The weights of a saved adapter cannot be loaded into {type(self.model).__name__} as it is: parts of "
+                f"it are wrapped ({wrapped[0]}). Load the adapter first, and wrap the model (activation "
+                "checkpointing, torch.compile, FSDP) then."
+            )
 
     def _check_file(self, file: AdapterFile, config: VisualConfig) -> None:
         base = {
@@ -262,20 +275,23 @@ class VisualTuner(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         # PEFT would save the tensors of every tuner layer, also another tuner's that is nested below.
-        own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls))
-        return {key: tensor for key, tensor in state_dict.items() if key.startswith(own)}
+        layers = (name for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls))
+        own = tuple(f"{plain_name(name)}." for name in layers)
+        plain = {plain_name(key): tensor for key, tensor in state_dict.items()}
+        return {key: tensor for key, tensor in plain.items() if key.startswith(own)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # Loading into an adapter that is there already: PEFT would leave what is missing as it is, and say nothing.
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        needed = {
-            f"{name}.{key}": tensor.shape
-            for name, module in model.named_modules()
-            if isinstance(module, cls.tuner_layer_cls)
-            for key, tensor in module.state_dict().items()
-            if key.split(".")[1] == adapter_name
-        }
+        with without_wrappers(model):
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            needed = {
+                f"{name}.{key}": tensor.shape
+                for name, module in model.named_modules()
+                if isinstance(module, cls.tuner_layer_cls)
+                for key, tensor in module.state_dict().items()
+                if key.split(".")[1] == adapter_name
+            }
         problems = [f"{key} is missing" for key in sorted(needed.keys() - remapped.keys())]
         for key, tensor in remapped.items():
             if key in needed and tensor.shape != needed[key]:
@@ -287,7 +303,8 @@ class VisualTuner(BaseTuner):
                 f"The weights do not fit adapter {adapter_name!r}; nothing was loaded: {'; '.join(problems[:10])}"
                 + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
             )
-        return remapped
+        names = {plain_name(key): key for key in model.state_dict()}
+        return {names.get(key, key): tensor for key, tensor in remapped.items()}
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSAL)
@@ -317,6 +334,51 @@ class VisualTuner(BaseTuner):
         if not configs and hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+
+def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter of this package, not copied, by their keys in its file; without `modules_to_save`.
+
+    Args:
+        model: The model; wrapped by PEFT, by others, or not at all.
+        adapter_name: The adapter's name.
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, VisualTunerLayer):
+            continue
+        for key, tensor in layer.state_dict().items():
+            weight, owner, rest = key.split(".", 2)
+            if owner == adapter_name:
+                found[f"{_name_in_file(name)}.{weight}.{rest}"] = tensor
+    return found
+
+
+def check_whole(model: nn.Module, adapter_name: str, keys: Collection[str]) -> None:
+    """See that what is about to be written is all of an adapter.
+
+    Args:
+        model: The model that it is attached to.
+        adapter_name: The adapter's name.
+        keys: Those of the tensors that are about to be written.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    needed = set(own_tensors(model, adapter_name))
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
+            needed |= {f"{_name_in_file(name)}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)}
+    if missing := sorted(needed.difference(keys)):
+        raise ValueError(
+            f"What is to be saved of adapter {adapter_name!r} lacks {len(missing)} of its {len(needed)} tensors, such "
+            f"as {missing[0]}, so nothing was written. A state_dict given to save_pretrained has to hold all tensors "
+            "of the model, by the names that they have there."
+        )
+
+
+def _name_in_file(name: str) -> str:
+    return PEFT_PREFIX + plain_name(name).removeprefix(PEFT_PREFIX)
 
 
 def name_is_taken(adapter_name: str) -> ValueError:

@@ -32,7 +32,8 @@ from ..acting import base_of
 from ..adapter_file import write_adapter
 from ..families import find_vlm
 from ..probe.observers import AttentionObserver, branches_observed, observed, undisturbed, visual_mask
-from ..tuner import PEFT_PREFIX
+from ..tuner import PEFT_PREFIX, check_whole
+from ..wrappers import without_wrappers
 
 
 FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
@@ -173,7 +174,8 @@ def gaze(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, floa
     num_queries = int((~visual_mask(vlm, inputs)[0]).flip(0).cumprod(0).sum())
     observer = AttentionObserver(num_queries)
     with undisturbed(vlm), branches_observed(vlm.model, num_queries) as branches, observed(vlm, observer):
-        model(**{**inputs, "use_cache": False, "logits_to_keep": 1})  # not what it wraps: FSDP gathers at its outermost
+        # The model as it is given, not what it wraps: FSDP gathers weights where its outermost module is called.
+        model(**{**inputs, "use_cache": False, "logits_to_keep": 1})
     masses = [masses.visual.mean() for masses in observer.masses.values()]
     values = {"gaze/visual_mass": float(torch.stack(masses).mean())}
     for (adapter, layer_idx), trace in sorted(branches.items()):
@@ -183,10 +185,11 @@ def gaze(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, floa
 
 
 def shard_decoder_layers(trainer: Trainer) -> None:
-    """Let FSDP shard the text model by its decoder layers, and no other module by itself. To be called before training.
+    """Let FSDP shard the decoder layers one by one, and not the blocks of the vision tower. Call it before training.
 
-    What is sharded by itself is gathered by all processes when it runs. By default the blocks of the vision tower are
-    sharded that way as well: a process whose batch brings no image does not run them, and training breaks off or hangs.
+    The weights of a module that is sharded by itself are gathered from all processes when the module runs. A process
+    whose batch has no image does not run the vision tower, so with the default of transformers, which shards its
+    blocks as well, the others would wait for it.
 
     Args:
         trainer: The trainer. Without FSDP, or with classes that its configuration names, nothing changes.
@@ -215,9 +218,18 @@ def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
     if not trainer.accelerator.is_main_process:
         return
     model = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model))
+    with without_wrappers(model):
+        _write_parts(model, state_dict, Path(output_dir), cast(ProcessorMixin, trainer.processing_class))
+
+
+def _write_parts(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], folder: Path, processor: ProcessorMixin
+) -> None:
     for name, config in model.peft_config.items():
         tensors = get_peft_model_state_dict(model, state_dict, adapter_name=name)
-        write_adapter(Path(output_dir, name), config, {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()})
+        in_file = {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
+        check_whole(model, name, in_file)
+        write_adapter(folder / name, config, in_file)
     of_adapters = {
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -227,8 +239,8 @@ def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if learned - of_adapters:
         base = {key: tensor for key, tensor in state_dict.items() if key not in of_adapters}
-        model.save_pretrained(Path(output_dir, "base"), state_dict=base, save_original_format=True)
-        cast(ProcessorMixin, trainer.processing_class).save_pretrained(Path(output_dir, "base"))
+        model.save_pretrained(folder / "base", state_dict=base, save_original_format=True)
+        processor.save_pretrained(folder / "base")
 
 
 def refuse_vllm(use_vllm: bool) -> None:

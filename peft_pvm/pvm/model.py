@@ -13,9 +13,9 @@ from torch import nn
 
 from ..context import BASE, CONTEXT, names_by_row
 from ..tap import this_thread
-from ..tuner import VisualTuner, name_is_taken
+from ..tuner import VisualTuner, name_is_taken, own_tensors
 from .config import PVMConfig
-from .layer import PVMLayer, own_tensors
+from .layer import PVMLayer
 from .merging import CombinationType, combine, lineage_of
 from .shape import BranchShape
 
