@@ -2,35 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
-
-def adapter_names(sources: Collection[str]) -> dict[str, str]:
-    """A name for each adapter, from its folder or Hub id; those that are alike are numbered.
-
-    Args:
-        sources: Folders or Hub ids.
-
-    Returns:
-        Sources by name, in their order.
-
-    Example:
-        >>> adapter_names(["runs/pvm", "someone/pvm", "dipe-1.0/"])
-        {'pvm': 'runs/pvm', 'pvm-2': 'someone/pvm', 'dipe-1-0': 'dipe-1.0/'}
-    """
-    names: dict[str, str] = {}
-    for source in sources:
-        # Modules are looked up by adapter name, in which a dot would separate two.
-        stem = re.sub(r"[^\w-]+", "-", Path(source).resolve().name if source in (".", "..") else Path(source).name)
-        name, number = stem, 2
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names[name] = source
-    return names
+from .names import adapter_names
 
 
 def load_adapters(model: Any, sources: Collection[str]) -> list[str]:
@@ -46,7 +22,7 @@ def load_adapters(model: Any, sources: Collection[str]) -> list[str]:
     Raises:
         ValueError: An adapter cannot be read, does not fit, or leaves something without weights.
     """
-    names = adapter_names(sources)
+    names = adapter_names(sources, model)
     for name, source in names.items():
         _load(model, name, source)
     if names:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from transformers.utils import PushToHubMixin
 
 from .adapter_file import written_whole
 from .cards import write_card
-from .tuner import check_whole
-from .wrappers import is_wrapped, plain_name, without_wrappers
+from .tuner import check_whole, of_adapter
+from .wrappers import is_wrapped, without_wrappers
 
 
 EXTENDED = "peft_pvm_was_here"
@@ -118,16 +119,52 @@ def _saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _has_ours(self) or os.path.isfile(save_directory) or not kwargs.get("is_main_process", True):
             return original(self, save_directory, *args, **kwargs)
         state_dict = kwargs.get("state_dict")
-        if state_dict is None and is_wrapped(self):  # now: some wrappers have to gather it
-            state_dict = self.state_dict()
-        if state_dict is not None:
-            kwargs["state_dict"] = {plain_name(key): tensor for key, tensor in state_dict.items()}
+        if state_dict is None and (is_wrapped(self) or len(self.peft_config) > 1):
+            state_dict = self.state_dict()  # now: some wrappers have to gather it
         with written_whole(save_directory) as folder, without_wrappers(self):
-            saved = original(self, str(folder), *args, **kwargs)
+            for name, choice in _one_by_one(self, kwargs.get("selected_adapters")):
+                if state_dict is not None:
+                    choice["state_dict"] = of_adapter(self, name, state_dict)
+                with _alone(self, name):
+                    original(self, str(folder), *args, **{**kwargs, **choice})
             _check_whole(self, folder)
-        return saved
 
     return save_pretrained
+
+
+def _one_by_one(model: Any, selected: Collection[str] | None) -> list[tuple[str | None, dict[str, Any]]]:
+    """The adapters that are to be saved, each with what save_pretrained is told for it; `None`: the whole model."""
+    if isinstance(model, PeftModel):
+        names = list(model.peft_config) if selected is None else list(selected)
+        if not set(names) <= set(model.peft_config):
+            return [(None, {})]  # PEFT refuses
+        # The default adapter is last: its card takes the place of the one that PEFT writes each time.
+        return [(name, {"selected_adapters": [name]}) for name in sorted(names, key=lambda name: name == "default")]
+    return [(model.active_adapters()[0] if getattr(model, "_hf_peft_config_loaded", False) else None, {})]
+
+
+@contextlib.contextmanager
+def _alone(model: Any, name: str | None) -> Iterator[None]:
+    """Let PEFT know of one adapter only: it takes what has another one's name in its own for a part of that."""
+    configs = model.peft_config
+    table = dict(configs)
+    if name is None:
+        yield
+        return
+    ours = {other for other, config in table.items() if hasattr(config, "set_source")}
+    for other in table if name in ours else ours:
+        if other != name:
+            del configs[other]
+    active = vars(model).get("active_adapter")
+    if isinstance(model, PeftModel):  # it asks for the active adapter's configuration
+        model.active_adapter = name
+    try:
+        yield
+    finally:
+        if isinstance(model, PeftModel):
+            model.active_adapter = active
+        configs.clear()
+        configs.update(table)
 
 
 def _check_whole(model: Any, folder: Path) -> None:

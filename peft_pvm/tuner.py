@@ -18,6 +18,7 @@ from torch import nn
 from .adapter_file import FORMAT_VERSION, AdapterFile
 from .cards import write_card
 from .families import VisionLanguageModel, find_vlm
+from .names import check_adapter_name
 from .tap import Tap
 from .wrappers import plain_name, unwrapped, without_wrappers
 
@@ -163,6 +164,7 @@ class VisualTuner(BaseTuner):
         for layer in layers:
             layer.part()
         try:
+            check_adapter_name(adapter_name, self.model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.remove_adapter(adapter_name)
@@ -352,6 +354,29 @@ def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
             if owner == adapter_name:
                 found[f"{_name_in_file(name)}.{weight}.{rest}"] = tensor
     return found
+
+
+def of_adapter(
+    model: nn.Module, adapter_name: str | None, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A model's tensors, by plain names, without those of other adapters of this package.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter that stays; `None`: all stay.
+        state_dict: The tensors.
+    """
+    plain = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    if adapter_name is None:
+        return plain
+    others = {
+        f"{plain_name(name)}.{key}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, VisualTunerLayer)
+        for key in layer.state_dict()
+        if key.split(".")[1] != adapter_name
+    }
+    return {key: tensor for key, tensor in plain.items() if key not in others}
 
 
 def check_whole(model: nn.Module, adapter_name: str, keys: Collection[str]) -> None:
