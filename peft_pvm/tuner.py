@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
@@ -336,74 +335,6 @@ class VisualTuner(BaseTuner):
         if not configs and hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
-
-
-def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter of this package, not copied, by their keys in its file; without `modules_to_save`.
-
-    Args:
-        model: The model; wrapped by PEFT, by others, or not at all.
-        adapter_name: The adapter's name.
-    """
-    found = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, VisualTunerLayer):
-            continue
-        for key, tensor in layer.state_dict().items():
-            weight, owner, rest = key.split(".", 2)
-            if owner == adapter_name:
-                found[f"{_name_in_file(name)}.{weight}.{rest}"] = tensor
-    return found
-
-
-def of_adapter(
-    model: nn.Module, adapter_name: str | None, state_dict: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """A model's tensors, by plain names, without those of other adapters of this package.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter that stays; `None`: all stay.
-        state_dict: The tensors.
-    """
-    plain = {plain_name(key): tensor for key, tensor in state_dict.items()}
-    if adapter_name is None:
-        return plain
-    others = {
-        f"{plain_name(name)}.{key}"
-        for name, layer in model.named_modules()
-        if isinstance(layer, VisualTunerLayer)
-        for key in layer.state_dict()
-        if key.split(".")[1] != adapter_name
-    }
-    return {key: tensor for key, tensor in plain.items() if key not in others}
-
-
-def check_whole(model: nn.Module, adapter_name: str, keys: Collection[str]) -> None:
-    """See that what is about to be written is all of an adapter.
-
-    Args:
-        model: The model that it is attached to.
-        adapter_name: The adapter's name.
-        keys: Those of the tensors that are about to be written.
-
-    Raises:
-        ValueError: One is missing.
-    """
-    needed = set(own_tensors(model, adapter_name))
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-            needed |= {f"{_name_in_file(name)}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)}
-    if missing := sorted(needed.difference(keys)):
-        raise ValueError(
-            f"What is to be saved of adapter {adapter_name!r} lacks {len(missing)} of its {len(needed)} tensors, such "
-            f"as {missing[0]}, so nothing was written. A state_dict given to save_pretrained has to hold all tensors "
-            "of the model, by the names that they have there."
-        )
-
-
-def _name_in_file(name: str) -> str:
-    return PEFT_PREFIX + plain_name(name).removeprefix(PEFT_PREFIX)
 
 
 def name_is_taken(adapter_name: str) -> ValueError:

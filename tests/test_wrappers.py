@@ -245,3 +245,10 @@ def test_weights_are_not_loaded_below_wrappers(tiny: TinyVLM, tmp_path: Path):
             load(model, tmp_path)
         assert [name for name, _ in model.named_modules()] == names
         assert not hasattr(model, "peft_config")
+
+
+def test_no_pickle_is_written(tiny: TinyVLM, tmp_path: Path):
+    model = METHODS["pvm"].attach(tiny.build())
+    with pytest.raises(ValueError, match="Leave it out: adapters are saved as safetensors"):
+        model.save_pretrained(tmp_path / "adapter", safe_serialization=False)
+    assert not (tmp_path / "adapter").exists()

@@ -32,7 +32,8 @@ from ..acting import base_of
 from ..adapter_file import write_adapter
 from ..families import find_vlm
 from ..probe.observers import AttentionObserver, branches_observed, observed, undisturbed, visual_mask
-from ..tuner import PEFT_PREFIX, check_whole
+from ..saving import check_whole
+from ..tuner import PEFT_PREFIX
 from ..wrappers import without_wrappers
 
 

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..adapter_file import AdapterFile
-from ..tuner import own_tensors
+from ..saving import own_tensors
 from .config import PVMConfig
 from .layer import PVMLayer
 from .merging import check_alike

@@ -12,8 +12,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..context import BASE, CONTEXT, names_by_row
+from ..saving import own_tensors
 from ..tap import this_thread
-from ..tuner import VisualTuner, name_is_taken, own_tensors
+from ..tuner import VisualTuner, name_is_taken
 from .config import PVMConfig
 from .layer import PVMLayer
 from .merging import CombinationType, combine, lineage_of

@@ -23,12 +23,15 @@ from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
 TESTS = Path(__file__).parents[1]
+CHECKPOINTED = "fsdp2 with activation checkpointing"
 ON_CPU = {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
 
 
 def launch(kind: str, stage: str, material: SimpleNamespace, folder: Path, **options) -> None:
     """Run a training script on two processes, with `accelerate launch`; each holds what the configuration says."""
-    config = yaml.safe_load((EXAMPLES / "accelerate" / f"{kind}.yaml").read_text())
+    config = yaml.safe_load((EXAMPLES / "accelerate" / f"{kind.split()[0]}.yaml").read_text())
+    if kind == CHECKPOINTED:
+        config["fsdp_config"]["fsdp_activation_checkpointing"] = True
     (folder / "accelerate.yaml").write_text(yaml.safe_dump({**config, **ON_CPU, "main_process_port": 0}))
     process = subprocess.run(
         [
@@ -54,8 +57,10 @@ def launch(kind: str, stage: str, material: SimpleNamespace, folder: Path, **opt
     assert sorted(here[0]["by_itself"].values()) == sorted([1, 1, decoder_layers, 1]), here[0]["by_itself"]
 
 
-@pytest.mark.parametrize("data", ["messages", "mixed"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [("ddp", "messages"), ("ddp", "mixed"), ("fsdp2", "messages"), ("fsdp2", "mixed"), (CHECKPOINTED, "mixed")],
+)
 def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str, data: str, tmp_path: Path):
     """In "mixed", the second process never gets an image."""
     options = {
