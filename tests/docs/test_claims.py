@@ -64,8 +64,11 @@ def test_loading_under_a_name_that_is_taken_changes_no_settings(tmp_path: Path):
 
 
 @pytest.mark.parametrize("method", ["pvm", "lora"])
-def test_peft_does_not_load_onto_a_base_that_comes_with_layers_on_the_disk(method: str, tmp_path: Path):
+def test_peft_does_not_load_onto_a_base_that_comes_with_layers_on_the_disk(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """docs/peft.md, the notes. If this fails, PEFT has learned it and the note can go."""
+    monkeypatch.chdir(tmp_path)  # to which PEFT writes
     tiny = FAMILIES["qwen3_vl"]
     config = LoraConfig(target_modules=["q_proj"]) if method == "lora" else METHODS[method].config()
     get_peft_model(tiny.build(), config).save_pretrained(tmp_path / "adapter")
@@ -76,5 +79,5 @@ def test_peft_does_not_load_onto_a_base_that_comes_with_layers_on_the_disk(metho
     base = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "base", device_map=device_map, offload_folder=str(tmp_path / "offload")
     )
-    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+    with pytest.raises((KeyError, NotImplementedError), match=r"lm_head|Cannot copy out of meta tensor"):
         PeftModel.from_pretrained(base, tmp_path / "adapter")
