@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import datasets
 from peft import inject_adapter_in_model, set_peft_model_state_dict
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 import peft_pvm.lab.processor  # noqa: F401  lets AutoProcessor load the lab's tiny model, which these scripts can train
@@ -27,6 +27,7 @@ from peft_pvm.integrations.trl import (
     format_reward,
     refuse_vllm,
     save_parts,
+    shard_decoder_layers,
 )
 from peft_pvm.pvm.files import read_adapter
 
@@ -61,9 +62,8 @@ def build(model: ModelConfig, adapter: str) -> PreTrainedModel:
         inject_adapter_in_model(lora, base, "lora")
     language_model = {*vlm.text_model.parameters(), *base.get_output_embeddings().parameters()}
     for name, parameter in base.named_parameters():
-        parameter.requires_grad = ".pvm_" in name or (
-            ".lora_" in name if lora is not None else parameter in language_model
-        )
+        of_lora = ".lora_" in name or ".modules_to_save." in name
+        parameter.requires_grad = ".pvm_" in name or (of_lora if lora is not None else parameter in language_model)
     base.enable_input_require_grads()
     # A checkpoint goes back in by the names that the model has now; by default it would be saved under older ones.
     base.save_pretrained = functools.partial(base.save_pretrained, save_original_format=False)
@@ -83,6 +83,7 @@ def main(arguments: list[str] | None = None) -> GRPOTrainer:
     if stage.system_prompt is not None:
         system = {"role": "system", "content": stage.system_prompt}
         data = data.map(lambda example: {"prompt": [system, *example["prompt"]]})
+    set_seed(training.seed)  # for the first weights of a LoRA
     trainer = GRPOTrainer(
         model=build(model, stage.adapter),
         reward_funcs=[format_reward, accuracy_reward],
@@ -91,6 +92,7 @@ def main(arguments: list[str] | None = None) -> GRPOTrainer:
         processing_class=processor,
     )
     trainer.add_callback(GazeCallback(trainer, chat_inputs(processor, data)))
+    shard_decoder_layers(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     save_parts(trainer, training.output_dir)
     trainer.save_state()

@@ -16,7 +16,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 import peft_pvm.lab.processor  # noqa: F401  lets AutoProcessor load the lab's tiny model, which these scripts can train
 from peft_pvm import PVMConfig
-from peft_pvm.integrations.trl import GazeCallback, chat_inputs, last_answer
+from peft_pvm.integrations.trl import GazeCallback, chat_inputs, last_answer, shard_decoder_layers
 
 
 @dataclass
@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
         ),
     )
     trainer.add_callback(GazeCallback(trainer, chat_inputs(processor, data)))
+    shard_decoder_layers(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -11,6 +11,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .wrappers import look_inside, unwrapped
+
 
 @dataclass(frozen=True)
 class DecoderBlock:
@@ -138,15 +140,15 @@ class VisionLanguageModel:
         return getattr(self.text_model, "rotary_emb", None)
 
     @property
-    def layers(self) -> nn.ModuleList:
-        """The decoder layers."""
-        return cast(nn.ModuleList, self.text_model.layers)
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, inside whatever others wrapped them in."""
+        return [unwrapped(layer) for layer in cast(nn.ModuleList, self.text_model.layers)]
 
     @property
     def self_attentions(self) -> dict[int, nn.Module]:
         """By layer index, the self-attention modules. Layers of linear attention, which has no scores, have none."""
         by_layer = {layer_idx: getattr(layer, "self_attn", None) for layer_idx, layer in enumerate(self.layers)}
-        return {layer_idx: attention for layer_idx, attention in by_layer.items() if attention is not None}
+        return {layer_idx: unwrapped(module) for layer_idx, module in by_layer.items() if module is not None}
 
     def rotates(self, attention: nn.Module) -> bool:
         """Whether an attention module rotates queries and keys by their positions."""
@@ -164,7 +166,8 @@ class VisionLanguageModel:
 
     def layer_name(self, layer_idx: int) -> str:
         """The full name of a decoder layer inside the model."""
-        return f"{self.text_model_name}.layers.{layer_idx}".removeprefix(".")
+        layer = cast(nn.ModuleList, self.text_model.layers)[layer_idx]
+        return look_inside(f"{self.text_model_name}.layers.{layer_idx}".removeprefix("."), layer)[0]
 
 
 def find_vlm(model: nn.Module) -> VisionLanguageModel:
@@ -208,7 +211,9 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
     text_models = [
         name
         for name, module in modules.items()
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens")
+        if unwrapped(module) is module  # a wrapper has the attributes of what it wraps
+        and isinstance(getattr(module, "layers", None), nn.ModuleList)
+        and hasattr(module, "embed_tokens")
     ]
     if len(text_models) != 1:
         raise refuse(
@@ -226,7 +231,7 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
 
     text_type = getattr(text_model.config, "model_type", "")
     block = BLOCKS.get(text_type, PRE_NORM)
-    for layer_idx, layer in enumerate(text_model.layers):
+    for layer_idx, layer in enumerate(map(unwrapped, text_model.layers)):
         if hasattr(layer, "cross_attn"):
             raise refuse(
                 f"its decoder layer {layer_idx} ({type(layer).__name__}) looks at the image by cross-attention, so "

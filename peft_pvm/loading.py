@@ -7,7 +7,6 @@ that is released with them (it wants 0.22), so nothing here uses them.
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 
 from .acting import activate
 from .adapter_file import AdapterFile
+from .names import adapter_names
 from .tuner import PEFT_PREFIX
 from .writing import write_adapter
 
@@ -44,30 +44,6 @@ def add_adapters(model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
         activate(model, list(configs))
 
 
-def adapter_names(sources: Collection[str]) -> dict[str, str]:
-    """A name for each adapter, from its folder or Hub id; those that are alike are numbered.
-
-    Args:
-        sources: Folders or Hub ids.
-
-    Returns:
-        Sources by name, in their order.
-
-    Example:
-        >>> adapter_names(["runs/pvm", "someone/pvm", "dipe-1.0/"])
-        {'pvm': 'runs/pvm', 'pvm-2': 'someone/pvm', 'dipe-1-0': 'dipe-1.0/'}
-    """
-    names: dict[str, str] = {}
-    for source in sources:
-        # Modules are looked up by adapter name, in which a dot would separate two.
-        stem = re.sub(r"[^\w-]+", "-", Path(source).resolve().name if source in (".", "..") else Path(source).name)
-        name, number = stem, 2
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names[name] = source
-    return names
-
-
 def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
     """Attach saved adapters of any of PEFT's layer-based types to a model, in place. All of them act.
 
@@ -84,7 +60,7 @@ def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
     Example:
         load_adapters(model, ["runs/pvm", "someone/a-lora"])
     """
-    names = adapter_names(sources)
+    names = adapter_names(sources, model)
     for name, source in names.items():
         _load(model, name, source)
     if names:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType, register_peft_method
+from peft.utils import CONFIG_NAME, PeftType, register_peft_method
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
 from .cards import write_card
 from .replacing import settle
-from .writing import written_whole
-
-
-if TYPE_CHECKING:
-    from .tuner import VisualConfig
+from .saving import has_ours, is_ours, ours_in, saving_whole
 
 
 EXTENDED = "peft_pvm_was_here"
@@ -67,7 +62,7 @@ def extend_peft() -> None:
       subclass's own `from_pretrained` would not be asked.
     - What is no adapter's configuration is refused with its name and the reason.
     - Who loads an adapter waits for a save that is replacing it; one that died at this is undone.
-    - A model with our adapters is saved by way of `written_whole`, and not in a form that we do not load.
+    - A model with our adapters is saved by way of `saving_whole`, and not in a form that we do not load.
     - `push_to_hub` does not put an empty card in the place of ours.
     """
     original = PeftConfigMixin.__dict__["from_pretrained"].__func__
@@ -79,7 +74,7 @@ def extend_peft() -> None:
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
     PeftConfigMixin._get_peft_type = classmethod(type_of)  # type: ignore[method-assign, assignment]
     for cls in (PeftModel, PreTrainedModel):
-        cls.save_pretrained = _saving_whole(cls.save_pretrained)  # type: ignore[method-assign]
+        cls.save_pretrained = saving_whole(cls.save_pretrained)  # type: ignore[method-assign]
     PreTrainedModel.load_adapter = _settling(PreTrainedModel.load_adapter)
     PushToHubMixin._upload_modified_files = _with_cards(PushToHubMixin._upload_modified_files)
 
@@ -127,7 +122,7 @@ def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if _is_ours(config):
+        if is_ours(config):
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)
             config.set_source(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
         return config
@@ -135,61 +130,11 @@ def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
-def _is_ours(config: Any) -> bool:
-    return hasattr(config, "set_source")
-
-
-def _has_ours(model: Any) -> bool:
-    return any(map(_is_ours, (getattr(model, "peft_config", None) or {}).values()))
-
-
-def _saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        given = signature.bind(self, save_directory, *args, **kwargs).arguments
-        if not _has_ours(self) or os.path.isfile(save_directory) or not given.get("is_main_process", True):
-            return original(self, save_directory, *args, **kwargs)
-        _refuse_pickles(self, given)
-        with written_whole(save_directory) as folder:
-            saved = original(self, str(folder), *args, **kwargs)
-            for _, adapter in _ours_in(folder):
-                if not (adapter / SAFETENSORS_WEIGHTS_NAME).is_file():
-                    raise ValueError(
-                        f"With these arguments an adapter is saved as {sorted(map(str, os.listdir(adapter)))}, from "
-                        f"which it cannot be loaded, so nothing was written to {save_directory}. Leave out "
-                        "max_shard_size and distributed_checkpoint: an adapter is one safetensors file."
-                    )
-        return saved
-
-    return save_pretrained
-
-
-def _refuse_pickles(model: Any, given: dict[str, Any]) -> None:
-    if given.get("safe_serialization", given.get("kwargs", {}).get("safe_serialization", True)):
-        return
-    saved = model.active_adapters() if isinstance(model, PreTrainedModel) else given.get("selected_adapters")
-    if ours := [name for name, config in model.peft_config.items() if name in (saved or [name]) and _is_ours(config)]:
-        raise ValueError(
-            f"safe_serialization=False would save {', '.join(ours)} as a pickle, and peft_pvm loads adapters from "
-            "safetensors files only. Leave the argument out."
-        )
-
-
-def _ours_in(folder: Path) -> Iterator[tuple[VisualConfig, Path]]:
-    """The configurations of our adapters in a folder and below, and where they are."""
-    for file in folder.rglob(CONFIG_NAME):
-        config = PeftConfig.from_pretrained(str(file.parent))
-        if _is_ours(config):
-            yield cast("VisualConfig", config), file.parent
-
-
 def _with_cards(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        if _has_ours(self):
-            for config, adapter in _ours_in(Path(working_dir)):
+        if has_ours(self):
+            for config, adapter in ours_in(Path(working_dir)):
                 write_card(config, adapter)
         return original(self, working_dir, *args, **kwargs)
 

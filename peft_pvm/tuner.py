@@ -17,7 +17,9 @@ from torch import nn
 from .adapter_file import FORMAT_VERSION, AdapterFile
 from .cards import write_card
 from .families import VisionLanguageModel, find_vlm
+from .names import check_adapter_name
 from .tap import Tap
+from .wrappers import plain_name, unwrapped, without_wrappers
 from .writing import written_whole
 
 
@@ -163,6 +165,7 @@ class VisualTuner(BaseTuner):
         for layer in layers:
             layer.part()
         try:
+            check_adapter_name(adapter_name, self.model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.remove_adapter(adapter_name)
@@ -188,11 +191,22 @@ class VisualTuner(BaseTuner):
         file = resolved._source
         # A folder with a configuration alone is a fine start for training, but nothing to run.
         if file is not None and (resolved.inference_mode or not file.is_config_only()):
+            self._refuse_wrappers(resolved)
             self._check_file(file, resolved)
         for name, config in self.peft_config.items():
             if config is peft_config:
                 self.peft_config[name] = resolved
         return resolved
+
+    def _refuse_wrappers(self, config: VisualConfig) -> None:
+        # PEFT and transformers would look for the tensors under other names than they have in the file.
+        wrapped = [name for name, module in self.model.named_modules() if unwrapped(module) is not module]
+        if wrapped and (config.has_parameters or getattr(config, "modules_to_save", None)):
+            raise ValueError(
+                f"The weights of a saved adapter cannot be loaded into {type(self.model).__name__} as it is: parts of "
+                f"it are wrapped ({wrapped[0]}). Load the adapter first, and wrap the model (activation "
+                "checkpointing, torch.compile, FSDP) then."
+            )
 
     def _check_file(self, file: AdapterFile, config: VisualConfig) -> None:
         base = {
@@ -264,20 +278,23 @@ class VisualTuner(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         # PEFT would save the tensors of every tuner layer, also another tuner's that is nested below.
-        own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls))
-        return {key: tensor for key, tensor in state_dict.items() if key.startswith(own)}
+        layers = (name for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls))
+        own = tuple(f"{plain_name(name)}." for name in layers)
+        plain = {plain_name(key): tensor for key, tensor in state_dict.items()}
+        return {key: tensor for key, tensor in plain.items() if key.startswith(own)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # Loading into an adapter that is there already: PEFT would leave what is missing as it is, and say nothing.
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        needed = {
-            f"{name}.{key}": tensor.shape
-            for name, module in model.named_modules()
-            if isinstance(module, cls.tuner_layer_cls)
-            for key, tensor in module.state_dict().items()
-            if key.split(".")[1] == adapter_name
-        }
+        with without_wrappers(model):
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            needed = {
+                f"{name}.{key}": tensor.shape
+                for name, module in model.named_modules()
+                if isinstance(module, cls.tuner_layer_cls)
+                for key, tensor in module.state_dict().items()
+                if key.split(".")[1] == adapter_name
+            }
         problems = [f"{key} is missing" for key in sorted(needed.keys() - remapped.keys())]
         for key, tensor in remapped.items():
             if key in needed and tensor.shape != needed[key]:
@@ -289,7 +306,8 @@ class VisualTuner(BaseTuner):
                 f"The weights do not fit adapter {adapter_name!r}; nothing was loaded: {'; '.join(problems[:10])}"
                 + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
             )
-        return remapped
+        names = {plain_name(key): key for key in model.state_dict()}
+        return {names.get(key, key): tensor for key, tensor in remapped.items()}
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSAL)

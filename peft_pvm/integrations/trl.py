@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -32,7 +33,9 @@ from ..base_checkpoint import CONFIG, weight_files
 from ..families import find_vlm
 from ..probe.observers import AttentionObserver, branches_observed, observed, undisturbed, visual_mask
 from ..replacing import replacing
+from ..saving import check_whole
 from ..tuner import PEFT_PREFIX
+from ..wrappers import without_wrappers
 from ..writing import write_adapter
 
 
@@ -174,13 +177,30 @@ def gaze(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, floa
     num_queries = int((~visual_mask(vlm, inputs)[0]).flip(0).cumprod(0).sum())
     observer = AttentionObserver(num_queries)
     with undisturbed(vlm), branches_observed(vlm.model, num_queries) as branches, observed(vlm, observer):
-        vlm.model(**{**inputs, "use_cache": False, "logits_to_keep": 1})
+        # The model as it is given, not what it wraps: FSDP gathers weights where its outermost module is called.
+        model(**{**inputs, "use_cache": False, "logits_to_keep": 1})
     masses = [masses.visual.mean() for masses in observer.masses.values()]
     values = {"gaze/visual_mass": float(torch.stack(masses).mean())}
     for (adapter, layer_idx), trace in sorted(branches.items()):
         values[f"gaze/gate/{adapter}/{layer_idx}"] = trace.gate
         values[f"gaze/update/{adapter}/{layer_idx}"] = float(trace.relative_update.mean())
     return values
+
+
+def shard_decoder_layers(trainer: Trainer) -> None:
+    """Let FSDP shard the decoder layers one by one, and not the blocks of the vision tower. Call it before training.
+
+    The weights of a module that is sharded by itself are gathered from all processes when the module runs. A process
+    whose batch has no image does not run the vision tower, so with the default of transformers, which shards its
+    blocks as well, the others would wait for it.
+
+    Args:
+        trainer: The trainer. Without FSDP, or with classes that its configuration names, nothing changes.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        layers = find_vlm(base_of(cast(nn.Module, trainer.model))).layers
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
 
 
 def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
@@ -201,21 +221,30 @@ def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
     if not trainer.accelerator.is_main_process:
         return
     model = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model))
+    with without_wrappers(model):
+        _write_parts(model, state_dict, Path(output_dir), cast(ProcessorMixin, trainer.processing_class))
+
+
+def _write_parts(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], folder: Path, processor: ProcessorMixin
+) -> None:
     for name, config in model.peft_config.items():
         tensors = get_peft_model_state_dict(model, state_dict, adapter_name=name)
-        write_adapter(Path(output_dir, name), config, {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()})
+        in_file = {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
+        check_whole(model, name, in_file)
+        write_adapter(folder / name, config, in_file)
     of_adapters = {
         f"{name}.{key}"
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         for key in cast(nn.Module, module).state_dict()
     }
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if learned - of_adapters:
         base = {key: tensor for key, tensor in state_dict.items() if key not in of_adapters}
-        with replacing(Path(output_dir, "base"), entry=CONFIG, outdated=weight_files) as staged:
+        with replacing(folder / "base", entry=CONFIG, outdated=weight_files) as staged:
             model.save_pretrained(staged, state_dict=base, save_original_format=True)
-            cast(ProcessorMixin, trainer.processing_class).save_pretrained(staged)
+            processor.save_pretrained(staged)
 
 
 def refuse_vllm(use_vllm: bool) -> None:

@@ -10,8 +10,9 @@ from peft import PeftConfig
 from torch import nn
 
 from ..adapter_file import AdapterFile
+from ..saving import own_tensors
 from .config import PVMConfig
-from .layer import PVMLayer, own_tensors
+from .layer import PVMLayer
 from .merging import check_alike
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..context import CONTEXT, VisualContext, dropped_keywords
 from ..families import DecoderBlock
 from ..tap import this_thread
-from ..tuner import PEFT_PREFIX, VisualTunerLayer
+from ..tuner import VisualTunerLayer
 from .branch import WEIGHTS, Branch, fresh_weights, weight_name
 from .config import PVMConfig
 from .shape import BranchShape
@@ -178,22 +178,3 @@ class PVMLayer(VisualTunerLayer):
                     update = torch.where(context.rows_of(adapter), update, 0)
                 total = update if total is None else total + update
         return total
-
-
-def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a PVM adapter, not copied, by their keys in its file.
-
-    Args:
-        model: The model; wrapped by PEFT, compiled or neither.
-        adapter_name: The adapter's name.
-    """
-    found = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, PVMLayer):
-            continue
-        name = name.replace("_orig_mod.", "").removeprefix(PEFT_PREFIX)  # of a compiled, of a wrapped model
-        for key, tensor in layer.state_dict().items():
-            weight, owner, rest = key.split(".", 2)
-            if owner == adapter_name:
-                found[f"{PEFT_PREFIX}{name}.{weight}.{rest}"] = tensor
-    return found

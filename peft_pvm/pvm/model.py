@@ -12,10 +12,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..context import BASE, CONTEXT, names_by_row
+from ..saving import own_tensors
 from ..tap import this_thread
 from ..tuner import VisualTuner, name_is_taken
 from .config import PVMConfig
-from .layer import PVMLayer, own_tensors
+from .layer import PVMLayer
 from .merging import CombinationType, combine, lineage_of
 from .shape import BranchShape
 

@@ -13,7 +13,7 @@ from peft.utils.merge_utils import dare_linear, ties
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import PVMConfig
-from peft_pvm.pvm.layer import own_tensors
+from peft_pvm.saving import own_tensors
 from peft_pvm.versions import CACHE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,25 +14,30 @@ import torch
 import yaml
 from conftest import difference
 from peft import PeftModel
-from training_runs import EXAMPLES, adapter_weights, arguments, run
+from safetensors.torch import load_file
+from training_runs import EXAMPLES, adapter_weights, arguments, by_rank, run
 from transformers import AutoModelForImageTextToText
 
 from peft_pvm.curves import read_log
 from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
+TESTS = Path(__file__).parents[1]
+CHECKPOINTED = "fsdp2 with activation checkpointing"
 ON_CPU = {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
 
 
 def launch(kind: str, stage: str, material: SimpleNamespace, folder: Path, **options) -> None:
-    """Run a training script on two processes, with `accelerate launch`."""
-    config = yaml.safe_load((EXAMPLES / "accelerate" / f"{kind}.yaml").read_text())
+    """Run a training script on two processes, with `accelerate launch`; each holds what the configuration says."""
+    config = yaml.safe_load((EXAMPLES / "accelerate" / f"{kind.split()[0]}.yaml").read_text())
+    if kind == CHECKPOINTED:
+        config["fsdp_config"]["fsdp_activation_checkpointing"] = True
     (folder / "accelerate.yaml").write_text(yaml.safe_dump({**config, **ON_CPU, "main_process_port": 0}))
     process = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
             *("--config_file", folder / "accelerate.yaml"),
-            EXAMPLES / f"train_{stage}.py",
+            *(TESTS / "launched.py", stage, folder / "spread"),
             *arguments(stage, material, output_dir=folder / "out", **options),
         ],
         capture_output=True,
@@ -40,10 +46,23 @@ def launch(kind: str, stage: str, material: SimpleNamespace, folder: Path, **opt
         timeout=300,
     )
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+    here = [json.loads((folder / f"spread-{rank}.json").read_text()) for rank in range(2)]
+    if kind == "ddp":
+        assert all(spread["sharded"] == 0 and spread["numbers_here"] == spread["numbers"] for spread in here)
+        return
+    assert all(spread["sharded"] == spread["parameters"] for spread in here), "DTensors, every one"
+    assert sum(spread["numbers_here"] for spread in here) == here[0]["numbers"], "each number in one process"
+    assert max(spread["numbers_here"] for spread in here) < 0.6 * here[0]["numbers"]
+    by_itself = here[0]["by_itself"]
+    assert by_itself["FSDPQwen3VLTextDecoderLayer"] == 6
+    assert by_itself.get("FSDPCheckpointWrapper", 0) == (6 if kind == CHECKPOINTED else 0)
+    assert not [name for name in by_itself if "Vision" in name]
 
 
-@pytest.mark.parametrize("data", ["messages", "mixed"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [("ddp", "messages"), ("ddp", "mixed"), ("fsdp2", "messages"), ("fsdp2", "mixed"), (CHECKPOINTED, "mixed")],
+)
 def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str, data: str, tmp_path: Path):
     """In "mixed", the second process never gets an image."""
     options = {
@@ -54,16 +73,22 @@ def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str,
     }
     launch(kind, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
     run("sft", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
-    for curve, bound in (("loss", {"abs": 1e-5}), ("grad_norm", {"rel": 1e-4})):  # Adam forgets gradients' size
-        one, two = (
-            [entry[curve] for entry in read_log(tmp_path / name) if curve in entry] for name in ("alone", "out")
-        )
-        assert one == pytest.approx(two, **bound), curve
-    alone, together = adapter_weights(tmp_path / "alone"), adapter_weights(tmp_path / "out")
-    assert alone.keys() == together.keys()
-    for key, tensor in alone.items():
-        assert difference(tensor, together[key]) < 1e-5, key
+    same_curves(tmp_path)
+    alone = adapter_weights(tmp_path / "alone")
+    same_tensors(alone, adapter_weights(tmp_path / "out"))
     assert all(tensor.abs() > 1e-3 for key, tensor in alone.items() if key.endswith("pvm_gate.weight")), "it learned"
+
+
+def same_curves(folder: Path) -> None:
+    for curve, bound in (("loss", {"abs": 1e-5}), ("grad_norm", {"rel": 1e-4})):  # Adam forgets gradients' size
+        one, two = ([entry[curve] for entry in read_log(folder / name) if curve in entry] for name in ("alone", "out"))
+        assert one == pytest.approx(two, **bound), curve
+
+
+def same_tensors(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        assert difference(tensor, two[key]) < 1e-5, key
 
 
 def test_a_sharded_run_goes_on(material: SimpleNamespace, tmp_path: Path):
@@ -83,15 +108,42 @@ def test_a_sharded_run_goes_on(material: SimpleNamespace, tmp_path: Path):
     assert any(difference(tensor, whole[key]) > 1e-4 for key, tensor in adapter_weights(checkpoint).items())
 
 
-def test_a_sharded_stage_2_saves_all_its_parts(material: SimpleNamespace, stage_1: Path, tmp_path: Path):
-    launch("fsdp2", "grpo", material, tmp_path, adapter=stage_1, max_steps=2, per_device_train_batch_size=8)
-    parts = tmp_path / "out"
-    base = AutoModelForImageTextToText.from_pretrained(parts / "base")
-    start = load_tiny_vlm().state_dict()
-    assert base.state_dict().keys() == start.keys()
-    moved = {name for name, tensor in base.state_dict().items() if not torch.equal(tensor, start[name])}
-    assert moved
-    assert not [name for name in moved if ".visual." in name]
-    before, after = adapter_weights(stage_1), adapter_weights(parts / "pvm")
+LEARNS = {
+    "base": {},
+    "lora": {
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_dropout": 0.0,
+        "lora_modules_to_save": ["lm_head"],
+    },
+}
+
+
+@pytest.mark.parametrize("learns", LEARNS)
+def test_a_sharded_stage_2_saves_all_its_parts(
+    material: SimpleNamespace, stage_1: Path, learns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As one process does, with samples that do not hang on a process's random numbers."""
+    options = {"adapter": stage_1, "max_steps": 2, "learning_rate": 1e-4, **LEARNS[learns]}
+    launch("fsdp2", "grpo", material, tmp_path, per_device_train_batch_size=8, **options)
+    monkeypatch.setattr(torch, "multinomial", by_rank)
+    run("grpo", material, output_dir=tmp_path / "alone", per_device_train_batch_size=16, **options)
+    same_curves(tmp_path)
+    for part in ("pvm", learns):
+        file = "model.safetensors" if part == "base" else "adapter_model.safetensors"
+        alone, together = (load_file(tmp_path / name / part / file) for name in ("alone", "out"))
+        same_tensors(alone, together)
+    before, after = adapter_weights(stage_1), adapter_weights(tmp_path / "out" / "pvm")
     assert any(not torch.equal(tensor, after[key]) for key, tensor in before.items())
-    PeftModel.from_pretrained(base, parts / "pvm")
+    base = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out" / "base" if learns == "base" else material.model
+    )
+    if learns == "base":
+        start = load_tiny_vlm().state_dict()
+        moved = {name for name, tensor in base.state_dict().items() if not torch.equal(tensor, start[name])}
+        assert moved
+        assert not [name for name in moved if ".visual." in name]
+    else:
+        base.load_adapter(tmp_path / "out" / "lora", "lora")
+    PeftModel.from_pretrained(base, tmp_path / "out" / "pvm", "pvm")

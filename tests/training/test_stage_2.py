@@ -24,7 +24,13 @@ def test_a_checkpoint_goes_back_in(family: TinyVLM, learns: str, tmp_path: Path)
     stage_1 = METHODS["pvm"].attach(family.build())
     stage_1.save_pretrained(tmp_path / "pvm")
     options = (
-        {"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"], "lora_dropout": 0.0}
+        {
+            "use_peft": True,
+            "lora_r": 4,
+            "lora_target_modules": ["all-linear"],
+            "lora_dropout": 0.0,
+            "lora_modules_to_save": ["embed_tokens"],
+        }
         if learns == "lora"
         else {}
     )
@@ -41,7 +47,7 @@ def test_a_checkpoint_goes_back_in(family: TinyVLM, learns: str, tmp_path: Path)
             assert torch.equal(weights[name.replace(".default.", ".pvm.")], parameter)
     text_model = {*find_vlm(saved.model).text_model.parameters(), *saved.model.get_output_embeddings().parameters()}
     for name, parameter in saved.model.named_parameters():
-        adapter = ".lora_" in name if learns == "lora" else parameter in text_model
+        adapter = ".lora_" in name or ".modules_to_save." in name if learns == "lora" else parameter in text_model
         assert parameter.requires_grad == (adapter or ".pvm_" in name), name
 
     if learns == "lora":

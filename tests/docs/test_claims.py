@@ -1,0 +1,83 @@
+"""What the pages say is tested is tested: each test that they name is there; what no other test holds is held here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import METHODS, REPRESENTATIVE
+from pages import REPOSITORY
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_vlms import FAMILIES
+from transformers import AutoModelForImageTextToText
+
+from peft_pvm import DIPEConfig, TDRSConfig
+
+
+PAGES = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "examples").rglob("*.yaml")]
+SOURCES = [path for folder in ("peft_pvm", "examples") for path in (REPOSITORY / folder).rglob("*.py")]
+TESTS = {path: path.read_text() for path in (REPOSITORY / "tests").rglob("*.py")}
+FUNCTIONS = {name for text in TESTS.values() for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *SOURCES], ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_each_test_that_is_named_is_there(page: Path):
+    text = page.read_text()
+    files = set(re.findall(r"\btests/[\w/]+(?:\.py)?", text))
+    assert {name for name in files if not (REPOSITORY / name).exists()} == set()
+    functions = set(re.findall(r"\btest_\w+", text)) - {path.stem for path in TESTS}
+    assert functions <= FUNCTIONS
+
+
+def said(page: str, pattern: str) -> list[int]:
+    """The numbers that a page gives, by a pattern with one group."""
+    return [int(number.replace(",", "")) for number in re.findall(pattern, (REPOSITORY / page).read_text())]
+
+
+def test_the_number_of_damaged_folders():
+    text = TESTS[REPOSITORY / "tests" / "pvm" / "test_damaged_folders.py"]
+    (examples,) = map(int, re.findall(r"max_examples=(\d+)", text))
+    tests = len(re.findall(r"^@given\(", text, re.MULTILINE))
+    assert said("docs/how-to/share.md", r"([\d,]+) damaged folders") == [examples * tests * len(REPRESENTATIVE)]
+
+
+def test_the_number_of_families():
+    model_types = {tiny.config().model_type for tiny in FAMILIES.values()}
+    assert said("CHANGELOG.md", r"for (\d+) families") == [len(model_types)]
+
+
+@pytest.mark.parametrize("config", [DIPEConfig, TDRSConfig])
+def test_methods_without_parameters_have_no_modules_to_save(config: type):
+    """docs/peft.md, the row of `modules_to_save`."""
+    with pytest.raises(TypeError, match="modules_to_save"):
+        config(modules_to_save=["lm_head"])
+
+
+def test_loading_under_a_name_that_is_taken_changes_no_settings(tmp_path: Path):
+    """docs/methods/dipe.md and t-drs.md: PEFT then loads weights alone."""
+    for name in ("dipe", "tdrs"):
+        METHODS[name].attach(FAMILIES["llava"].build(), layers_to_transform=[0]).save_pretrained(tmp_path / name)
+        model = METHODS[name].attach(FAMILIES["llava"].build())
+        model.load_adapter(str(tmp_path / name), "default")
+        assert model.peft_config["default"].layers_to_transform is None
+
+
+@pytest.mark.parametrize("method", ["pvm", "lora"])
+def test_peft_does_not_load_onto_a_base_that_comes_with_layers_on_the_disk(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """docs/peft.md, the notes. If this fails, PEFT has learned it and the note can go."""
+    monkeypatch.chdir(tmp_path)  # to which PEFT writes
+    tiny = FAMILIES["qwen3_vl"]
+    config = LoraConfig(target_modules=["q_proj"]) if method == "lora" else METHODS[method].config()
+    get_peft_model(tiny.build(), config).save_pretrained(tmp_path / "adapter")
+    model = tiny.build()
+    model.save_pretrained(tmp_path / "base")
+    leaves = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    device_map = {name: "disk" if ".language_model.layers.1." in name else "cpu" for name in leaves}
+    base = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "base", device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    with pytest.raises((KeyError, NotImplementedError), match=r"lm_head|Cannot copy out of meta tensor"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
