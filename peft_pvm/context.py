@@ -10,7 +10,17 @@ from typing import Any, TypeVar
 import torch
 
 from .memory import Runs, VisualMemory
-from .positions import EMPTY_SLOT, causally_visible, gather_rows, modalities, pack, run_anchors, run_starts
+from .positions import (
+    EMPTY_SLOT,
+    MULTIMODAL_AXES,
+    causally_visible,
+    gather_rows,
+    join_positions,
+    modalities,
+    pack,
+    run_anchors,
+    run_starts,
+)
 from .visibility import real_tokens
 
 
@@ -134,6 +144,8 @@ class VisualContext:
         if self.position_ids is not None or self.refusal is not None:
             return
         by_axis = position_ids if position_ids.dim() == 3 else position_ids.unsqueeze(0)
+        if position_ids.dim() == 3 and len(by_axis) == 1:  # generate's shorthand for a turn of text
+            by_axis = by_axis.expand(MULTIMODAL_AXES, -1, -1)
         self.position_ids = by_axis.movedim(0, -1).expand(self.batch_size, self.seq_len, -1).long()
         # Positions of tokens that were read before anybody kept them are lost.
         runs = self.memory.runs
@@ -141,7 +153,7 @@ class VisualContext:
         self.anchors = self._read_runs(self.position_ids[..., 0])
         if self.keeps_positions and not nobody_kept:
             known = self.memory.position_ids
-            positions = self.position_ids if known is None else torch.cat([known, self.position_ids], 1)
+            positions = self.position_ids if known is None else join_positions(known, self.position_ids)
             self.memory = replace(self.memory, position_ids=positions)
         elif self.memory.position_ids is not None:
             self.memory = replace(self.memory, position_ids=None)
