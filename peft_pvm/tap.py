@@ -314,10 +314,11 @@ def _remembered(cache: Cache | None, num_keys: int | torch.Tensor, seq_len: int)
             f"{unread} tokens of this KV cache were computed without the adapter knowing which of them are visual (it "
             "was not attached yet, or they came as inputs_embeds without visual_mask). Start with a new cache."
         )
-    memory = memory or VisualMemory()
+    if memory is None or (isinstance(num_keys, int) and num_keys == 0):
+        return VisualMemory(), Coverage()
     if not isinstance(num_keys, int):  # a static cache never shrinks
         return memory, Coverage(num_keys, num_keys)
-    if coverage.is_evicted and num_keys > 0:
+    if coverage.is_evicted:
         if unread < 0:
             raise ValueError(
                 f"{-unread} keys were cropped from a KV cache that had lost others during a forward (to kvpress or "
