@@ -267,17 +267,17 @@ class VisualContext:
             cut.visual_mask = self.visual_mask[:, -length:]
         return cut
 
-    def check_arrival(self, model: str) -> None:
-        """Raise a NotImplementedError if a forward has ended in which an adapter did not act where it was to act."""
+    def missed(self, model: str) -> NotImplementedError | None:
+        """The error for a forward that has ended in which an adapter did not act where it was to act."""
         if not self.steering.keys() <= self.arrived_at:
-            raise dropped_keywords(model)
-        missed = sorted(self.awaited_branches - self.finished_branches)
-        if missed:
-            raise NotImplementedError(
-                f"PVM did not act in decoder layers {missed} of {model}: the layer, or its attention, norm or FFN, was "
+            return dropped_keywords(model)
+        if layers := sorted(self.awaited_branches - self.finished_branches):
+            return NotImplementedError(
+                f"PVM did not act in decoder layers {layers} of {model}: the layer, or its attention, norm or FFN, was "
                 "replaced after the adapter was attached (by fused kernels, for instance), or was not called. Replace "
                 "modules first and attach the adapter then."
             )
+        return None
 
     def derived(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` returns, made once in this forward for all layers that ask for the same `key`."""

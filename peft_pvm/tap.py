@@ -220,7 +220,9 @@ class Tap:
         """Put the memory on the cache, which may be one that the text model made itself."""
         self._in_flight.pop(this_thread(), None)
         context = kwargs[CONTEXT]
-        context.check_arrival(type(self.vlm.model).__name__)
+        missed = context.missed(type(self.vlm.model).__name__)
+        if missed is not None and self._has_active_adapter():  # who left with a decoder layer cannot be switched off
+            raise missed
         if context.refusal is not None:
             return
         num_tokens = context.past_length + context.seq_len
