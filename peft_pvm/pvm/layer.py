@@ -128,8 +128,8 @@ class PVMLayer(VisualTunerLayer):
         return any(name in self.pvm_config for name in names)
 
     def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        context = cast(VisualContext, kwargs[CONTEXT])
-        if self._acts_in(context):
+        context = kwargs.get(CONTEXT)
+        if context is not None and self._acts_in(context):
             context.check()
             context.awaited_branches.add(self.layer_idx)
 
