@@ -219,9 +219,9 @@ class VisualContext:
         self.check()
         if self.is_evicted:
             raise NotImplementedError(
-                "Keys of this KV cache were taken out during a forward (by kvpress or another compression of the "
-                "cache), so that nobody can know which tokens the other keys belong to. DIPE, T-DRS and the probe need "
-                "that; PVM does not. Switch the compression off and start with a new cache, or disable the adapter."
+                "Keys of this KV cache were taken out during a forward, by kvpress or another compression of the "
+                "cache, so that the tokens of the other keys are not known. DIPE, T-DRS and the probe need to know "
+                "them; PVM does not. Start with a new cache without compression, or disable the adapter."
             )
 
     def to(self, device, *args, **kwargs) -> VisualContext:
@@ -273,7 +273,7 @@ class VisualContext:
             return dropped_keywords(model)
         if layers := sorted(self.awaited_branches - self.finished_branches):
             return NotImplementedError(
-                f"PVM did not act in decoder layers {layers} of {model}: the layer, or its attention, norm or FFN, was "
+                f"PVM did not act in decoder layers {layers} of {model}: a layer, or its attention, norm or FFN, was "
                 "replaced after the adapter was attached (by fused kernels, for instance), or was not called. Replace "
                 "modules first and attach the adapter then."
             )

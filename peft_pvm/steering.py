@@ -119,9 +119,7 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
         self.prepare(context)
         if self.disable_adapters:
             return
-        configs = {
-            name: self.adapter_configs[name] for name in self.active_adapters if name in self.adapter_configs
-        }
+        configs = {name: self.adapter_configs[name] for name in self.active_adapters if name in self.adapter_configs}
         if configs:
             context.check_keys()
             self.plan(context, configs)

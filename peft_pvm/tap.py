@@ -17,14 +17,15 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Cache
 
-from .context import CONTEXT, VisualContext, names_by_row
+from .context import BASE, CONTEXT, VisualContext, names_by_row
 from .eviction import has_lost_keys, keys_by_layer
 from .families import VisionLanguageModel, is_tuner_child
 from .memory import Coverage, VisualMemory, attach_memory, coverage_of, memory_of
@@ -99,7 +100,7 @@ class Tap:
             else:
                 self._names_by_thread[thread] = outer
 
-    def choose_by_row(self, wrapper: nn.Module) -> None:
+    def choose_by_row(self, wrapper: AuxiliaryTrainingWrapper) -> None:
         """Have a module that PEFT keeps once for every adapter (`modules_to_save`) choose by `adapters_by_row`."""
         if "_visual_choice" not in wrapper.__dict__:
             wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(self._name_rows, with_kwargs=True)
@@ -108,13 +109,17 @@ class Tap:
         chosen = self._chosen_names()
         if chosen is None:
             return args, kwargs
-        return args, {**kwargs, "adapter_names": names_by_row(chosen, len(args[0]))}
+        own = cast(AuxiliaryTrainingWrapper, module)._get_available_adapters()
+        names = [name if name in own else BASE for name in names_by_row(chosen, len(args[0]))]
+        return args, {**kwargs, "adapter_names": names}
 
     def _chosen_names(self) -> Sequence[str] | None:
         if not torch.compiler.is_compiling():
             return self._names_by_thread.get(threading.get_ident())
         if self._names_by_thread:  # a compiled forward cannot ask which thread runs it
-            raise NotImplementedError("adapter_names cannot choose adapters in a compiled forward. Use the model itself.")
+            raise NotImplementedError(
+                "adapter_names cannot choose adapters in a compiled forward. Use the model itself."
+            )
         return None
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,9 +173,9 @@ class Tap:
             return
         self._has_warned = True
         warnings.warn(
-            f"This prompt has placeholder tokens ({sorted(missing)}) for images or videos, but no pixels came with it. "
-            f"{type(self.vlm.model).__name__} and the adapter take them for text: nothing is remembered as visual. Pass "
-            "all that the processor returns, pixel_values included.",
+            f"This prompt has placeholder tokens ({sorted(missing)}) for images or videos, but no pixels came with "
+            f"it. {type(self.vlm.model).__name__} and the adapter take them for text. Pass all that the processor "
+            "returns, pixel_values included.",
             stacklevel=2,
         )
 
@@ -212,7 +217,7 @@ class Tap:
 
     def _note_positions(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         in_flight = self._in_flight.get(this_thread())
-        context = in_flight and in_flight()
+        context = None if in_flight is None else in_flight()
         if context is not None:
             context.note_positions(_by_name(module, args, kwargs)["position_ids"])
 
@@ -298,8 +303,8 @@ PACKED_REFUSAL = (
 def _refuse_copied(text_model: nn.Module) -> None:
     if getattr(text_model, "_is_replica", False):
         raise NotImplementedError(
-            "torch.nn.DataParallel runs copies of the model whose hooks are those of the original, so that the adapter "
-            "would compute with the original's weights. Use DistributedDataParallel (launch the script with torchrun or "
+            "torch.nn.DataParallel runs copies of the model with the hooks of the original, so that the adapter would "
+            "compute with the original's weights. Use DistributedDataParallel (launch the script with torchrun or "
             "accelerate), or a single device (CUDA_VISIBLE_DEVICES=0)."
         )
 

@@ -20,7 +20,7 @@ class Interruption(Exception):
     """Raised inside a module."""
 
 
-# Where: the attention, the norm behind it and the FFN of a layer in which PVM acts, and what comes after the last branch.
+# Where: before the layers, in the attention and the FFN of a layer in which PVM acts, and behind the last branch.
 PLACES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "rotary": lambda text_model: text_model.rotary_emb,
     "attention": lambda text_model: text_model.layers[1].self_attn.o_proj,
@@ -82,9 +82,7 @@ def test_nothing_outlives_it(name: str, method: str, in_training: bool, place: s
     seen: list[weakref.ref] = []
     with torch.set_grad_enabled(in_training):
         seen += interrupted(model, inputs, place, kind)
-    threads = [
-        threading.Thread(target=lambda: seen.extend(interrupted(model, inputs, place, kind))) for _ in range(3)
-    ]
+    threads = [threading.Thread(target=lambda: seen.extend(interrupted(model, inputs, place, kind))) for _ in range(3)]
     for thread in threads:
         thread.start()
         thread.join()
