@@ -72,7 +72,9 @@ def test_a_part_is_done_by_one_adapter(part: str, own_first: bool, rows: tuple[s
     published = "dipe" if part == "scoring" else "tdrs"
     first, second = ("own", published) if own_first else (published, "own")
     inputs = family.inputs(model, *rows)
-    message = f"The adapters '{first}' and '{second}' are active and both do the {part} of attention in decoder layer 1"
+    message = (
+        f"The adapters '{first}' and '{second}' are active and both do the {part} of attention in decoder layer 1"
+    )
     with pytest.raises(ValueError, match=message):
         logits(model, inputs)
     with peft_model.disable_adapter():  # the last one alone
