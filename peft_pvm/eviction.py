@@ -1,7 +1,7 @@
 """Keys that are taken out of a KV cache while a forward runs, as compression of the cache does (kvpress).
 
-Between two forwards a cache may be cropped: its last tokens go, and its length says which are left. Keys that go during
-a forward come from anywhere, so that from then on the tokens of the other keys are not known.
+A cache may also be cropped, between two forwards: its last tokens go, and its length says which are left. Keys that go
+during a forward come from anywhere. From then on, it is not known to which tokens the other keys belong.
 """
 
 from __future__ import annotations
