@@ -101,7 +101,7 @@ class Tap:
                 self._names_by_thread[thread] = outer
 
     def choose_by_row(self, wrapper: AuxiliaryTrainingWrapper) -> None:
-        """Have a module that PEFT keeps once for every adapter (`modules_to_save`) choose by `adapters_by_row`."""
+        """Have a module that PEFT keeps several of (`modules_to_save`) choose among them by `adapters_by_row`."""
         if "_visual_choice" not in wrapper.__dict__:
             wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(self._name_rows, with_kwargs=True)
 
@@ -118,7 +118,8 @@ class Tap:
             return self._names_by_thread.get(threading.get_ident())
         if self._names_by_thread:  # a compiled forward cannot ask which thread runs it
             raise NotImplementedError(
-                "adapter_names cannot choose adapters in a compiled forward. Use the model itself."
+                "adapter_names cannot choose adapters in a compiled forward. Make this call on the model that is not "
+                "compiled, or use set_adapter."
             )
         return None
 
@@ -163,7 +164,7 @@ class Tap:
         """Warn, once for this model, of a prompt in which placeholders stand for images that it does not bring."""
         input_ids, cache = inputs.get("input_ids"), cache_in(inputs)
         # A placeholder that was sampled is text, and a step of decoding does not wait for the device.
-        if self._has_warned or torch.compiler.is_compiling() or input_ids is None or input_ids.shape[1] == 1:
+        if torch.compiler.is_compiling() or self._has_warned or input_ids is None or input_ids.shape[1] == 1:
             return
         if cache is not None and bool(cache.get_seq_length() > 0):
             return
@@ -197,9 +198,7 @@ class Tap:
         if context.attention_mask is None:
             context.attention_mask = inputs.get("attention_mask")
 
-        num_keys = cache.get_seq_length() if cache is not None else 0
-        if cache is not None and isinstance(num_keys, torch.Tensor) and not cache.is_compileable:
-            num_keys = int(num_keys)  # crop leaves a tensor in transformers 5.16
+        num_keys = 0 if cache is None else _length_of(cache)
         try:
             _refuse_copied(module)
             _refuse_packed(inputs, num_keys)
@@ -226,19 +225,18 @@ class Tap:
         self._in_flight.pop(this_thread(), None)
         context = kwargs[CONTEXT]
         missed = context.missed(type(self.vlm.model).__name__)
-        if missed is not None and self._has_active_adapter():  # who left with a decoder layer cannot be switched off
+        # An adapter whose decoder layer was replaced left the model with it, and cannot be switched off any more.
+        if missed is not None and self._has_active_adapter():
             raise missed
         if context.refusal is not None:
             return
         num_tokens = context.past_length + context.seq_len
         given = cache_in(_by_name(module, args, kwargs))
-        for cache in ([] if given is None else [given]) + caches_in(output):
-            if cache.is_compileable:
-                coverage = Coverage(num_tokens, num_tokens)
-            else:
-                is_evicted = context.is_evicted or has_lost_keys(cache, context.keys_before, context.seq_len)
-                coverage = Coverage(num_tokens, int(cache.get_seq_length()), is_evicted)
-            attach_memory(cache, context.memory, coverage)
+        for cache in caches_in(output) or ([] if given is None else [given]):
+            is_evicted = context.is_evicted or has_lost_keys(cache, context.keys_before, context.seq_len)
+            # A static cache counts in place, and is not asked.
+            num_keys = num_tokens if cache.is_compileable else _length_of(cache)
+            attach_memory(cache, context.memory, Coverage(num_tokens, num_keys, is_evicted))
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -280,10 +278,17 @@ def _context_of_own_embeds(visual_mask: torch.Tensor | None, inputs_embeds: torc
     return context
 
 
-def _refuse_packed(inputs: dict[str, Any], past_length: int | torch.Tensor) -> None:
+def _length_of(cache: Cache) -> int | torch.Tensor:
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor) and not cache.is_compileable:
+        return int(length)  # crop leaves a tensor in transformers 5.16
+    return length
+
+
+def _refuse_packed(inputs: dict[str, Any], num_keys: int | torch.Tensor) -> None:
     packed = paged_inputs(inputs)
     positions = inputs.get("position_ids")
-    fresh = isinstance(past_length, int) and past_length == 0
+    fresh = isinstance(num_keys, int) and num_keys == 0
     if positions is not None and fresh and inputs.get("attention_mask") is None:
         # transformers takes positions that start again, without an attention mask, for packed rows. Of several axes,
         # the first is that of text, or of time, and grows along the row as well.
