@@ -55,7 +55,6 @@ def test_nothing_is_said_of_features_or_of_sampled_tokens(plain: TinyVLM, method
     logits(model, plain.inputs(base, "t4 i t6", "t9"))
     logits(model, plain.inputs(base, "t9"))
     generate(plain, model, "t4 i t6", "t9")  # which encodes the image beforehand
-    generate(plain, model, "t4 i t6", prefill_chunk_size=4)
     generate(plain, model, "t4 i t9", prompt_lookup_num_tokens=3)
     for cache in (None, StaticCache(config=base.config.get_text_config(), max_cache_len=64)):
         cache = prefill(plain, model, "t4 i t9", stop=9, cache=cache)
