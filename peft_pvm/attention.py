@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -149,12 +149,52 @@ class Weighing(Protocol):
         """What the attention function returns, with scores from `query` and `key`."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Steering:
-    """What adapters do to the attention of one layer."""
+    """What adapters do to the attention of one layer. Each part is done by one adapter.
+
+    Attributes:
+        scoring: How scores are made. `None`: as the kernel makes them.
+        weighing: How scores are weighed. `None`: as the kernel weighs them.
+        adapters: By the name of the part, the adapter that does it.
+    """
 
     scoring: Scoring | None = None
     weighing: Weighing | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def add(
+        context: VisualContext,
+        layer_idx: int,
+        adapter_name: str,
+        scoring: Scoring | None = None,
+        weighing: Weighing | None = None,
+    ) -> None:
+        """Have an adapter do its part in one layer, for the length of a forward.
+
+        Args:
+            context: Of the forward.
+            layer_idx: The layer.
+            adapter_name: The adapter.
+            scoring: How it makes scores, if it does.
+            weighing: How it weighs scores, if it does.
+
+        Raises:
+            ValueError: Another adapter does the same part in this layer.
+        """
+        steering = context.steering.get(layer_idx, Steering())
+        parts = {"scoring": scoring, "weighing": weighing}
+        added = {part: how for part, how in parts.items() if how is not None}
+        for part in added:
+            if part in steering.adapters:
+                raise ValueError(
+                    f"The adapters {steering.adapters[part]!r} and {adapter_name!r} are active and both do the {part} "
+                    f"of attention in decoder layer {layer_idx}, which one adapter can do. Choose one with "
+                    "set_adapter, or give them different layers_to_transform."
+                )
+        adapters = {**steering.adapters, **dict.fromkeys(added, adapter_name)}
+        context.steering[layer_idx] = replace(steering, **added, adapters=adapters)
 
 
 def steered_attention(

@@ -9,8 +9,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from .memory import Runs, VisualMemory
-from .positions import EMPTY_SLOT, causally_visible, gather_rows, modalities, pack, run_anchors, run_starts
+from .memory import Coverage, Runs, VisualMemory
+from .positions import (
+    EMPTY_SLOT,
+    MULTIMODAL_AXES,
+    causally_visible,
+    gather_rows,
+    join_positions,
+    modalities,
+    pack,
+    run_anchors,
+    run_starts,
+)
 from .visibility import real_tokens
 
 
@@ -22,8 +32,9 @@ T = TypeVar("T")
 def dropped_keywords(module_name: str) -> NotImplementedError:
     """The error for a model whose decoder layers keep the context from their attention."""
     return NotImplementedError(
-        f"The decoder layers of {module_name} do not pass keyword arguments on to their attention, so that the "
-        "adapter learns nothing about the image. It cannot work on this model; take it off with unload()."
+        f"The decoder layers of {module_name} do not pass keyword arguments on to their attention, or the attention "
+        "was replaced after the adapter was attached, so that the adapter learns nothing about the image. Replace "
+        "modules before you attach the adapter; if none was replaced, it cannot work on this model."
     )
 
 
@@ -69,13 +80,17 @@ class VisualContext:
     Attributes:
         visual_positions: Where the visual tokens stand in this forward, as `pack` gives them. `None`: nowhere.
         memory: The tokens known up to here, this forward's included.
-        past_length: Number of tokens in the cache before this forward; a tensor for a static cache.
+        past_length: Number of tokens read before this forward; a tensor for a static cache.
+        is_evicted: Whether the cache has lost keys of some of them.
+        keys_before: How many keys each layer of the cache held before this forward.
         position_ids: What the rotary embedding was given, `(batch, seq_len, axes)`, int64.
         anchors: The position of the first token of the run that holds each token, `(batch, seq_len)`, int64.
         keeps_positions: Whether `position_ids` are wanted in the memory.
         steering: By layer index, what adapters do to the attention there.
         observers: Each is called with every `AttentionCall` of this forward, once its output is made.
         arrived_at: The layers to whose attention it came down.
+        awaited_branches: The layers in which a PVM branch is to act.
+        finished_branches: Those in which it did.
         adapter_names: Of each row, the adapter that acts on it. `None`: the active ones on all.
         refusal: Why nobody can know what is visual here.
     """
@@ -86,6 +101,8 @@ class VisualContext:
         self.visual_positions: torch.Tensor | None = None
         self.memory = VisualMemory()
         self.past_length: int | torch.Tensor = 0
+        self.is_evicted = False
+        self.keys_before: list[int | None] = []
         self.batch_size = self.seq_len = 0
         self.device = torch.device("cpu")
         self.records_gradients = False
@@ -95,20 +112,23 @@ class VisualContext:
         self.steering: dict[int, Any] = {}
         self.observers: list[Callable[[Any], None]] = []
         self.arrived_at: set[int] = set()
+        self.awaited_branches: set[int] = set()
+        self.finished_branches: set[int] = set()
         self.adapter_names: list[str] | None = None
         self.refusal: Exception | None = None
         self._derived: dict[Any, Any] = {}
         self._moved: list[VisualContext] = []
 
-    def read(self, inputs_embeds: torch.Tensor, memory: VisualMemory, past_length: int | torch.Tensor) -> None:
+    def read(self, inputs_embeds: torch.Tensor, memory: VisualMemory, coverage: Coverage) -> None:
         """Take in the text model's inputs: extends `memory` by this forward's visual tokens.
 
         Args:
             inputs_embeds: `(batch, seq_len, hidden_size)`.
             memory: What the cache remembered so far.
-            past_length: Number of tokens in the cache; a tensor for a static cache.
+            coverage: Of which tokens.
         """
-        self.memory = memory
+        self.memory, self.is_evicted = memory, coverage.is_evicted
+        past_length = coverage.num_tokens
         # A static cache counts in place, layer by layer.
         self.past_length = past_length.clone() if isinstance(past_length, torch.Tensor) else past_length
         self.batch_size, self.seq_len = inputs_embeds.shape[:2]
@@ -134,6 +154,8 @@ class VisualContext:
         if self.position_ids is not None or self.refusal is not None:
             return
         by_axis = position_ids if position_ids.dim() == 3 else position_ids.unsqueeze(0)
+        if position_ids.dim() == 3 and len(by_axis) == 1:  # generate's shorthand for a turn of text
+            by_axis = by_axis.expand(MULTIMODAL_AXES, -1, -1)
         self.position_ids = by_axis.movedim(0, -1).expand(self.batch_size, self.seq_len, -1).long()
         # Positions of tokens that were read before anybody kept them are lost.
         runs = self.memory.runs
@@ -141,7 +163,7 @@ class VisualContext:
         self.anchors = self._read_runs(self.position_ids[..., 0])
         if self.keeps_positions and not nobody_kept:
             known = self.memory.position_ids
-            positions = self.position_ids if known is None else torch.cat([known, self.position_ids], 1)
+            positions = self.position_ids if known is None else join_positions(known, self.position_ids)
             self.memory = replace(self.memory, position_ids=positions)
         elif self.memory.position_ids is not None:
             self.memory = replace(self.memory, position_ids=None)
@@ -169,7 +191,8 @@ class VisualContext:
         if self.visual_mask is None and not runs.awaits_text:  # the decode path: text goes on
             return runs.open_anchor.unsqueeze(1).expand_as(positions)
         visual_mask = torch.zeros_like(positions, dtype=torch.bool) if self.visual_mask is None else self.visual_mask
-        modality = modalities(visual_mask, real_tokens(self.attention_mask, visual_mask.shape, self.past_length))
+        first_column = None if self.is_evicted else self.past_length
+        modality = modalities(visual_mask, real_tokens(self.attention_mask, visual_mask.shape, first_column))
         starts = run_starts(modality, runs.open_modality)
         found = pack(starts)
         first = found.clamp(min=0)
@@ -177,10 +200,6 @@ class VisualContext:
         extended = runs.extended(slots, positions.gather(1, first), modality.gather(1, first))
         self.memory = replace(self.memory, runs=extended)
         return run_anchors(starts, positions, runs.open_anchor)
-
-    def choose_adapters(self, adapter_names: Sequence[str]) -> None:
-        """Have each row its own adapter; names as `names_by_row` takes them."""
-        self.adapter_names = names_by_row(adapter_names, self.batch_size)
 
     def rows_of(self, adapter_name: str) -> torch.Tensor:
         """The rows on which an adapter acts, where each has its own, `(batch, 1, 1)`, bool."""
@@ -193,7 +212,17 @@ class VisualContext:
     def check(self) -> None:
         """Raise the refusal if there is one. Whoever is about to read the context calls this first."""
         if self.refusal is not None:
-            raise self.refusal
+            raise copy.copy(self.refusal)  # with a traceback of its own, whose frames hold this context
+
+    def check_keys(self) -> None:
+        """Also raise a NotImplementedError if nobody can know which tokens the keys in the cache belong to."""
+        self.check()
+        if self.is_evicted:
+            raise NotImplementedError(
+                "Keys of this KV cache were taken out during a forward, by kvpress or another compression of the "
+                "cache, so that the tokens of the other keys are not known. DIPE, T-DRS and the probe need to know "
+                "them; PVM does not. Start with a new cache without compression, or disable the adapter."
+            )
 
     def to(self, device, *args, **kwargs) -> VisualContext:
         """The context on another device (accelerate moves the keyword arguments of a dispatched model's modules)."""
@@ -238,10 +267,17 @@ class VisualContext:
             cut.visual_mask = self.visual_mask[:, -length:]
         return cut
 
-    def check_arrival(self, model: str) -> None:
-        """Raise a NotImplementedError if a forward has ended that did not bring it down to all that is steered."""
+    def missed(self, model: str) -> NotImplementedError | None:
+        """The error for a forward that has ended in which an adapter did not act where it was to act."""
         if not self.steering.keys() <= self.arrived_at:
-            raise dropped_keywords(model)
+            return dropped_keywords(model)
+        if layers := sorted(self.awaited_branches - self.finished_branches):
+            return NotImplementedError(
+                f"PVM did not act in decoder layers {layers} of {model}: a layer, or its attention, norm or FFN, was "
+                "replaced after the adapter was attached (by fused kernels, for instance), or was not called. Replace "
+                "modules first and attach the adapter then."
+            )
+        return None
 
     def derived(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` returns, made once in this forward for all layers that ask for the same `key`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -105,8 +107,8 @@ class VisualMemory:
         last_slot: The largest slot, -1 without images.
         is_dense: Whether no slot is empty.
         hidden_states: By layer index, the hidden states of these tokens at that layer, shaped as `embeddings`.
-        projections: Keys and values that an adapter made from these tokens, `(batch, heads, num_projected, head_dim)`
-            each, by the adapter's identity. The last tokens may not be projected yet.
+        projections: Keys and values that branches made from these tokens, `(batch, heads, num_projected, head_dim)`
+            each, by a weak reference to the branch. The last tokens may not be projected yet.
         runs: Where the modality changes, for text and visual tokens alike. `None` before the first token.
         position_ids: The position of every token in the cache, as the rotary embedding was given it,
             `(batch, length, axes)`, int64. `None` unless an adapter keeps them.
@@ -117,7 +119,7 @@ class VisualMemory:
     last_slot: int = EMPTY_SLOT
     is_dense: bool = True
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
-    projections: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    projections: dict[weakref.ref[Any], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     runs: Runs | None = None
     position_ids: torch.Tensor | None = None
     _replicas: dict[torch.device, VisualMemory] = field(default_factory=dict, init=False, repr=False)
@@ -126,6 +128,18 @@ class VisualMemory:
     def is_empty(self) -> bool:
         """Whether there is no visual token in any row."""
         return self.slots.shape[1] == 0
+
+    def keep_projections(self, branch: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep the keys and values that a branch made, and forget those of branches that are gone."""
+        for reference in [reference for reference in self.projections if reference() is None]:
+            del self.projections[reference]
+        self.projections[weakref.ref(branch)] = (keys, values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VisualMemory:
+        return self.mapped(lambda tensor: copy.deepcopy(tensor, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "projections": {}}  # the process that unpickles it has other branches
 
     def extended(self, embeddings: torch.Tensor, slots: torch.Tensor) -> VisualMemory:
         """The memory with more visual tokens at its end.
@@ -187,7 +201,7 @@ class VisualMemory:
         if self.slots.device == device or (self.is_empty and self.position_ids is None):
             return self
         if device not in self._replicas:
-            # What fills up is shared: a layer and an adapter's identity there stay on their device.
+            # What fills up is shared: a layer and its branches stay on their device.
             self._replicas[device] = replace(
                 self,
                 embeddings=self.embeddings.to(device),
@@ -198,11 +212,26 @@ class VisualMemory:
         return self._replicas[device]
 
 
+@dataclass(frozen=True, eq=False)
+class Coverage:
+    """What of a KV cache its memory covers.
+
+    Attributes:
+        num_tokens: How many tokens were read, an int or, for a static cache, a tensor.
+        num_keys: The length of the cache after the last of them, likewise. More in the cache came without the tap.
+        is_evicted: Whether some layer has lost keys during a forward, so that keys no longer belong to tokens in turn.
+    """
+
+    num_tokens: int | torch.Tensor = 0
+    num_keys: int | torch.Tensor = 0
+    is_evicted: bool = False
+
+
 class _FollowedByMemory(Cache):
     """Mixed into a cache's class: what the cache does to its rows happens to the memory that rides on it."""
 
     visual_memory: VisualMemory
-    visual_length: int | torch.Tensor  # tokens that the memory covers; more in the cache came without the tap
+    visual_coverage: Coverage
 
     def __reduce__(self):
         return _restored, (type(self).__bases__[1], dict(self.__dict__))
@@ -224,7 +253,7 @@ class _FollowedByMemory(Cache):
 
     def reset(self):
         super().reset()
-        self.visual_memory, self.visual_length = VisualMemory(), 0
+        self.visual_memory, self.visual_coverage = VisualMemory(), Coverage()
 
 
 @functools.cache
@@ -238,19 +267,24 @@ def _restored(cache_class: type, state: dict[str, Any]) -> Cache:
     return cache
 
 
-def attach_memory(cache: Cache, memory: VisualMemory, length: int | torch.Tensor) -> None:
+def attach_memory(cache: Cache, memory: VisualMemory, coverage: Coverage) -> None:
     """Put `memory` on `cache`, where it shares the cache's life: copies, beams, row selection, reset.
 
     Args:
         cache: The cache.
-        memory: The visual tokens among the first `length`.
-        length: Number of tokens that the tap has read; a tensor for a static cache.
+        memory: What is remembered of its tokens.
+        coverage: Which tokens these are.
     """
     if not isinstance(cache, _FollowedByMemory):
         cache.__class__ = _followed(type(cache))  # type: ignore[arg-type]
-    cache.visual_memory, cache.visual_length = memory, length
+    cache.visual_memory, cache.visual_coverage = memory, coverage
 
 
 def memory_of(cache: Cache | None) -> VisualMemory | None:
     """The memory riding on `cache`, `None` if there is none."""
     return getattr(cache, "visual_memory", None)
+
+
+def coverage_of(cache: Cache | None) -> Coverage:
+    """What of `cache` its memory covers."""
+    return getattr(cache, "visual_coverage", Coverage())

@@ -9,6 +9,7 @@ import torch
 
 EMPTY_SLOT = -1  # marks padding in a table of positions
 TEXT, VISUAL, PADDING = 0, 1, -1  # the modality of a token
+MULTIMODAL_AXES = 3  # of a rotary embedding that tells time, height and width apart
 
 
 def placeholder_mask(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
@@ -176,3 +177,22 @@ def run_anchors(starts: torch.Tensor, positions: torch.Tensor, open_anchor: torc
     extended = torch.cat([open_anchor.unsqueeze(1), positions], 1)
     places = torch.arange(1, extended.shape[1], device=positions.device).expand_as(positions)
     return extended.gather(1, torch.where(starts, places, 0).cummax(1).values)
+
+
+def join_positions(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """Put the positions of tokens one after the other. Where one part has a single axis, it stands for all.
+
+    Args:
+        earlier: `(batch, seq_len, axes)`, int64.
+        later: Of the tokens that follow, likewise.
+
+    Returns:
+        `(batch, sum of both seq_len, larger of both axes)`, int64.
+
+    Example:
+        >>> join_positions(torch.tensor([[[0, 1, 2]]]), torch.tensor([[[5]]]))
+        tensor([[[0, 1, 2],
+                 [5, 5, 5]]])
+    """
+    axes = max(earlier.shape[-1], later.shape[-1])
+    return torch.cat([part.expand(-1, -1, axes) for part in (earlier, later)], 1)

@@ -79,12 +79,12 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
         self._vlm = (vlm,)  # in a tuple: the parent is no submodule
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def plan(self, context: VisualContext, configs: list[Config]) -> None:
-        """Put what the active adapters do into the context of a forward.
+    def plan(self, context: VisualContext, configs: dict[str, Config]) -> None:
+        """Put what the active adapters do into the context of a forward, by `Steering.add`.
 
         Args:
             context: It is complete but for positions.
-            configs: Of the active adapters, at least one.
+            configs: Of the active adapters, by name, at least one.
         """
         raise NotImplementedError
 
@@ -103,7 +103,6 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
         vlm = self._vlm[0]
         self._handles = [
             vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True),
-            vlm.text_model.register_forward_hook(self._end_forward, with_kwargs=True),
         ]
         for attention in vlm.self_attentions.values():
             steer(attention)
@@ -122,13 +121,10 @@ class SteeringLayer(VisualTunerLayer, Generic[Config]):
         self.prepare(context)
         if self.disable_adapters:
             return
-        configs = [self.adapter_configs[name] for name in self.active_adapters if name in self.adapter_configs]
+        configs = {name: self.adapter_configs[name] for name in self.active_adapters if name in self.adapter_configs}
         if configs:
-            context.check()
+            context.check_keys()
             self.plan(context, configs)
-
-    def _end_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        cast(VisualContext, kwargs[CONTEXT]).check_arrival(type(self._vlm[0].model).__name__)
 
     def prepare(self, context: VisualContext) -> None:
         """What a forward has to keep even while no adapter is active."""

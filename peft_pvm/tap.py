@@ -11,18 +11,24 @@ disabled the base goes its own way.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
-from typing import Any
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Cache
 
-from .context import CONTEXT, VisualContext
+from .context import BASE, CONTEXT, VisualContext, names_by_row
+from .eviction import has_lost_keys, keys_by_layer
 from .families import VisionLanguageModel, is_tuner_child
-from .memory import VisualMemory, attach_memory, memory_of
+from .memory import Coverage, VisualMemory, attach_memory, coverage_of, memory_of
 from .positions import placeholder_mask
 from .versions import cache_in, caches_in, modalities_in, paged_inputs
 
@@ -42,12 +48,15 @@ class Tap:
         self._handles = [
             vlm.multimodal.register_forward_pre_hook(self._note_inputs, with_kwargs=True),
             vlm.text_model.register_forward_pre_hook(self._complete_context, with_kwargs=True),
-            vlm.text_model.register_forward_hook(self._keep_memory, with_kwargs=True, always_call=True),
+            vlm.text_model.register_forward_hook(self._end_forward, with_kwargs=True),
         ]
         if vlm.rotary is not None:
             self._handles.append(vlm.rotary.register_forward_pre_hook(self._note_positions, with_kwargs=True))
-        # Of the forward that is running, by thread, for the rotary embedding, which is given no keyword arguments.
-        self._in_flight: dict[int, VisualContext] = {}
+        # Of the forward that is running, by thread, for the rotary embedding, which is given no keyword arguments. The
+        # forward itself holds the context: nothing outlives it, however it ends.
+        self._in_flight: dict[int, weakref.ref[VisualContext]] = {}
+        self._names_by_thread: dict[int, Sequence[str]] = {}
+        self._has_warned = False
         # On this one model, set aside until the tap is removed. The forward refuses packed rows too, but
         # generate_batch works in a thread of its own and would only log that. And generate refuses keywords that it
         # does not know.
@@ -73,9 +82,50 @@ class Tap:
             del self.vlm.model.__dict__[name]
         del self.vlm.text_model.__dict__["_visual_tap"]
 
+    @contextlib.contextmanager
+    def adapters_by_row(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Have each row its own adapter, in the forwards of this thread, for the length of a block.
+
+        Args:
+            adapter_names: As `names_by_row` takes them.
+        """
+        thread = threading.get_ident()
+        outer = self._names_by_thread.get(thread)
+        self._names_by_thread[thread] = adapter_names
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._names_by_thread[thread]
+            else:
+                self._names_by_thread[thread] = outer
+
+    def choose_by_row(self, wrapper: AuxiliaryTrainingWrapper) -> None:
+        """Have a module that PEFT keeps several of (`modules_to_save`) choose among them by `adapters_by_row`."""
+        if "_visual_choice" not in wrapper.__dict__:
+            wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(self._name_rows, with_kwargs=True)
+
+    def _name_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        chosen = self._chosen_names()
+        if chosen is None:
+            return args, kwargs
+        own = cast(AuxiliaryTrainingWrapper, module)._get_available_adapters()
+        names = [name if name in own else BASE for name in names_by_row(chosen, len(args[0]))]
+        return args, {**kwargs, "adapter_names": names}
+
+    def _chosen_names(self) -> Sequence[str] | None:
+        if not torch.compiler.is_compiling():
+            return self._names_by_thread.get(threading.get_ident())
+        if self._names_by_thread:  # a compiled forward cannot ask which thread runs it
+            raise NotImplementedError(
+                "adapter_names cannot choose adapters in a compiled forward. Make this call on the model that is not "
+                "compiled, or use set_adapter."
+            )
+        return None
+
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         model = self.vlm.model
-        if any(_is_active(module) for module in model.modules()):
+        if self._has_active_adapter():
             raise NotImplementedError(f"generate_batch and paged continuous batching {PACKED_REFUSAL}")
         return type(model).init_continuous_batching(model, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -107,7 +157,31 @@ class Tap:
                     "If this model uses another token, it needs a row in peft_pvm/families.py."
                 )
             context.visual_mask = mask if context.visual_mask is None else context.visual_mask | mask
+        self._warn_of_missing_features(inputs)
         return context
+
+    def _warn_of_missing_features(self, inputs: dict[str, Any]) -> None:
+        """Warn, once for this model, of a prompt in which placeholders stand for images that it does not bring."""
+        input_ids, cache = inputs.get("input_ids"), cache_in(inputs)
+        # A placeholder that was sampled is text, and a step of decoding does not wait for the device.
+        if torch.compiler.is_compiling() or self._has_warned or input_ids is None or input_ids.shape[1] == 1:
+            return
+        if cache is not None and bool(cache.get_seq_length() > 0):
+            return
+        given = {token_id for modality in modalities_in(inputs) for token_id in self.vlm.placeholder_ids[modality]}
+        missing = {token_id for ids in self.vlm.placeholder_ids.values() for token_id in ids} - given
+        if not bool(placeholder_mask(input_ids, sorted(missing)).any()) or not self._has_active_adapter():
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"This prompt has placeholder tokens ({sorted(missing)}) for images or videos, but no pixels came with "
+            f"it. {type(self.vlm.model).__name__} and the adapter take them for text. Pass all that the processor "
+            "returns, pixel_values included.",
+            stacklevel=2,
+        )
+
+    def _has_active_adapter(self) -> bool:
+        return any(_is_active(module) for module in self.vlm.model.modules())
 
     def _complete_context(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -124,33 +198,45 @@ class Tap:
         if context.attention_mask is None:
             context.attention_mask = inputs.get("attention_mask")
 
-        past_length = cache.get_seq_length() if cache is not None else 0
-        if cache is not None and isinstance(past_length, torch.Tensor) and not cache.is_compileable:
-            past_length = int(past_length)  # crop leaves a tensor in transformers 5.16
+        num_keys = 0 if cache is None else _length_of(cache)
         try:
-            _refuse_packed(inputs, past_length)
-            memory = _remembered(cache, past_length, inputs_embeds.shape[1])
+            _refuse_copied(module)
+            _refuse_packed(inputs, num_keys)
+            memory, coverage = _remembered(cache, num_keys, inputs_embeds.shape[1])
         except (NotImplementedError, ValueError) as refusal:
-            context.refusal = refusal
+            context.refusal = refusal.with_traceback(None)  # whose frames hold the context
         if context.refusal is None:
-            context.read(inputs_embeds, memory, past_length)
-        self._in_flight[this_thread()] = context
+            context.read(inputs_embeds, memory, coverage)
+            context.keys_before = keys_by_layer(cache)
+        chosen = self._chosen_names()
+        if chosen is not None:
+            context.adapter_names = names_by_row(chosen, len(inputs_embeds))
+        self._in_flight[this_thread()] = weakref.ref(context)
         return args, {**kwargs, CONTEXT: context}
 
     def _note_positions(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        context = self._in_flight.get(this_thread())
+        in_flight = self._in_flight.get(this_thread())
+        context = None if in_flight is None else in_flight()
         if context is not None:
             context.note_positions(_by_name(module, args, kwargs)["position_ids"])
 
-    def _keep_memory(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _end_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Put the memory on the cache, which may be one that the text model made itself."""
         self._in_flight.pop(this_thread(), None)
-        context = kwargs.get(CONTEXT)
-        if context is None or context.refusal is not None or output is None:  # None: the forward raised
+        context = kwargs[CONTEXT]
+        missed = context.missed(type(self.vlm.model).__name__)
+        # An adapter whose decoder layer was replaced left the model with it, and cannot be switched off any more.
+        if missed is not None and self._has_active_adapter():
+            raise missed
+        if context.refusal is not None:
             return
+        num_tokens = context.past_length + context.seq_len
         given = cache_in(_by_name(module, args, kwargs))
-        for cache in ([] if given is None else [given]) + caches_in(output):
-            attach_memory(cache, context.memory, context.past_length + context.seq_len)
+        for cache in caches_in(output) or ([] if given is None else [given]):
+            is_evicted = context.is_evicted or has_lost_keys(cache, context.keys_before, context.seq_len)
+            # A static cache counts in place, and is not asked.
+            num_keys = num_tokens if cache.is_compileable else _length_of(cache)
+            attach_memory(cache, context.memory, Coverage(num_tokens, num_keys, is_evicted))
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -192,10 +278,17 @@ def _context_of_own_embeds(visual_mask: torch.Tensor | None, inputs_embeds: torc
     return context
 
 
-def _refuse_packed(inputs: dict[str, Any], past_length: int | torch.Tensor) -> None:
+def _length_of(cache: Cache) -> int | torch.Tensor:
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor) and not cache.is_compileable:
+        return int(length)  # crop leaves a tensor in transformers 5.16
+    return length
+
+
+def _refuse_packed(inputs: dict[str, Any], num_keys: int | torch.Tensor) -> None:
     packed = paged_inputs(inputs)
     positions = inputs.get("position_ids")
-    fresh = isinstance(past_length, int) and past_length == 0
+    fresh = isinstance(num_keys, int) and num_keys == 0
     if positions is not None and fresh and inputs.get("attention_mask") is None:
         # transformers takes positions that start again, without an attention mask, for packed rows. Of several axes,
         # the first is that of text, or of time, and grows along the row as well.
@@ -212,18 +305,37 @@ PACKED_REFUSAL = (
 )
 
 
-def _remembered(cache: Cache | None, past_length: int | torch.Tensor, seq_len: int) -> VisualMemory:
-    """The memory that `cache` carries, brought up to date with it."""
-    memory = memory_of(cache)
-    unread = int(past_length) if memory is None else 0
+def _refuse_copied(text_model: nn.Module) -> None:
+    if getattr(text_model, "_is_replica", False):
+        raise NotImplementedError(
+            "torch.nn.DataParallel runs copies of the model with the hooks of the original, so that the adapter would "
+            "compute with the original's weights. Use DistributedDataParallel (launch the script with torchrun or "
+            "accelerate), or a single device (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
+def _remembered(cache: Cache | None, num_keys: int | torch.Tensor, seq_len: int) -> tuple[VisualMemory, Coverage]:
+    """The memory that `cache` carries and what it covers, brought up to date with the cache's length."""
+    memory, coverage = memory_of(cache), coverage_of(cache)
+    unread = 0
     # To learn the length of a static cache is to wait for the device: decoding a token does not ask.
-    if memory is not None and (isinstance(past_length, int) or seq_len > 1):
-        unread = int(past_length - cache.visual_length)  # type: ignore[union-attr]
-    if memory is not None and isinstance(past_length, int):  # a static cache never shrinks
-        memory = memory.cropped(past_length)
+    if memory is None or isinstance(num_keys, int) or seq_len > 1:
+        unread = int(num_keys - coverage.num_keys)
     if unread > 0:
         raise ValueError(
             f"{unread} tokens of this KV cache were computed without the adapter knowing which of them are visual (it "
             "was not attached yet, or they came as inputs_embeds without visual_mask). Start with a new cache."
         )
-    return memory or VisualMemory()
+    if memory is None or (isinstance(num_keys, int) and num_keys == 0):
+        return VisualMemory(), Coverage()
+    if not isinstance(num_keys, int):  # a static cache never shrinks
+        return memory, Coverage(num_keys, num_keys)
+    if coverage.is_evicted:
+        if unread < 0:
+            raise ValueError(
+                f"{-unread} keys were cropped from a KV cache that had lost others during a forward (to kvpress or "
+                "another compression of the cache), so that nobody can know which images are left. Do not crop such a "
+                "cache; start with a new one."
+            )
+        return memory, coverage
+    return memory.cropped(num_keys), Coverage(num_keys, num_keys)

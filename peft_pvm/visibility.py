@@ -120,7 +120,7 @@ class Visibility:
 
 
 def real_tokens(
-    attention_mask: Any, shape: tuple[int, ...] | torch.Size, past_length: int | torch.Tensor
+    attention_mask: Any, shape: tuple[int, ...] | torch.Size, first_column: int | torch.Tensor | None
 ) -> torch.Tensor | None:
     """Which tokens of a forward are not padding.
 
@@ -128,7 +128,7 @@ def real_tokens(
         attention_mask: The mask a model is given, in any form that `Visibility` takes or a dict of them by layer type,
             of which that of full attention counts.
         shape: `(batch, seq_len)` of this forward.
-        past_length: Number of tokens in the cache.
+        first_column: The mask's column for the first of them. `None`: the last columns are theirs.
 
     Returns:
         `(batch, seq_len)`, bool: in a mask of four axes, the tokens that see themselves. `None`: all.
@@ -139,14 +139,16 @@ def real_tokens(
     if attention_mask is None:
         return None
     batch, seq_len = shape
+    if first_column is None:
+        first_column = attention_mask.shape[-1] - seq_len
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         # A mask made beforehand for a static cache is longer than what has been read.
-        columns = torch.arange(seq_len, device=attention_mask.device) + past_length
+        columns = torch.arange(seq_len, device=attention_mask.device) + first_column
         return attention_mask.index_select(1, columns).bool()
-    device = past_length.device if isinstance(past_length, torch.Tensor) else None
+    device = first_column.device if isinstance(first_column, torch.Tensor) else None
     num_keys = attention_mask.shape[-1]
     visibility = Visibility(
-        attention_mask, seq_len, num_keys, past_length, device=device or _device_of(attention_mask)
+        attention_mask, seq_len, num_keys, first_column, device=device or _device_of(attention_mask)
     )
     visible = visibility._of_four_axes(slice(None), slice(None))[:, 0].expand(batch, seq_len, num_keys)
     return visible.gather(2, visibility.columns.expand(batch, -1).unsqueeze(2)).squeeze(2)

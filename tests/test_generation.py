@@ -180,6 +180,15 @@ def test_crop_forgets_images(plain: TinyVLM, method: Method):
             assert torch.equal(on, logits(model, after, **{CACHE: cache}, use_cache=True))
 
 
+def test_crop_to_nothing_is_a_new_cache(plain: TinyVLM, method: Method):
+    model = method.attach(plain.build())
+    cache = prefill(plain, model, "t4 i t9")
+    cache.crop(-cache.get_seq_length())
+    inputs = plain.inputs(model.get_base_model(), "t7 i t2 i t3")
+    expected = logits(model, inputs, use_cache=False)
+    assert difference(logits(model, inputs, **{CACHE: cache}, use_cache=True), expected) < TOLERANCE
+
+
 def test_crop_takes_the_image_from_one_row_alone(plain: TinyVLM, method: Method):
     model = method.attach(plain.build())
     base = model.get_base_model()

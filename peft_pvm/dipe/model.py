@@ -22,9 +22,10 @@ class DIPELayer(SteeringLayer[DIPEConfig]):
         rotary = cast(nn.Module, vlm.rotary)  # DIPEModel has made sure that there is one
         self._scorings = {layer_idx: AnchoredScoring(rotary, vlm.layer_type(layer_idx)) for layer_idx in layers}
 
-    def plan(self, context: VisualContext, configs: list[DIPEConfig]) -> None:
-        for layer_idx in {layer_idx for config in configs for layer_idx in self.layers_of(config)}:
-            context.steering.setdefault(layer_idx, Steering()).scoring = self._scorings[layer_idx]
+    def plan(self, context: VisualContext, configs: dict[str, DIPEConfig]) -> None:
+        by_layer = {layer_idx: name for name, config in configs.items() for layer_idx in self.layers_of(config)}
+        for layer_idx, adapter_name in by_layer.items():
+            Steering.add(context, layer_idx, adapter_name, scoring=self._scorings[layer_idx])
 
 
 class DIPEModel(SteeringTuner):

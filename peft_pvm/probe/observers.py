@@ -94,7 +94,7 @@ def observed(vlm: VisionLanguageModel, observer: AttentionObserver) -> Iterator[
 
     def start_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = cast(VisualContext, kwargs[CONTEXT])
-        context.check()
+        context.check_keys()
         context.observers.append(observer)
 
     tap = Tap.on(vlm)  # first: our hook reads what its hook sends along

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,22 +88,22 @@ def fresh_weights(config: PVMConfig, shape: BranchShape) -> dict[str, Any]:
     return weights
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: torch.compile would hash it by its fields
 class Branch:
     """One branch at one decoder layer. Its weights are submodules of the layer, which holds them as PEFT wants it.
+
+    What it projects is kept by the branch itself: with other weights it is another branch.
 
     Attributes:
         config: What it was made with.
         shape: Its sizes.
         layer_idx: Index of the decoder layer.
-        identity: Tells what it projected from what other branches did, and from what it did with other weights.
         cast: Brings an input to the dtype of the weights, unless PEFT was told to leave it.
     """
 
     config: PVMConfig
     shape: BranchShape
     layer_idx: int
-    identity: int
     cast: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
     text_reducer: nn.Linear
     vision_reducer: nn.Linear
@@ -213,7 +214,7 @@ class Branch:
         In inference they are kept with the memory, so that every visual token is projected once.
         """
         keeps = not context.records_gradients
-        known = context.memory.projections.get(self.identity) if keeps else None
+        known = context.memory.projections.get(weakref.ref(self)) if keeps else None
         num_known = 0 if known is None else known[0].shape[2]
         if known is not None and num_known == bank.shape[1]:
             return known
@@ -221,5 +222,5 @@ class Branch:
         if known is not None:
             keys, values = torch.cat([known[0], keys], 2), torch.cat([known[1], values], 2)
         if keeps:
-            context.memory.projections[self.identity] = (keys, values)
+            context.memory.keep_projections(self, keys, values)
         return keys, values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import replace
 from typing import Any, cast
 
@@ -10,15 +11,12 @@ import torch
 from torch import nn
 
 from ..context import CONTEXT, VisualContext, dropped_keywords
-from ..families import DecoderBlock
+from ..families import VisionLanguageModel
 from ..tap import this_thread
 from ..tuner import VisualTunerLayer
 from .branch import WEIGHTS, Branch, fresh_weights, weight_name
 from .config import PVMConfig
 from .shape import BranchShape
-
-
-_identities = itertools.count()
 
 
 class PVMLayer(VisualTunerLayer):
@@ -30,15 +28,14 @@ class PVMLayer(VisualTunerLayer):
     Every weight is held once per adapter, keyed by the adapter's name.
 
     Args:
-        decoder_layer: The base layer to stand beside.
-        block: How the base layer is put together.
-        layer_idx: Its index.
+        vlm: The model's parts.
+        layer_idx: Index of the decoder layer to stand beside.
     """
 
     adapter_layer_names = tuple(weight_name(name) for name in WEIGHTS)
     other_param_names = ("pvm_config", "pvm_branches")
 
-    def __init__(self, decoder_layer: nn.Module, block: DecoderBlock, layer_idx: int):
+    def __init__(self, vlm: VisionLanguageModel, layer_idx: int):
         super().__init__()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -49,11 +46,12 @@ class PVMLayer(VisualTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self._block = block
-        self._decoder_layer = (decoder_layer,)  # in a tuple: the parent is no submodule
+        self._block = vlm.block
+        self._parents = (vlm.text_model, vlm.layers[layer_idx])  # in a tuple: they are no submodules
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # Between the hooks of one forward, by thread: a server may run several conversations on one model.
-        self._in_flight: dict[int, tuple[VisualContext | None, torch.Tensor | None]] = {}
+        # What the hooks of one forward hand on, by thread: a server may run several conversations on one model. The
+        # decoder layer itself holds all of it until it adds up its output: nothing outlives it, however it ends.
+        self._in_flight: dict[int, dict[str, weakref.ref[Any]]] = {}
 
     def update_layer(self, adapter_name: str, config: PVMConfig, text_config: Any) -> None:
         """Add an adapter, freshly initialised.
@@ -71,7 +69,7 @@ class PVMLayer(VisualTunerLayer):
             weights = fresh_weights(part, shape)
             for name, module in weights.items():
                 self._weights(weight_name(name, number))[adapter_name] = module
-            branches.append(Branch(part, shape, self.layer_idx, next(_identities), self._cast_input_dtype, **weights))
+            branches.append(Branch(part, shape, self.layer_idx, self._cast_input_dtype, **weights))
         self.pvm_config[adapter_name] = config
         self.pvm_branches[adapter_name] = branches
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -85,8 +83,9 @@ class PVMLayer(VisualTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The dtype of the FFN's norm: unlike the matrices it is never quantised.
-        norm = getattr(self._decoder_layer[0], self._block.ffn_norm or "input_layernorm")
-        reference = next(itertools.chain(norm.parameters(), self._decoder_layer[0].parameters()))
+        _, decoder_layer = self._parents
+        norm = getattr(decoder_layer, self._block.ffn_norm or "input_layernorm")
+        reference = next(itertools.chain(norm.parameters(), decoder_layer.parameters()))
         for name in self.adapter_layer_names:
             weights = getattr(self, name)
             if adapter_name not in weights:
@@ -97,8 +96,8 @@ class PVMLayer(VisualTunerLayer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        for name, branches in self.pvm_branches.items():  # what a cache kept was projected by the old weights
-            self.pvm_branches[name] = [replace(branch, identity=next(_identities)) for branch in branches]
+        for name, branches in self.pvm_branches.items():  # what caches kept of the old weights goes with the old ones
+            self.pvm_branches[name] = [replace(branch) for branch in branches]
 
     def config_of(self, adapter_name: str) -> PVMConfig:
         return self.pvm_config[adapter_name]
@@ -106,47 +105,64 @@ class PVMLayer(VisualTunerLayer):
     def join(self) -> None:
         if self._handles:
             return
-        layer, block = self._decoder_layer[0], self._block
+        (text_model, layer), block = self._parents, self._block
         mixer = block.token_mixer(layer)
         self._handles = [
+            text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True),
             mixer.register_forward_pre_hook(self._take_context, with_kwargs=True),
             getattr(layer, block.ffn_norm or "input_layernorm").register_forward_pre_hook(self._take_residual),
             getattr(layer, block.ffn_end).register_forward_hook(self._add_branch),
         ]
         if block.ffn_norm is None:
-            self._handles.append(mixer.register_forward_hook(self._add_to_residual))
+            self._handles.append(mixer.register_forward_hook(self._take_attention))
 
     def part(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    # The hooks run in this order within one forward of the decoder layer, also when gradient checkpointing runs it
-    # again.
+    def _acts_in(self, context: VisualContext | None) -> bool:
+        if self.disable_adapters:
+            return False
+        names = (context and context.adapter_names) or self.active_adapters
+        return any(name in self.pvm_config for name in names)
+
+    def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = kwargs.get(CONTEXT)
+        if context is not None and self._acts_in(context):
+            context.check()
+            context.awaited_branches.add(self.layer_idx)
+
+    # The other hooks run within the forward of the decoder layer, also when gradient checkpointing runs it again: in
+    # this order, but in a parallel block the norm comes first.
 
     def _take_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = kwargs.get(CONTEXT)
-        is_active = not self.disable_adapters and any(name in self.pvm_config for name in self.active_adapters)
-        if context is None and is_active:
-            raise dropped_keywords(type(self._decoder_layer[0]).__name__)
-        _, residual = self._in_flight.get(this_thread(), (None, None))  # of a parallel block, whose norm comes first
-        self._in_flight[this_thread()] = (context, residual)
+        if context is not None:
+            self._hand_on("context", context)
+        elif self._acts_in(None):
+            raise dropped_keywords(type(self._parents[1]).__name__)
 
     def _take_residual(self, module: nn.Module, args: tuple) -> None:
-        context, _ = self._in_flight.get(this_thread(), (None, None))
-        self._in_flight[this_thread()] = (context, args[0])
+        self._hand_on("residual", args[0])
 
-    def _add_to_residual(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _take_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
         # Parallel block: the stream after attention exists only as a sum that the layer forms at its end.
-        context, residual = self._in_flight[this_thread()]
-        attention = output[0] if isinstance(output, tuple) else output
-        self._in_flight[this_thread()] = (context, residual + attention)
+        self._hand_on("attention", output[0] if isinstance(output, tuple) else output)
+
+    def _hand_on(self, name: str, thing: Any) -> None:
+        self._in_flight.setdefault(this_thread(), {})[name] = weakref.ref(thing)
 
     def _add_branch(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        context, hidden_states = self._in_flight.pop(this_thread(), (None, None))
+        handed = {name: reference() for name, reference in self._in_flight.pop(this_thread(), {}).items()}
+        context, hidden_states = handed.get("context"), handed.get("residual")
+        if self._block.ffn_norm is None and hidden_states is not None:
+            attention = handed.get("attention")
+            hidden_states = None if attention is None else hidden_states + attention
         if context is None or hidden_states is None or self.disable_adapters:
-            return None
+            return None  # if the branch was to act, it is missed when the forward ends
         update = self(hidden_states, context)
+        context.finished_branches.add(self.layer_idx)
         if update is None:
             return None
         if isinstance(output, tuple):  # a mixture of experts may return its router's logits as well

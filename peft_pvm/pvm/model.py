@@ -11,9 +11,9 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..context import BASE, CONTEXT, names_by_row
+from ..context import BASE
 from ..saving import own_tensors
-from ..tap import this_thread
+from ..tap import Tap
 from ..tuner import VisualTuner, name_is_taken
 from .config import PVMConfig
 from .layer import PVMLayer
@@ -77,21 +77,7 @@ class PVMModel(VisualTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
-        owner = this_thread()
-
-        def choose(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            if this_thread() != owner:
-                return None
-            if module is text_model:
-                kwargs[CONTEXT].choose_adapters(adapter_names)
-                return None
-            return args, {**kwargs, "adapter_names": names_by_row(adapter_names, len(args[0]))}
-
-        text_model = self.vlm.text_model
-        wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        with contextlib.ExitStack() as stack:
-            for module in (text_model, *wrappers):
-                stack.callback(module.register_forward_pre_hook(choose, with_kwargs=True).remove)
+        with Tap.on(self.vlm).adapters_by_row(adapter_names):
             yield
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
@@ -147,6 +133,9 @@ class PVMModel(VisualTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
+                Tap.on(self.vlm).choose_by_row(module)
         config = self.peft_config[adapter_name]
         if _starts_fresh(config):
             config.lineage = lineage_of(own_tensors(self.model, adapter_name))
@@ -179,13 +168,13 @@ class PVMModel(VisualTuner):
     def expected_shapes(self, config: PVMConfig, layer: nn.Module) -> dict[str, tuple[int, ...]]:
         vlm = self.vlm
         with torch.device("meta"):
-            blank = PVMLayer(layer, vlm.block, vlm.index_of(layer))
+            blank = PVMLayer(vlm, vlm.index_of(layer))
             blank.update_layer("adapter", config, vlm.text_config)
         return {key.replace(".adapter", ""): tuple(tensor.shape) for key, tensor in blank.state_dict().items()}
 
     def new_layer(self, target: nn.Module) -> PVMLayer:
         vlm = self.vlm
-        return PVMLayer(target, vlm.block, vlm.index_of(target))
+        return PVMLayer(vlm, vlm.index_of(target))
 
     def add_adapter_to(self, layer: Any, adapter_name: str, config: PVMConfig) -> None:
         layer.update_layer(adapter_name, config, self.vlm.text_config)

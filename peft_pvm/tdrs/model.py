@@ -24,24 +24,13 @@ class TDRSLayer(SteeringLayer[TDRSConfig]):
     def prepare(self, context: VisualContext) -> None:
         context.keeps_positions = True
 
-    def plan(self, context: VisualContext, configs: list[TDRSConfig]) -> None:
-        taken: set[int] = set()
-        for config in configs:
+    def plan(self, context: VisualContext, configs: dict[str, TDRSConfig]) -> None:
+        for adapter_name, config in configs.items():
             if config.is_off:
                 continue
-            layers = set(self.layers_of(config))
-            if taken & layers:
-                raise ValueError(
-                    f"{len(configs)} T-DRS adapters are active and meet on layers {sorted(taken & layers)}, but "
-                    "attention is reweighted once. Choose one with set_adapter, or give them different "
-                    "layers_to_transform."
-                )
-            taken |= layers
-            if config.pairs == "inter" and context.memory.is_empty:
-                continue
-            for layer_idx in layers:
-                steering = context.steering.setdefault(layer_idx, Steering())
-                steering.weighing = Reweighting(config, *self._rotations[layer_idx])
+            for layer_idx in self.layers_of(config):
+                weighing = Reweighting(config, *self._rotations[layer_idx])
+                Steering.add(context, layer_idx, adapter_name, weighing=weighing)
 
 
 class TDRSModel(SteeringTuner):

@@ -41,6 +41,8 @@ class Reweighting:
         """What the attention function returns: `(batch, num_queries, heads, value_dim)`, and weights or `None`."""
         inter = None
         if self.config.pairs == "inter":
+            if call.context.memory.is_empty:  # no pair of a text and a visual token
+                return call.run_kernel(query, key, call.value)
             inter = call.visual_queries, call.context.visual_keys(key.shape[2])
         content_query, content_key = self.contents(call)
         inputs = Inputs(

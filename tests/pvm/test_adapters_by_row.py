@@ -6,11 +6,13 @@ import threading
 
 import pytest
 import torch
-from conftest import GENERATE, METHODS, TOLERANCE, difference, give_weight, logits
+from conftest import GENERATE, METHODS, TOLERANCE, difference, give_weight, logits, prompt_and_step
 from peft import PeftModel
-from tiny_vlms import TinyVLM
+from tiny_vlms import FAMILIES, TinyVLM
+from transformers import StaticCache
 
 from peft_pvm import DIPEConfig, PVMConfig
+from peft_pvm.versions import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9", "t2 i t8")
@@ -114,6 +116,26 @@ def test_names_that_do_not_fit_are_refused(tiny: TinyVLM, model: PeftModel, name
 def test_training_is_refused(tiny: TinyVLM, model: PeftModel):
     with pytest.raises(ValueError, match="in inference alone"):
         logits(model.train(), tiny.inputs(model.get_base_model(), *ROWS), adapter_names=NAMES)
+
+
+def test_compiled_forwards_do_not_ignore_names():
+    """Where a forward may leave its graph it does; where it may not, it says so."""
+    family = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(family.build())
+    base = model.get_base_model()
+    prompt, step = prompt_and_step(family, base, "t4 i t9")
+
+    def decode(run: torch.nn.Module) -> torch.Tensor:
+        cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
+        logits(base, prompt, **{CACHE: cache}, use_cache=True)
+        with model.base_model._enable_peft_forward_hooks(adapter_names=[BASE]):
+            return logits(run, step, **{CACHE: cache}, use_cache=True)
+
+    torch.compiler.reset()
+    assert difference(decode(torch.compile(base, backend="eager")), decode(base)) < TOLERANCE
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="adapter_names cannot choose adapters in a compiled forward"):
+        decode(torch.compile(base, fullgraph=True, backend="eager"))
 
 
 def test_methods_without_parameters_refuse(tiny: TinyVLM):

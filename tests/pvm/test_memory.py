@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from conftest import LAST, METHODS, TOLERANCE, difference, generate, length_of, logits, prefill, resume
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from tiny_vlms import FAMILIES, IMAGE, TinyVLM
+
+from peft_pvm.versions import CACHE
 
 
 @pytest.fixture
@@ -72,6 +75,28 @@ def test_new_weights_project_the_memory_again(plain: TinyVLM):
     kept = resume(plain, model, copy.deepcopy(cache), conversation, length - LAST)
     cache.visual_memory.projections.clear()
     assert torch.equal(kept, resume(plain, model, cache, conversation, length - LAST))
+
+
+def test_projections_go_with_their_branches():
+    """A conversation may outlive many adapters: weights that are loaded, adapters that come and go."""
+    family = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(family.build())
+    conversation = "t4 i t20"
+    length = length_of(family, model, conversation)
+    cache = prefill(family, model, conversation, stop=length - 15)
+    num_layers = len(cache.visual_memory.projections)
+    for step in range(length - 15, length):
+        model.load_state_dict(model.state_dict())
+        if step % 2:
+            model.add_adapter(f"other-{step}", model.peft_config["default"])
+            model.set_adapter(f"other-{step}")
+        piece = family.inputs(model.get_base_model(), conversation, start=step, stop=step + 1)
+        logits(model, piece, **{CACHE: cache}, use_cache=True)
+        if step % 2:
+            model.delete_adapter(f"other-{step}")
+            model.set_adapter("default")
+        assert len(cache.visual_memory.projections) <= 2 * num_layers
+    assert pickle.loads(pickle.dumps(cache)).visual_memory.projections == {}, "another process has other branches"
 
 
 def test_autocast_may_end_between_prefill_and_decode(plain: TinyVLM):

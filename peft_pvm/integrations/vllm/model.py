@@ -97,7 +97,7 @@ class PagedBranches(nn.Module):
             weights = fresh_weights(part, shape)
             for name, module in weights.items():
                 self.add_module(weight_name(name, number), module)
-            self.branches.append(Branch(part, shape, layer_idx, 0, torch.Tensor.to, **weights))
+            self.branches.append(Branch(part, shape, layer_idx, torch.Tensor.to, **weights))
             sizes = shape.head_dim + 1, shape.num_heads, shape.num_key_value_heads, shape.head_dim
             self.attentions.append(_wide_attention(*sizes, like, cache_config, f"{prefix}.attn_{number}"))
 

@@ -1,0 +1,93 @@
+"""A forward that is interrupted leaves nothing behind, wherever that happens, and the next one is right."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import METHODS, logits
+from tiny_vlms import FAMILIES
+from torch import nn
+
+from peft_pvm.families import find_vlm
+
+
+class Interruption(Exception):
+    """Raised inside a module."""
+
+
+# Where: before the layers, in the attention and the FFN of a layer in which PVM acts, and behind the last branch.
+PLACES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "rotary": lambda text_model: text_model.rotary_emb,
+    "attention": lambda text_model: text_model.layers[1].self_attn.o_proj,
+    "FFN": lambda text_model: text_model.layers[1].mlp.down_proj,
+    "behind the last branch": lambda text_model: text_model.norm,
+}
+KINDS = {"exception": Interruption, "Ctrl+C": KeyboardInterrupt}
+
+
+def interrupted(model: nn.Module, inputs: dict, place: str, kind: type[BaseException]) -> list[weakref.ref]:
+    """Run a forward that is interrupted; weak references to its context, its memory and its residual streams."""
+    text_model = find_vlm(model.get_base_model()).text_model
+    seen: list[weakref.ref] = []
+
+    def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        context = kwargs["visual_context"]
+        seen.extend(weakref.ref(each) for each in (context, context.memory, context.memory.embeddings))
+
+    def watch_residual(module: nn.Module, args: tuple) -> None:
+        seen.append(weakref.ref(args[0]))
+
+    def interrupt(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise kind
+
+    handles = [
+        text_model.register_forward_pre_hook(watch, with_kwargs=True),
+        *(norm.register_forward_pre_hook(watch_residual) for norm in _norms(text_model.layers[1])),
+        PLACES[place](text_model).register_forward_pre_hook(interrupt, with_kwargs=True),
+    ]
+    try:
+        model(**inputs)
+    except kind:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _norms(layer: nn.Module) -> list[nn.Module]:
+    return [module for name, module in layer.named_children() if "norm" in name]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("in_training", [False, True], ids=["inference", "gradient checkpointing"])
+@pytest.mark.parametrize("method", ["pvm", "tdrs-inter+dipe+pvm"])
+@pytest.mark.parametrize("name", ["llava", "llava_cohere"])
+def test_nothing_outlives_it(name: str, method: str, in_training: bool, place: str, kind: type[BaseException]):
+    family = FAMILIES[name]
+    model = METHODS[method].attach(family.build())
+    base = model.get_base_model()
+    inputs = family.inputs(base, "t4 i t6")
+    expected = logits(model, inputs)
+    if in_training:
+        base.gradient_checkpointing_enable()
+        base.enable_input_require_grads()
+        base.train()
+    seen: list[weakref.ref] = []
+    with torch.set_grad_enabled(in_training):
+        seen += interrupted(model, inputs, place, kind)
+    threads = [threading.Thread(target=lambda: seen.extend(interrupted(model, inputs, place, kind))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    gc.collect()
+    assert len(seen) >= 4 * 3
+    assert [reference() for reference in seen if reference() is not None] == []
+    base.eval()
+    assert torch.equal(logits(model, inputs), expected)

@@ -1,0 +1,147 @@
+"""What an adapter is joined to may be replaced or copied behind its back. Then it acts, or it says that it cannot."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import METHODS, TOLERANCE, Combination, Method, difference, give_weight, logits
+from peft import LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
+from tiny_vlms import FAMILIES
+from torch import nn
+
+from peft_pvm import PVMConfig
+from peft_pvm.families import find_vlm
+
+
+class Fused(nn.Module):
+    """Stands in for a module, and computes the same without calling it: fused kernels do so."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.twin = copy.deepcopy(module)
+        for part in self.twin.modules():
+            part._forward_hooks.clear()
+            part._forward_pre_hooks.clear()
+
+    def forward(self, *args, **kwargs):
+        return self.twin(*args, **kwargs)
+
+
+# By family, the modules of a decoder layer that PVM is joined to.
+JOINED = {
+    "qwen3_vl": ("self_attn", "post_attention_layernorm", "mlp"),
+    "llava_cohere": ("self_attn", "input_layernorm", "mlp"),  # a parallel block
+    "gemma3": ("self_attn", "pre_feedforward_layernorm", "post_feedforward_layernorm"),  # sandwich norms
+    "qwen3_5": ("linear_attn", "post_attention_layernorm", "mlp"),
+}
+
+
+@pytest.mark.parametrize(("name", "module"), [(name, module) for name in JOINED for module in JOINED[name]])
+def test_pvm_names_the_layer_that_it_no_longer_reaches(name: str, module: str):
+    family = FAMILIES[name]
+    model = METHODS["pvm"].attach(family.build(), layers_to_transform=[0, 1])
+    layer = find_vlm(model.get_base_model()).layers[0]
+    setattr(layer, module, Fused(getattr(layer, module)))
+    inputs = family.inputs(model.get_base_model(), "t4 i t6")
+    for _ in range(2):  # nothing of the first forward is taken for the second's
+        with pytest.raises(NotImplementedError, match=r"PVM did not act in decoder layers \[0\] of"):
+            logits(model, inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(family.build(), inputs))
+
+
+def test_a_replaced_decoder_layer_is_noticed():
+    family = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(family.build(), layers_to_transform=[0, 1])
+    layers = find_vlm(model.get_base_model()).layers
+    layers[1] = family.build().model.language_model.layers[1]
+    inputs = family.inputs(model.get_base_model(), "t4 i t6")
+    with pytest.raises(NotImplementedError, match=r"PVM did not act in decoder layers \[1\] of"):
+        logits(model, inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(family.build(), inputs))
+    assert torch.equal(logits(model.unload(), inputs), logits(family.build(), inputs))
+
+
+@pytest.mark.parametrize("method", ["dipe", "tdrs"])
+def test_replaced_attention_is_noticed(method: str):
+    family = FAMILIES["qwen3_vl"]
+    model = METHODS[method].attach(family.build())
+    layer = find_vlm(model.get_base_model()).layers[1]
+    layer.self_attn = Fused(layer.self_attn)
+    layer.self_attn.twin.config = layer.self_attn.twin.config.config
+    with pytest.raises(NotImplementedError, match="or the attention was replaced after the adapter was attached"):
+        logits(model, family.inputs(model.get_base_model(), "t4 i t6"))
+
+
+def test_adapters_inside_the_modules_may_come_later():
+    """LoRA wraps linear layers in the attention and the FFN, which stay where they are."""
+    family = FAMILIES["llava"]
+    inputs = family.inputs(family.build(), "t4 i t6")
+    lora = LoraConfig(target_modules=["q_proj", "up_proj", "down_proj"], init_lora_weights=False)
+
+    def attached(*configs: PeftConfig) -> torch.Tensor:
+        model = family.build()
+        for number, config in enumerate(configs):
+            get_peft_model(model, config, f"adapter-{number}")
+        give_weight(model)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.constant_(parameter, 0.1)
+        return logits(model.eval(), inputs)
+
+    assert torch.equal(attached(PVMConfig(r=32), lora), attached(lora, PVMConfig(r=32)))
+
+
+def test_adapters_in_place_of_the_modules_must_come_first():
+    """PEFT's LN tuning computes with a copy of each norm."""
+    family = FAMILIES["llava"]
+    norms = LNTuningConfig(target_modules=["post_attention_layernorm"])
+    model = get_peft_model(family.build(), norms, "norms").get_base_model()
+    inputs = family.inputs(model, "t4 i t6")
+    tuned = logits(model.eval(), inputs)
+    assert difference(logits(METHODS["pvm"].attach(model), inputs), tuned) > 100 * TOLERANCE
+
+    model = METHODS["pvm"].attach(family.build()).get_base_model()
+    get_peft_model(model, norms, "norms")
+    with pytest.raises(NotImplementedError, match="Replace modules first and attach the adapter then"):
+        logits(model.eval(), inputs)
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """What torch.nn.DataParallel makes of a model for another device, on this one."""
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, None if child is None else replicas[child])
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.detach().clone())
+        for name, buffer in module._buffers.items():
+            setattr(replica, name, None if buffer is None else buffer.clone())
+    return replicas[model]
+
+
+def test_replicas_are_refused(method: Method | Combination):
+    """Their hooks are those of the original, and so compute with its weights, which are on another device."""
+    model = method.attach(FAMILIES["llava"].build())
+    embeds = model.get_input_embeddings()(torch.arange(10, 22)[None])
+    # Without its vision tower, which in transformers 5.24 does not run in replicas.
+    inputs = dict(inputs_embeds=embeds, visual_mask=(torch.arange(12) % 8 < 4)[None])
+    with pytest.raises(NotImplementedError, match="Use DistributedDataParallel"):
+        logits(replicate(model), inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(replicate(model), inputs), logits(model, inputs))
+
+
+def test_pvm_is_joined_to_a_copy_of_a_model():
+    """Unlike replicas, deep copies have hooks of their own."""
+    family = FAMILIES["llava"]
+    model = get_peft_model(family.build(), PVMConfig(r=32)).eval()
+    give_weight(model)
+    inputs = family.inputs(model.get_base_model(), "t4 i t6")
+    expected, twin = logits(model, inputs), copy.deepcopy(model)
+    give_weight(model, seed=1)
+    assert torch.equal(logits(twin, inputs), expected)
+    assert difference(logits(model, inputs), expected) > 100 * TOLERANCE
