@@ -10,9 +10,10 @@ from .curves import curves
 from .eval_lengths import eval_lengths
 from .lab import app as lab
 from .probe import probe
+from .refusals import Commands
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()

@@ -8,14 +8,16 @@ from typing import Annotated
 import typer
 
 from ..curves import draw_curves, read_log
-from .refusals import refusals
+from ..terminal import say
+from .options import new_file
 
 
 def curves(
-    folder: Annotated[Path, typer.Argument(help="Output folder or checkpoint of a training.")],
-    out: Annotated[Path, typer.Option(help="The picture, a PNG file.")] = Path("curves.png"),
+    folder: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Output folder or checkpoint of a training.")
+    ],
+    out: Annotated[Path, typer.Option(callback=new_file, help="The picture, a PNG file.")] = Path("curves.png"),
 ) -> None:
     """Draw what a training of PVM logged: loss or reward, gates, updates."""
-    with refusals():
-        out.write_bytes(draw_curves(read_log(folder)))
-    typer.echo(out)
+    out.write_bytes(draw_curves(read_log(folder)))
+    say(out)

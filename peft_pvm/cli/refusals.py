@@ -1,18 +1,83 @@
-"""How a command ends that cannot do what it was asked."""
+"""How a command ends that cannot do what it was asked: with one sentence on standard error, without a traceback.
+
+Exit codes are 2 where the command line is wrong, 1 where it could not be done, 130 after Ctrl+C. An error that is none
+of `REFUSALS` is a fault of ours and keeps its traceback; `PEFT_PVM_DEBUG=1` shows that of any error.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
 
-import typer
+from safetensors import SafetensorError
+from typer import Abort
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from ..terminal import say
 
 
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Errors that the user can do something about, without a traceback."""
-    try:
-        yield
-    except (OSError, ValueError, NotImplementedError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+DEBUG = "PEFT_PVM_DEBUG"
+REFUSALS = (ImportError, MemoryError, NotImplementedError, OSError, SafetensorError, ValueError)
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's, which is a RuntimeError as many others are
+INTERRUPTED = 130
+LONGEST = 1500  # characters of a message
+
+
+class Commands(TyperGroup):
+    """Commands that end so. All refusals go through here, those of typer and those of the library."""
+
+    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Run the command line, and exit."""
+        try:
+            status = super().main(args, standalone_mode=False, **kwargs) or 0  # typer returns the code of an Exit
+            sys.stdout.flush()
+        except TyperException as error:
+            status = _refuse(_usage(error), error.exit_code)
+        except (Abort, KeyboardInterrupt):
+            status = INTERRUPTED
+        except BrokenPipeError:  # the reader has seen enough, as `head` does
+            _give_up_on_output()
+            status = 1
+        except Exception as error:
+            if os.environ.get(DEBUG) or not _is_refusal(error):
+                raise
+            status = _refuse(str(error).strip() or type(error).__name__, 1)
+            if isinstance(error, OSError) and error.filename is None:  # perhaps it was the output that is full
+                _give_up_on_output()
+        if status == INTERRUPTED:
+            say("Interrupted.", err=True)
+        if standalone_mode:
+            sys.exit(status)
+        return status
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, REFUSALS) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def _refuse(message: str, status: int) -> int:
+    say(f"Error: {message if len(message) <= LONGEST else message[:LONGEST] + ' ...'}", err=True)
+    return status
+
+
+def _usage(error: TyperException) -> str:
+    """What is wrong with the command line, with the value: where pydantic read it, the message does not name it."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    problems: list[Any] = getattr(error.__cause__, "errors", list)()
+    if problems and repr(problems[0]["input"]) not in message:
+        message += f", not {problems[0]['input']!r}"
+    context = getattr(error, "ctx", None)
+    return f"{message}." + (f" See {context.command_path} --help." if context else "")
+
+
+def _give_up_on_output() -> None:
+    """Drop what is buffered for standard output: Python would try to write it when it exits, and fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

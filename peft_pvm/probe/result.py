@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from ..data_file import holding, read_json
+from ..extras import require
 from .decay import Dilution, PowerLaw, rounded
 
 
 FORMAT_VERSION = 1
+NEEDED_TO_DRAW = ("lab", "matplotlib")  # the extra, and the module
 
 
 @dataclass(frozen=True)
@@ -181,19 +184,25 @@ class ProbeResult:
             The path of the report.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: matplotlib is not installed. All but the pictures and the report is written by then: `load`
+                reads it where matplotlib is.
         """
         from .html import report
-        from .plots import draw
 
         folder = Path(folder)
-        pictures = draw(self)
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(self.images):
             (folder / f"image-{number}.png").write_bytes(image)
+        (folder / "probe.json").write_text(self.to_json(), encoding="utf-8", newline="\n")
+        try:
+            require(*NEEDED_TO_DRAW)
+        except ImportError as error:
+            raise ImportError(f"{folder} has the numbers, but neither pictures nor report. {error}") from error
+        from .plots import draw
+
+        pictures = draw(self)
         for picture in pictures:
             (folder / f"{picture.name}.png").write_bytes(picture.png)
-        (folder / "probe.json").write_text(self.to_json(), encoding="utf-8", newline="\n")
         path = folder / "report.html"
         path.write_text(report(self, pictures), encoding="utf-8", newline="\n")
         return path
@@ -214,22 +223,23 @@ class ProbeResult:
 
         Raises:
             FileNotFoundError: It holds no probe.json, or an image is missing.
-            ValueError: The file has another format.
+            ValueError: The file has another format, or is damaged.
         """
         folder = Path(folder)
         path = folder / "probe.json"
         if not path.is_file():
             raise FileNotFoundError(f"There is no {path}. ProbeResult.load reads a folder that save wrote.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         version = content.pop("format_version", None) if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format_version {version!r}, this peft_pvm reads {FORMAT_VERSION}.")
-        images = [(folder / f"image-{number}.png").read_bytes() for number in range(content.pop("num_images"))]
-        content["grids"] = [tuple(grid) for grid in content["grids"]]
-        content["forwards"] = [_forward(forward) for forward in content["forwards"]]
-        content["adapters"] = [AdapterRecord(**adapter) for adapter in content["adapters"]]
-        content["branches"] = [_branch(branch) for branch in content["branches"]]
-        return cls(**content, images=images)
+        with holding(path, "what ProbeResult.save writes"):
+            images = [(folder / f"image-{number}.png").read_bytes() for number in range(content.pop("num_images"))]
+            content["grids"] = [tuple(grid) for grid in content["grids"]]
+            content["forwards"] = [_forward(forward) for forward in content["forwards"]]
+            content["adapters"] = [AdapterRecord(**adapter) for adapter in content["adapters"]]
+            content["branches"] = [_branch(branch) for branch in content["branches"]]
+            return cls(**content, images=images)
 
 
 def _forward(content: Mapping[str, Any]) -> ForwardRecord:
