@@ -64,9 +64,9 @@ def merge(
 ) -> None:
     """Make one PVM adapter of several, without a base model."""
     if density is not None and combination_type not in ("ties", "dare_linear"):
-        raise typer.BadParameter(f"{combination_type} keeps all, so it takes no density.", param_hint="--density")
+        raise typer.BadParameter(f"{combination_type} keeps all, so it takes no density.", param_hint=["--density"])
     if force and combination_type == "cat":
-        raise typer.BadParameter("cat does not average, so there is nothing to force.", param_hint="--force")
+        raise typer.BadParameter("cat does not average, so there is nothing to force.", param_hint=["--force"])
     numbers = [1 / len(adapters)] * len(adapters)
     if weights:
         numbers = separated("--weights", weights, finite_number, "numbers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import typer
 
 from .adapters import card, convert, export_reference, export_vllm, inspect, merge
@@ -19,6 +21,8 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 @app.callback()
 def describe() -> None:
     """Adapters that keep vision-language models looking at the image."""
+    # PEFT asks transformers for something by its old name; nobody who runs a command can do anything about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 for command in (

@@ -89,7 +89,7 @@ def bench(
         return
     if model is not None and (given(context, "preset") or layers is not None):
         raise typer.BadParameter(
-            "A model has its own shape, so --preset and --layers cannot be given.", param_hint="--model"
+            "A model has its own shape, so --preset and --layers cannot be given.", param_hint=["--model"]
         )
     settings = Settings(
         methods=tuple(separated("--method", method, name_among(tuple(METHODS)), f"some of {', '.join(METHODS)}")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,7 @@ import typer
 from ..extras import require
 from ..lab.demo import compare, load_models, run_demo
 from ..lab.experiment import MAIN_RECIPE, RECIPES, evaluate_method, plan, train_method
-from ..lab.limits import show_limits
+from ..lab.limits import load_for_limits, show_limits
 from ..lab.methods import METHODS
 from ..lab.mosaic import Split
 from ..lab.processor import save_as_folder
@@ -52,12 +51,6 @@ Seeds = Annotated[
 ]
 Runs = Annotated[Path, typer.Option(callback=new_folder, help="Folder for what is trained.")]
 ResultsFolder = Annotated[Path, typer.Option("--results", callback=new_folder, help="Folder of the results.")]
-
-
-@app.callback()
-def quieten() -> None:
-    # PEFT asks transformers for something by its old name; nobody who runs the lab can do anything about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 @app.command("train-base")
@@ -220,4 +213,6 @@ def limits(
     seed: Seed = 0,
 ) -> None:
     """Show what a PVM adapter's query knows, what its memory holds and where its wrong answers come from."""
-    show_limits(adapter, rows, seed)
+    with reading("a PVM adapter of the tiny model", adapter):
+        model = load_for_limits(adapter)
+    show_limits(model, str(adapter), rows, seed)

@@ -31,7 +31,7 @@ def separated(option: str, text: str, read: Callable[[str], Value], accepted: st
     except ValueError:
         values = []
     if not values or not all(parts):
-        raise typer.BadParameter(f"{text!r} must be {accepted}, separated by commas.", param_hint=option)
+        raise typer.BadParameter(f"{text!r} must be {accepted}, separated by commas.", param_hint=[option])
     return values
 
 

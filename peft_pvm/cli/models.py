@@ -43,9 +43,9 @@ def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
             raise ValueError(
                 f"{names} cannot be read as {what} ({type(error).__name__}: {error}). {DEBUG}=1 shows where."
             ) from error
-        if not any(os.fspath(source) in str(error) for source in sources):
-            raise ValueError(f"{names} cannot be read as {what}: {str(error).strip()}") from error
-        raise
+        if getattr(error, "filename", None) or any(os.fspath(source) in str(error) for source in sources):
+            raise
+        raise ValueError(f"{names}: {str(error).strip()}") from error
 
 
 def without_weights(source: str, attn_implementation: str | None = None) -> nn.Module:
@@ -83,7 +83,7 @@ def set_kernel(model: Any, attn_implementation: str) -> None:
         model.set_attn_implementation(attn_implementation)
     except (ImportError, OSError, ValueError) as error:
         raise typer.BadParameter(
-            f"{attn_implementation!r} cannot be used: {error}", param_hint="--attn-implementation"
+            f"{attn_implementation!r} cannot be used: {error}", param_hint=["--attn-implementation"]
         ) from error
 
 

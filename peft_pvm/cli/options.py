@@ -105,7 +105,7 @@ def refuse_beside(context: typer.Context, option: str, allowed: Collection[str] 
         if parameter.opts[0] != option and parameter.name not in allowed and given(context, str(parameter.name))
     ]
     if idle:
-        raise typer.BadParameter(f"{reason}, so {', '.join(idle)} cannot be given.", param_hint=option)
+        raise typer.BadParameter(f"{reason}, so {', '.join(idle)} cannot be given.", param_hint=[option])
 
 
 def given(context: typer.Context, parameter: str) -> bool:

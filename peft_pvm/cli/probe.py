@@ -63,7 +63,7 @@ def probe(
     """Measure how much a model stops looking at its image, and what adapters change about that."""
     require("lab", "matplotlib", "PIL")
     if not sink_factor > 0:
-        raise typer.BadParameter(f"{sink_factor} must be above 0.", param_hint="--sink-factor")
+        raise typer.BadParameter(f"{sink_factor} must be above 0.", param_hint=["--sink-factor"])
     check_retrieval(retrieval_token, max_new_tokens)
     picture = _open_image(image)
     # All that can be found wrong without the weights, which can take minutes to load.
@@ -72,10 +72,10 @@ def probe(
     if tuned := [source for source, config in zip(adapter or [], configs) if config.is_prompt_learning]:
         raise typer.BadParameter(
             f"{tuned} put tokens of their own before the prompt, which the probe cannot follow.",
-            param_hint="--adapter",
+            param_hint=["--adapter"],
         )
     if retrieval_token and not any(isinstance(config, PVMConfig) for config in configs):
-        raise typer.BadParameter("No --adapter is of PVM, so there is no retrieval.", param_hint="--retrieval-token")
+        raise typer.BadParameter("No --adapter is of PVM, so there is no retrieval.", param_hint=["--retrieval-token"])
     processor = _load_processor(model)
     with reading(f"input of a {type(processor).__name__}", image):
         inputs = build_inputs(processor, picture, prompt)
@@ -111,7 +111,9 @@ def _open_image(path: Path) -> Image:
             with PIL.Image.open(path) as image:
                 return image.convert("RGB")
         except Exception as error:  # of a damaged file, whatever PIL's readers trip over
-            raise typer.BadParameter(f"'{path}' cannot be read as an image: {error}", param_hint="--image") from error
+            raise typer.BadParameter(
+                f"'{path}' cannot be read as an image: {error}", param_hint=["--image"]
+            ) from error
 
 
 def _load_processor(source: str) -> Any:

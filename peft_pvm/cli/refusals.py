@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,7 @@ DEBUG = "PEFT_PVM_DEBUG"
 REFUSALS = (ImportError, MemoryError, NotImplementedError, OSError, SafetensorError, ValueError)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's, which is a RuntimeError as many others are
 INTERRUPTED = 130
-LONGEST = 1500  # characters of a message
+LONGEST_WORD, LONGEST = 300, 1500  # characters of what is printed, lest a value hides what is accepted
 
 
 class Commands(TyperGroup):
@@ -60,6 +61,9 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _refuse(message: str, status: int) -> int:
+    message = re.sub(
+        rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][: LONGEST_WORD // 2]}...{word[0][-20:]}", message
+    )
     say(f"Error: {message if len(message) <= LONGEST else message[:LONGEST] + ' ...'}", err=True)
     return status
 

@@ -109,25 +109,33 @@ def probe_accuracy(
     return float(fitted.score((inputs - mean) / deviation, labels))
 
 
-def show_limits(adapter: str | os.PathLike, rows: int = 64, seed: int = 0) -> None:
-    """Print what a PVM adapter of the tiny model has to go by, and what it makes of it.
+def load_for_limits(adapter: str | os.PathLike) -> PeftModel:
+    """The tiny model with a PVM adapter, in eval mode.
 
     Args:
         adapter: Folder of the adapter.
-        rows: Rows of nine questions at every length, to fit the probes on and as many to test them on.
-        seed: Decides the questions.
 
     Raises:
-        OSError: There is no such folder.
-        ValueError: It is not a PVM adapter of one branch, or not one of the tiny model.
+        ValueError: It is not a PVM adapter with one branch in a layer, or not one of the tiny model.
     """
-    start = time.perf_counter()
     config = PeftConfig.from_pretrained(os.fspath(adapter))
     if not isinstance(config, PVMConfig) or len(config.parts()) > 1:
-        raise ValueError(f"{adapter} must be an adapter of PVM with one branch in a layer, but is {config!r:.200}.")
-    model = PeftModel.from_pretrained(load_tiny_vlm(), adapter).eval()
+        raise ValueError(f"{adapter} must be an adapter of PVM with one branch in a layer.")
+    return PeftModel.from_pretrained(load_tiny_vlm(), adapter).eval()
+
+
+def show_limits(model: PeftModel, title: str, rows: int = 64, seed: int = 0) -> None:
+    """Print what a PVM adapter of the tiny model has to go by, and what it makes of it.
+
+    Args:
+        model: As `load_for_limits` gives it.
+        title: What the table says of it.
+        rows: Rows of nine questions at every length, to fit the probes on and as many to test them on.
+        seed: Decides the questions.
+    """
+    start = time.perf_counter()
     columns = [_column(model, length, rows, seed) for length in LENGTHS]
-    title = f"{adapter}: {rows} x {NUM_CELLS} held-out questions"
+    title = f"{title}: {rows} x {NUM_CELLS} held-out questions"
     table = Table("After bytes of text", *map(str, LENGTHS), title=title)
     for row in columns[0]:
         table.add_row(row, *(f"{column[row]:.3f}" for column in columns))

@@ -220,21 +220,21 @@ def test_the_command_takes_a_model(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "pvm,lora"], "--method: 'pvm,lora' must be some of base, pvm"),
-        (["--method", "pvm,"], "--method: 'pvm,' must be some of base, pvm"),
+        (["--method", "pvm,lora"], "'--method': 'pvm,lora' must be some of base, pvm"),
+        (["--method", "pvm,"], "'--method': 'pvm,' must be some of base, pvm"),
         (["--preset", "70b"], "'--preset': '70b' is not one of tiny"),
         (["--layers", "7"], "layers is 7, but"),
         (["--dtype", "int8"], "'--dtype': 'int8' is not one of float32"),
         (["--device", "gpu"], "'--device': 'gpu' cannot be used: Expected one of cpu"),
         (["--device", "meta"], "'--device': 'meta' cannot be used"),
         (["--context", "50", "--visual-tokens", "40"], "40 visual tokens need at least 57"),
-        (["--attn-implementation", "nope"], "--attn-implementation: 'nope' cannot be used"),
-        (["--context", "many"], "--context: 'many' must be whole numbers"),
+        (["--attn-implementation", "nope"], "'--attn-implementation': 'nope' cannot be used"),
+        (["--context", "many"], "'--context': 'many' must be whole numbers"),
         (["--rounds", "0"], "'--rounds': Input should be greater than or equal to 1, not '0'"),
         (["--model", "nowhere/there"], "nowhere/there"),
-        (["--model", "nowhere/there", "--layers", "2"], "--model: A model has its own shape"),
+        (["--model", "nowhere/there", "--layers", "2"], "'--model': A model has its own shape"),
         (["--show", "nowhere.json"], "nowhere.json"),
-        (["--show", __file__, "--rounds", "3"], "--show: It measures nothing, so --rounds cannot be given"),
+        (["--show", __file__, "--rounds", "3"], "'--show': It measures nothing, so --rounds cannot be given"),
     ],
 )
 def test_refusals(arguments: list[str], message: str):

@@ -107,7 +107,7 @@ def test_the_command_says_which_option_is_wrong(tmp_path, option: str, value: st
     given = [part for pair in {**options, option: value}.items() for part in pair]
     done = CliRunner().invoke(app, ["eval-lengths", *given])
     assert done.exit_code == 2
-    message = f"Error: Invalid value for {option}: {value!r} must be {accepted}, separated by commas."
+    message = f"Error: Invalid value for '{option}': {value!r} must be {accepted}, separated by commas."
     assert done.stderr.startswith(message)
     assert not (tmp_path / "out").exists()
 
