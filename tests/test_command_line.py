@@ -225,6 +225,13 @@ def test_usage_errors(path: tuple[str, ...], place: Place):
         check(done, f"{path} {wrong}")
 
 
+def test_without_arguments_there_is_help():
+    for group in ((), ("lab",)):
+        done = call(*group)
+        assert (done.exit_code, done.stderr) == (2, "")
+        assert "Usage" in done.stdout
+
+
 def test_without_what_other_commands_need():
     """Where optional packages cannot be imported, all help is there, and what is missing is named."""
     code = """

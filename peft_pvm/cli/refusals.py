@@ -6,7 +6,6 @@ of `REFUSALS` is a fault of ours and keeps its traceback; `PEFT_PVM_DEBUG=1` sho
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import sys
@@ -14,13 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from safetensors import SafetensorError
-from typer import Abort
+from typer import Abort, BadParameter
 from typer.core import TyperGroup
-from typer.exceptions import TyperException
 
 from ..terminal import say
 
 
+CommandLineError: Any = BadParameter.__mro__[2]  # whose public name depends on typer's version
 DEBUG = "PEFT_PVM_DEBUG"
 REFUSALS = (ImportError, MemoryError, NotImplementedError, OSError, SafetensorError, ValueError)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's, which is a RuntimeError as many others are
@@ -36,19 +35,21 @@ class Commands(TyperGroup):
         try:
             status = super().main(args, standalone_mode=False, **kwargs) or 0  # typer returns the code of an Exit
             sys.stdout.flush()
-        except TyperException as error:
-            status = _refuse(_usage(error), error.exit_code)
+        except CommandLineError as error:
+            status = error.exit_code
+            if error.format_message():  # without arguments the help was shown, and there is nothing to add
+                _refuse(_usage(error))
         except (Abort, KeyboardInterrupt):
             status = INTERRUPTED
         except BrokenPipeError:  # the reader has seen enough, as `head` does
-            _give_up_on_output()
             status = 1
+            _give_up_on_output()
         except Exception as error:
             if os.environ.get(DEBUG) or not _is_refusal(error):
                 raise
-            status = _refuse(str(error).strip() or type(error).__name__, 1)
-            if isinstance(error, OSError) and error.filename is None:  # perhaps it was the output that is full
-                _give_up_on_output()
+            status = 1
+            _refuse(str(error).strip() or type(error).__name__)
+            _give_up_on_output()
         if status == INTERRUPTED:
             say("Interrupted.", err=True)
         if standalone_mode:
@@ -60,15 +61,12 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, REFUSALS) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def _refuse(message: str, status: int) -> int:
-    message = re.sub(
-        rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][: LONGEST_WORD // 2]}...{word[0][-20:]}", message
-    )
+def _refuse(message: str) -> None:
+    message = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", message)
     say(f"Error: {message if len(message) <= LONGEST else message[:LONGEST] + ' ...'}", err=True)
-    return status
 
 
-def _usage(error: TyperException) -> str:
+def _usage(error: Any) -> str:
     """What is wrong with the command line, with the value: where pydantic read it, the message does not name it."""
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     problems: list[Any] = getattr(error.__cause__, "errors", list)()
@@ -79,9 +77,8 @@ def _usage(error: TyperException) -> str:
 
 
 def _give_up_on_output() -> None:
-    """Drop what is buffered for standard output: Python would try to write it when it exits, and fail again."""
-    with contextlib.suppress(OSError, ValueError):
+    """Drop what standard output does not take: Python would try to write it when it exits, and fail again."""
+    try:
         sys.stdout.flush()
-        return
-    with contextlib.suppress(OSError, ValueError):
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
