@@ -279,6 +279,25 @@ def test_refusals_show_where_they_come_from_if_asked(monkeypatch: pytest.MonkeyP
     assert isinstance(CliRunner().invoke(app, arguments).exception, ValueError)
 
 
+def test_text_of_others_has_no_effect_on_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = tmp_path / "pvm[/x]"
+    shutil.copytree(ADAPTER, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": ESCAPES}))
+    done = call("inspect", str(folder))
+    assert done.exit_code == 0, done.stderr
+    assert "pvm[/x]" in done.stdout
+    assert r"no\x1b[31msuch[/x]\u202ething" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_what_is_planned_is_something():
+    done = call("lab", "train", "--method", "mlp", "--recipe", "hidden-256")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "trains none of mlp under hidden-256" in done.stderr
+
+
 def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("peft_pvm.cli.bench.show_scale", lambda *args: torch.empty(2**55))
     done = CliRunner().invoke(app, ["scale"])

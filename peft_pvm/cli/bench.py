@@ -21,7 +21,7 @@ from ..plotting import as_png
 from ..terminal import Terminal
 from .lists import name_among, separated, whole_number
 from .models import reading, set_kernel, without_weights
-from .options import LARGEST_SEED, MANY, given, new_file, one_of, refuse_beside, usable_device
+from .options import LARGEST_SEED, MANY, check_device, given, new_file, one_of, refuse_beside
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +55,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, max=MANY, help="Decoded in a round.")] = DEFAULTS.new_tokens,
     rounds: Annotated[int, typer.Option(min=1, max=MANY, help="Of decoding.")] = DEFAULTS.rounds,
     prefills: Annotated[int, typer.Option(min=1, max=MANY, help="Rounds of prefilling.")] = DEFAULTS.prefills,
-    device: Annotated[str, typer.Option(callback=usable_device, help="Such as cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
     dtype: Annotated[
         str, typer.Option(callback=one_of(DTYPES), help=f"Of the weights: {', '.join(DTYPES)}.")
     ] = "float32",
@@ -87,6 +87,7 @@ def bench(
                 plot.write_bytes(as_png(draw(result)))
             print_tables(result, Terminal())
         return
+    check_device(device)
     if model is not None and (given(context, "preset") or layers is not None):
         raise typer.BadParameter(
             "A model has its own shape, so --preset and --layers cannot be given.", param_hint=["--model"]

@@ -14,7 +14,7 @@ from ..integrations.lmms_eval import report, tasks_folder
 from ..plotting import as_png
 from ..terminal import Terminal, say
 from .lists import separated, whole_number
-from .options import LARGEST_SEED, MANY, new_folder, usable_device
+from .options import LARGEST_SEED, MANY, check_device, new_folder
 
 
 NAME = "by_length"
@@ -43,13 +43,15 @@ def eval_lengths(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, max=MANY, help="Documents of each task, for a try.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=MANY, help="Documents at a time.")] = 1,
-    device: Annotated[str | None, typer.Option(callback=usable_device, help="Such as cuda or cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
     gen_kwargs: Annotated[str | None, typer.Option(help="Changes to the tasks' generation settings.")] = None,
 ) -> None:
     """Evaluate a model with lmms-eval, alone and with adapters, after ever more text between image and question."""
     names = separated("--tasks", tasks, str, "names of tasks or groups")
     tokens = separated("--lengths", lengths, whole_number(0), "whole numbers of tokens, such as 0,1024")
     draws = separated("--seeds", seeds, whole_number(0, LARGEST_SEED), "whole numbers from 0 on")
+    if device is not None:
+        check_device(device)
     require("lab", "matplotlib")  # for the picture, at the end
     from ..integrations.lmms_eval.lengths import evaluate_lengths  # here: it needs the extra `eval`
 

@@ -139,11 +139,7 @@ def recall_command(
     adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids of adapters.")] = None,
     base: Annotated[
         Path | None,
-        typer.Option(
-            exists=True,
-            file_okay=False,
-            help="Folder of a tiny model that was trained further; by default the shipped one.",
-        ),
+        typer.Option(help="Folder of a tiny model that was trained further; by default the shipped one."),
     ] = None,
     rows: Rows = 16,
     seed: Seed = 0,
@@ -206,9 +202,7 @@ def readings(rows: Rows = 32, seed: Seed = 0) -> None:
 
 @app.command()
 def limits(
-    adapter: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="Folder of a PVM adapter for the tiny model.")
-    ],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PVM adapter for the tiny model.")],
     rows: Rows = 64,
     seed: Seed = 0,
 ) -> None:

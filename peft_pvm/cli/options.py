@@ -30,15 +30,13 @@ def one_of(names: Collection[str]) -> Callable[[Value], Value]:
     return check
 
 
-def usable_device(name: str | None) -> str | None:
-    """A callback for the name of a device that torch can compute on."""
+def check_device(device: str) -> None:
+    """Refuse what torch cannot compute on; not as a callback, since it is about the machine, not the command line."""
     try:
-        if name is not None:
-            torch.zeros(1, device=name).item()
+        torch.zeros(1, device=device).item()
     except Exception as error:  # torch's own says what is accepted; builds without CUDA raise an AssertionError
         reason = str(error).strip().partition("\n")[0]
-        raise typer.BadParameter(f"{name!r} cannot be used: {reason}") from error
-    return name
+        raise typer.BadParameter(f"{device!r} cannot be used: {reason}", param_hint=["--device"]) from error
 
 
 def new_folder(path: Path | None) -> Path | None:

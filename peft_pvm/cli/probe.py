@@ -23,7 +23,7 @@ from ..pvm import PVMConfig
 from ..steering import steerable_attentions
 from ..terminal import Terminal, say
 from .models import check_adapter, reading, without_weights
-from .options import MANY, new_folder, one_of, usable_device
+from .options import MANY, check_device, new_folder, one_of
 
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def probe(
         list[str] | None, typer.Option(help="Folder or Hub id of an adapter. May be given several times; all act.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MANY, help="Length of the answer at most.")] = 64,
-    device: Annotated[str, typer.Option(callback=usable_device, help="Where to run, such as cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(callback=one_of(DTYPES), help=f"One of {', '.join(DTYPES)}.")] = "auto",
     attn_implementation: Annotated[str | None, typer.Option(help="The attention kernel, such as sdpa.")] = None,
     sink_factor: Annotated[
@@ -62,6 +62,7 @@ def probe(
 ) -> None:
     """Measure how much a model stops looking at its image, and what adapters change about that."""
     require("lab", "matplotlib", "PIL")
+    check_device(device)
     if not sink_factor > 0:
         raise typer.BadParameter(f"{sink_factor} must be above 0.", param_hint=["--sink-factor"])
     check_retrieval(retrieval_token, max_new_tokens)
