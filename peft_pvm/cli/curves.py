@@ -13,9 +13,7 @@ from .options import new_file
 
 
 def curves(
-    folder: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="Output folder or checkpoint of a training.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="Output folder or checkpoint of a training.")],
     out: Annotated[Path, typer.Option(callback=new_file, help="The picture, a PNG file.")] = Path("curves.png"),
 ) -> None:
     """Draw what a training of PVM logged: loss or reward, gates, updates."""

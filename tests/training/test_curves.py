@@ -58,8 +58,8 @@ def test_command(tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert (tmp_path / "c.png").read_bytes() == draw_curves(LOG)
     result = CliRunner().invoke(app, ["curves", str(tmp_path / "none")])
-    assert result.exit_code == 2
-    assert f"{tmp_path / 'none'}' does not exist" in result.stderr
+    assert result.exit_code == 1
+    assert "no trainer_state.json" in result.stderr
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"log_history": [3]}', '{"log_history": {"a": 1}}'])
