@@ -27,10 +27,13 @@ def read_json(path: str | os.PathLike) -> Any:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write a JSON file. An older one stays as it is until the new one is whole."""
-    path = Path(path)
+    path, text = Path(path), json.dumps(content, indent=1) + "\n"
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout, which is not replaced
+        path.write_text(text, encoding="utf-8")
+        return
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -331,3 +331,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path):
         write_json(tmp_path / "a.json", object())
     assert json.loads((tmp_path / "a.json").read_text()) == [1]
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "a.json")
+    write_json(tmp_path / "link.json", [2])
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "a.json").read_text()) == [2]
