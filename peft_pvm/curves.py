@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .data_file import holding, read_json
 from .plotting import as_png, line_look, new_figure, styled
 
 
@@ -14,20 +15,26 @@ STATE = "trainer_state.json"  # in a checkpoint of transformers' Trainer, and wh
 
 
 def read_log(folder: str | os.PathLike) -> list[dict[str, float]]:
-    """What a trainer logged.
+    """The numbers that a trainer logged.
 
     Args:
         folder: An output folder or a checkpoint of transformers' `Trainer`.
 
     Raises:
         FileNotFoundError: There is no `trainer_state.json`.
+        ValueError: It is damaged.
     """
     path = Path(folder) / STATE
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no {STATE} in {folder}: give a checkpoint, or a folder that save_state wrote."
         )
-    return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    state = read_json(path)
+    with holding(path, "what a trainer logged"):
+        return [
+            {name: float(value) for name, value in entry.items() if isinstance(value, (int, float))}
+            for entry in state["log_history"]
+        ]
 
 
 @styled
@@ -47,7 +54,8 @@ def draw_curves(log: Sequence[Mapping[str, float]]) -> bytes:
     panels = {score: axes[0][0], "gate": axes[0][1], "update": axes[0][2]}
     panels[score].plot(*_series(log, score), **line_look(0, 0.1))
     for kind, title in (("gate", "gate"), ("update", "update / residual stream")):
-        names = sorted({name for entry in log for name in entry if name.startswith(f"gaze/{kind}/")}, key=_layer)
+        logged = {name for entry in log for name in entry if re.fullmatch(rf"gaze/{kind}/[^/]+/\d+", name)}
+        names = sorted(logged, key=_layer)
         for number, name in enumerate(names):
             _, _, adapter, layer = name.split("/")
             label = f"layer {layer}" if adapter in ("default", "pvm") else f"{adapter}, layer {layer}"
@@ -62,7 +70,7 @@ def draw_curves(log: Sequence[Mapping[str, float]]) -> bytes:
 
 
 def _series(log: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
-    entries = [(entry["step"], entry[name]) for entry in log if name in entry]
+    entries = [(entry["step"], entry[name]) for entry in log if name in entry and "step" in entry]
     return [step for step, _ in entries], [value for _, value in entries]
 
 

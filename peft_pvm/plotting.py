@@ -1,6 +1,6 @@
 """How this package's pictures look: readable in print and by the colour-blind, the same bytes from the same numbers.
 
-Needs matplotlib: `pip install peft-pvm[lab]`.
+Drawing needs matplotlib, which the extra `lab` brings; importing this module does not.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import functools
 import io
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from .extras import require
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 # Okabe and Ito's colours, without the yellow that paper swallows.
@@ -37,10 +38,17 @@ T = TypeVar("T")
 
 
 def styled(function: Callable[..., T]) -> Callable[..., T]:
-    """Draw in this style, whatever the user's is."""
+    """Draw in this style, whatever the user's is.
+
+    Raises:
+        ImportError: When it is called and matplotlib is not installed.
+    """
 
     @functools.wraps(function)
     def draw(*args: Any, **kwargs: Any) -> T:
+        require("lab", "matplotlib")
+        import matplotlib
+
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(STYLE)
@@ -58,6 +66,9 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) ->
         columns: Of axes.
         kwargs: For `Figure.subplots`.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
@@ -89,6 +100,8 @@ def line_look(number: int, every: float | int = 1) -> dict[str, Any]:
 
 def logarithmic(axes: Any, which: str) -> None:
     """A logarithmic axis, "x" or "y", with a few plain numbers on it. Comes after what is drawn."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
     getattr(axes, f"set_{which}scale")("log")
     low, high = getattr(axes, f"get_{which}lim")()
     decades = math.log10(high / low)

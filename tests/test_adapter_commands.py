@@ -28,7 +28,8 @@ from peft_pvm.cli.app import app
 
 def run(*arguments: object, fails: bool = False) -> str:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, arguments)))
-    assert result.exit_code == fails, result.output
+    assert bool(result.exit_code) == fails, result.output
+    assert isinstance(result.exception, SystemExit | None), result.exception
     return result.output
 
 
@@ -129,7 +130,11 @@ def test_merge_gives_what_the_model_gives(tiny: TinyVLM, tmp_path: Path):
     [
         (("--weights", "0.5,0.6"), "add up to 1.1"),
         (("--weights", "0.5"), "2 adapters and 1 weights"),
-        (("--combination-type", "svd"), "combination_type is 'svd'"),
+        (("--weights", "0.5,nan"), "'0.5,nan' must be numbers"),
+        (("--density", "0.5"), "linear keeps all"),
+        (("--combination-type", "ties", "--density", "nan"), "--density"),
+        (("--combination-type", "cat", "--force"), "nothing to force"),
+        (("--combination-type", "svd"), "'svd' is not one of linear"),
     ],
 )
 def test_what_cannot_be_merged(tiny: TinyVLM, tmp_path: Path, options: tuple[str, ...], message: str):

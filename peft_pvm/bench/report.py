@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from ..plotting import line_look, logarithmic, new_figure, styled
 from .methods import METHODS
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def ratios(result: dict[str, Any], context: int, name: str, what: str) -> list[float]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..families import find_vlm
 from ..pvm.shape import BranchShape
+from ..terminal import Terminal
 from .methods import pvm_config
 from .models import PRESETS
 
@@ -59,6 +59,8 @@ def footprint(preset: str, branches: int | None = None, bytes_of_a_number: int =
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
+    if branches is not None and not 1 <= branches <= PRESETS[preset].layers:
+        raise ValueError(f"branches is {branches}, but {preset} has 1 to {PRESETS[preset].layers} decoder layers.")
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(PRESETS[preset].config())
         vlm, config = find_vlm(model), pvm_config(model)
@@ -106,11 +108,18 @@ def show_scale(
         bandwidth: What memory delivers, in GB a second, to tell times as well.
 
     Raises:
-        ValueError: As `footprint`, or the bandwidth is not above 0.
+        ValueError: As `footprint`, or a number out of its range.
     """
-    if bandwidth is not None and not bandwidth > 0:
-        raise ValueError(f"bandwidth is {bandwidth}, but must be above 0.")
-    console, foot = Console(), footprint(preset, branches)
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
+        raise ValueError(f"bandwidth is {bandwidth}, but must be a finite number above 0.")
+    for name, numbers in {
+        "contexts": contexts, "visual_tokens": visual_tokens, "batches": batches, "sequences": sequences
+    }.items():  # fmt: skip
+        if min(numbers) < 1:
+            raise ValueError(f"{name} is {numbers}, but must be numbers of 1 or more.")
+    if min(visual_tokens) >= max(contexts):
+        raise ValueError(f"visual_tokens is {visual_tokens}, but must be below a context: those are {contexts}.")
+    console, foot = Terminal(), footprint(preset, branches)
     console.print(
         f"{preset} in bf16. Of the base a step reads {foot.weights / 1e9:.2f} GB of weights, of PVM "
         f"{foot.pvm_weights / 1e6:.1f} MB. A token of the KV cache takes {foot.cache:,} bytes; of PVM a visual token "

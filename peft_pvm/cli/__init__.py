@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 
-
-NEEDED = ("typer", "rich", "matplotlib", "PIL", "sklearn")
+from ..extras import require
 
 
 def main() -> None:
     """Run the command line."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        sys.exit(f"peft-pvm needs {', '.join(missing)}, which the extra brings: pip install 'peft-pvm[lab]'")
+    try:
+        require("lab", "typer", "rich")
+    except ImportError as error:
+        sys.exit(f"Error: {error}")
     from .app import app
 
     app()

@@ -8,7 +8,6 @@ from typing import Annotated, get_args
 
 import typer
 from peft import PeftConfig
-from rich.console import Console
 from rich.table import Table
 
 from ..cards import write_card
@@ -17,11 +16,15 @@ from ..inspection import Inspection, inspect_adapter
 from ..integrations.vllm import export_vllm as write_for_vllm
 from ..pvm.files import merge_adapters
 from ..pvm.merging import CombinationType
+from ..terminal import Terminal, say
 from ..tuner import VisualConfig
-from .refusals import refusals
+from .lists import finite_number, separated
+from .models import reading
+from .options import new_folder, one_of
 
 
 Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")]
+COMBINATIONS = get_args(CombinationType)
 
 
 def inspect(
@@ -32,83 +35,97 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what an adapter is: method, sizes, layers, gates, lineage, and whether it fits a base model."""
-    with refusals():
-        found = inspect_adapter(adapter, base)
+    with reading("an adapter", adapter):
+        found = inspect_adapter(adapter)
+    if base is not None:
+        with reading("a base model", base):
+            found = inspect_adapter(adapter, base)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        say(json.dumps(found.to_dict(), indent=2))
     else:
-        Console().print(_table(adapter, found))
+        Terminal().print(_table(adapter, found))
     if found.misfit is not None:
         raise typer.Exit(1)
 
 
 def merge(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids of PVM adapters.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new adapter.")],
+    out: Annotated[Path, typer.Option(callback=new_folder, help="Folder of the new adapter.")],
     weights: Annotated[
         str, typer.Option(help="One for each, with commas: 0.7,0.3. By default equal, adding up to 1.")
     ] = "",
-    combination_type: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(CombinationType))}.")] = "linear",
-    density: Annotated[float | None, typer.Option(help="Of ties and dare_linear: the share that is kept.")] = None,
+    combination_type: Annotated[
+        str, typer.Option(callback=one_of(COMBINATIONS), help=f"One of {', '.join(COMBINATIONS)}.")
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Of ties and dare_linear: the share that is kept.")
+    ] = None,
     force: Annotated[bool, typer.Option(help="Average adapters that are not known to be of one lineage.")] = False,
 ) -> None:
     """Make one PVM adapter of several, without a base model."""
-    try:
-        numbers = [float(number) for number in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
-    except ValueError:
-        raise typer.BadParameter(f"{weights!r} are not numbers with commas between.", param_hint="--weights") from None
-    with refusals():
-        options = {"combination_type": combination_type, "density": density, "force": force}
-        typer.echo(merge_adapters(adapters, numbers, out, **options))
+    if density is not None and combination_type not in ("ties", "dare_linear"):
+        raise typer.BadParameter(f"{combination_type} keeps all, so it takes no density.", param_hint=["--density"])
+    if force and combination_type == "cat":
+        raise typer.BadParameter("cat does not average, so there is nothing to force.", param_hint=["--force"])
+    numbers = [1 / len(adapters)] * len(adapters)
+    if weights:
+        numbers = separated("--weights", weights, finite_number, "numbers")
+    options = {"combination_type": combination_type, "density": density, "force": force}
+    with reading("an adapter of PVM", *adapters):
+        say(merge_adapters(adapters, numbers, out, **options))
 
 
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint of the authors' PVM code.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the adapter.")],
-    with_base: Annotated[Path | None, typer.Option(help="Folder for the model without the branch.")] = None,
+    out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the adapter.")],
+    with_base: Annotated[
+        Path | None, typer.Option(callback=new_folder, help="Folder for the model without the branch.")
+    ] = None,
 ) -> None:
     """Make an adapter of a checkpoint of the authors' PVM code."""
-    with refusals():
-        typer.echo(convert_reference_checkpoint(source, out, with_base))
+    with reading("a checkpoint of the authors' PVM code", source):
+        say(convert_reference_checkpoint(source, out, with_base))
     if with_base is None:
         note = (
             "The checkpoint also holds the base model. If it was trained along (the paper's second stage), the "
             "adapter belongs on that, not on the published base: --with-base FOLDER writes it."
         )
-        typer.echo(note, err=True)
+        say(note, err=True)
 
 
 def export_reference(
     adapter: Adapter,
     base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")],
+    out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the checkpoint.")],
 ) -> None:
     """Make a checkpoint for the authors' PVM code of an adapter and its base model."""
-    with refusals():
-        typer.echo(export_reference_checkpoint(adapter, base, out))
+    with reading("an adapter and its base model", adapter, base):
+        say(export_reference_checkpoint(adapter, base, out))
 
 
 def export_vllm(
     base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model, a Qwen3-VL.")],
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids: one of PVM, one of DIPE, or both.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the model.")],
     accept_causal: Annotated[
         bool, typer.Option(help="Let a token see the images before it, though the adapter says all of its sample.")
     ] = False,
 ) -> None:
     """Make a folder of a base model and adapters that `vllm serve` takes."""
-    with refusals():
-        typer.echo(write_for_vllm(base, adapters, out, accept_causal))
+    with reading("a base model and its adapters", base, *adapters):
+        say(write_for_vllm(base, adapters, out, accept_causal))
 
 
-def card(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
+def card(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of an adapter.")],
+) -> None:
     """Write an adapter's model card again, with what its results.json holds."""
-    with refusals():
+    with reading("an adapter", folder):
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, VisualConfig):
             raise ValueError(f"{folder} is an adapter of type {config.peft_type}, not of peft_pvm.")
         write_card(config, folder)
-    typer.echo(folder / "README.md")
+    say(folder / "README.md")
 
 
 def _table(adapter: str, found: Inspection) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import typer
 
 from .adapters import card, convert, export_reference, export_vllm, inspect, merge
@@ -10,14 +12,17 @@ from .curves import curves
 from .eval_lengths import eval_lengths
 from .lab import app as lab
 from .probe import probe
+from .refusals import Commands
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()
 def describe() -> None:
     """Adapters that keep vision-language models looking at the image."""
+    # PEFT asks transformers for something by its old name; nobody who runs a command can do anything about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 for command in (

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
-import PIL.Image
 import torch
 import typer
-from rich.console import Console
 from rich.progress import Progress, TaskID
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..extras import require
 from ..families import find_vlm
 from ..loading import load_adapters
 from ..probe import ProbeResult, build_inputs, picture_of
 from ..probe import probe as probe_model
+from ..probe.run import check_retrieval
+from ..pvm import PVMConfig
 from ..steering import steerable_attentions
+from ..terminal import Terminal, say
+from .models import check_adapter, reading, without_weights
+from .options import MANY, check_device, new_folder, one_of
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -27,101 +35,104 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def probe(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a vision-language model.")],
-    image: Annotated[Path, typer.Option(help="The image file.")],
+    image: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The image file.")],
     prompt: Annotated[str, typer.Option(help="What to ask about it.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.html, probe.json and the pictures.")],
+    out: Annotated[
+        Path, typer.Option(callback=new_folder, help="Folder for report.html, probe.json and the pictures.")
+    ],
     adapter: Annotated[
         list[str] | None, typer.Option(help="Folder or Hub id of an adapter. May be given several times; all act.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MANY, help="Length of the answer at most.")] = 64,
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
+    dtype: Annotated[str, typer.Option(callback=one_of(DTYPES), help=f"One of {', '.join(DTYPES)}.")] = "auto",
     attn_implementation: Annotated[str | None, typer.Option(help="The attention kernel, such as sdpa.")] = None,
     sink_factor: Annotated[
-        float, typer.Option(help="A visual sink draws more than so many times the mean of visual tokens.")
+        float,
+        typer.Option(min=0, max=MANY, help="A visual sink draws more than so many times the mean of visual tokens."),
     ] = 10.0,
     retrieval_token: Annotated[
         list[int] | None,
-        typer.Option(help="A generated token, from 0, whose retrieval by PVM is shown; by default six. Repeatable."),
+        typer.Option(
+            min=0,
+            max=MANY,
+            help="A generated token, from 0, whose retrieval by PVM is shown; by default six. Repeatable.",
+        ),
     ] = None,
 ) -> None:
     """Measure how much a model stops looking at its image, and what adapters change about that."""
+    require("lab", "matplotlib", "PIL")
+    check_device(device)
+    if not sink_factor > 0:
+        raise typer.BadParameter(f"{sink_factor} must be above 0.", param_hint=["--sink-factor"])
+    check_retrieval(retrieval_token, max_new_tokens)
     picture = _open_image(image)
-    if dtype not in DTYPES:
-        _fail(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
-    loaded, processor = _load(model, dtype, device, attn_implementation)
-    try:
-        load_adapters(loaded, adapter or [])
-        inputs = {name: tensor.to(device) for name, tensor in build_inputs(processor, picture, prompt).items()}
-        with _progress() as show:
-            result = probe_model(
-                loaded,
-                _in_dtype(inputs, loaded.dtype),
-                prompt=prompt,
-                decode=processor.tokenizer.decode,
-                images=[picture_of(processor, picture)],
-                max_new_tokens=max_new_tokens,
-                sink_factor=sink_factor,
-                retrieval_tokens=retrieval_token or None,
-                progress=show,
-            )
-    except (ValueError, NotImplementedError) as error:
-        _fail(str(error))
-    report = result.save(out)
-    typer.echo(f"Answer: {''.join(result.tokens)}")
-    typer.echo(_sentence(result))
-    typer.echo(f"Report: {report}")
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(1)
-
-
-def _open_image(path: Path) -> PIL.Image.Image:
-    if not path.is_file():
-        _fail(f"There is no image {path}.")
-    try:
-        with PIL.Image.open(path) as image:
-            return image.convert("RGB")
-    except (PIL.UnidentifiedImageError, OSError) as error:
-        _fail(f"{path} cannot be read as an image: {error}")
-
-
-def _load(source: str, dtype: str, device: str, attn_implementation: str | None) -> tuple[Any, Any]:
+    # All that can be found wrong without the weights, which can take minutes to load.
+    steerable_attentions(find_vlm(without_weights(model, attn_implementation)), "The probe")
+    configs = [check_adapter(source, model) for source in adapter or []]
+    if tuned := [source for source, config in zip(adapter or [], configs) if config.is_prompt_learning]:
+        raise typer.BadParameter(
+            f"{tuned} put tokens of their own before the prompt, which the probe cannot follow.",
+            param_hint=["--adapter"],
+        )
+    if retrieval_token and not any(isinstance(config, PVMConfig) for config in configs):
+        raise typer.BadParameter("No --adapter is of PVM, so there is no retrieval.", param_hint=["--retrieval-token"])
+    processor = _load_processor(model)
+    with reading(f"input of a {type(processor).__name__}", image):
+        inputs = build_inputs(processor, picture, prompt)
     kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kernel)
-    except (OSError, ValueError, ImportError) as error:
-        _fail(f"{source} cannot be loaded as a model that reads images: {_first_line(error)}")
-    try:  # before the processor and the adapters, whose errors would hide this one
-        steerable_attentions(find_vlm(model), "The probe")
-    except ValueError as error:
-        _fail(str(error))
-    try:
+    with reading("a model that reads images", model):
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **kernel)
+    loaded = loaded.to(torch.device(device)).eval()
+    load_adapters(loaded, adapter or [])
+    with _progress() as show:
+        result = probe_model(
+            loaded,
+            {name: _moved(tensor, device, loaded.dtype) for name, tensor in inputs.items()},
+            prompt=prompt,
+            decode=processor.tokenizer.decode,
+            images=[picture_of(processor, picture)],
+            max_new_tokens=max_new_tokens,
+            sink_factor=sink_factor,
+            retrieval_tokens=retrieval_token or None,
+            progress=show,
+        )
+    report = result.save(out)
+    say(f"Answer: {''.join(result.tokens)}")
+    say(_sentence(result))
+    say(f"Report: {report}")
+
+
+def _open_image(path: Path) -> Image:
+    import PIL.Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # twice as large, it is an error
+        try:
+            with PIL.Image.open(path) as image:
+                return image.convert("RGB")
+        except Exception as error:  # of a damaged file, whatever PIL's readers trip over
+            raise typer.BadParameter(
+                f"'{path}' cannot be read as an image: {error}", param_hint=["--image"]
+            ) from error
+
+
+def _load_processor(source: str) -> Any:
+    with reading("a processor", source):
         processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, ImportError) as error:
-        _fail(f"The processor of {source} cannot be loaded: {_first_line(error)}")
     if not hasattr(processor, "image_processor"):
-        _fail(f"The processor of {source} is a {type(processor).__name__}, which takes no images.")
-    try:
-        return model.to(torch.device(device)).eval(), processor
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        _fail(f"--device {device} cannot be used: {_first_line(error)}")
+        raise ValueError(f"The processor of {source} is a {type(processor).__name__}, which takes no images.")
+    return processor
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _in_dtype(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+def _moved(tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
 
 
 @contextmanager
 def _progress() -> Iterator[Any]:
     """Progress bars on standard error, where they do not mix with what the command prints."""
-    with Progress(console=Console(file=sys.stderr), transient=True) as bars:
+    with Progress(console=Terminal(stderr=True), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(description: str, done: int, total: int) -> None:

@@ -1,18 +1,84 @@
-"""How a command ends that cannot do what it was asked."""
+"""How a command ends that cannot do what it was asked: with one sentence on standard error, without a traceback.
+
+Exit codes are 2 where the command line is wrong, 1 where it could not be done, 130 after Ctrl+C. An error that is none
+of `REFUSALS` is a fault of ours and keeps its traceback; `PEFT_PVM_DEBUG=1` shows that of any error.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
 
-import typer
+from safetensors import SafetensorError
+from typer import Abort, BadParameter
+from typer.core import TyperGroup
+
+from ..terminal import say
 
 
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Errors that the user can do something about, without a traceback."""
+CommandLineError: Any = BadParameter.__mro__[2]  # whose public name depends on typer's version
+DEBUG = "PEFT_PVM_DEBUG"
+REFUSALS = (ImportError, MemoryError, NotImplementedError, OSError, SafetensorError, ValueError)
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's, which is a RuntimeError as many others are
+INTERRUPTED = 130
+LONGEST_WORD, LONGEST = 300, 1500  # characters of what is printed, lest a value hides what is accepted
+
+
+class Commands(TyperGroup):
+    """Commands that end so. All refusals go through here, those of typer and those of the library."""
+
+    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Run the command line, and exit."""
+        try:
+            status = super().main(args, standalone_mode=False, **kwargs) or 0  # typer returns the code of an Exit
+            sys.stdout.flush()
+        except CommandLineError as error:
+            status = error.exit_code
+            if error.format_message():  # without arguments the help was shown, and there is nothing to add
+                _refuse(_usage(error))
+        except (Abort, KeyboardInterrupt):
+            status = INTERRUPTED
+        except BrokenPipeError:  # the reader has seen enough, as `head` does
+            status = 1
+            _give_up_on_output()
+        except Exception as error:
+            if os.environ.get(DEBUG) or not _is_refusal(error):
+                raise
+            status = 1
+            _refuse(str(error).strip() or type(error).__name__)
+            _give_up_on_output()
+        if status == INTERRUPTED:
+            say("Interrupted.", err=True)
+        if standalone_mode:
+            sys.exit(status)
+        return status
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, REFUSALS) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def _refuse(message: str) -> None:
+    message = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", message)
+    say(f"Error: {message if len(message) <= LONGEST else message[:LONGEST] + ' ...'}", err=True)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, with the value: where pydantic read it, the message does not name it."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    problems: list[Any] = getattr(error.__cause__, "errors", list)()
+    if problems and repr(problems[0]["input"]) not in message:
+        message += f", not {problems[0]['input']!r}"
+    context = getattr(error, "ctx", None)
+    return f"{message}." + (f" See {context.command_path} --help." if context else "")
+
+
+def _give_up_on_output() -> None:
+    """Drop what standard output does not take: Python would try to write it when it exits, and fail again."""
     try:
-        yield
-    except (OSError, ValueError, NotImplementedError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

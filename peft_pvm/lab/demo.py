@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..dipe import DIPEConfig
 from ..pvm import PVMConfig
 from ..tdrs import TDRSConfig
+from ..terminal import Terminal
 from ..trial import attached
 from .mosaic import NUM_CELLS
 from .recall import Accuracy, recall
@@ -45,7 +47,7 @@ def run_demo(out: str | os.PathLike | None = None, steps: int = 1000, rows: int 
 
 def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     start = time.perf_counter()
-    console = Console()
+    console = Terminal()
     recipe = Recipe(steps=steps // 5, hidden_steps=steps - steps // 5, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,28 +81,37 @@ def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     )
 
 
-def compare_adapters(
-    adapters: Sequence[str | os.PathLike], base: str | os.PathLike | None, rows: int, seed: int
-) -> None:
-    """Print how the tiny model does without adapters and with each of some, by length of distractor.
+def load_models(adapters: Sequence[str | os.PathLike], base: str | os.PathLike | None = None) -> dict[str, nn.Module]:
+    """The tiny model without adapters, and with each of some.
 
     Args:
         adapters: Folders or Hub ids.
         base: Folder of a tiny model that was trained further; `None`: the shipped one.
+
+    Returns:
+        Models in eval mode, by "base" or the adapter.
+    """
+
+    def load() -> Any:
+        return load_tiny_vlm() if base is None else Qwen3VLForConditionalGeneration.from_pretrained(base).eval()
+
+    adapted = {os.fspath(name): PeftModel.from_pretrained(load(), name).eval() for name in adapters}
+    return {"base": load(), **adapted}
+
+
+def compare(models: Mapping[str, nn.Module], rows: int, seed: int) -> None:
+    """Print how models do, by length of distractor.
+
+    Args:
+        models: Tiny models, by the heading of their column.
         rows: Rows of nine questions for every length, the same in every column.
         seed: Decides the questions.
     """
-
-    def load() -> Qwen3VLForConditionalGeneration:
-        return load_tiny_vlm() if base is None else Qwen3VLForConditionalGeneration.from_pretrained(base).eval()
-
-    models = {"base": load()}
-    models |= {os.fspath(name): PeftModel.from_pretrained(load(), name).eval() for name in adapters}
     results = {
         name: {length: recall(model, length, rows, seed=seed, description=name) for length in LENGTHS}
         for name, model in models.items()
     }
-    Console().print(accuracy_table(results))
+    Terminal().print(accuracy_table(results))
 
 
 def accuracy_table(results: dict[str, dict[int, Accuracy]]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
+from ..data_file import holding, read_json, write_json
 from ..env import environment
-from ..replacing import replacing, write_file
+from ..replacing import replacing
 from .fading import retrieved_mass, visual_mass
 from .methods import METHODS, attach, trained_parameters
 from .mosaic import NUM_CELLS
@@ -71,7 +71,7 @@ def plan(
         seeds: Of the trainings; `None`: 0, 1 and 2.
 
     Raises:
-        ValueError: A method or recipe that there is not.
+        ValueError: A method or recipe that there is not, or methods that are not trained under these recipes.
     """
     runs = []
     for name in methods or METHODS:
@@ -83,6 +83,11 @@ def plan(
             _lookup(RECIPES, recipe, "recipe")
             if recipe == MAIN_RECIPE or name in UNDER_OTHERS[recipe]:
                 runs += [Run(name, recipe, seed) for seed in seeds or SEEDS]
+    if not runs:
+        raise ValueError(
+            f"The experiment trains none of {', '.join(methods or METHODS)} under {', '.join(recipes or RECIPES)}; "
+            f"all are trained under {MAIN_RECIPE}."
+        )
     return runs
 
 
@@ -122,7 +127,7 @@ def train_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLi
     run = {"recipe": asdict(used), "base": fingerprint(), "environment": environment()}
     with replacing(folder, entry="run.json") as staged:
         save_file(weights, staged / "weights.safetensors", metadata={"format": "pt"})
-        write_file(staged / "run.json", json.dumps(run, indent=1) + "\n")
+        write_json(staged / "run.json", run)
     return folder
 
 
@@ -145,10 +150,13 @@ def load_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLik
             raise FileNotFoundError(
                 f"There is no {folder}/run.json. Train first: peft-pvm lab train --method {source}"
             )
-        base = json.loads((folder / "run.json").read_text())["base"]
+        run = read_json(folder / "run.json")
+        with holding(folder / "run.json", "what peft-pvm lab train writes"):
+            base = run["base"]
         if base != fingerprint():
             raise ValueError(f"{path} was trained on base {base}, but this one is {fingerprint()}. Remove {folder}.")
-        weights = load_file(path)
+        with holding(path, "the weights that peft-pvm lab train writes"):
+            weights = load_file(path)
         if weights.keys() != parameters.keys():
             raise ValueError(f"{path} does not hold the weights of {name}.")
         with torch.no_grad():
@@ -190,7 +198,7 @@ def evaluate_method(
     run: dict[str, Any] = {}
     source = METHODS[name].weights_of or name
     if recipe is not None:
-        run = json.loads((run_folder(runs, source, recipe, seed) / "run.json").read_text())
+        run = read_json(run_folder(runs, source, recipe, seed) / "run.json")
     result = {
         "method": name,
         "recipe": recipe,
@@ -210,7 +218,7 @@ def evaluate_method(
         },
         "environment": environment(),
     }
-    write_file(file, json.dumps(result, indent=1) + "\n")
+    write_json(file, result)
     return file
 
 

@@ -7,18 +7,17 @@ import time
 from typing import NamedTuple, cast
 
 import torch
-from peft import PeftModel
-from rich.console import Console
+from peft import PeftConfig, PeftModel
 from rich.table import Table
-from sklearn.linear_model import LogisticRegression
 
 from ..context import VisualContext
+from ..pvm import PVMConfig
 from ..pvm.layer import PVMLayer
+from ..terminal import Terminal, progress_bar
 from .fading import NUM_DIALOGUE
 from .mosaic import FIRST_QUERY, IMAGE_LENGTH, NUM_CELLS, Split, make_questions
 from .recall import TOKENS_PER_FORWARD
 from .tiny_vlm import load_tiny_vlm
-from .train import progress_bar
 
 
 LENGTHS = (64, 256, 1024, 2048, 4096)
@@ -103,27 +102,44 @@ def probe_accuracy(
     train_inputs: torch.Tensor, train_labels: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor
 ) -> float:
     """How often logistic regression, fitted on the first two, is right on the others."""
+    from sklearn.linear_model import LogisticRegression
+
     mean, deviation = train_inputs.mean(0), train_inputs.std(0) + 1e-6
     fitted = LogisticRegression(max_iter=2000).fit((train_inputs - mean) / deviation, train_labels)
     return float(fitted.score((inputs - mean) / deviation, labels))
 
 
-def show_limits(adapter: str | os.PathLike, rows: int = 64, seed: int = 0) -> None:
-    """Print what a PVM adapter of the tiny model has to go by, and what it makes of it.
+def load_for_limits(adapter: str | os.PathLike) -> PeftModel:
+    """The tiny model with a PVM adapter, in eval mode.
 
     Args:
         adapter: Folder of the adapter.
+
+    Raises:
+        ValueError: It is not a PVM adapter with one branch in a layer, or not one of the tiny model.
+    """
+    config = PeftConfig.from_pretrained(os.fspath(adapter))
+    if not isinstance(config, PVMConfig) or len(config.parts()) > 1:
+        raise ValueError(f"{adapter} must be an adapter of PVM with one branch in a layer.")
+    return PeftModel.from_pretrained(load_tiny_vlm(), adapter).eval()
+
+
+def show_limits(model: PeftModel, title: str, rows: int = 64, seed: int = 0) -> None:
+    """Print what a PVM adapter of the tiny model has to go by, and what it makes of it.
+
+    Args:
+        model: As `load_for_limits` gives it.
+        title: What the table says of it.
         rows: Rows of nine questions at every length, to fit the probes on and as many to test them on.
         seed: Decides the questions.
     """
     start = time.perf_counter()
-    model = PeftModel.from_pretrained(load_tiny_vlm(), adapter).eval()
     columns = [_column(model, length, rows, seed) for length in LENGTHS]
-    title = f"{adapter}: {rows} x {NUM_CELLS} held-out questions"
+    title = f"{title}: {rows} x {NUM_CELLS} held-out questions"
     table = Table("After bytes of text", *map(str, LENGTHS), title=title)
     for row in columns[0]:
         table.add_row(row, *(f"{column[row]:.3f}" for column in columns))
-    console = Console()
+    console = Terminal()
     console.print(table)
     console.print(
         "Known and readable: by logistic regression on training data. Found: a branch gives the cell asked for more "

@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from ..extras import require
+
 
 GRID = 3  # cells along a side of the mosaic
 NUM_CELLS = GRID * GRID
@@ -79,9 +81,11 @@ def load_material(split: Split) -> Material:
 
     Raises:
         ValueError: Another split.
+        ImportError: scikit-learn is not installed.
     """
     if split not in get_args(Split):
         raise ValueError(f"The split is {split!r}, but must be one of {get_args(Split)}.")
+    require("lab", "sklearn")
     from sklearn.datasets import load_digits  # here: training scripts import this module for its token ids alone
 
     digits = load_digits()

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ..tdrs import TDRSConfig
+from ..terminal import Terminal
 from ..trial import attached
 from .mosaic import NUM_CELLS
 from .recall import recall
@@ -52,7 +52,7 @@ def compare_readings(rows: int = 32, seed: int = 0) -> None:
         with attached(model, *([] if fields is None else [TDRSConfig(**fields)])):
             results = [recall(model, length, rows, seed=seed, description=name) for length in LENGTHS]
         table.add_row(name, *(f"{result.value:.3f} ± {result.standard_error:.3f}" for result in results))
-    console = Console()
+    console = Terminal()
     console.print(table)
     seconds = time.perf_counter() - start
     console.print(

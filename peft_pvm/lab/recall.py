@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, StoppingCriteriaList
 
+from ..terminal import progress_bar
 from .mosaic import (
     FIRST_QUERY,
     IMAGE_LENGTH,
@@ -18,7 +19,7 @@ from .mosaic import (
     make_questions,
     make_transcriptions,
 )
-from .train import progress_bar, target_logits
+from .train import target_logits
 
 
 TOKENS_PER_FORWARD = 4096

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data_file import holding, read_json
 from .experiment import MAIN_RECIPE
 from .methods import METHODS
 from .mosaic import NUM_CELLS
@@ -85,11 +85,16 @@ class Results:
 
     Raises:
         FileNotFoundError: There are none.
-        ValueError: They were made with different bases.
+        ValueError: A file is none of those, or they were made with different bases.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.files = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+        self.files = []
+        for path in sorted(Path(folder).glob("*.json")):
+            file = read_json(path)
+            with holding(path, "what peft-pvm lab eval writes"):
+                _entries([file])
+            self.files.append(file)
         if not self.files:
             raise FileNotFoundError(f"There are no results in {folder}. Make some first: peft-pvm lab eval")
         bases = sorted({file["base"] for file in self.files})

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -17,9 +16,9 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from ..acting import base_of
 from ..families import find_vlm
 from ..pvm import PVMConfig
+from ..terminal import Terminal, progress_bar
 from .mosaic import CHANNELS, IMAGE, NUM_BYTES, PATCH_SIZE, TEMPORAL_PATCH_SIZE, VISION_END, VISION_START
 from .tiny_vlm import tiny_vlm_config
-from .train import progress_bar
 
 
 Size = Literal["tiny", "middle"]
@@ -100,8 +99,8 @@ def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int
             f"{kept[name] / 2**20:.1f}",
             f"{kept[name] / kept['base']:.2f}",
         )
-    Console().print(table)
-    Console().print(f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32.")
+    Terminal().print(table)
+    Terminal().print(f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32.")
 
 
 def _batch(rows: int, text_tokens: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

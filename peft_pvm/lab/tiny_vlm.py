@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from ..data_file import holding
 from ..replacing import write_file
 from . import mosaic
 
@@ -100,16 +101,15 @@ def load_tiny_vlm(path: str | os.PathLike = SHIPPED) -> Qwen3VLForConditionalGen
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file holds no config.
+        ValueError: The file is damaged, or holds no config.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no {path}. Train the model with: peft-pvm lab train-base")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "config" not in metadata:
-            raise ValueError(
-                f"{path} was not written by save_tiny_vlm: its metadata hold {sorted(metadata)}, no 'config'."
-            )
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(json.loads(metadata["config"])))
-    model.load_state_dict(load_file(path))
+    with holding(path, "what save_tiny_vlm writes"):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        config = Qwen3VLConfig.from_dict(json.loads(metadata["config"]))
+        weights = load_file(path)
+    model = Qwen3VLForConditionalGeneration(config)
+    model.load_state_dict(weights)
     return model.eval()

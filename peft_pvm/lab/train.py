@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from ..data_file import holding
 from ..replacing import write_file
+from ..terminal import progress_bar
 from .mosaic import IMAGE, IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcriptions
 
 
@@ -79,19 +79,6 @@ class Recipe:
         )
         much = ", mostly long" * (self.lengths == "uniform")
         return f"{hidden}{self.steps:,} steps with up to {self.max_distractor_length:,} bytes of text in between{much}"
-
-
-def progress_bar() -> Progress:
-    """A bar with count, time spent and time left; it leaves the screen when done."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 def target_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -208,9 +195,10 @@ class Checkpoint:
         """
         if not os.path.isfile(self.path):
             return 0
-        with safe_open(self.path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(self.path)
+        with holding(self.path, "the checkpoint of a training"):
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            tensors = load_file(self.path)
         parameters = self._parameters(optimizer)
         shapes = [
             tuple(tensors[key].shape) for key in map("{}.parameter".format, range(len(tensors))) if key in tensors

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
+from ..data_file import holding, read_json
+from ..extras import require
 from ..replacing import replacing
 from .decay import Dilution, PowerLaw, rounded
 
 
 FORMAT_VERSION = 1
+NEEDED_TO_DRAW = ("lab", "matplotlib")  # the extra, and the module
 
 
 @dataclass(frozen=True)
@@ -182,19 +185,30 @@ class ProbeResult:
             The path of the report.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: matplotlib is not installed. All but the pictures and the report is written by then: `load`
+                reads it where matplotlib is.
         """
         from .html import report
-        from .plots import draw
 
-        pictures = draw(self)
+        missing = None
+        try:
+            require(*NEEDED_TO_DRAW)
+        except ImportError as error:
+            missing = error
+        else:
+            from .plots import draw
+
+            pictures = draw(self)
         with replacing(folder, entry="probe.json") as staged:
             for number, image in enumerate(self.images):
                 (staged / f"image-{number}.png").write_bytes(image)
-            for picture in pictures:
-                (staged / f"{picture.name}.png").write_bytes(picture.png)
             (staged / "probe.json").write_text(self.to_json(), encoding="utf-8", newline="\n")
-            (staged / "report.html").write_text(report(self, pictures), encoding="utf-8", newline="\n")
+            if missing is None:
+                for picture in pictures:
+                    (staged / f"{picture.name}.png").write_bytes(picture.png)
+                (staged / "report.html").write_text(report(self, pictures), encoding="utf-8", newline="\n")
+        if missing is not None:
+            raise ImportError(f"{folder} has the numbers, but neither pictures nor report. {missing}") from missing
         return Path(folder) / "report.html"
 
     def to_json(self) -> str:
@@ -213,22 +227,23 @@ class ProbeResult:
 
         Raises:
             FileNotFoundError: It holds no probe.json, or an image is missing.
-            ValueError: The file has another format.
+            ValueError: The file has another format, or is damaged.
         """
         folder = Path(folder)
         path = folder / "probe.json"
         if not path.is_file():
             raise FileNotFoundError(f"There is no {path}. ProbeResult.load reads a folder that save wrote.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         version = content.pop("format_version", None) if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format_version {version!r}, this peft_pvm reads {FORMAT_VERSION}.")
-        images = [(folder / f"image-{number}.png").read_bytes() for number in range(content.pop("num_images"))]
-        content["grids"] = [tuple(grid) for grid in content["grids"]]
-        content["forwards"] = [_forward(forward) for forward in content["forwards"]]
-        content["adapters"] = [AdapterRecord(**adapter) for adapter in content["adapters"]]
-        content["branches"] = [_branch(branch) for branch in content["branches"]]
-        return cls(**content, images=images)
+        with holding(path, "what ProbeResult.save writes"):
+            images = [(folder / f"image-{number}.png").read_bytes() for number in range(content.pop("num_images"))]
+            content["grids"] = [tuple(grid) for grid in content["grids"]]
+            content["forwards"] = [_forward(forward) for forward in content["forwards"]]
+            content["adapters"] = [AdapterRecord(**adapter) for adapter in content["adapters"]]
+            content["branches"] = [_branch(branch) for branch in content["branches"]]
+            return cls(**content, images=images)
 
 
 def _forward(content: Mapping[str, Any]) -> ForwardRecord:

@@ -91,10 +91,11 @@ def probe(
     vlm = find_vlm(base_of(model))
     names = acting_adapters(vlm.model)
     _check(vlm, model, inputs, max_new_tokens, sink_factor, sink_share)
+    check_retrieval(retrieval_tokens, max_new_tokens)
     progress = progress or (lambda description, done, total: None)
     with undisturbed(vlm):
         token_ids = generate(vlm.model, inputs, max_new_tokens, generate_kwargs or {}, progress)
-        _check_retrieval(retrieval_tokens, len(token_ids))
+        check_retrieval(retrieval_tokens, len(token_ids))
         whole = extended(vlm.model, inputs, token_ids[:-1])
         planned = _planned(names)
         forwards: list[ForwardRecord] = []
@@ -195,10 +196,13 @@ def _check(
         raise ValueError(f"Adapters {merged} are merged into the base, which hides it. Unmerge them first.")
 
 
-def _check_retrieval(retrieval_tokens: Sequence[int] | None, num_tokens: int) -> None:
+def check_retrieval(retrieval_tokens: Sequence[int] | None, num_tokens: int) -> None:
+    """Refuse tokens that are not among so many, counted from 0."""
     wrong = [token for token in retrieval_tokens or () if not 0 <= token < num_tokens]
     if wrong:
-        raise ValueError(f"retrieval_tokens names {wrong}, but {num_tokens} tokens were generated, counted from 0.")
+        raise ValueError(
+            f"retrieval_tokens names {wrong}, but the answer has no more than the tokens 0 to {num_tokens - 1}."
+        )
 
 
 @dataclass(eq=False)

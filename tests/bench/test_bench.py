@@ -203,9 +203,10 @@ def test_the_command(tmp_path: Path):
     assert written["settings"]["visual_tokens"] == 40
     assert written["machine"]["torch"] == torch.__version__
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    shown = run("--show", str(tmp_path / "bench.json"))
+    shown = run("--show", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "again.png"))
     assert shown.exit_code == 0
     assert shown.output in result.output
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "bench.png").read_bytes()
 
 
 def test_the_command_takes_a_model(tmp_path: Path):
@@ -219,22 +220,38 @@ def test_the_command_takes_a_model(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "pvm,lora"], r"methods names ['lora'], but there are base, pvm"),
-        (["--preset", "70b"], "preset is '70b', but must be one of tiny"),
+        (["--method", "pvm,lora"], "'--method': 'pvm,lora' must be some of base, pvm"),
+        (["--method", "pvm,"], "'--method': 'pvm,' must be some of base, pvm"),
+        (["--preset", "70b"], "'--preset': '70b' is not one of tiny"),
         (["--layers", "7"], "layers is 7, but"),
-        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--dtype", "int8"], "'--dtype': 'int8' is not one of float32"),
+        (["--device", "gpu"], "'--device': 'gpu' cannot be used: Expected one of cpu"),
+        (["--device", "meta"], "'--device': 'meta' cannot be used"),
         (["--context", "50", "--visual-tokens", "40"], "40 visual tokens need at least 57"),
-        (["--context", "many"], "--context is 'many', but must be whole numbers"),
-        (["--method", "pvm,"], "--method is 'pvm,', but must be some of base, pvm"),
-        (["--rounds", "0"], "rounds is 0"),
+        (["--attn-implementation", "nope"], "'--attn-implementation': 'nope' cannot be used"),
+        (["--context", "many"], "'--context': 'many' must be whole numbers"),
+        (["--rounds", "0"], "'--rounds': Input should be greater than or equal to 1, not '0'"),
         (["--model", "nowhere/there"], "nowhere/there"),
+        (["--model", "nowhere/there", "--layers", "2"], "'--model': A model has its own shape"),
         (["--show", "nowhere.json"], "nowhere.json"),
+        (["--show", __file__, "--rounds", "3"], "'--show': It measures nothing, so --rounds cannot be given"),
     ],
 )
 def test_refusals(arguments: list[str], message: str):
     result = run(*arguments)
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[", "[]", "{}", '{"contexts": [{}], "settings": 3, "model": []}', "[" * 10**5]
+)
+def test_what_is_no_measurement_is_not_shown(tmp_path: Path, content: str):
+    (tmp_path / "bench.json").write_text(content)
+    result = run("--show", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "bench.png"))
     assert result.exit_code == 1
-    assert message in result.output
+    assert result.stderr.startswith(f"Error: {tmp_path / 'bench.json'} ")
+    assert not (tmp_path / "bench.png").exists()
 
 
 @pytest.mark.parametrize("preset", ["tiny", "1b-random"])
@@ -270,8 +287,18 @@ def test_the_scale_command():
     assert "1.57 TB" in result.output
     timed = CliRunner().invoke(app, ["scale", "--bandwidth", "1000", "--context", "4096", "--batch", "1"])
     assert "15.7" in timed.output  # 15.7 GB at 1,000 GB a second, in ms
-    for wrong in (["--preset", "70b"], ["--bandwidth", "0"], ["--branches", "37"]):
-        assert CliRunner().invoke(app, ["scale", *wrong]).exit_code == 1, wrong
+    wrongs = {
+        "preset": "70b",
+        "bandwidth": "nan",
+        "branches": "37",
+        "context": "0",
+        "batch": "x",
+        "visual-tokens": "40000",
+    }
+    for name, wrong in wrongs.items():
+        refused = CliRunner().invoke(app, ["scale", f"--{name}", wrong])
+        assert refused.exit_code in (1, 2), name
+        assert wrong in refused.stderr, name
 
 
 def test_import_is_quick():

@@ -96,7 +96,9 @@ def test_the_command_says_what_is_missing(without_lmms_eval):
     [
         ("--lengths", "1k", "whole numbers of tokens, such as 0,1024"),
         ("--lengths", "", "whole numbers of tokens, such as 0,1024"),
-        ("--seeds", "0,x", "whole numbers"),
+        ("--lengths", "-1", "whole numbers of tokens, such as 0,1024"),
+        ("--seeds", "0,x", "whole numbers from 0 on"),
+        ("--seeds", "99999999999", "whole numbers from 0 on"),
         ("--tasks", "a,,b", "names of tasks or groups"),
     ],
 )
@@ -104,8 +106,9 @@ def test_the_command_says_which_option_is_wrong(tmp_path, option: str, value: st
     options = {"--model": "qwen3_vl", "--model-args": "pretrained=x", "--tasks": "a", "--out": str(tmp_path / "out")}
     given = [part for pair in {**options, option: value}.items() for part in pair]
     done = CliRunner().invoke(app, ["eval-lengths", *given])
-    assert done.exit_code == 1
-    assert done.stderr == f"Error: {option} is {value!r}, but must be {accepted}, separated by commas.\n"
+    assert done.exit_code == 2
+    message = f"Error: Invalid value for '{option}': {value!r} must be {accepted}, separated by commas."
+    assert done.stderr.startswith(message)
     assert not (tmp_path / "out").exists()
 
 

@@ -93,6 +93,29 @@ def test_what_cannot_be_read_back_is_refused(result: ProbeResult, tmp_path: Path
         ProbeResult.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[" * 100_000, '{"format_version": 1}', '{"format_version": 1, "num_images": "x"}']
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, content: str):
+    (tmp_path / "probe.json").write_text(content)
+    with pytest.raises(ValueError, match=r"probe\.json (is damaged|does not hold)"):
+        ProbeResult.load(tmp_path)
+
+
+def test_without_matplotlib_the_numbers_are_saved(
+    result: ProbeResult, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("peft_pvm.extras.find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"has the numbers, but neither .* needs matplotlib, .* pip install '\.\[lab\]'"
+    ):
+        result.save(tmp_path)
+    assert sorted(files(tmp_path)) == ["image-0.png", "probe.json"]
+    monkeypatch.undo()
+    ProbeResult.load(tmp_path).save(tmp_path)
+    assert files(tmp_path) == files(saved.parent)
+
+
 def test_the_page_parses_and_needs_nothing_else(result: ProbeResult, saved: Path):
     text = saved.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>")

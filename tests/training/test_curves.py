@@ -59,4 +59,17 @@ def test_command(tmp_path: Path):
     assert (tmp_path / "c.png").read_bytes() == draw_curves(LOG)
     result = CliRunner().invoke(app, ["curves", str(tmp_path / "none")])
     assert result.exit_code == 1
-    assert "no trainer_state.json" in result.output
+    assert "no trainer_state.json" in result.stderr
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"log_history": [3]}', '{"log_history": {"a": 1}}'])
+def test_a_damaged_log(tmp_path: Path, content: str):
+    (tmp_path / "trainer_state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"trainer_state\.json (is damaged|does not hold)"):
+        read_log(tmp_path)
+
+
+def test_what_is_no_number_is_not_drawn(tmp_path: Path):
+    log = [*LOG, {"step": 3, "loss": "nan", "gaze/gate/default/last": 1.0}, {"loss": 3.0}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    assert draw_curves(read_log(tmp_path)) == draw_curves(LOG)

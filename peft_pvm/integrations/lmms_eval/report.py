@@ -6,13 +6,16 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from ...plotting import line_look, new_figure, styled
 from . import SEPARATOR
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 Score = tuple[float, float | None]  # a mean and its standard error, if that is known

@@ -1,0 +1,63 @@
+"""What reaches the terminal: text of others as it stands, without effect on the terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+# Control characters save tab and newline, marks that turn the direction of writing, and lone surrogates.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    r"""Text in which control characters are written out.
+
+    Example:
+        >>> print(printable("\x1b[31mred"))
+        \x1b[31mred
+    """
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def say(text: object, err: bool = False) -> None:
+    """Print a line.
+
+    Args:
+        text: What it says.
+        err: Whether it goes to standard error.
+    """
+    print(printable(text), file=sys.stderr if err else sys.stdout)
+
+
+class Terminal(Console):
+    """A rich console that takes no markup, so that a path such as `runs[/x]` is printed as it is.
+
+    Args:
+        kwargs: Of `rich.console.Console`.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(markup=False, emoji=False, **kwargs)
+
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        """As rich does, of printable text."""
+        return super().render_str(printable(text), **kwargs)
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error with count, time spent and time left; it leaves the screen when done."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Terminal(stderr=True),
+        transient=True,
+    )
