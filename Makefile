@@ -11,8 +11,10 @@ WORKERS ?= auto
 # What test-newest takes of torch, most builds of which come with CUDA.
 TORCH ?= torch==2.13.0
 PYTEST = pytest -n $(WORKERS) -q
-GPU_TESTS = tests/test_five_properties.py tests/test_generation.py tests/test_combinations.py tests/test_decoding_step.py \
-	tests/dipe tests/tdrs tests/pvm
+GPU_TESTS = tests/test_five_properties.py tests/test_generation.py tests/test_turns.py tests/test_combinations.py \
+	tests/test_decoding_step.py tests/test_eviction.py tests/test_threads.py tests/dipe/test_oracle.py tests/dipe/test_parity.py \
+	tests/dipe/test_anchored.py tests/tdrs/test_oracle.py tests/tdrs/test_triton_kernel.py tests/pvm/test_parity.py \
+	tests/pvm/test_training.py tests/pvm/test_memory.py tests/pvm/test_adapters_by_row.py
 
 SHELL = bash -o pipefail
 

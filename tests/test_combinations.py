@@ -38,7 +38,7 @@ def settle(model: torch.nn.Module) -> None:
         if ".lora_" in name:
             generator = torch.Generator().manual_seed(len(name))
             with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.2)
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "llava", "gemma3"])

@@ -45,7 +45,7 @@ def test_gradients_equal_the_oracles(family: TinyVLM):
         generator = torch.Generator().manual_seed(0)
         for _, parameter in sorted(lora.named_parameters()):
             if parameter.requires_grad:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.1)
         if kind == "oracle":
             with oracle(model, inputs, dipe=True) as reference:
                 reference(**in_double(inputs)).logits[real].square().mean().backward()

@@ -26,7 +26,8 @@ def trained(model: PeftModel, adapter_name: str, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".pvm_" in name and f".{adapter_name}." in name:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+                parameter.add_(0.3 * noise.to(parameter.device))
 
 
 @pytest.fixture

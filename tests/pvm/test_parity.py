@@ -44,7 +44,8 @@ NAMES = {  # the authors' names
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
     with safe_open(GOLDEN, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        device = torch.get_default_device()
+        return {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
 
 
 @pytest.fixture(scope="module")
