@@ -11,8 +11,9 @@ from torch import nn
 
 from ..context import CONTEXT, VisualContext, dropped_keywords
 from ..families import DecoderBlock
+from ..fitting import PEFT_PREFIX
 from ..tap import this_thread
-from ..tuner import PEFT_PREFIX, VisualTunerLayer
+from ..tuner import VisualTunerLayer
 from .branch import WEIGHTS, Branch, fresh_weights, weight_name
 from .config import PVMConfig
 from .shape import BranchShape

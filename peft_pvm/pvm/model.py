@@ -13,6 +13,7 @@ from torch import nn
 
 from ..context import BASE, CONTEXT, names_by_row
 from ..tap import this_thread
+from ..text import quoted
 from ..tuner import VisualTuner, name_is_taken
 from .config import PVMConfig
 from .layer import PVMLayer, own_tensors
@@ -166,8 +167,8 @@ class PVMModel(VisualTuner):
         too_deep = [layer_idx for layer_idx in config.layer_indices if layer_idx >= depth]
         if too_deep:
             raise ValueError(
-                f"PVMConfig.layers_to_transform names layers {too_deep}, but the text model has only {depth} layers "
-                f"(0 to {depth - 1})."
+                f"PVMConfig.layers_to_transform names layers {quoted(too_deep)}, but the text model has only "
+                f"{depth} layers (0 to {depth - 1})."
             )
         return config
 
@@ -175,12 +176,12 @@ class PVMModel(VisualTuner):
         vlm = self.vlm
         return tuple(vlm.layer_name(layer_idx) for layer_idx in config.layer_indices)
 
-    def expected_shapes(self, config: PVMConfig, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def expected_tensors(self, config: PVMConfig, layer: nn.Module) -> dict[str, torch.Tensor]:
         vlm = self.vlm
         with torch.device("meta"):
             blank = PVMLayer(layer, vlm.block, vlm.index_of(layer))
             blank.update_layer("adapter", config, vlm.text_config)
-        return {key.replace(".adapter", ""): tuple(tensor.shape) for key, tensor in blank.state_dict().items()}
+        return {key.replace(".adapter", ""): tensor for key, tensor in blank.state_dict().items()}
 
     def new_layer(self, target: nn.Module) -> PVMLayer:
         vlm = self.vlm

@@ -8,6 +8,26 @@ from typing import Any
 from .config import WIDEST, PVMConfig
 
 
+# The sizes of each weight, by name. "hidden" is one size for a base model, the others are each branch's own.
+SIZES: dict[str, tuple[str | int, ...]] = {
+    "text_reducer": ("r", "hidden"),
+    "vision_reducer": ("r", "hidden"),
+    "input_norm": ("r",),
+    "q_proj": ("r", "r"),
+    "k_proj": ("keys", "r"),
+    "v_proj": ("keys", "r"),
+    "o_proj": ("r", "r"),
+    "q_norm": ("head",),
+    "k_norm": ("head",),
+    "post_attn_norm": ("r",),
+    "gate_proj": ("mlp", "r"),
+    "up_proj": ("mlp", "r"),
+    "down_proj": ("r", "mlp"),
+    "output_expander": ("hidden", "r"),
+    "gate": (1,),
+}
+
+
 @dataclass(frozen=True)
 class BranchShape:
     """The sizes of a branch, derived from the base model's.
