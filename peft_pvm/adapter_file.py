@@ -96,7 +96,7 @@ class AdapterFile:
                     raise SafetensorError(f"its header would be {length:,} bytes long")
             with safe_open(file, framework="pt") as tensors:
                 yield tensors
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last: the system cannot map so large a file
             raise ValueError(
                 f"{plain(file, 200)} is damaged or not a safetensors file: {plain(error, 200)}"
             ) from error

@@ -29,7 +29,7 @@ def misfits(
         expected: By key, a tensor of the shape and kind of number that is needed.
         base: Keys of the base model, for the message.
     """
-    problems = [f"{key} is missing" for key in expected if key not in found]
+    problems = []
     for key, tensor in found.items():
         if key not in expected:
             owner = "the base model, and modules_to_save does not name it" if key in base else "nothing in this model"
@@ -40,7 +40,7 @@ def misfits(
         elif tensor.is_floating_point() != expected[key].is_floating_point():
             kind = "floating-point" if expected[key].is_floating_point() else "whole"
             problems.append(f"{key} holds {tensor.dtype}, not {kind} numbers")
-    return problems
+    return problems + [f"{key} is missing" for key in expected if key not in found]
 
 
 def flaws(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:

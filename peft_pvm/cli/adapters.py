@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
-from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..cards import write_card
 from ..checkpoints import convert_reference_checkpoint, export_reference_checkpoint
-from ..inspection import Inspection, inspect_adapter
+from ..inspection import Inspection, inspect_adapter, read_config
 from ..integrations.vllm import export_vllm as write_for_vllm
 from ..pvm.files import merge_adapters
 from ..pvm.merging import CombinationType
-from ..tuner import VisualConfig
+from ..text import plain, quoted
 from .refusals import refusals
 
 
@@ -59,7 +59,7 @@ def merge(
         raise typer.BadParameter(f"{weights!r} are not numbers with commas between.", param_hint="--weights") from None
     with refusals():
         options = {"combination_type": combination_type, "density": density, "force": force}
-        typer.echo(merge_adapters(adapters, numbers, out, **options))
+        typer.echo(plain(merge_adapters(adapters, numbers, out, **options)))
 
 
 def convert(
@@ -69,7 +69,7 @@ def convert(
 ) -> None:
     """Make an adapter of a checkpoint of the authors' PVM code."""
     with refusals():
-        typer.echo(convert_reference_checkpoint(source, out, with_base))
+        typer.echo(plain(convert_reference_checkpoint(source, out, with_base)))
     if with_base is None:
         note = (
             "The checkpoint also holds the base model. If it was trained along (the paper's second stage), the "
@@ -85,7 +85,7 @@ def export_reference(
 ) -> None:
     """Make a checkpoint for the authors' PVM code of an adapter and its base model."""
     with refusals():
-        typer.echo(export_reference_checkpoint(adapter, base, out))
+        typer.echo(plain(export_reference_checkpoint(adapter, base, out)))
 
 
 def export_vllm(
@@ -98,17 +98,14 @@ def export_vllm(
 ) -> None:
     """Make a folder of a base model and adapters that `vllm serve` takes."""
     with refusals():
-        typer.echo(write_for_vllm(base, adapters, out, accept_causal))
+        typer.echo(plain(write_for_vllm(base, adapters, out, accept_causal)))
 
 
 def card(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
     """Write an adapter's model card again, with what its results.json holds."""
     with refusals():
-        config = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config, VisualConfig):
-            raise ValueError(f"{folder} is an adapter of type {config.peft_type}, not of peft_pvm.")
-        write_card(config, folder)
-    typer.echo(folder / "README.md")
+        write_card(read_config(folder), folder)
+    typer.echo(plain(folder / "README.md"))
 
 
 def _table(adapter: str, found: Inspection) -> Table:
@@ -116,7 +113,7 @@ def _table(adapter: str, found: Inspection) -> Table:
     rows = {
         "method": found.method,
         "parameters": f"{found.parameters:,} ({found.num_bytes / 2**20:.2f} MiB, {', '.join(found.dtypes) or 'none'})",
-        "layers": config.get("layers_to_transform", "all"),
+        "layers": quoted(config.get("layers_to_transform", "all")),
         "trained on": config.get("base_model_name_or_path", "not said"),
     }
     if found.gates:
@@ -127,8 +124,8 @@ def _table(adapter: str, found: Inspection) -> Table:
         title = "gates" if len(found.gates) == 1 else f"gates of branch {number}"
         rows[title] = ", ".join(f"layer {layer_idx}: {gate:.4g}" for layer_idx, gate in by_layer.items())
     if found.base is not None:
-        rows[f"fits {found.base}"] = "yes" if found.misfit is None else f"no: {found.misfit}"
-    table = Table(title=adapter, show_header=False)
+        rows[f"fits {found.base}"] = "yes" if found.misfit is None else f"no: {' '.join(found.misfit.split())}"
+    table = Table(title=Text(plain(adapter)), show_header=False)
     for name, value in rows.items():
-        table.add_row(name, str(value))
+        table.add_row(Text(plain(name)), Text(plain(value)))  # Text, in which brackets are no markup
     return table

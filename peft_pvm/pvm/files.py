@@ -36,7 +36,7 @@ def read_adapter(path: str | os.PathLike, **kwargs: Any) -> tuple[PVMConfig, Ten
     problems = _problems(file.header(), config)
     tensors = {} if problems else dict(file.read())
     if problems := problems or flaws(tensors.items()):
-        raise ValueError(f"{plain(path, 200)} is not what its configuration says: {listed(problems)}.")
+        raise ValueError(f"{plain(path, 200)} does not hold what its configuration describes: {listed(problems)}.")
     return config, tensors
 
 
@@ -52,7 +52,6 @@ def _problems(header: Tensors, config: PVMConfig) -> list[str]:
     own = {key: key[key.rindex(".layers.") :] for key in header if ".layers." in key and ".pvm.pvm_" in key}
     prefixes = {key.removesuffix(end) for key, end in own.items()}
     problems = [f"its layers have different names, {quoted(sorted(prefixes))}"] if len(prefixes) > 1 else []
-    problems += [f"it lacks {end}" for end in sorted(needed.keys() - own.values())]
     sizes: dict[tuple[str | int, int], int] = {}
     for number, part in enumerate(parts):
         sizes |= {("r", number): part.r, (1, number): 1}
@@ -71,7 +70,7 @@ def _problems(header: Tensors, config: PVMConfig) -> list[str]:
                 names
             ) != tensor.dim():
                 problems.append(f"{key} has shape {tuple(tensor.shape)}, which does not go with the others")
-    return problems
+    return problems + [f"it lacks {end}" for end in sorted(needed.keys() - own.values())]
 
 
 def merge_adapters(

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig
-
 from ...checkpoints import BaseCheckpoint, check_shapes
 from ...dipe import DIPEConfig
+from ...inspection import read_config
 from ...pvm import PVMConfig
 from ...pvm.files import read_adapter
 from ...pvm.merging import Tensors
-from ...tuner import PEFT_PREFIX, VisualConfig
+from ...tuner import PEFT_PREFIX
 from .served import ARCHITECTURE, FIELD, fields_of
 
 
@@ -52,9 +51,7 @@ def export_vllm(
     by_method: dict[str, dict[str, Any]] = {}
     branch: Tensors = {}
     for adapter in adapters:
-        config = PeftConfig.from_pretrained(os.fspath(adapter))
-        if not isinstance(config, VisualConfig):
-            raise ValueError(f"{adapter} is an adapter of type {config.peft_type}, not of peft_pvm.")
+        config = read_config(adapter)
         if config.method in by_method:
             raise ValueError(f"{adapter} is a second adapter of {config.method}, but one model is served with one.")
         if isinstance(config, PVMConfig):
