@@ -139,8 +139,6 @@ def check_modules_to_save(model: nn.Module, modules_to_save: Sequence[str], own:
     Raises:
         ValueError: A name stands for no module, or for one that is a part of an adapter or has one inside.
     """
-    if not modules_to_save:
-        return
     modules = dict(model.named_modules(remove_duplicate=False))
     coming = {key.removeprefix(PEFT_PREFIX).rpartition(".")[0] for key in own}  # the modules that hold them
     coming |= {name.rpartition(".")[0] for name in coming}  # and the tuner layers around

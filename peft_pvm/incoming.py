@@ -52,7 +52,7 @@ class Incoming:
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
 
         def rename(key: str) -> str:
-            if key in expected:
+            if key in expected or not key.startswith(PEFT_PREFIX):  # PEFT does not rename what lacks the prefix
                 return key
             name = key.removeprefix(PEFT_PREFIX)
             for renaming in renamings:
@@ -91,6 +91,8 @@ def loading(incoming: Incoming) -> Iterator[None]:
 
 
 def _by_patterns(key: str, patterns: Mapping[str, str]) -> str:
+    if not key.startswith(PEFT_PREFIX):
+        return key
     name = key.removeprefix(PEFT_PREFIX)
     for pattern, replacement in patterns.items():
         renamed, count = re.subn(pattern, replacement, name)

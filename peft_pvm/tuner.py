@@ -21,7 +21,7 @@ from .cards import write_card
 from .checks import check, is_text
 from .families import VisionLanguageModel, find_vlm
 from .fitting import PEFT_PREFIX, bare, base_tensors, check_loaded, check_modules_to_save, refuse_unless_fit
-from .incoming import INCOMING
+from .incoming import INCOMING, NOTHING
 from .tap import Tap
 from .text import quoted
 from .versions import LOADS_MODULES_TO_SAVE
@@ -197,7 +197,8 @@ class VisualTuner(BaseTuner):
         resolved = self.resolve(peft_config)
         resolved.target_modules = self.targeted_names(resolved)
         saved = getattr(resolved, "modules_to_save", None) or ()
-        check_modules_to_save(self.model, saved, self._own_tensors(resolved))
+        if saved:
+            check_modules_to_save(self.model, saved, self._own_tensors(resolved))
         incoming = INCOMING.get()
         file = incoming.file or resolved._source
         if incoming.by_transformers and not LOADS_MODULES_TO_SAVE and saved:
@@ -207,8 +208,8 @@ class VisualTuner(BaseTuner):
             )
         if incoming.tensors is not None:
             refuse_unless_fit("this model", bare(incoming.tensors), bare(self._expected(resolved)))
-        # A folder with a configuration alone is a fine start for training, but nothing to run.
-        elif file is not None and (resolved.inference_mode or not file.is_config_only()):
+        # A folder with a configuration alone is a fine start for training, but nothing to run or load.
+        elif file is not None and (incoming is not NOTHING or resolved.inference_mode or not file.is_config_only()):
             self.check_file(file, resolved)
         for name, config in self.peft_config.items():
             if config is peft_config:

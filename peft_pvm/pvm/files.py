@@ -65,10 +65,9 @@ def _problems(header: Tensors, config: PVMConfig) -> list[str]:
             problems.append(f"{key} holds {tensor.dtype}, not floating-point numbers")
         else:
             name, number = needed[own[key]]
-            names = [(size, 0 if size == "hidden" else number) for size in SIZES[name]]
-            if [sizes.setdefault(size, n) for size, n in zip(names, tensor.shape)] != list(tensor.shape) or len(
-                names
-            ) != tensor.dim():
+            wanted = [(size, 0 if size == "hidden" else number) for size in SIZES[name]]
+            shape = [sizes.setdefault(size, length) for size, length in zip(wanted, tensor.shape)]
+            if shape != list(tensor.shape) or len(wanted) != tensor.dim():
                 problems.append(f"{key} has shape {tuple(tensor.shape)}, which does not go with the others")
     return problems + [f"it lacks {end}" for end in sorted(needed.keys() - own.values())]
 

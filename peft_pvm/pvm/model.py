@@ -15,6 +15,7 @@ from ..context import BASE, CONTEXT, names_by_row
 from ..tap import this_thread
 from ..text import quoted
 from ..tuner import VisualTuner, name_is_taken
+from .branch import weight_name
 from .config import PVMConfig
 from .layer import PVMLayer, own_tensors
 from .merging import CombinationType, combine, lineage_of
@@ -178,10 +179,12 @@ class PVMModel(VisualTuner):
 
     def expected_tensors(self, config: PVMConfig, layer: nn.Module) -> dict[str, torch.Tensor]:
         vlm = self.vlm
-        with torch.device("meta"):
-            blank = PVMLayer(layer, vlm.block, vlm.index_of(layer))
-            blank.update_layer("adapter", config, vlm.text_config)
-        return {key.replace(".adapter", ""): tensor for key, tensor in blank.state_dict().items()}
+        return {
+            f"{weight_name(name, number)}.weight": torch.empty(sizes, device="meta")
+            for number, part in enumerate(config.parts())
+            if vlm.index_of(layer) in part.layer_indices
+            for name, sizes in BranchShape.of(part, vlm.text_config).weights().items()
+        }
 
     def new_layer(self, target: nn.Module) -> PVMLayer:
         vlm = self.vlm

@@ -96,6 +96,18 @@ class BranchShape:
             initializer_range=text_config.initializer_range,
         )
 
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight, by name."""
+        sizes: dict[str | int, int] = {
+            "r": self.r,
+            "hidden": self.hidden_size,
+            "keys": self.num_key_value_heads * self.head_dim,
+            "head": self.head_dim,
+            "mlp": self.intermediate_size,
+            1: 1,
+        }
+        return {name: tuple(sizes[size] for size in wanted) for name, wanted in SIZES.items()}
+
 
 def _first(text_config: Any, *names: str, hint: str = "") -> Any:
     for name in names:

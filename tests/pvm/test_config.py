@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from peft import PeftConfig
 from transformers import LlamaConfig, Qwen3VLTextConfig
 
 from peft_pvm import PVMConfig
+from peft_pvm.pvm.branch import WEIGHTS, fresh_weights
 from peft_pvm.pvm.model import strided_layers
 from peft_pvm.pvm.shape import BranchShape
 from peft_pvm.text import LONGEST
@@ -105,6 +107,15 @@ def test_heads_follow_the_bases_grouping(r: int, heads: int, kv_heads: int, bran
     text_config = LlamaConfig(hidden_size=4096, num_attention_heads=heads, num_key_value_heads=kv_heads)
     shape = BranchShape.of(PVMConfig(r=r), text_config)
     assert (shape.num_heads, shape.num_key_value_heads) == (branch_heads, branch_kv_heads)
+
+
+def test_sizes_of_weights_are_those_of_the_modules():
+    config, text_config = PVMConfig(r=512), LlamaConfig(hidden_size=1024, num_attention_heads=8, num_key_value_heads=2)
+    shape = BranchShape.of(config, text_config)
+    with torch.device("meta"):
+        fresh = fresh_weights(config, shape)
+    assert shape.weights() == {name: tuple(module.weight.shape) for name, module in fresh.items()}
+    assert shape.weights().keys() == set(WEIGHTS)
 
 
 def test_mlp_width():

@@ -1,0 +1,33 @@
+"""`python -m fuzz --folders 20000 --seed 0`, run in `tests/`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .harness import Harness, Report, say
+
+
+def main() -> int:
+    """Run as many folders as are asked for, and say what came of them."""
+    parser = argparse.ArgumentParser(description="Load damaged adapter folders.")
+    parser.add_argument("--folders", type=int, default=2_000)
+    parser.add_argument("--seed", type=int, default=0, help="Of the first folder.")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    report = Report()
+    with tempfile.TemporaryDirectory() as workplace:
+        harness = Harness(Path(workplace))
+        for first in range(arguments.seed, arguments.seed + arguments.folders, 500):
+            harness.run(min(500, arguments.seed + arguments.folders - first), first, report)
+            done = first - arguments.seed + 500
+            print(f"{done} folders, {len(report.faults)} faults, {time.perf_counter() - start:.0f} s", flush=True)
+    say(report)
+    return 1 if report.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
