@@ -21,15 +21,18 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from .adapter_file import write_adapter
+from .json_files import read_json
 from .pvm import PVMConfig
 from .pvm.branch import fresh_weights, weight_name
 from .pvm.files import read_adapter
 from .pvm.merging import Tensors
 from .pvm.shape import BranchShape
+from .text import listed, plain, quoted
 from .tuner import PEFT_PREFIX
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LONGEST_INDEX = 64 * 2**20  # bytes
 FIRST_OF_TWO, PVM_SHARD = "model-00001-of-00002.safetensors", "model-pvm.safetensors"
 FIELDS = ("pvm_hidden_size", "pvm_layers")
 AUTHORS_NAMES = {
@@ -201,7 +204,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}.")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("text_config"), dict):
         raise ValueError(f"{path} has no text_config: it is not that of a vision-language model.")
     return content
@@ -210,9 +213,13 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        content = read_json(index, LONGEST_INDEX)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{plain(index, 200)} has no weight_map that names a file for every tensor.")
+        names = sorted(set(weight_map.values()))
         if wrong := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{index} names {wrong}, which lead out of the folder.")
+            raise ValueError(f"{plain(index, 200)} names {quoted(wrong)}, which lead out of the folder.")
     else:
         names = [SINGLE]
     shards = [folder / name for name in names]
@@ -281,7 +288,7 @@ def check_shapes(
             problems.append(f"{name} of layer {layer_idx} is {had}, but must be of shape {shape}")
     problems += [f"layer {layer_idx} has {name}, but no branch" for layer_idx, name in found.keys() - needed.keys()]
     if problems:
-        raise ValueError(f"{source} does not hold the PVM branch that it speaks of: {'; '.join(problems[:10])}")
+        raise ValueError(f"{plain(source, 200)} does not hold the PVM branch that it speaks of: {listed(problems)}")
 
 
 def _text_config(content: dict[str, Any]) -> Any:

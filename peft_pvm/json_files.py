@@ -6,27 +6,31 @@ import json
 import os
 from typing import Any
 
+from .text import plain
+
 
 LONGEST_FILE = 8 * 2**20  # bytes; parsed, they take many times as much memory
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike, limit: int = LONGEST_FILE) -> Any:
     """What a JSON file holds.
 
     Args:
         path: The file.
+        limit: How many bytes it may have.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: It is too long, not JSON or too deeply nested.
     """
     with open(path, "rb") as file:
-        content = file.read(LONGEST_FILE + 1)
-    if len(content) > LONGEST_FILE:
-        raise ValueError(f"{path} is longer than {LONGEST_FILE:,} bytes, which no such file has. It may be damaged.")
+        content = file.read(limit + 1)
+    where = plain(path, 200)
+    if len(content) > limit:
+        raise ValueError(f"{where} is longer than {limit:,} bytes, which no such file has. It may be damaged.")
     try:
         return json.loads(content.decode("utf-8"))
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply. It may be damaged.") from None
+        raise ValueError(f"{where} is nested too deeply. It may be damaged.") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{where} is not JSON: {plain(error, 200)}") from error

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from .text import listed, plain
+
 
 def adapter_names(sources: Collection[str]) -> dict[str, str]:
     """A name for each adapter, from its folder or Hub id; those that are alike are numbered.
@@ -55,17 +57,17 @@ def load_adapters(model: Any, sources: Collection[str]) -> list[str]:
 
 
 def _load(model: Any, name: str, source: str) -> None:
-    refusal = f"The adapter {source} does not fit {type(model).__name__} or cannot be read"
+    refusal = f"The adapter {plain(source, 100)} does not fit {type(model).__name__} or cannot be read"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
             loaded = model.load_adapter(source, adapter_name=name)
     except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
-        raise ValueError(f"{refusal}: {error}") from error
+        raise ValueError(plain(f"{refusal}: {error}", keep="\n")) from error
     # transformers would only warn, and run with half an adapter.
     missing = sorted(key for key in loaded.missing_keys if f".{name}." in key)
     strays = sorted(loaded.unexpected_keys)
     if missing or strays:
-        lacks = f"it lacks {len(missing)} tensors ({missing[0]} ...)" if missing else ""
-        brings = f"{len(strays)} of its tensors belong to nothing ({strays[0]} ...)" if strays else ""
+        lacks = f"it lacks {listed(missing)}" if missing else ""
+        brings = f"nothing takes its {listed(strays)}" if strays else ""
         raise ValueError(f"{refusal}: {' and '.join(filter(None, (lacks, brings)))}.")

@@ -16,11 +16,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Load damaged adapter folders.")
     parser.add_argument("--folders", type=int, default=2_000)
     parser.add_argument("--seed", type=int, default=0, help="Of the first folder.")
+    parser.add_argument("--family", default="llava", help="Of the base model.")
     arguments = parser.parse_args()
     start = time.perf_counter()
     report = Report()
     with tempfile.TemporaryDirectory() as workplace:
-        harness = Harness(Path(workplace))
+        harness = Harness(Path(workplace), arguments.family)
         for first in range(arguments.seed, arguments.seed + arguments.folders, 500):
             harness.run(min(500, arguments.seed + arguments.folders - first), first, report)
             done = first - arguments.seed + 500

@@ -81,11 +81,12 @@ class Harness:
 
     Args:
         workplace: A folder for them.
+        family: The base model's.
     """
 
-    def __init__(self, workplace: Path):
+    def __init__(self, workplace: Path, family: str = "llava"):
         self.workplace = workplace
-        tiny = FAMILIES["llava"]
+        tiny = FAMILIES[family]
         self.base = tiny.build()
         self.inputs = tiny.inputs(self.base, "t4 i t3")
         self.expected = logits(self.base, self.inputs)
