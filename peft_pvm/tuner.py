@@ -342,6 +342,6 @@ class VisualTuner(BaseTuner):
 def name_is_taken(adapter_name: str) -> ValueError:
     """The error for a second adapter of one name."""
     return ValueError(
-        f"An adapter {adapter_name!r} is already attached to this model. Take another name (adapter_name=...), or "
-        "take it off first with unload() or delete_adapter()."
+        f"An adapter {quoted(adapter_name)} is already attached to this model. Take another name (adapter_name=...), "
+        "or take it off first with unload() or delete_adapter()."
     )

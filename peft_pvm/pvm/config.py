@@ -127,7 +127,7 @@ class PVMConfig(VisualConfig):
         check(self, "init_weights", isinstance(self.init_weights, bool), "True or False")
         modules = self.modules_to_save
         valid = isinstance(modules, (list, tuple)) and len(modules) <= MOST_MODULES
-        valid = valid and all(is_text(name) and name for name in modules or ())
+        valid = valid and all(is_text(name, 200) and name for name in modules or ())
         check(self, "modules_to_save", modules is None or valid, "a list of module names or None")
         check(self, "memory_visibility", self.memory_visibility in MEMORY_VISIBILITY, f"one of {MEMORY_VISIBILITY}")
         check(self, "memory_source", self.memory_source in MEMORY_SOURCE, f"one of {MEMORY_SOURCE}")

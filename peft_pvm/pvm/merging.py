@@ -109,7 +109,7 @@ def combine(
     for key, first in adapters[0][1].items():
         shapes = {tuple(tensors[key].shape) for _, tensors in adapters}
         if len(shapes) > 1:
-            raise ValueError(f"{key} has different shapes in the adapters, {sorted(shapes)}.")
+            raise ValueError(f"{key} has different shapes in the adapters, {quoted(sorted(shapes))}.")
         stacked = [tensors[key].float() for _, tensors in adapters]
         if combination_type == "linear" or first.dim() < 2:
             merged = torch.stack([weight / total * tensor for weight, tensor in zip(weights, stacked)]).sum(0)

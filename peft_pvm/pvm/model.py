@@ -104,7 +104,8 @@ class PVMModel(VisualTuner):
         unknown = sorted(set(adapter_names) - known - {BASE})
         if unknown:
             raise ValueError(
-                f"adapter_names names {unknown}, but the model has the PVM adapters {sorted(known)} (and {BASE!r})."
+                f"adapter_names names {quoted(unknown)}, but the model has the PVM adapters {quoted(sorted(known))} "
+                f"(and {BASE!r})."
             )
 
     def add_weighted_adapter(
@@ -134,7 +135,7 @@ class PVMModel(VisualTuner):
         """
         known = self._adapter_names()
         if unknown := [name for name in adapters if name not in known]:
-            raise ValueError(f"The model has no PVM adapters {unknown}; it has {sorted(known)}.")
+            raise ValueError(f"The model has no PVM adapters {quoted(unknown)}; it has {quoted(sorted(known))}.")
         if adapter_name in self.peft_config:
             raise name_is_taken(adapter_name)
         sources = [(self.peft_config[name], own_tensors(self.model, name)) for name in adapters]

@@ -198,6 +198,8 @@ class Harness:
         if entry == "new weights":  # PEFT does not look at the configuration
             peft_type = PEFT_TYPES[self.kind]
         is_of_others = isinstance(peft_type, str) and peft_type not in OURS and entry not in ("hotswap", "tools")
+        if is_of_others and any(path.is_fifo() for path in folder.iterdir()):  # PEFT waits for one to write to it
+            return "of others"
         before = state_of(model)
         try:
             loaded = self.entries[entry](model, folder)
