@@ -23,9 +23,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as workplace:
         harness = Harness(Path(workplace), arguments.family)
         for first in range(arguments.seed, arguments.seed + arguments.folders, 500):
+            known = len(report.faults)
             harness.run(min(500, arguments.seed + arguments.folders - first), first, report)
-            done = first - arguments.seed + 500
-            print(f"{done} folders, {len(report.faults)} faults, {time.perf_counter() - start:.0f} s", flush=True)
+            seconds = time.perf_counter() - start
+            print(f"up to seed {first + 499}: {len(report.faults)} faults, {seconds:.0f} s", flush=True)
+            print(*report.faults[known:], sep="\n", end="", flush=True)
     say(report)
     return 1 if report.faults else 0
 
