@@ -13,7 +13,7 @@ import peft
 import peft.peft_model
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, PeftType, register_peft_method, save_and_load
 from transformers import PreTrainedModel
@@ -21,10 +21,10 @@ from transformers.utils import PushToHubMixin
 
 from .adapter_file import AdapterFile, written_whole
 from .cards import write_card
+from .fitting import check_loaded
 from .incoming import INCOMING, NOTHING, Incoming, loading
 from .json_files import read_json
 from .text import LONGEST, plain
-from .tuner import check_loaded
 
 
 EXTENDED = "peft_pvm_was_here"
@@ -147,9 +147,11 @@ def _saying_what_peft_loads(original: Callable[..., Any]) -> Callable[..., Any]:
         if not patterns:
             asked["key_mapping"] = exact_patterns
         with loading(Incoming(file=file, patterns=patterns, exact_patterns=exact_patterns)):
-            attached = getattr(args[0], "peft_config", {}).get(asked["adapter_name"]) if "self" in asked else None
-            if hasattr(attached, "set_source"):  # new weights for it
-                args[0].base_model.check_file(file, attached)
+            model = asked.get("self")
+            attached = model.peft_config.get(asked["adapter_name"]) if model is not None else None
+            # New weights for it. Where tuners are nested, it may be another's, who is asked when the weights are set.
+            if _is_ours(attached) and isinstance(model.base_model, PEFT_TYPE_TO_TUNER_MAPPING[attached.peft_type]):
+                model.base_model.check_file(file, attached)
             return original(*call.args, **call.kwargs)
 
     return load
@@ -178,7 +180,7 @@ def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..
 def _checking_what_it_sets(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default", *args, **kwargs):
-        if hasattr(model.peft_config[adapter_name], "set_source"):
+        if _is_ours(model.peft_config[adapter_name]):
             check_loaded(model, adapter_name, peft_model_state_dict)
         return original(model, peft_model_state_dict, adapter_name, *args, **kwargs)
 
@@ -197,9 +199,13 @@ def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
+def _is_ours(config: Any) -> bool:
+    return hasattr(config, "set_source")
+
+
 def _has_ours(model: Any) -> bool:
     configs = getattr(model, "peft_config", None) or {}
-    return any(hasattr(config, "set_source") for config in configs.values())
+    return any(map(_is_ours, configs.values()))
 
 
 def _saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:

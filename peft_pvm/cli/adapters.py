@@ -56,7 +56,9 @@ def merge(
     try:
         numbers = [float(number) for number in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
     except ValueError:
-        raise typer.BadParameter(f"{weights!r} are not numbers with commas between.", param_hint="--weights") from None
+        raise typer.BadParameter(
+            f"{quoted(weights)} are not numbers with commas between.", param_hint="--weights"
+        ) from None
     with refusals():
         options = {"combination_type": combination_type, "density": density, "force": force}
         typer.echo(plain(merge_adapters(adapters, numbers, out, **options)))
