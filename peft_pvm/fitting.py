@@ -29,18 +29,20 @@ def misfits(
         expected: By key, a tensor of the shape and kind of number that is needed.
         base: Keys of the base model, for the message.
     """
-    problems = []
+    missing = [f"{key} is missing" for key in expected if key not in found]
+    problems, strays = [], []
     for key, tensor in found.items():
-        if key not in expected:
-            owner = "the base model, and modules_to_save does not name it" if key in base else "nothing in this model"
-            problems.append(f"{key} belongs to {owner}")
+        if key not in expected and key in base:
+            problems.append(f"{key} belongs to the base model, and modules_to_save does not name it")
+        elif key not in expected:
+            strays.append(f"{key} belongs to nothing in this model")
         elif tensor.shape != expected[key].shape:
             shape, needed = tuple(tensor.shape), tuple(expected[key].shape)
             problems.append(f"{key} has shape {shape}, this model needs {needed}")
         elif tensor.is_floating_point() != expected[key].is_floating_point():
             kind = "floating-point" if expected[key].is_floating_point() else "whole"
             problems.append(f"{key} holds {tensor.dtype}, not {kind} numbers")
-    return problems + [f"{key} is missing" for key in expected if key not in found]
+    return problems + missing + strays
 
 
 def flaws(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
@@ -78,19 +80,26 @@ def refuse_unless_fit(whom: str, found: Mapping[str, torch.Tensor], expected: Ma
 
 def bare(tensors: Mapping[str, torch.Tensor], adapter_name: str = "") -> dict[str, torch.Tensor]:
     """Tensors by keys without what PEFT adds to them in a file, or in its wrapper of a module that is saved along."""
-    return {
-        key.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{adapter_name}.", "."): tensor
-        for key, tensor in tensors.items()
-    }
+    return {_bare(key, adapter_name): tensor for key, tensor in tensors.items()}
 
 
-def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """See that tensors fit an adapter that is attached. PEFT would leave what is missing as it is, and say nothing.
+def _bare(key: str, adapter_name: str) -> str:
+    return key.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{adapter_name}.", ".")
+
+
+def fitted(model: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors for an adapter that is attached, checked, and in the dtypes that it has on the model.
+
+    PEFT would leave what is missing as it is, and say nothing. With `low_cpu_mem_usage=True` it would let a module
+    that is saved along have the dtype of the file.
 
     Args:
         model: The model, wrapped by PEFT or not.
         adapter_name: The adapter's name.
         tensors: By their keys in an adapter's file.
+
+    Returns:
+        The tensors, by the same keys.
 
     Raises:
         ValueError: They do not.
@@ -103,7 +112,9 @@ def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, torch.Tens
             weight, _, rest = key.partition(f".{adapter_name}.")
             if rest:
                 expected[f"{name}.{rest}" if weight == "modules_to_save" else f"{name}.{weight}.{rest}"] = tensor
-    refuse_unless_fit(f"adapter {quoted(adapter_name)}", bare(tensors, adapter_name), bare(expected))
+    wanted = bare(expected)
+    refuse_unless_fit(f"adapter {quoted(adapter_name)}", bare(tensors, adapter_name), wanted)
+    return {key: tensor.to(wanted[_bare(key, adapter_name)].dtype) for key, tensor in tensors.items()}
 
 
 def adapter_parts(model: nn.Module) -> tuple[str, ...]:

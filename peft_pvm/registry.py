@@ -21,7 +21,7 @@ from transformers.utils import PushToHubMixin
 
 from .adapter_file import AdapterFile, written_whole
 from .cards import write_card
-from .fitting import check_loaded
+from .fitting import fitted
 from .incoming import INCOMING, NOTHING, Incoming, loading
 from .json_files import read_json
 from .text import LONGEST, plain
@@ -88,7 +88,7 @@ def extend_peft() -> None:
     if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):  # PEFT before 0.21 does not ask the tuner
         set_state_dict = save_and_load.set_peft_model_state_dict
         for module in (peft, peft.peft_model, peft.utils, save_and_load):
-            module.set_peft_model_state_dict = _checking_what_it_sets(set_state_dict)  # type: ignore[attr-defined]
+            module.set_peft_model_state_dict = _fitting_what_it_sets(set_state_dict)  # type: ignore[attr-defined]
     for cls in (PeftModel, PreTrainedModel):
         cls.save_pretrained = _saving_whole(cls.save_pretrained)  # type: ignore[method-assign]
     PushToHubMixin._upload_modified_files = _with_cards(PushToHubMixin._upload_modified_files)
@@ -147,8 +147,8 @@ def _saying_what_peft_loads(original: Callable[..., Any]) -> Callable[..., Any]:
         if not patterns:
             asked["key_mapping"] = exact_patterns
         with loading(Incoming(file=file, patterns=patterns, exact_patterns=exact_patterns)):
-            model = asked.get("self")
-            attached = model.peft_config.get(asked["adapter_name"]) if model is not None else None
+            model: Any = asked.get("self")
+            attached: Any = model.peft_config.get(asked["adapter_name"]) if model is not None else None
             # New weights for it. Where tuners are nested, it may be another's, who is asked when the weights are set.
             if _is_ours(attached) and isinstance(model.base_model, PEFT_TYPE_TO_TUNER_MAPPING[attached.peft_type]):
                 model.base_model.check_file(file, attached)
@@ -177,11 +177,11 @@ def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..
     return load_adapter
 
 
-def _checking_what_it_sets(original: Callable[..., Any]) -> Callable[..., Any]:
+def _fitting_what_it_sets(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default", *args, **kwargs):
         if _is_ours(model.peft_config[adapter_name]):
-            check_loaded(model, adapter_name, peft_model_state_dict)
+            peft_model_state_dict = fitted(model, adapter_name, peft_model_state_dict)
         return original(model, peft_model_state_dict, adapter_name, *args, **kwargs)
 
     return set_peft_model_state_dict

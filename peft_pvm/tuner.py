@@ -20,7 +20,7 @@ from .adapter_file import FORMAT_VERSION, AdapterFile
 from .cards import write_card
 from .checks import check, is_text
 from .families import VisionLanguageModel, find_vlm
-from .fitting import PEFT_PREFIX, bare, base_tensors, check_loaded, check_modules_to_save, refuse_unless_fit
+from .fitting import PEFT_PREFIX, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
 from .incoming import INCOMING, NOTHING
 from .tap import Tap
 from .text import quoted
@@ -306,7 +306,7 @@ class VisualTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        check_loaded(model, adapter_name, state_dict)
+        state_dict = fitted(model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _check_merge_allowed(self) -> None:

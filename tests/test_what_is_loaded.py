@@ -143,6 +143,17 @@ def test_what_modules_to_save_names_lands_beside_the_base(tiny: TinyVLM, tmp_pat
     assert inspect_adapter(folder).parameters == sum(t.numel() for t in load_file(folder / WEIGHTS).values())
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_module_that_is_saved_along_keeps_the_dtype_of_the_base(
+    tiny: TinyVLM, tmp_path: Path, low_cpu_mem_usage: bool
+):
+    folder = save(METHODS["pvm"], tiny, tmp_path / "adapter", modules_to_save=["lm_head"])
+    edit(folder, lambda tensors: tensors.update({HEAD: tensors[HEAD].bfloat16()}))
+    model = PeftModel.from_pretrained(tiny.build(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert logits(model, tiny.inputs(model.get_base_model(), PROMPT)).isfinite().all()
+
+
 def test_two_adapters_may_save_one_module(tiny: TinyVLM, tmp_path: Path):
     folder = save(METHODS["pvm"], tiny, tmp_path / "adapter", modules_to_save=["lm_head"])
     model = PeftModel.from_pretrained(tiny.build(), folder)
