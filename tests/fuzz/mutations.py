@@ -300,9 +300,9 @@ def numbers_in_tensors(folder: Path, random: Random) -> None:
         if floating:
             tensor = tensors[random.choice(floating)].view(-1)
             if random.random() < 0.5:
-                tensor.fill_(value)
+                tensor.copy_(torch.tensor(value))  # which takes what a narrow dtype cannot hold
             elif len(tensor):
-                tensor[random.randrange(len(tensor))] = value
+                tensor[random.randrange(len(tensor))].copy_(torch.tensor(value))
 
     edit_tensors(folder, change)
 
