@@ -264,16 +264,10 @@ def shapes_of_tensors(folder: Path, random: Random) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         if tensors:
             key = random.choice(sorted(tensors))
-            tensor = tensors[key]
-            changes = (
-                tensor.T,
-                tensor[None],
-                tensor[:0],
-                tensor.flatten(),
-                tensor.sum(),
-                tensor[:-1],
-            )
-            tensors[key] = random.choice(changes)
+            tensor = torch.atleast_1d(tensors[key])
+            turned = tensor.mT if tensor.dim() > 1 else tensor
+            flat = tensor.flatten()
+            tensors[key] = random.choice((turned, tensor[None], tensor[:0], tensor[:-1], flat, flat[:1].squeeze()))
 
     edit_tensors(folder, change)
 
