@@ -102,7 +102,7 @@ def fitted(model: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -
         The tensors, by the same keys.
 
     Raises:
-        ValueError: They do not.
+        ValueError: They are not those that it needs.
     """
     expected = {}
     for name, module in model.named_modules():

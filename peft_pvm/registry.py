@@ -24,7 +24,7 @@ from .cards import write_card
 from .fitting import fitted
 from .incoming import INCOMING, NOTHING, Incoming, loading
 from .json_files import read_json
-from .text import LONGEST, plain
+from .text import plain
 
 
 EXTENDED = "peft_pvm_was_here"
@@ -108,9 +108,10 @@ def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
                 "to be imported first."
             ) from error
         except ValueError as error:
-            if len(str(error)) <= LONGEST:
+            said = plain(error, keep="\n")
+            if said == str(error):
                 raise
-            raise ValueError(plain(error)) from error  # PEFT quotes what it was given in full
+            raise ValueError(said) from error  # PEFT quotes what it was given as it is
         return found
 
     return read_config

@@ -188,6 +188,18 @@ def test_modules_to_save_are_not_those_of_another_adapter(tiny: TinyVLM):
         get_peft_model(lora.get_base_model(), PVMConfig(r=32, modules_to_save=["self_attn.v_proj"]), "pvm")
 
 
+@pytest.mark.parametrize("field", ["task_type", "peft_type", "lineage"])
+@pytest.mark.parametrize("value", ["\x1b[2J", "\u202eabc", "x" * 10**6])
+def test_what_is_refused_is_quoted_fit_to_print(tiny: TinyVLM, tmp_path: Path, field: str, value: str):
+    folder = save(METHODS["pvm"], tiny, tmp_path / "adapter")
+    content = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**content, field: value}))
+    with pytest.raises(ValueError) as refusal:
+        PeftModel.from_pretrained(tiny.build(), folder)
+    assert str(refusal.value).isprintable()
+    assert len(str(refusal.value)) <= LONGEST
+
+
 # ---- the file is not read before its header fits
 
 

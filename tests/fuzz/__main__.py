@@ -27,7 +27,8 @@ def main() -> int:
             harness.run(min(500, arguments.seed + arguments.folders - first), first, report)
             seconds = time.perf_counter() - start
             print(f"up to seed {first + 499}: {len(report.faults)} faults, {seconds:.0f} s", flush=True)
-            print(*report.faults[known:], sep="\n", end="", flush=True)
+            for fault in report.faults[known:]:
+                print(fault, flush=True)
     say(report)
     return 1 if report.faults else 0
 
