@@ -194,7 +194,7 @@ def test_what_is_refused_is_quoted_fit_to_print(tiny: TinyVLM, tmp_path: Path, f
     folder = save(METHODS["pvm"], tiny, tmp_path / "adapter")
     content = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**content, field: value}))
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError, match=r"task type|not the configuration|lineage|task_type") as refusal:
         PeftModel.from_pretrained(tiny.build(), folder)
     assert str(refusal.value).isprintable()
     assert len(str(refusal.value)) <= LONGEST
