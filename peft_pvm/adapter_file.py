@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,30 @@ from huggingface_hub import hf_hub_download
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .fitting import flaws, misfits
+from .text import listed, plain, quoted
+
 
 FORMAT_VERSION = "1"  # of the adapters we write
 RESULTS_NAME = "results.json"  # what was measured with an adapter, for its model card
+
+
+LONGEST_HEADER = 2 * 2**20  # bytes: some 10,000 tensors, of which an adapter has hundreds
+NEXT_LINE = "\n  - "
+DTYPES = {  # by safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class AdapterFile:
@@ -50,13 +71,13 @@ class AdapterFile:
             ValueError: The subfolder lies outside the adapter's folder.
         """
         if os.path.isabs(self.subfolder or "") or ".." in Path(self.subfolder or "").parts:
-            raise ValueError(f"The subfolder {self.subfolder!r} leads out of {self.path}.")
+            raise ValueError(f"The subfolder {quoted(self.subfolder)} leads out of {plain(self.path, 200)}.")
         if os.path.isdir(self.folder):
             file = os.path.join(self.folder, SAFETENSORS_WEIGHTS_NAME)
             if not os.path.isfile(file):
                 raise FileNotFoundError(
-                    f"There is no {SAFETENSORS_WEIGHTS_NAME} in {self.folder}, which holds "
-                    f"{sorted(os.listdir(self.folder))}. Adapters are read from safetensors files only."
+                    f"There is no {SAFETENSORS_WEIGHTS_NAME} in {plain(self.folder, 200)}, which holds "
+                    f"{quoted(sorted(os.listdir(self.folder)))}. Adapters are read from safetensors files only."
                 )
             return file
         return hf_hub_download(self.path, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.hub_kwargs)
@@ -65,58 +86,73 @@ class AdapterFile:
     def _opened(self) -> Iterator[Any]:
         file = self.locate()
         try:
+            with open(file, "rb") as content:
+                if (length := int.from_bytes(content.read(8), "little")) > LONGEST_HEADER:
+                    raise SafetensorError(f"its header would be {length:,} bytes long")
             with safe_open(file, framework="pt") as tensors:
                 yield tensors
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last: the system cannot map so large a file
+            raise ValueError(
+                f"{plain(file, 200)} is damaged or not a safetensors file: {plain(error, 200)}"
+            ) from error
 
-    def read(self) -> dict[str, torch.Tensor]:
-        """All tensors, by key.
+    def header(self) -> dict[str, torch.Tensor]:
+        """By key, a tensor on the meta device with the shape and dtype that the header speaks of. No tensor is read.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        blank = {}
+        with self._opened() as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(key)
+                if (dtype := DTYPES.get(part.get_dtype())) is None:
+                    raise SafetensorError(f"{plain(key, 100)} is of dtype {part.get_dtype()}")
+                try:
+                    blank[key] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+                except RuntimeError as error:  # an empty tensor, but one of its sizes is beyond what torch can count
+                    raise SafetensorError(f"{plain(key, 100)} is of shape {quoted(part.get_shape())}") from error
+        return blank
+
+    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every key with its tensor, one after the other.
 
         Raises:
             ValueError: The file is damaged.
         """
         with self._opened() as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+            for key in tensors.keys():  # noqa: SIM118
+                yield key, tensors.get_tensor(key)
 
-    def check(self, expected: dict[str, tuple[int, ...]], base: dict[str, tuple[int, ...]]) -> None:
-        """Compare the tensors in the file with those an adapter needs, and see that they hold numbers.
+    def check(
+        self,
+        expected: Mapping[str, torch.Tensor],
+        base: Collection[str] = (),
+        rename: Callable[[str], str] = lambda key: key,
+    ) -> dict[str, str]:
+        """Compare the file with the tensors that an adapter needs. None is read before all names and shapes fit.
 
         Args:
-            expected: Shape of every tensor that must be there, by key.
-            base: Shape of every tensor of the base model, by key: those may be there as well.
+            expected: By key, a tensor of the shape and kind of number that is needed.
+            base: Keys of the base model, for the message.
+            rename: Gives the key on the model for a key in the file.
+
+        Returns:
+            The keys on the model, by those in the file.
 
         Raises:
-            ValueError: The file is damaged, or a tensor is missing, superfluous, of another shape or not finite.
+            ValueError: The file is damaged, or a tensor is missing, superfluous, of another shape or kind of number,
+                or holds numbers that no weight can be.
         """
-        found = {}
-        flawed = []
-        with self._opened() as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                tensor = tensors.get_tensor(key)
-                found[key] = tuple(tensor.shape)
-                if (flaw := flaw_of(tensor)) and (key not in base or tensor.is_floating_point()):
-                    flawed.append(f"{key} holds {flaw}")
-        problems = [f"{key} is missing" for key in expected if key not in found]
-        for key, shape in found.items():
-            wanted = expected.get(key, base.get(key))
-            if wanted is None:
-                problems.append(f"{key} belongs to nothing in this model")
-            elif wanted != shape:
-                problems.append(f"{key} has shape {shape}, this model needs {wanted}")
-        problems += flawed
-        if problems:
-            shown = "".join(f"\n  - {problem}" for problem in problems[:10])
-            more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        header = self.header()
+        names = {key: rename(key) for key in header}
+        problems = misfits({names[key]: tensor for key, tensor in header.items()}, expected, base)
+        if twice := len(names) - len(set(names.values())):
+            problems.append(f"{twice} of its keys stand for what another key stands for")
+        if problems := problems or flaws(self.read()):
             raise ValueError(
-                f"{self.locate()} does not fit this model ({len(problems)} of its tensors), so nothing was attached:"
-                f"{shown}{more}\nCheck that the adapter was trained on this base model. To start a new adapter with "
-                "this configuration, pass dataclasses.replace(config)."
+                f"{plain(self.locate(), 150)} does not fit this model ({len(problems)} of its tensors), so nothing "
+                f"was attached:\n  - {listed(problems, NEXT_LINE)}\nCheck that the adapter was trained on this base "
+                "model. To start a new adapter with this configuration, pass dataclasses.replace(config)."
             )
-
-
-def flaw_of(tensor: torch.Tensor) -> str | None:
-    """What a tensor holds that no weight may; `None`: it is one."""
-    if not tensor.is_floating_point():
-        return f"{tensor.dtype}, not floating-point numbers"
-    return None if bool(torch.isfinite(tensor.float()).all()) else "NaN or infinity"
+        return names

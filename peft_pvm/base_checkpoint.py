@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .data_file import read_json
 from .replacing import replacing, settle
+from .text import plain, quoted
 
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -141,22 +143,25 @@ class BaseCheckpoint:
         path = self.folder / CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"There is no {path}.")
-        content = _read_json(self._own(path))
+        content = read_json(self._own(path))
         if not isinstance(content, dict) or not isinstance(content.get("text_config"), dict):
             raise ValueError(f"{path} has no text_config: it is not that of a vision-language model.")
         return content
 
     def _find_shards(self) -> list[Path]:
         index = self.folder / INDEX
-        names = _named_by(_read_json(self._own(index))) if index.is_file() else [SINGLE]
+        names = _named_by(read_json(self._own(index))) if index.is_file() else [SINGLE]
         if names is None:
-            raise ValueError(f"{index} has no weight_map from tensors to files. Save the model again.")
+            raise ValueError(f"{plain(index, 200)} has no weight_map from tensors to files. Save the model again.")
         if wrong := [name for name in names if not _is_shard(name)]:
-            raise ValueError(f"{index} names {wrong}, which lead out of the folder or are no safetensors files.")
+            raise ValueError(
+                f"{plain(index, 200)} names {quoted(wrong)}, which lead out of the folder or are no safetensors files."
+            )
         shards = [self.folder / name for name in names]
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise FileNotFoundError(
-                f"There is no {', '.join(missing)} in {self.folder}. Checkpoints are read from safetensors files only."
+                f"There is no {quoted(missing)} in {plain(self.folder, 200)}. Checkpoints are read from safetensors "
+                "files only."
             )
         return [self._own(shard) for shard in shards]
 
@@ -177,7 +182,7 @@ class BaseCheckpoint:
 def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold the weights of the checkpoint in a folder."""
     try:
-        named = _named_by(_read_json(folder / INDEX)) or []
+        named = _named_by(read_json(folder / INDEX)) or []
     except (OSError, ValueError):  # what cannot be read names nothing
         named = []
     return [SINGLE, INDEX, *filter(_is_shard, named)]
@@ -203,13 +208,6 @@ def keys_of(shard: Path) -> list[str]:
     """
     with opened(shard) as file:
         return list(file.keys())
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _local(source: str | os.PathLike) -> Path:

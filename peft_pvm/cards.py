@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from pathlib import Path
@@ -13,7 +12,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
 
 from .adapter_file import RESULTS_NAME
+from .checks import is_text
+from .data_file import OF_ADAPTERS, read_json
 from .replacing import write_file
+from .text import code_span, markdown, plain
 
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 CARD_NAME = "README.md"
 PEFT_TEMPLATE = "# Model Card for Model ID"  # the heading of the card that PEFT leaves to be filled in
 MARK = "<!-- Written by peft-pvm, again at every save. Delete this line to keep your changes. -->"
+MOST_RESULTS = 1_000
 RESULT_FIELDS = {"dataset", "metric", "value"}  # and "base", the base model's, if known
 
 
@@ -61,21 +64,31 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(folder) / RESULTS_NAME
     if not path.is_file():
         return []
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    fits = isinstance(results, list) and all(
-        isinstance(result, dict) and result.keys() - {"base"} == RESULT_FIELDS for result in results
-    )
-    if not fits:
-        raise ValueError(f"{path} must hold a list of objects with {', '.join(sorted(RESULT_FIELDS))} and maybe base.")
+    results = read_json(path, OF_ADAPTERS)
+    if not isinstance(results, list) or len(results) > MOST_RESULTS or not all(map(_is_result, results)):
+        raise ValueError(
+            f"{plain(path, 200)} must hold a list of objects with {', '.join(sorted(RESULT_FIELDS))} and maybe base: "
+            f"names and numbers, at most {MOST_RESULTS} of them."
+        )
     return results
+
+
+def _is_result(result: Any) -> bool:
+    return (
+        isinstance(result, dict)
+        and result.keys() - {"base"} == RESULT_FIELDS
+        and all(is_text(result[name], 200) and result[name].strip() for name in ("dataset", "metric"))
+        and all(_is_score(result[name]) for name in result.keys() & {"value", "base"})
+    )
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def card_text(config: VisualConfig, results: list[dict[str, Any]]) -> str:
     """The card: what the Hub reads, how to load the adapter, its configuration, what was measured."""
-    base = config.base_model_name_or_path or ""
+    base = plain(config.base_model_name_or_path or "", 200)
     on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not os.path.exists(base)
     name = f"{config.method.upper()} adapter"
     data = ModelCardData(
@@ -88,9 +101,9 @@ def card_text(config: VisualConfig, results: list[dict[str, Any]]) -> str:
             EvalResult(
                 task_type="image-text-to-text",
                 dataset_type=_slug(result["dataset"]),
-                dataset_name=result["dataset"],
+                dataset_name=plain(result["dataset"]),
                 metric_type=_slug(result["metric"]),
-                metric_name=result["metric"],
+                metric_name=plain(result["metric"]),
                 metric_value=result["value"],
             )
             for result in results
@@ -99,12 +112,13 @@ def card_text(config: VisualConfig, results: list[dict[str, Any]]) -> str:
     )
     common = {field.name for field in dataclasses.fields(PeftConfig)} | {"init_weights", "format_version"}
     rows = [
-        f"| `{field.name}` | `{getattr(config, field.name)}` | {field.metadata.get('help', '')} |"
+        f"| `{field.name}` | {code_span(getattr(config, field.name), 500)} | {field.metadata.get('help', '')} |"
         for field in dataclasses.fields(config)
         if field.name not in common
     ]
     measured = [
-        f"| {result['dataset']} | {result['metric']} | {result.get('base', '')} | {result['value']} |"
+        f"| {markdown(result['dataset'])} | {markdown(result['metric'])} "
+        f"| {result.get('base', '')} | {result['value']} |"
         for result in results
     ]
     parameters = [] if config.has_parameters else ["It has no parameters."]
@@ -141,4 +155,10 @@ def card_text(config: VisualConfig, results: list[dict[str, Any]]) -> str:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    """An identifier for a name in any script.
+
+    Example:
+        >>> _slug("MathVerse (mini)"), _slug("数学 验证"), _slug("!?")
+        ('mathverse-mini', '数学-验证', 'unnamed')
+    """
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-") or "unnamed"

@@ -20,6 +20,7 @@ from .pvm.branch import fresh_weights, weight_name
 from .pvm.files import read_adapter
 from .pvm.merging import Tensors
 from .pvm.shape import BranchShape
+from .text import listed, plain
 from .tuner import PEFT_PREFIX
 from .writing import write_adapter, written_whole
 
@@ -176,7 +177,7 @@ def check_shapes(
             problems.append(f"{name} of layer {layer_idx} is {had}, but must be of shape {shape}")
     problems += [f"layer {layer_idx} has {name}, but no branch" for layer_idx, name in found.keys() - needed.keys()]
     if problems:
-        raise ValueError(f"{source} does not hold the PVM branch that it speaks of: {'; '.join(problems[:10])}")
+        raise ValueError(f"{plain(source, 200)} does not hold the PVM branch that it speaks of: {listed(problems)}")
 
 
 def _text_config(content: dict[str, Any]) -> Any:

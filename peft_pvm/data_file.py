@@ -6,25 +6,40 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from .replacing import write_file
+from .text import plain
 
 
-def read_json(path: str | os.PathLike) -> Any:
+LONGEST_FILE = 64 * 2**20  # bytes
+OF_ADAPTERS = 8 * 2**20  # bytes of a configuration, or of results beside it
+
+
+def read_json(path: str | os.PathLike, limit: int = LONGEST_FILE) -> Any:
     """What a JSON file holds.
+
+    Args:
+        path: The file.
+        limit: How many bytes it may have. Parsed, they take many times as much memory.
 
     Raises:
         OSError: There is no such file, or it cannot be read.
-        ValueError: It is not JSON.
+        ValueError: It is too long, not JSON or too deeply nested.
     """
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    where = plain(os.fspath(path), 200)
+    if len(content) > limit:
+        raise ValueError(f"{where} is longer than {limit:,} bytes, which no such file has. It may be damaged.")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also text in another encoding, and a million brackets
-        raise ValueError(f"{os.fspath(path)} is damaged or not JSON: {error}") from error
+        return json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{where} is damaged or not JSON: it is nested too deeply.") from None
+    except ValueError as error:  # also text in another encoding
+        raise ValueError(f"{where} is damaged or not JSON: {plain(error, 200)}") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from .adapter_file import AdapterFile
 from .pvm import PVMConfig
 from .pvm.branch import weight_name
 from .pvm.files import read_adapter
+from .text import listed, plain
 from .tuner import VisualConfig
 
 
@@ -46,6 +48,25 @@ class Inspection:
         return {**dataclasses.asdict(self), "dtypes": list(self.dtypes)}
 
 
+def read_config(adapter: str | os.PathLike, **kwargs: Any) -> VisualConfig:
+    """The configuration of a saved adapter of this package.
+
+    Args:
+        adapter: Folder or Hub id.
+        kwargs: Arguments of `PeftConfig.from_pretrained`, such as `subfolder` and `revision`.
+
+    Raises:
+        ValueError: It is of another package, damaged, or of a method without parameters and holds some.
+    """
+    config = PeftConfig.from_pretrained(os.fspath(adapter), **kwargs)
+    if not isinstance(config, VisualConfig):
+        raise ValueError(f"{plain(adapter, 200)} is an adapter of type {config.peft_type}, not of peft_pvm.")
+    file = cast(AdapterFile, config._source)
+    if not config.has_parameters and not file.is_config_only() and (strays := list(file.header())):
+        raise ValueError(f"{plain(adapter, 200)} is an adapter without parameters, but holds {listed(strays)}.")
+    return config
+
+
 def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None = None, **kwargs: Any) -> Inspection:
     """Read what a saved adapter is, and whether it fits a base model.
 
@@ -58,10 +79,9 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
         ValueError: It is no adapter of this package, or damaged.
         FileNotFoundError: It has no weights file.
     """
-    config = PeftConfig.from_pretrained(os.fspath(adapter), **kwargs)
-    if not isinstance(config, VisualConfig):
-        raise ValueError(f"{adapter} is an adapter of type {config.peft_type}, not of peft_pvm.")
-    tensors: dict[str, torch.Tensor] = {}
+    config = read_config(adapter, **kwargs)
+    file = cast(AdapterFile, config._source)
+    tensors = {} if file.is_config_only() else file.header()
     gates: list[dict[int, float]] = []
     if isinstance(config, PVMConfig):
         _, tensors = read_adapter(adapter, **kwargs)

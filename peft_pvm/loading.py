@@ -7,6 +7,7 @@ that is released with them (it wants 0.22), so nothing here uses them.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch import nn
 
 from .acting import activate
 from .adapter_file import AdapterFile
+from .incoming import Incoming, loading
 from .names import adapter_names
+from .text import listed, plain
 from .tuner import PEFT_PREFIX
 from .writing import write_adapter
 
@@ -91,21 +94,23 @@ def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike)
 
 
 def _load(model: nn.Module, name: str, source: str) -> None:
-    refusal = f"The adapter {source} does not fit {type(model).__name__} or cannot be read"
+    refusal = f"The adapter {plain(source, 100)} does not fit {type(model).__name__} or cannot be read"
     try:
         config = PeftConfig.from_pretrained(source)
         config.inference_mode = True
-        tensors = AdapterFile(source).read()
-        _inject(model, name, config)
-        missing, strays = _set_weights(model, name, tensors)
+        file = AdapterFile(source)
+        exact_patterns: dict[str, str] = {}
+        with loading(Incoming(file=file, exact_patterns=exact_patterns)):
+            _inject(model, name, config)
+        missing, strays = _set_weights(model, name, dict(file.read()), exact_patterns)
     except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
-        raise ValueError(f"{refusal}: {error}") from error
+        raise ValueError(plain(f"{refusal}: {error}", keep="\n")) from error
     # PEFT would say nothing, and run with half an adapter.
     if missing or strays:
         delete_adapter(model, name, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
         del model.peft_config[name]  # type: ignore[union-attr, operator]
-        lacks = f"it lacks {len(missing)} tensors ({missing[0]} ...)" if missing else ""
-        brings = f"{len(strays)} of its tensors belong to nothing ({strays[0]} ...)" if strays else ""
+        lacks = f"it lacks {listed(missing)}" if missing else ""
+        brings = f"nothing takes its {listed(strays)}" if strays else ""
         raise ValueError(f"{refusal}: {' and '.join(filter(None, (lacks, brings)))}.")
 
 
@@ -117,8 +122,15 @@ def _inject(model: nn.Module, name: str, config: PeftConfig) -> None:
     attached.peft_config[name].base_model_name_or_path = getattr(model, "name_or_path", None)
 
 
-def _set_weights(model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+def _set_weights(
+    model: nn.Module, name: str, tensors: dict[str, torch.Tensor], patterns: dict[str, str]
+) -> tuple[list[str], list[str]]:
     """Give an attached adapter its weights. Returns the names of weights that are missing and of stray tensors."""
-    own = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    own = {}
+    for key, tensor in tensors.items():
+        bare = key.removeprefix(PEFT_PREFIX)
+        for pattern, renamed in patterns.items():
+            bare = re.sub(pattern, renamed, bare)
+        own[bare] = tensor
     result: Any = set_peft_model_state_dict(model, own, adapter_name=name)
     return sorted(key for key in result.missing_keys if name in key.split(".")), sorted(result.unexpected_keys)

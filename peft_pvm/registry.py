@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
+import peft.peft_model
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import CONFIG_NAME, PeftType, register_peft_method
+from peft.utils import CONFIG_NAME, PeftType, register_peft_method, save_and_load
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
+from .adapter_file import AdapterFile
 from .cards import write_card
+from .data_file import OF_ADAPTERS, read_json
+from .fitting import fitted
+from .incoming import INCOMING, NOTHING, Incoming, loading
 from .replacing import settle
 from .saving import has_ours, is_ours, ours_in, saving_whole
+from .text import plain
 
 
 EXTENDED = "peft_pvm_was_here"
 READ_ATTEMPTS = 5  # of a configuration that others keep replacing
+MOST_FIELDS = 200  # of a configuration
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
@@ -61,7 +70,8 @@ def extend_peft() -> None:
       the file later, and transformers' `load_adapter` calls `PeftConfig.from_pretrained` on the base class, so a
       subclass's own `from_pretrained` would not be asked.
     - What is no adapter's configuration is refused with its name and the reason.
-    - Who loads an adapter waits for a save that is replacing it; one that died at this is undone.
+    - Whoever loads an adapter waits for a save that is replacing it; one that died at this is undone.
+    - Our tuners know what is being loaded, and by which names, while `PeftModel` and transformers load an adapter.
     - A model with our adapters is saved by way of `saving_whole`, and not in a form that we do not load.
     - `push_to_hub` does not put an empty card in the place of ours.
     """
@@ -71,11 +81,20 @@ def extend_peft() -> None:
     from_pretrained = _remembering_its_source(_refusing_what_is_none(original))
     setattr(from_pretrained, EXTENDED, True)
     type_of = _refusing_what_is_none(PeftConfigMixin.__dict__["_get_peft_type"].__func__)
+    content_of = _refusing_what_is_no_object(PeftConfigMixin.__dict__["from_json_file"].__func__)
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
     PeftConfigMixin._get_peft_type = classmethod(type_of)  # type: ignore[method-assign, assignment]
+    PeftConfigMixin.from_json_file = classmethod(content_of)  # type: ignore[method-assign, assignment]
+    peft_model_of = _saying_what_peft_loads(PeftModel.__dict__["from_pretrained"].__func__)
+    PeftModel.from_pretrained = classmethod(peft_model_of)  # type: ignore[method-assign, assignment]
+    PeftModel.load_adapter = _saying_what_peft_loads(PeftModel.load_adapter)  # type: ignore[method-assign]
+    PreTrainedModel.load_adapter = _saying_what_transformers_loads(PreTrainedModel.load_adapter)
+    if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):  # PEFT before 0.21 does not ask the tuner
+        set_state_dict = save_and_load.set_peft_model_state_dict
+        for module in (peft, peft.peft_model, peft.utils, save_and_load):
+            module.set_peft_model_state_dict = _fitting_what_it_sets(set_state_dict)  # type: ignore[attr-defined]
     for cls in (PeftModel, PreTrainedModel):
         cls.save_pretrained = saving_whole(cls.save_pretrained)  # type: ignore[method-assign]
-    PreTrainedModel.load_adapter = _settling(PreTrainedModel.load_adapter)
     PushToHubMixin._upload_modified_files = _with_cards(PushToHubMixin._upload_modified_files)
 
 
@@ -88,9 +107,15 @@ def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
                 PEFT_TYPE_TO_CONFIG_MAPPING[found]
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{CONFIG_NAME} of {path} is not the configuration of a method that PEFT or peft_pvm knows "
-                f"({type(error).__name__}: {error}). It may be damaged, or want another package to be imported first."
+                f"{CONFIG_NAME} of {plain(path, 200)} is not the configuration of a method that PEFT or peft_pvm "
+                f"knows ({type(error).__name__}: {plain(error, 200)}). It may be damaged, or want another package "
+                "to be imported first."
             ) from error
+        except ValueError as error:
+            said = plain(error, keep="\n")
+            if said == str(error):
+                raise
+            raise ValueError(said) from error  # PEFT quotes what it was given as it is
         return found
 
     return read_config
@@ -108,14 +133,77 @@ def _read_settled(read: Callable[..., Any], cls: Any, path: Any, *args: Any, **k
                 raise
 
 
-def _settling(original: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing_what_is_no_object(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def load_adapter(self, peft_model_id=None, *args, **kwargs):
-        if peft_model_id is not None:
-            settle(peft_model_id, CONFIG_NAME)  # before transformers looks whether there is a configuration
-        return original(self, peft_model_id, *args, **kwargs)
+    def from_json_file(cls, path_json_file, **kwargs):
+        content = read_json(path_json_file, OF_ADAPTERS)
+        if not isinstance(content, dict) or len(content) > MOST_FIELDS or len(max(content, key=len, default="")) > 100:
+            raise ValueError(
+                f"{plain(path_json_file, 200)} is not the configuration of a method that PEFT or peft_pvm knows: that "
+                "is a JSON object with some fields. It may be damaged."
+            )
+        return original(cls, path_json_file, **kwargs)
+
+    return from_json_file
+
+
+def _saying_what_peft_loads(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel.from_pretrained` and `PeftModel.load_adapter`, of which the former calls the latter."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load(*args, **kwargs):
+        call = signature.bind(*args, **kwargs)
+        asked = call.arguments
+        if INCOMING.get() is not NOTHING:
+            return original(*args, **kwargs)
+        hub_kwargs, _, _ = PeftConfig._split_kwargs(asked.get("kwargs", {}))
+        file = AdapterFile(asked["model_id"], hub_kwargs.pop("subfolder", None), hub_kwargs)
+        patterns = asked.get("key_mapping") or getattr(asked.get("model"), "_checkpoint_conversion_mapping", None)
+        exact_patterns: dict[str, str] = {}
+        if not patterns:
+            asked["key_mapping"] = exact_patterns
+        with loading(Incoming(file=file, patterns=patterns, exact_patterns=exact_patterns)):
+            model: Any = asked.get("self")
+            attached: Any = model.peft_config.get(asked["adapter_name"]) if model is not None else None
+            # New weights for it. Where tuners are nested, it may be another's, who is asked when the weights are set.
+            if is_ours(attached) and isinstance(model.base_model, PEFT_TYPE_TO_TUNER_MAPPING[attached.peft_type]):
+                model.base_model.check_file(file, attached)
+            return original(*call.args, **call.kwargs)
+
+    return load
+
+
+def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_adapter(*args, **kwargs):
+        asked = signature.bind(*args, **kwargs).arguments
+        settings = asked.get("load_config")
+        path = asked.get("peft_model_id") or getattr(settings, "pretrained_model_name_or_path", None)
+        if path is not None:
+            settle(path, CONFIG_NAME)  # before transformers looks whether there is a configuration
+        file = None
+        if path is not None and asked.get("peft_config") is not None:  # else the file that the configuration is from
+            hub_kwargs = dict(getattr(settings, "download_kwargs", None) or {})
+            file = AdapterFile(path, hub_kwargs.pop("subfolder", None), hub_kwargs)
+        conversions = asked.get("kwargs", {}).get("weight_mapping") or getattr(settings, "weight_mapping", None)
+        tensors = asked.get("adapter_state_dict")
+        with loading(Incoming(file=file, tensors=tensors, conversions=conversions, by_transformers=True)):
+            return original(*args, **kwargs)
 
     return load_adapter
+
+
+def _fitting_what_it_sets(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default", *args, **kwargs):
+        if is_ours(model.peft_config[adapter_name]):
+            peft_model_state_dict = fitted(model, adapter_name, peft_model_state_dict)
+        return original(model, peft_model_state_dict, adapter_name, *args, **kwargs)
+
+    return set_peft_model_state_dict
 
 
 def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from .checks import check, layer_list
 from .context import CONTEXT, VisualContext
 from .families import VisionLanguageModel
 from .rotation import ROTARY_FUNCTIONS, has_rotary_function
+from .text import quoted
 from .tuner import VisualConfig, VisualTuner, VisualTunerLayer
 from .writing import written_whole
 
@@ -185,8 +186,8 @@ class SteeringTuner(VisualTuner):
         wrong = [layer_idx for layer_idx in config.layers_to_transform or () if layer_idx not in layers]
         if wrong:
             raise ValueError(
-                f"{type(config).__name__}.layers_to_transform names layers {wrong}, but on "
-                f"{type(self.model).__name__} the method can act on layers {layers} only."
+                f"{type(config).__name__}.layers_to_transform names layers {quoted(wrong)}, but on "
+                f"{type(self.model).__name__} the method can act on layers {quoted(layers)} only."
             )
         return config
 
@@ -198,7 +199,7 @@ class SteeringTuner(VisualTuner):
     def targeted_names(self, config: Any) -> tuple[str, ...]:
         return (self.vlm.text_model_name,)
 
-    def expected_shapes(self, config: Any, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def expected_tensors(self, config: Any, layer: nn.Module) -> dict[str, torch.Tensor]:
         return {}
 
     def new_layer(self, target: nn.Module) -> VisualTunerLayer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any
 
@@ -10,9 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-
-# Control characters save tab and newline, marks that turn the direction of writing, and lone surrogates.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+from .text import plain
 
 
 def printable(text: object) -> str:
@@ -22,7 +19,7 @@ def printable(text: object) -> str:
         >>> print(printable("\x1b[31mred"))
         \x1b[31mred
     """
-    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], str(text))
+    return plain(text, limit=None, keep="\n\t")
 
 
 def say(text: object, err: bool = False) -> None:

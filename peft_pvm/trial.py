@@ -14,6 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 from .steering import SteeringConfig
+from .text import quoted
 from .tuner import VisualConfig, VisualTuner, VisualTunerLayer
 
 
@@ -48,8 +49,8 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
             raise TypeError(f"attached takes the configurations of peft_pvm, not {type(config).__name__}.")
         if config._source is not None and not isinstance(config, SteeringConfig):
             raise ValueError(
-                f"{type(config).__name__} was loaded from {config._source.path}, but attached starts adapters afresh. "
-                "Load the adapter with PeftModel.from_pretrained."
+                f"{type(config).__name__} was loaded from {quoted(config._source.path)}, but attached starts adapters "
+                "afresh. Load the adapter with PeftModel.from_pretrained."
             )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
+import torch
+import transformers
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
@@ -16,14 +18,16 @@ from torch import nn
 
 from .adapter_file import FORMAT_VERSION, AdapterFile
 from .cards import write_card
+from .checks import check, is_text
 from .families import VisionLanguageModel, find_vlm
+from .fitting import PEFT_PREFIX, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
+from .incoming import INCOMING, NOTHING
 from .names import check_adapter_name
 from .tap import Tap
+from .text import quoted
+from .versions import LOADS_MODULES_TO_SAVE
 from .wrappers import plain_name, unwrapped, without_wrappers
 from .writing import written_whole
-
-
-PEFT_PREFIX = "base_model.model."  # PEFT saves every key below this name
 
 
 @dataclass
@@ -48,11 +52,20 @@ class VisualConfig(PeftConfig):
     format_version: str = field(default=FORMAT_VERSION, metadata={"help": "Of the saved adapter: leave it."})
 
     def __post_init__(self):
+        for name in ("base_model_name_or_path", "revision", "task_type", "peft_version"):
+            check(self, name, getattr(self, name) is None or is_text(getattr(self, name)), "a name or None")
+        check(self, "inference_mode", isinstance(self.inference_mode, bool), "True or False")
+        valid = self.auto_mapping is None or (
+            isinstance(self.auto_mapping, dict)
+            and len(self.auto_mapping) <= 10
+            and all(is_text(name) and (value is None or is_text(value)) for name, value in self.auto_mapping.items())
+        )
+        check(self, "auto_mapping", valid, "a dict of names or None")
         super().__post_init__()
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"{type(self).__name__}.format_version is {self.format_version!r}, but this peft_pvm knows format "
-                f"{FORMAT_VERSION!r}. An adapter of a newer format needs a newer peft_pvm."
+                f"{type(self).__name__}.format_version is {quoted(self.format_version)}, but this peft_pvm knows "
+                f"format {FORMAT_VERSION!r}. An adapter of a newer format needs a newer peft_pvm."
             )
         self.peft_type = PeftType(self.method.upper())
 
@@ -119,8 +132,8 @@ class VisualTuner(BaseTuner):
         """The parts of the model this tuner is attached to."""
         return find_vlm(self.model)
 
-    def expected_shapes(self, config: VisualConfig, layer: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that the adapter has at one base module, by its name in the tuner layer."""
+    def expected_tensors(self, config: VisualConfig, layer: nn.Module) -> dict[str, torch.Tensor]:
+        """Every tensor that the adapter has at one base module, on the meta device, by its name in the tuner layer."""
         raise NotImplementedError
 
     def resolve(self, config: VisualConfig) -> VisualConfig:
@@ -188,11 +201,22 @@ class VisualTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: VisualConfig, model_config: dict) -> VisualConfig:
         resolved = self.resolve(peft_config)
         resolved.target_modules = self.targeted_names(resolved)
-        file = resolved._source
-        # A folder with a configuration alone is a fine start for training, but nothing to run.
-        if file is not None and (resolved.inference_mode or not file.is_config_only()):
+        saved = getattr(resolved, "modules_to_save", None) or ()
+        if saved:
+            check_modules_to_save(self.model, saved, self._own_tensors(resolved))
+        incoming = INCOMING.get()
+        file = incoming.file or resolved._source
+        if incoming.by_transformers and not LOADS_MODULES_TO_SAVE and saved:
+            raise NotImplementedError(
+                f"load_adapter of transformers {transformers.__version__} does not load what modules_to_save trained. "
+                "Load the adapter with PeftModel.from_pretrained, or upgrade transformers."
+            )
+        if incoming.tensors is not None:
+            refuse_unless_fit("this model", bare(incoming.tensors), bare(self._expected(resolved)))
+        # A folder with a configuration alone is a fine start for training, but nothing to run or load.
+        elif file is not None and (incoming is not NOTHING or resolved.inference_mode or not file.is_config_only()):
             self._refuse_wrappers(resolved)
-            self._check_file(file, resolved)
+            self.check_file(file, resolved)
         for name, config in self.peft_config.items():
             if config is peft_config:
                 self.peft_config[name] = resolved
@@ -208,21 +232,36 @@ class VisualTuner(BaseTuner):
                 "checkpointing, torch.compile, FSDP) then."
             )
 
-    def _check_file(self, file: AdapterFile, config: VisualConfig) -> None:
-        base = {
-            PEFT_PREFIX + key.replace(".original_module.", "."): tuple(tensor.shape)
-            for key, tensor in self.model.state_dict().items()
+    def check_file(self, file: AdapterFile, config: VisualConfig) -> None:
+        """See that an adapter's file fits the model.
+
+        Args:
+            file: The file.
+            config: The adapter's configuration, resolved.
+
+        Raises:
+            ValueError: It does not.
+            FileNotFoundError: There is none.
+        """
+        expected, incoming = self._expected(config), INCOMING.get()
+        names = file.check(expected, base_tensors(self.model), incoming.renaming(self.model, expected))
+        incoming.rename_by(names)
+
+    def _own_tensors(self, config: VisualConfig) -> dict[str, torch.Tensor]:
+        """Every tensor that an adapter has in tuner layers, by its key in the adapter's file."""
+        return {
+            f"{PEFT_PREFIX}{name}.{self.child_name}.{key}": tensor
+            for name in config.target_modules
+            for key, tensor in self.expected_tensors(config, self.model.get_submodule(name)).items()
         }
-        expected = {}
-        for name in config.target_modules:
-            for key, shape in self.expected_shapes(config, self.model.get_submodule(name)).items():
-                expected[f"{PEFT_PREFIX}{name}.{self.child_name}.{key}"] = shape
-        for suffix in getattr(config, "modules_to_save", None) or ():
-            owners = tuple(
-                f"{PEFT_PREFIX}{name}." for name, _ in self.model.named_modules() if name.endswith(suffix) and name
-            )
-            expected.update({key: shape for key, shape in base.items() if key.startswith(owners)})
-        file.check(expected, base)
+
+    def _expected(self, config: VisualConfig) -> dict[str, torch.Tensor]:
+        """Every tensor that an adapter's file must hold, by its key."""
+        expected = self._own_tensors(config)
+        if saved := tuple(getattr(config, "modules_to_save", None) or ()):
+            owners = tuple(f"{PEFT_PREFIX}{name}." for name, _ in self.model.named_modules() if name.endswith(saved))
+            expected |= {key: tensor for key, tensor in base_tensors(self.model).items() if key.startswith(owners)}
+        return expected
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # PEFT before 0.21 would freeze the adapters of other types that are on the model.
@@ -285,27 +324,9 @@ class VisualTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        # Loading into an adapter that is there already: PEFT would leave what is missing as it is, and say nothing.
         with without_wrappers(model):
+            state_dict = fitted(model, adapter_name, state_dict)
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            needed = {
-                f"{name}.{key}": tensor.shape
-                for name, module in model.named_modules()
-                if isinstance(module, cls.tuner_layer_cls)
-                for key, tensor in module.state_dict().items()
-                if key.split(".")[1] == adapter_name
-            }
-        problems = [f"{key} is missing" for key in sorted(needed.keys() - remapped.keys())]
-        for key, tensor in remapped.items():
-            if key in needed and tensor.shape != needed[key]:
-                problems.append(f"{key} has shape {tuple(tensor.shape)}, the adapter needs {tuple(needed[key])}")
-            elif key not in needed and f".{cls.child_name}.{cls.prefix}" in key:
-                problems.append(f"{key} belongs to nothing in the adapter")
-        if problems:
-            raise ValueError(
-                f"The weights do not fit adapter {adapter_name!r}; nothing was loaded: {'; '.join(problems[:10])}"
-                + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-            )
         names = {plain_name(key): key for key in model.state_dict()}
         return {names.get(key, key): tensor for key, tensor in remapped.items()}
 
@@ -342,6 +363,6 @@ class VisualTuner(BaseTuner):
 def name_is_taken(adapter_name: str) -> ValueError:
     """The error for a second adapter of one name."""
     return ValueError(
-        f"An adapter {adapter_name!r} is already attached to this model. Take another name (adapter_name=...), or "
-        "take it off first with unload() or delete_adapter()."
+        f"An adapter {quoted(adapter_name)} is already attached to this model. Take another name (adapter_name=...), "
+        "or take it off first with unload() or delete_adapter()."
     )

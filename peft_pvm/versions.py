@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
@@ -28,6 +30,9 @@ FEATURE_KEYWORDS = {
     "video": ("pixel_values_videos",),
 }
 ENCODED_FEATURES = "mm_encoder_outputs"
+
+# Older ones warn that the tensors of `modules_to_save` are unexpected, and run without them.
+LOADS_MODULES_TO_SAVE = "AuxiliaryTrainingWrapper" in inspect.getsource(PeftAdapterMixin.load_adapter)
 
 
 def supported_ranges() -> str:

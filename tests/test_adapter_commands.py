@@ -16,6 +16,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig
 from peft_pvm.inspection import inspect_adapter
+from peft_pvm.text import plain
 
 
 pytest.importorskip("typer", reason="the command line needs the extra `lab`")
@@ -67,7 +68,7 @@ def test_inspect_tells_whether_a_base_fits(tiny: TinyVLM, tmp_path: Path, base: 
     (wide / "adapter_config.json").write_text(
         json.dumps({**json.loads((wide / "adapter_config.json").read_text()), "layers_to_transform": [1]})
     )
-    assert "lacks" in run("inspect", wide, "--base", base, fails=True)
+    assert "knows nothing of" in run("inspect", wide, "--base", base, fails=True)
     narrow = save(tiny, tmp_path / "narrow", mlp_ratio=1.0)
     (narrow / "adapter_config.json").write_text(
         json.dumps({**json.loads((narrow / "adapter_config.json").read_text()), "mlp_ratio": 2.0})
@@ -87,6 +88,17 @@ def test_inspect_adapters_of_other_kinds(tiny: TinyVLM, tmp_path: Path, base: Pa
     lora.save_pretrained(tmp_path / "lora")
     assert "not of peft_pvm" in run("inspect", tmp_path / "lora", fails=True)
     assert "Can't find 'adapter_config.json'" in run("inspect", tmp_path, fails=True)
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[bold]", "\x1b[2J", "a\nb", "\u202eabc"])
+def test_names_are_only_text_on_the_terminal(tiny: TinyVLM, tmp_path: Path, name: str):
+    adapter = save(tiny, tmp_path / name, layers_to_transform=[0])
+    content = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**content, "base_model_name_or_path": name}))
+    output = run("inspect", adapter)
+    assert set(output) - {"\n"} == {character for character in output if character.isprintable()}
+    assert f"trained on │ {plain(name)} " in output
+    run("card", adapter)
 
 
 def test_merge(tiny: TinyVLM, tmp_path: Path):
@@ -162,9 +174,9 @@ def make_whole_numbers(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (dict.popitem, "lacks 1 tensors"),
-        (add_another, "has 1 tensors that its configuration knows nothing of"),
-        (add_one_of_the_base, "has 1 tensors that are not PVM's"),
+        (dict.popitem, "it lacks .layers."),
+        (add_another, "its configuration knows nothing of"),
+        (add_one_of_the_base, "is not PVM's, and modules_to_save does not name it"),
         (make_nan, "holds NaN or infinity"),
         (make_whole_numbers, "holds torch.int64, not floating-point numbers"),
     ],

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
-from peft import PeftConfig
 from rich.table import Table
+from rich.text import Text
 
 from ..cards import write_card
 from ..checkpoints import convert_reference_checkpoint, export_reference_checkpoint
-from ..inspection import Inspection, inspect_adapter
+from ..inspection import Inspection, inspect_adapter, read_config
 from ..integrations.vllm import export_vllm as write_for_vllm
 from ..pvm.files import merge_adapters
 from ..pvm.merging import CombinationType
 from ..terminal import Terminal, say
-from ..tuner import VisualConfig
+from ..text import plain, quoted
 from .lists import finite_number, separated
 from .models import reading
 from .options import new_folder, one_of
@@ -121,10 +121,7 @@ def card(
 ) -> None:
     """Write an adapter's model card again, with what its results.json holds."""
     with reading("an adapter", folder):
-        config = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config, VisualConfig):
-            raise ValueError(f"{folder} is an adapter of type {config.peft_type}, not of peft_pvm.")
-        write_card(config, folder)
+        write_card(read_config(folder), folder)
     say(folder / "README.md")
 
 
@@ -133,7 +130,7 @@ def _table(adapter: str, found: Inspection) -> Table:
     rows = {
         "method": found.method,
         "parameters": f"{found.parameters:,} ({found.num_bytes / 2**20:.2f} MiB, {', '.join(found.dtypes) or 'none'})",
-        "layers": config.get("layers_to_transform", "all"),
+        "layers": quoted(config.get("layers_to_transform", "all")),
         "trained on": config.get("base_model_name_or_path", "not said"),
     }
     if found.gates:
@@ -144,8 +141,8 @@ def _table(adapter: str, found: Inspection) -> Table:
         title = "gates" if len(found.gates) == 1 else f"gates of branch {number}"
         rows[title] = ", ".join(f"layer {layer_idx}: {gate:.4g}" for layer_idx, gate in by_layer.items())
     if found.base is not None:
-        rows[f"fits {found.base}"] = "yes" if found.misfit is None else f"no: {found.misfit}"
-    table = Table(title=adapter, show_header=False)
+        rows[f"fits {found.base}"] = "yes" if found.misfit is None else f"no: {' '.join(found.misfit.split())}"
+    table = Table(title=Text(plain(adapter)), show_header=False)
     for name, value in rows.items():
-        table.add_row(name, str(value))
+        table.add_row(Text(plain(name)), Text(plain(value)))  # Text, in which brackets are no markup
     return table

@@ -17,6 +17,7 @@ from typer import Abort, BadParameter
 from typer.core import TyperGroup
 
 from ..terminal import say
+from ..text import LONGEST
 
 
 CommandLineError: Any = BadParameter.__mro__[2]  # whose public name depends on typer's version
@@ -24,7 +25,7 @@ DEBUG = "PEFT_PVM_DEBUG"
 REFUSALS = (ImportError, MemoryError, NotImplementedError, OSError, SafetensorError, ValueError)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's, which is a RuntimeError as many others are
 INTERRUPTED = 130
-LONGEST_WORD, LONGEST = 300, 1500  # characters of what is printed, lest a value hides what is accepted
+LONGEST_WORD = 300  # characters: a value must not hide what is accepted
 
 
 class Commands(TyperGroup):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
-from ..checks import check, is_int, is_number, layer_list
+from ..checks import check, is_int, is_number, is_text, layer_list
 from ..tuner import VisualConfig
 
 
 MEMORY_VISIBILITY = ("causal", "sample")
 MEMORY_SOURCE = ("embeddings", "hidden_states")
 WIDEST = 2**20  # what a branch can be; a file that asks for more is damaged
+MOST_BRANCHES = MOST_MODULES = 64  # of one adapter
 BRANCH_FIELDS = ("r", "layers_to_transform", "memory_visibility", "memory_source", "mlp_ratio")
 
 
@@ -121,22 +123,24 @@ class PVMConfig(VisualConfig):
         check(self, "r", is_int(self.r) and 0 < self.r <= WIDEST, f"an integer from 1 to {WIDEST}")
         if self.layers_to_transform != "strided":
             self.layers_to_transform = layer_list(self, "'strided'")
-        check(self, "init_gate", is_number(self.init_gate) and abs(self.init_gate) < 1e30, "a number that fits fp32")
+        check(self, "init_gate", is_number(self.init_gate), "a number that fits fp16")
         check(self, "init_weights", isinstance(self.init_weights, bool), "True or False")
         modules = self.modules_to_save
-        valid = modules is None or (isinstance(modules, (list, tuple)) and all(isinstance(m, str) for m in modules))
-        check(self, "modules_to_save", valid, "a list of module names or None")
+        valid = isinstance(modules, (list, tuple)) and len(modules) <= MOST_MODULES
+        valid = valid and all(is_text(name, 200) and name for name in modules or ())
+        check(self, "modules_to_save", modules is None or valid, "a list of module names or None")
         check(self, "memory_visibility", self.memory_visibility in MEMORY_VISIBILITY, f"one of {MEMORY_VISIBILITY}")
         check(self, "memory_source", self.memory_source in MEMORY_SOURCE, f"one of {MEMORY_SOURCE}")
         ratio = self.mlp_ratio
         check(self, "mlp_ratio", ratio is None or (is_number(ratio) and ratio > 0), "a positive number or None")
-        check(self, "lineage", self.lineage is None or isinstance(self.lineage, str), "a hash or None")
+        valid = self.lineage is None or (is_text(self.lineage) and bool(re.fullmatch("[0-9a-f]{16}", self.lineage)))
+        check(self, "lineage", valid, "a hash of 16 hexadecimal digits or None")
 
     def _take_from_branches(self) -> None:
         branches: Any = self.branches
-        valid = isinstance(branches, list) and bool(branches)
+        valid = isinstance(branches, list) and 0 < len(branches) <= MOST_BRANCHES
         valid = valid and all(isinstance(fields, dict) and fields.keys() == set(BRANCH_FIELDS) for fields in branches)
-        check(self, "branches", valid, f"None or a list of dicts of {', '.join(BRANCH_FIELDS)}")
+        check(self, "branches", valid, f"None or a list of up to {MOST_BRANCHES} dicts of {', '.join(BRANCH_FIELDS)}")
         parts = self.parts()
         check(self, "branches", all(part.layers_to_transform != "strided" for part in parts), "given by layer indices")
         self.r = sum(part.r for part in parts)

@@ -9,11 +9,14 @@ from typing import Any, cast
 
 from peft import PeftConfig
 
-from ..adapter_file import AdapterFile, flaw_of
+from ..adapter_file import AdapterFile
+from ..fitting import PEFT_PREFIX, flaws
+from ..text import listed, plain, quoted
 from ..writing import write_adapter
 from .branch import WEIGHTS, weight_name
 from .config import PVMConfig
 from .merging import Tensors, combine
+from .shape import SIZES
 
 
 def read_adapter(path: str | os.PathLike, **kwargs: Any) -> tuple[PVMConfig, Tensors]:
@@ -29,27 +32,45 @@ def read_adapter(path: str | os.PathLike, **kwargs: Any) -> tuple[PVMConfig, Ten
     """
     config = PeftConfig.from_pretrained(os.fspath(path), **kwargs)
     if not isinstance(config, PVMConfig):
-        raise ValueError(f"{path} is an adapter of type {config.peft_type}, not PVM.")
-    tensors = cast(AdapterFile, config._source).read()
+        raise ValueError(f"{plain(path, 200)} is an adapter of type {config.peft_type}, not PVM.")
+    file = cast(AdapterFile, config._source)
+    problems = _problems(file.header(), config)
+    tensors = {} if problems else dict(file.read())
+    if problems := problems or flaws(tensors.items()):
+        raise ValueError(f"{plain(path, 200)} does not hold what its configuration describes: {listed(problems)}.")
+    return config, tensors
+
+
+def _problems(header: Tensors, config: PVMConfig) -> list[str]:
+    """What does not go together in the names and shapes of a file, as far as that is known without a base model."""
+    parts = config.parts()
     needed = {
-        f".layers.{layer_idx}.pvm.{weight_name(name, number)}.weight"
-        for number, part in enumerate(config.parts())
+        f".layers.{layer_idx}.pvm.{weight_name(name, number)}.weight": (name, number)
+        for number, part in enumerate(parts)
         for layer_idx in part.layer_indices
         for name in WEIGHTS
     }
-    of_base = [key for key in tensors if ".pvm.pvm_" not in key]
-    if of_base and not config.modules_to_save:
-        raise ValueError(f"{path} has {len(of_base)} tensors that are not PVM's, such as {of_base[0]}.")
-    found = {f".layers.{key.rpartition('.layers.')[2]}" for key in tensors if ".pvm.pvm_" in key}
-    if missing := sorted(needed - found):
-        raise ValueError(f"{path} lacks {len(missing)} tensors, such as {missing[0]}.")
-    if extra := sorted(found - needed):
-        raise ValueError(
-            f"{path} has {len(extra)} tensors that its configuration knows nothing of, such as {extra[0]}."
-        )
-    if flaws := [f"{key} holds {flaw}" for key, tensor in tensors.items() if (flaw := flaw_of(tensor))]:
-        raise ValueError(f"{path}: {flaws[0]}.")
-    return config, tensors
+    own = {key: key[key.rindex(".layers.") :] for key in header if ".layers." in key and ".pvm.pvm_" in key}
+    prefixes = {key.removesuffix(end) for key, end in own.items()}
+    problems = [f"its layers have different names, {quoted(sorted(prefixes))}"] if len(prefixes) > 1 else []
+    sizes: dict[tuple[str | int, int], int] = {}
+    for number, part in enumerate(parts):
+        sizes |= {("r", number): part.r, (1, number): 1}
+    for key, tensor in header.items():
+        if key not in own:
+            if not any(f"{saved}." in key.removeprefix(PEFT_PREFIX) for saved in config.modules_to_save or ()):
+                problems.append(f"{key} is not PVM's, and modules_to_save does not name it")
+        elif own[key] not in needed:
+            problems.append(f"its configuration knows nothing of {key}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{key} holds {tensor.dtype}, not floating-point numbers")
+        else:
+            name, number = needed[own[key]]
+            wanted = [(size, 0 if size == "hidden" else number) for size in SIZES[name]]
+            shape = [sizes.setdefault(size, length) for size, length in zip(wanted, tensor.shape)]
+            if shape != list(tensor.shape) or len(wanted) != tensor.dim():
+                problems.append(f"{key} has shape {tuple(tensor.shape)}, which does not go with the others")
+    return problems + [f"it lacks {end}" for end in sorted(needed.keys() - own.values())]
 
 
 def merge_adapters(

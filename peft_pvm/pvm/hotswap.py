@@ -8,9 +8,12 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..adapter_file import AdapterFile
+from ..incoming import NOTHING
 from ..saving import own_tensors
+from ..text import plain, quoted
 from .config import PVMConfig
 from .layer import PVMLayer
 from .merging import check_alike
@@ -42,16 +45,17 @@ def hotswap_adapter(
     """
     old = own_tensors(model, adapter_name)
     if not old:
-        raise ValueError(f"The model has no PVM adapter {adapter_name!r}.")
+        raise ValueError(f"The model has no PVM adapter {quoted(adapter_name)}.")
     config = PeftConfig.from_pretrained(os.fspath(model_name_or_path), **kwargs)
     layers = (module for module in model.modules() if isinstance(module, PVMLayer))
     attached = next(layer.pvm_config[adapter_name] for layer in layers if adapter_name in layer.pvm_config)
     if not isinstance(config, PVMConfig):
-        raise ValueError(f"{model_name_or_path} is an adapter of type {config.peft_type}, not PVM.")
+        raise ValueError(f"{plain(model_name_or_path, 200)} is an adapter of type {config.peft_type}, not PVM.")
     check_alike([attached, config])
     file = cast(AdapterFile, config._source)
-    file.check({key: tuple(tensor.shape) for key, tensor in old.items()}, {})
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    names = file.check(old, rename=NOTHING.renaming(base, old))
     with torch.no_grad():
-        for key, tensor in file.read().items():
-            old[key].copy_(tensor)
+        for key, tensor in file.read():
+            old[names[key]].copy_(tensor)
     attached.lineage = config.lineage

@@ -11,6 +11,9 @@ from typing import Literal, cast, get_args
 import torch
 from peft.utils.merge_utils import dare_linear, ties
 
+from ..checks import LARGEST, is_number
+from ..fitting import flaws
+from ..text import listed, quoted
 from .branch import WEIGHTS, weight_name
 from .config import BRANCH_FIELDS, PVMConfig
 
@@ -63,45 +66,50 @@ def combine(
         ValueError: The adapters cannot be combined this way.
     """
     if combination_type not in get_args(CombinationType):
-        raise ValueError(f"combination_type is {combination_type!r}, but must be one of {get_args(CombinationType)}.")
+        raise ValueError(
+            f"combination_type is {quoted(combination_type)}, but must be one of {get_args(CombinationType)}."
+        )
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; each needs one.")
+    if wrong := [weight for weight in weights if not is_number(weight)]:
+        raise ValueError(f"The weights {quoted(wrong)} are not numbers from -{LARGEST} to {LARGEST}.")
     for config, tensors in adapters:
         others = config.modules_to_save or [key for key in tensors if not WEIGHT.search(key)]
         if others:
-            raise ValueError(f"An adapter that also holds modules of the base ({others}) cannot be combined.")
+            raise ValueError(f"An adapter that also holds modules of the base ({quoted(others)}) cannot be combined.")
     widths = sorted(
         {tensor.shape[1] for _, tensors in adapters for key, tensor in tensors.items() if ".pvm_text_reducer" in key}
     )
     if len(widths) > 1:
         raise ValueError(f"The adapters are of base models of different widths, {widths}.")
     if combination_type == "cat":
-        return _side_by_side(adapters, weights)
+        return _finite(*_side_by_side(adapters, weights))
     configs = [config for config, _ in adapters]
     check_alike(configs)
     lineages = [config.lineage for config in configs]
     if not force and (None in lineages or len(set(lineages)) > 1):
         raise ValueError(
-            f"The adapters are not known to have started from the same initial weights (lineage: {lineages}), so that "
+            "The adapters are not known to have started from the same initial weights (lineage: "
+            f"{quoted(lineages)}), so that "
             'the same number means something else in each. Use combination_type="cat", which adds up what they do, '
             "or force=True."
         )
     if combination_type == "linear" and abs(sum(weights) - 1) > 1e-6:
         raise ValueError(
-            f"The weights {list(weights)} add up to {sum(weights):g}, but must to 1: they average. To scale what the "
-            'adapters add, use combination_type="cat".'
+            f"The weights {quoted(list(weights))} add up to {sum(weights):g}, but must to 1: they average. To "
+            'scale what the adapters add, use combination_type="cat".'
         )
     if combination_type != "linear" and (density is None or not 0 <= density <= 1):
-        raise ValueError(f"density is {density}, but {combination_type!r} needs one from 0 to 1.")
+        raise ValueError(f"density is {quoted(density)}, but {combination_type!r} needs one from 0 to 1.")
     total = sum(weights)
     if total == 0:
-        raise ValueError(f"The weights {list(weights)} add up to 0.")
+        raise ValueError(f"The weights {quoted(list(weights))} add up to 0.")
     scales = torch.tensor(list(weights), dtype=torch.float32)
     combined = {}
     for key, first in adapters[0][1].items():
         shapes = {tuple(tensors[key].shape) for _, tensors in adapters}
         if len(shapes) > 1:
-            raise ValueError(f"{key} has different shapes in the adapters, {sorted(shapes)}.")
+            raise ValueError(f"{key} has different shapes in the adapters, {quoted(sorted(shapes))}.")
         stacked = [tensors[key].float() for _, tensors in adapters]
         if combination_type == "linear" or first.dim() < 2:
             merged = torch.stack([weight / total * tensor for weight, tensor in zip(weights, stacked)]).sum(0)
@@ -112,7 +120,13 @@ def combine(
         combined[key] = merged.to(first.dtype)
     config = _derived(adapters[0][0], branches=adapters[0][0].branches)
     config.lineage = lineages[0] if len(set(lineages)) == 1 else None
-    return config, combined
+    return _finite(config, combined)
+
+
+def _finite(config: PVMConfig, tensors: Tensors) -> tuple[PVMConfig, Tensors]:
+    if problems := flaws(tensors.items()):
+        raise ValueError(f"The weights and the adapters make none that could be loaded: {listed(problems)}")
+    return config, tensors
 
 
 def check_alike(configs: Sequence[PVMConfig]) -> None:
@@ -124,7 +138,7 @@ def check_alike(configs: Sequence[PVMConfig]) -> None:
     for field in (*BRANCH_FIELDS, "branches"):
         values = [getattr(config, field) for config in configs]
         if any(value != values[0] for value in values):
-            raise ValueError(f"The adapters differ in {field}: {values}.")
+            raise ValueError(f"The adapters differ in {field}: {quoted(values)}.")
 
 
 def _side_by_side(

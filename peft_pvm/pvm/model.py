@@ -14,7 +14,9 @@ from torch import nn
 from ..context import BASE
 from ..saving import own_tensors
 from ..tap import Tap
+from ..text import quoted
 from ..tuner import VisualTuner, name_is_taken
+from .branch import weight_name
 from .config import PVMConfig
 from .layer import PVMLayer
 from .merging import CombinationType, combine, lineage_of
@@ -89,7 +91,8 @@ class PVMModel(VisualTuner):
         unknown = sorted(set(adapter_names) - known - {BASE})
         if unknown:
             raise ValueError(
-                f"adapter_names names {unknown}, but the model has the PVM adapters {sorted(known)} (and {BASE!r})."
+                f"adapter_names names {quoted(unknown)}, but the model has the PVM adapters {quoted(sorted(known))} "
+                f"(and {BASE!r})."
             )
 
     def add_weighted_adapter(
@@ -119,7 +122,7 @@ class PVMModel(VisualTuner):
         """
         known = self._adapter_names()
         if unknown := [name for name in adapters if name not in known]:
-            raise ValueError(f"The model has no PVM adapters {unknown}; it has {sorted(known)}.")
+            raise ValueError(f"The model has no PVM adapters {quoted(unknown)}; it has {quoted(sorted(known))}.")
         if adapter_name in self.peft_config:
             raise name_is_taken(adapter_name)
         sources = [(self.peft_config[name], own_tensors(self.model, name)) for name in adapters]
@@ -156,8 +159,8 @@ class PVMModel(VisualTuner):
         too_deep = [layer_idx for layer_idx in config.layer_indices if layer_idx >= depth]
         if too_deep:
             raise ValueError(
-                f"PVMConfig.layers_to_transform names layers {too_deep}, but the text model has only {depth} layers "
-                f"(0 to {depth - 1})."
+                f"PVMConfig.layers_to_transform names layers {quoted(too_deep)}, but the text model has only "
+                f"{depth} layers (0 to {depth - 1})."
             )
         return config
 
@@ -165,12 +168,14 @@ class PVMModel(VisualTuner):
         vlm = self.vlm
         return tuple(vlm.layer_name(layer_idx) for layer_idx in config.layer_indices)
 
-    def expected_shapes(self, config: PVMConfig, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def expected_tensors(self, config: PVMConfig, layer: nn.Module) -> dict[str, torch.Tensor]:
         vlm = self.vlm
-        with torch.device("meta"):
-            blank = PVMLayer(vlm, vlm.index_of(layer))
-            blank.update_layer("adapter", config, vlm.text_config)
-        return {key.replace(".adapter", ""): tuple(tensor.shape) for key, tensor in blank.state_dict().items()}
+        return {
+            f"{weight_name(name, number)}.weight": torch.empty(sizes, device="meta")
+            for number, part in enumerate(config.parts())
+            if vlm.index_of(layer) in part.layer_indices
+            for name, sizes in BranchShape.of(part, vlm.text_config).weights().items()
+        }
 
     def new_layer(self, target: nn.Module) -> PVMLayer:
         vlm = self.vlm

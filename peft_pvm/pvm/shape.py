@@ -8,6 +8,26 @@ from typing import Any
 from .config import WIDEST, PVMConfig
 
 
+# The sizes of each weight, by name. "hidden" is one size for a base model, the others are each branch's own.
+SIZES: dict[str, tuple[str | int, ...]] = {
+    "text_reducer": ("r", "hidden"),
+    "vision_reducer": ("r", "hidden"),
+    "input_norm": ("r",),
+    "q_proj": ("r", "r"),
+    "k_proj": ("keys", "r"),
+    "v_proj": ("keys", "r"),
+    "o_proj": ("r", "r"),
+    "q_norm": ("head",),
+    "k_norm": ("head",),
+    "post_attn_norm": ("r",),
+    "gate_proj": ("mlp", "r"),
+    "up_proj": ("mlp", "r"),
+    "down_proj": ("r", "mlp"),
+    "output_expander": ("hidden", "r"),
+    "gate": (1,),
+}
+
+
 @dataclass(frozen=True)
 class BranchShape:
     """The sizes of a branch, derived from the base model's.
@@ -75,6 +95,18 @@ class BranchShape:
             eps=_first(text_config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"),
             initializer_range=text_config.initializer_range,
         )
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight, by name."""
+        sizes: dict[str | int, int] = {
+            "r": self.r,
+            "hidden": self.hidden_size,
+            "keys": self.num_key_value_heads * self.head_dim,
+            "head": self.head_dim,
+            "mlp": self.intermediate_size,
+            1: 1,
+        }
+        return {name: tuple(sizes[size] for size in wanted) for name, wanted in SIZES.items()}
 
 
 def _first(text_config: Any, *names: str, hint: str = "") -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from ..checks import check, is_number
+from ..checks import LARGEST, check, is_number
 from ..steering import SteeringConfig
 from .weights import Floor
 
@@ -90,7 +90,8 @@ class TDRSConfig(SteeringConfig):
         for name, choices in (("form", FORMS), ("pairs", PAIRS), ("kernel", KERNELS)):
             check(self, name, getattr(self, name) in choices, f"one of {choices}")
         for name in ("sd_strength", "dc_strength", "re_strength"):
-            check(self, name, is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number from 0 on")
+            valid = is_number(getattr(self, name)) and getattr(self, name) >= 0
+            check(self, name, valid, f"a number from 0 to {LARGEST}")
         for name in ("dc_floor", "re_floor"):
             accepted = "a number between 0 and 1, or a multiple of the least weight, such as '3*min'"
             check(self, name, Floor.is_valid(getattr(self, name)), accepted)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import is_number
+from ..checks import LARGEST, is_number
 
 
 LOG2_E = math.log2(math.e)
@@ -46,7 +46,8 @@ class Floor:
     def is_valid(value: object) -> bool:
         """Whether a config may say this."""
         if isinstance(value, str):
-            return re.fullmatch(r"\d+(\.\d+)?\*min", value) is not None and float(value.partition("*")[0]) > 0
+            is_multiple = re.fullmatch(r"[0-9]+(\.[0-9]+)?\*min", value) is not None
+            return is_multiple and 0 < float(value.partition("*")[0]) <= LARGEST
         return is_number(value) and 0 < value < 1  # type: ignore[operator]
 
     def exponent(self, log_least: torch.Tensor | None) -> torch.Tensor | float:

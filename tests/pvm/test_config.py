@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from peft import PeftConfig
 from transformers import LlamaConfig, Qwen3VLTextConfig
 
 from peft_pvm import PVMConfig
+from peft_pvm.pvm.branch import WEIGHTS, fresh_weights
 from peft_pvm.pvm.model import strided_layers
 from peft_pvm.pvm.shape import BranchShape
+from peft_pvm.text import LONGEST
 
 
 @pytest.mark.parametrize(
@@ -25,14 +28,32 @@ from peft_pvm.pvm.shape import BranchShape
         (dict(layers_to_transform=[-1]), r"layers_to_transform is \[-1\]"),
         (dict(layers_to_transform=[2, 2]), r"layers_to_transform is \[2, 2\], but must be a list without repetitions"),
         (dict(layers_to_transform=None), "layers_to_transform is None"),
-        (dict(init_gate="zero"), "init_gate is 'zero', but must be a number that fits fp32"),
+        (dict(init_gate="zero"), "init_gate is 'zero', but must be a number that fits fp16"),
         (dict(memory_visibility="all"), r"memory_visibility is 'all', but must be one of \('causal', 'sample'\)"),
         (
             dict(memory_source="pixels"),
             r"memory_source is 'pixels', but must be one of \('embeddings', 'hidden_states'\)",
         ),
         (dict(init_gate=float("nan")), "init_gate is nan"),
-        (dict(init_gate=1e308), "must be a number that fits fp32"),
+        (dict(init_gate=1e308), "must be a number that fits fp16"),
+        (dict(init_gate=10**400), "init_gate is 1000000"),
+        (dict(init_gate=-65_505), "init_gate is -65505"),
+        (dict(r=10**5000), "PVMConfig.r is "),
+        (dict(layers_to_transform=[0] * 2_000_000), r"layers_to_transform is \[0, 0, "),
+        (dict(layers_to_transform=[10**400]), "layers_to_transform is "),
+        (dict(mlp_ratio=1e308), "mlp_ratio is 1e"),
+        (dict(mlp_ratio=10**400), "mlp_ratio is 1000"),
+        (dict(branches=[{}] * 1000), "None or a list of up to 64 dicts"),
+        (dict(lineage="\x1b[31m<script>"), r"lineage is '\\x1b\[31m<script>', but must be a hash of 16 hexadecimal"),
+        (dict(modules_to_save=[""]), r"modules_to_save is \[''\], but must be a list of module names"),
+        (dict(modules_to_save=["x"] * 65), "but must be a list of module names"),
+        (dict(base_model_name_or_path=[1]), r"base_model_name_or_path is \[1\], but must be a name or None"),
+        (dict(base_model_name_or_path="a" * 10**8), "base_model_name_or_path is 'aaaa"),
+        (dict(revision={"a": 1}), "revision is {'a': 1}, but must be a name"),
+        (dict(task_type="t" * 10**6), "task_type is 'ttt"),
+        (dict(inference_mode="yes"), "inference_mode is 'yes', but must be True or False"),
+        (dict(auto_mapping={"a": [[[[]]]]}), "auto_mapping is "),
+        (dict(format_version="9" * 10**6), "format_version is '999"),
         (dict(init_gate=True), "init_gate is True"),
         (dict(mlp_ratio=float("inf")), "mlp_ratio is inf"),
         (dict(init_weights="no"), "init_weights is 'no', but must be True or False"),
@@ -41,8 +62,9 @@ from peft_pvm.pvm.shape import BranchShape
     ],
 )
 def test_bad_values(fields: dict, complaint: str):
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=complaint) as refusal:
         PVMConfig(**fields)
+    assert len(str(refusal.value)) <= LONGEST
 
 
 def test_every_field_has_help():
@@ -85,6 +107,15 @@ def test_heads_follow_the_bases_grouping(r: int, heads: int, kv_heads: int, bran
     text_config = LlamaConfig(hidden_size=4096, num_attention_heads=heads, num_key_value_heads=kv_heads)
     shape = BranchShape.of(PVMConfig(r=r), text_config)
     assert (shape.num_heads, shape.num_key_value_heads) == (branch_heads, branch_kv_heads)
+
+
+def test_sizes_of_weights_are_those_of_the_modules():
+    config, text_config = PVMConfig(r=512), LlamaConfig(hidden_size=1024, num_attention_heads=8, num_key_value_heads=2)
+    shape = BranchShape.of(config, text_config)
+    with torch.device("meta"):
+        fresh = fresh_weights(config, shape)
+    assert shape.weights() == {name: tuple(module.weight.shape) for name, module in fresh.items()}
+    assert shape.weights().keys() == set(WEIGHTS)
 
 
 def test_mlp_width():

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig
-
 from ...base_checkpoint import BaseCheckpoint
 from ...checkpoints import check_shapes
 from ...dipe import DIPEConfig
+from ...inspection import read_config
 from ...pvm import PVMConfig
 from ...pvm.files import read_adapter
 from ...pvm.merging import Tensors
-from ...tuner import PEFT_PREFIX, VisualConfig
+from ...text import quoted
+from ...tuner import PEFT_PREFIX
 from .served import ARCHITECTURE, FIELD, fields_of
 
 
@@ -49,13 +49,11 @@ def export_vllm(
     """
     checkpoint = BaseCheckpoint(base)
     if (found := checkpoint.config.get("model_type")) not in BASES:
-        raise NotImplementedError(f"{base} is of type {found!r}. For vLLM there is {', '.join(BASES)}.")
+        raise NotImplementedError(f"{base} is of type {quoted(found)}. For vLLM there is {', '.join(BASES)}.")
     by_method: dict[str, dict[str, Any]] = {}
     branch: Tensors = {}
     for adapter in adapters:
-        config = PeftConfig.from_pretrained(os.fspath(adapter))
-        if not isinstance(config, VisualConfig):
-            raise ValueError(f"{adapter} is an adapter of type {config.peft_type}, not of peft_pvm.")
+        config = read_config(adapter)
         if config.method in by_method:
             raise ValueError(f"{adapter} is a second adapter of {config.method}, but one model is served with one.")
         if isinstance(config, PVMConfig):
@@ -63,7 +61,7 @@ def export_vllm(
         elif isinstance(config, DIPEConfig):
             num_layers = checkpoint.config["text_config"]["num_hidden_layers"]
             if beyond := [index for index in cast(list[int], config.layers_to_transform or []) if index >= num_layers]:
-                raise ValueError(f"{adapter} acts on layers {beyond}, but {base} has {num_layers} layers.")
+                raise ValueError(f"{adapter} acts on layers {quoted(beyond)}, but {base} has {num_layers} layers.")
         else:
             raise NotImplementedError(f"{adapter} is an adapter of {config.method}. For vLLM there are PVM and DIPE.")
         by_method[config.method] = fields_of(config)
@@ -80,8 +78,8 @@ def _pvm_weights(adapter: str | os.PathLike, base: BaseCheckpoint, accept_causal
     config, tensors = read_adapter(adapter)
     if config.modules_to_save:
         raise NotImplementedError(
-            f"{adapter} brings modules of the base, {config.modules_to_save}. First save the base with them, and the "
-            "adapter without."
+            f"{adapter} brings modules of the base, {quoted(config.modules_to_save)}. First save the base with them, "
+            "and the adapter without."
         )
     if not accept_causal and any(part.memory_visibility == "sample" for part in config.parts()):
         raise ValueError(
