@@ -90,7 +90,7 @@ def test_results_come_from_their_file(tmp_path: Path):
 )
 def test_results_of_another_kind_are_refused(tmp_path: Path, content: str):
     (tmp_path / "results.json").write_text(content)
-    said = r"results\.json (is not JSON|must hold a list|is nested too deeply|is longer than)"
+    said = r"results\.json (is damaged or not JSON|must hold a list|is longer than)"
     with pytest.raises(ValueError, match=said) as refusal:
         save(PVMConfig(r=32), tmp_path)
     assert len(str(refusal.value)) <= LONGEST

@@ -96,10 +96,10 @@ def test_those_that_were_there_stop_acting(tiny: TinyVLM, saved: list[str]):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.popitem(), "it lacks 1 tensors"),
+        (lambda tensors: tensors.popitem(), "it lacks "),
         (
             lambda tensors: tensors.update({"base_model.model.stray": torch.ones(1)}),
-            "1 of its tensors belong to nothing",
+            "nothing takes its .*stray",
         ),
     ],
 )
