@@ -86,13 +86,16 @@ class PVMLayer(VisualTunerLayer):
         _, decoder_layer = self._parents
         norm = getattr(decoder_layer, self._block.ffn_norm or "input_layernorm")
         reference = next(itertools.chain(norm.parameters(), decoder_layer.parameters()))
+        device = device or reference.device
+        if device.type == "meta":  # the base's weights are on the disk, and accelerate brings them to where they run
+            device = getattr(getattr(norm, "_hf_hook", None), "execution_device", None)
         for name in self.adapter_layer_names:
             weights = getattr(self, name)
             if adapter_name not in weights:
                 continue
             if any(parameter.device.type == "meta" for parameter in weights[adapter_name].parameters()):
                 continue  # low_cpu_mem_usage: the weights come later
-            weights[adapter_name].to(device or reference.device, dtype=reference.dtype)  # in place
+            weights[adapter_name].to(device, dtype=reference.dtype)  # in place
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
