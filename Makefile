@@ -12,9 +12,9 @@ WORKERS ?= auto
 TORCH ?= torch==2.13.0
 PYTEST = pytest -n $(WORKERS) -q
 GPU_TESTS = tests/test_five_properties.py tests/test_generation.py tests/test_turns.py tests/test_combinations.py \
-	tests/test_decoding_step.py tests/test_eviction.py tests/test_threads.py tests/dipe/test_oracle.py tests/dipe/test_parity.py \
-	tests/dipe/test_anchored.py tests/tdrs/test_oracle.py tests/tdrs/test_triton_kernel.py tests/pvm/test_parity.py \
-	tests/pvm/test_training.py tests/pvm/test_memory.py tests/pvm/test_adapters_by_row.py
+	tests/test_decoding_step.py tests/test_eviction.py tests/dipe/test_oracle.py tests/dipe/test_parity.py \
+	tests/dipe/test_anchored.py tests/tdrs/test_oracle.py tests/pvm/test_parity.py tests/pvm/test_training.py \
+	tests/pvm/test_memory.py tests/pvm/test_adapters_by_row.py
 
 SHELL = bash -o pipefail
 
@@ -46,6 +46,7 @@ test-newest:
 # What the methods compute, on a GPU: in an environment of the reader's, since ours hold a torch for the CPU.
 test-gpu:
 	PEFT_PVM_TEST_DEVICE=cuda $(PYTHON) -m $(PYTEST) $(GPU_TESTS)
+	$(PYTHON) -m $(PYTEST) tests/test_on_cuda.py tests/tdrs/test_triton_kernel.py
 
 # lmms-eval pins versions that do not go with the training extra's.
 test-lmms-eval: $(VENV_LMMS)/.installed

@@ -29,6 +29,7 @@ DEVICE = os.environ.get("PEFT_PVM_TEST_DEVICE", "cpu")  # where models and tenso
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
     torch.backends.cudnn.allow_tf32 = False
+on_a_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="a CPU, or tests/test_on_cuda.py, shows it")
 # transformers 5.24 asks for a PEFT that has not been released. Its adapter methods are tested without that bound.
 if Version(peft.__version__) < Version(transformers.integrations.peft.MIN_PEFT_VERSION):
     transformers.integrations.peft.MIN_PEFT_VERSION = peft.__version__

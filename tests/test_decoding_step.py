@@ -13,6 +13,7 @@ from conftest import (
     counted_graphs,
     difference,
     logits,
+    on_a_cpu,
     prompt_and_step,
 )
 from tiny_vlms import FAMILIES
@@ -45,6 +46,7 @@ def step_at(step: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tenso
     }
 
 
+@on_a_cpu
 @pytest.mark.parametrize("method", COMPILED.values(), ids=COMPILED)
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
 def test_steps_are_one_graph(name: str, method: Method | Combination):

@@ -21,6 +21,7 @@ from conftest import (
     generate,
     length_of,
     logits,
+    on_a_cpu,
     prefill,
     prompt_and_step,
     resume,
@@ -87,7 +88,9 @@ def check_equal(model: PeftModel, one_way: Callable, other_way: Callable) -> Non
     assert agree()
 
 
-@pytest.mark.parametrize("kind", ["prompt lookup", "assisted", "static cache", "chunked prefill"])
+@pytest.mark.parametrize(
+    "kind", ["prompt lookup", "assisted", pytest.param("static cache", marks=on_a_cpu), "chunked prefill"]
+)
 def test_other_ways_to_decode_equal_greedy(tiny: TinyVLM, model: PeftModel, kind: str):
     prompt = PROMPTS[0]
     arguments = {
@@ -121,6 +124,7 @@ def test_layers_that_compute_the_last_tokens_alone(method: Method, request):
         assert difference(last, whole[:, -1:]) < TOLERANCE
 
 
+@on_a_cpu
 def test_decoding_traces_to_one_graph(method: Method):
     """A step on a static cache has no data-dependent Python in it, and computes the same when traced."""
     family = FAMILIES["llava"]
@@ -322,6 +326,7 @@ def test_pickled_cache(plain: TinyVLM, method: Method):
     assert twin.visual_memory.is_empty
 
 
+@on_a_cpu
 def test_context_may_be_moved_between_layers(plain: TinyVLM, method: Method):
     """accelerate moves keyword arguments to each layer's device: another one than the memory's, but for its name."""
     model = method.attach(plain.build())

@@ -28,8 +28,13 @@ def moved(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", [None, *NAMES])
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
-def test_a_static_cache_is_compiled(family: str, method: str | None):
+def test_a_static_cache_is_compiled(family: str, method: str | None, request):
     """transformers compiles decoding with a static cache on a GPU by itself, into CUDA graphs."""
+    if family == "gemma3" and method is not None and "dipe" in method:
+        reason = (
+            "NameError in the code that inductor of torch 2.11 makes: a size is used in a part of it that lacks it"
+        )
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=NameError))
     model = on_cuda(family, method)
     prompt = moved(FAMILIES[family].prompt(FAMILIES[family].build(), "t4 i t5"))
     dynamic, static = (

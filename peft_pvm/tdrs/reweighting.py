@@ -73,8 +73,14 @@ class Reweighting:
                 )
             if not _has_triton():
                 raise ImportError("TDRSConfig(kernel='triton') needs Triton, which is not installed.")
+            if torch.compiler.is_compiling():
+                raise NotImplementedError(
+                    "torch.compile cannot take in the Triton kernel. Use TDRSConfig(kernel='auto'), which computes in "
+                    "PyTorch there."
+                )
             return True
         needs_blockwise = wants_weights or inputs.dropout > 0 or inputs.query.dtype == torch.float64
+        needs_blockwise |= torch.compiler.is_compiling()  # inductor fails on the kernel
         records = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (inputs.query, inputs.key, inputs.value)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE, difference, in_double, logits
+from conftest import TOLERANCE, difference, in_double, logits, on_a_cpu
 from oracle import oracle
 from peft import LoraConfig, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
@@ -196,6 +196,7 @@ def test_decoding_allocates_nothing_of_the_caches_size(name: str, kernel: str):
         assert difference(on, logits(model, step, **{CACHE: cache}, use_cache=True)) > 100 * TOLERANCE
 
 
+@on_a_cpu
 def test_prefill_runs_on_the_fused_kernel(monkeypatch):
     """Not on the one that holds whole score matrices."""
     family = FAMILIES["llava"]

@@ -263,6 +263,8 @@ def test_a_row_of_padding_is_finite_and_changes_nothing():
         ({"triton": False, "kernel": "triton"}, ImportError),
         ({"wants_weights": True, "kernel": "triton"}, NotImplementedError),
         ({"is_cuda": False, "kernel": "triton"}, True),
+        ({"compiling": True}, False),
+        ({"compiling": True, "kernel": "triton"}, NotImplementedError),
     ],
 )
 def test_which_kernel_is_chosen(changes: dict[str, Any], takes: bool | type[Exception], monkeypatch):
@@ -271,6 +273,7 @@ def test_which_kernel_is_chosen(changes: dict[str, Any], takes: bool | type[Exce
     tensor = SimpleNamespace(**{name: given[name] for name in ("is_cuda", "dtype", "requires_grad")})
     inputs = SimpleNamespace(query=tensor, key=tensor, value=tensor, dropout=changes.get("dropout", 0.0))
     monkeypatch.setattr(reweighting, "_has_triton", lambda: changes.get("triton", True))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: changes.get("compiling", False))
     weighing = reweighting.Reweighting(TDRSConfig(kernel=given["kernel"]), None, None)
     with torch.set_grad_enabled("no_grad" not in changes):
         if isinstance(takes, bool):

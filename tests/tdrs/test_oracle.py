@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import difference, in_double, logits
+from conftest import difference, in_double, logits, on_a_cpu
 from oracle import oracle
 from peft import get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
@@ -94,6 +94,7 @@ WRONG = {
 }
 
 
+@on_a_cpu
 @pytest.mark.parametrize("variant", WRONG)
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
 def test_wrong_variants_are_noticed(name: str, variant: str, monkeypatch):
