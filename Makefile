@@ -8,6 +8,7 @@ VENV_NEWEST ?= .venv-newest
 VENV_LMMS ?= .venv-lmms
 VENV_VLLM ?= .venv-vllm
 WORKERS ?= auto
+FOLDERS ?= 20000
 # What test-newest takes of torch, most builds of which come with CUDA.
 TORCH ?= torch==2.13.0
 PYTEST = pytest -n $(WORKERS) -q
@@ -18,7 +19,7 @@ GPU_TESTS = tests/test_five_properties.py tests/test_generation.py tests/test_tu
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench test test-oldest test-newest test-gpu test-lmms-eval test-vllm quality style docs generate clean
+.PHONY: demo bench test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm quality style docs generate clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -47,6 +48,10 @@ test-newest:
 test-gpu:
 	PEFT_PVM_TEST_DEVICE=cuda $(PYTHON) -m $(PYTEST) $(GPU_TESTS)
 	$(PYTHON) -m $(PYTEST) tests/test_on_cuda.py tests/tdrs/test_triton_kernel.py
+
+# Damaged adapter folders, ten minutes of them.
+fuzz: $(VENV)/.installed
+	cd tests && PYTHONPATH=.. ../$(VENV)/bin/python -m fuzz --folders $(FOLDERS)
 
 # lmms-eval pins versions that do not go with the training extra's.
 test-lmms-eval: $(VENV_LMMS)/.installed
