@@ -55,7 +55,7 @@ def test_pvm_names_the_layer_that_it_no_longer_reaches(name: str, module: str):
 def test_a_replaced_decoder_layer_is_noticed():
     family = FAMILIES["llava"]
     model = METHODS["pvm"].attach(family.build(), layers_to_transform=[0, 1])
-    layers = find_vlm(model.get_base_model()).layers
+    layers = find_vlm(model.get_base_model()).text_model.layers
     layers[1] = family.build().model.language_model.layers[1]
     inputs = family.inputs(model.get_base_model(), "t4 i t6")
     with pytest.raises(NotImplementedError, match=r"PVM did not act in decoder layers \[1\] of"):

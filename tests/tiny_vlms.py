@@ -84,7 +84,7 @@ def _qwen3_5():
         linear_value_head_dim=16,
         linear_num_key_heads=2,
         linear_num_value_heads=2,
-        layer_types=["full_attention", "linear_attention", "full_attention", "full_attention"],
+        layer_types=["linear_attention", "full_attention", "full_attention", "full_attention"],
     )
     return T.Qwen3_5Config(text_config=text, vision_config=QWEN3_VISION, **QWEN_IDS)
 
@@ -484,7 +484,7 @@ GLM_VIDEO = _grid_visual("video", IMAGE, frames=2)
 FAMILIES = {
     "qwen3_vl": TinyVLM("Qwen3VLForConditionalGeneration", _qwen3_vl, GRID, VIDEO_BY_FRAME),
     "qwen3_vl_moe": TinyVLM("Qwen3VLMoeForConditionalGeneration", _qwen3_vl_moe, GRID, VIDEO_BY_FRAME),
-    "qwen3_5": TinyVLM("Qwen3_5ForConditionalGeneration", _qwen3_5, GRID, VIDEO_BY_FRAME, seed=2),
+    "qwen3_5": TinyVLM("Qwen3_5ForConditionalGeneration", _qwen3_5, GRID, VIDEO_BY_FRAME, seed=5),
     "qwen2_5_vl": TinyVLM("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, GRID, VIDEO_IN_ONE),
     "qwen2_vl": TinyVLM("Qwen2VLForConditionalGeneration", _qwen2_vl, GRID, VIDEO_IN_ONE),
     "llava": TinyVLM("LlavaForConditionalGeneration", _llava, _square_visual(4)),

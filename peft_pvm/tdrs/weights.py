@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import LARGEST, is_number
+from ..checks import is_number
 
 
 LOG2_E = math.log2(math.e)
+LARGEST_MULTIPLE = 1e30  # of a least weight, which falls with the length of the context
 LARGEST_FLOOR = 0.999  # a multiple of the least weight is cut to this; at 1, distance would not matter at all
 
 
@@ -47,7 +48,7 @@ class Floor:
         """Whether a config may say this."""
         if isinstance(value, str):
             is_multiple = re.fullmatch(r"[0-9]+(\.[0-9]+)?\*min", value) is not None
-            return is_multiple and 0 < float(value.partition("*")[0]) <= LARGEST
+            return is_multiple and 0 < float(value.partition("*")[0]) <= LARGEST_MULTIPLE
         return is_number(value) and 0 < value < 1  # type: ignore[operator]
 
     def exponent(self, log_least: torch.Tensor | None) -> torch.Tensor | float:

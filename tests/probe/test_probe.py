@@ -409,8 +409,8 @@ def test_every_number_is_rounded(result):
 
 def test_linear_attention_is_left_out_and_said_so(probed):
     result = probed(FAMILIES["qwen3_5"].build(), "qwen3_5")
-    assert result.unobserved_layers == [0, 2]
-    assert [layer.layer_idx for layer in result.base.attention] == [1, 3]
+    assert result.unobserved_layers == [0]
+    assert [layer.layer_idx for layer in result.base.attention] == [1, 2, 3]
 
 
 def test_grids_of_images(probed):
