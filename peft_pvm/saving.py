@@ -54,18 +54,29 @@ def saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
         adapters = _adapters_to_save(self, options.get("selected_adapters"))
         if not options.get("safe_serialization", True):
             _refuse_pickles(self, adapters)
+        if options.get("save_embedding_layers") is True and _ours(self.peft_config).intersection(
+            filter(None, adapters)
+        ):
+            raise ValueError(
+                "save_embedding_layers=True would write the base's embeddings into the adapter, which loads no tensors "
+                "of the base. Leave it out, and name modules to be trained along in modules_to_save."
+            )
         state_dict = options.get("state_dict")
         if state_dict is None and (is_wrapped(self) or (adapters != [None] and len(self.peft_config) > 1)):
             state_dict = self.state_dict()  # now: some wrappers have to gather it
         with written_whole(save_directory) as folder, without_wrappers(self):
             for name in adapters:
+                chosen = dict(options)
+                is_of_ours = name is not None and name in _ours(self.peft_config)
                 if state_dict is not None:
-                    options["state_dict"] = of_adapter(self, name, state_dict)
+                    chosen["state_dict"] = of_adapter(self, name, state_dict)
                 if name is not None and isinstance(self, PeftModel):
-                    options["selected_adapters"] = [name]
+                    chosen["selected_adapters"] = [name]
+                    if is_of_ours:  # else PEFT adds the base's embeddings if the vocabulary was changed
+                        chosen["save_embedding_layers"] = False
                 with _known_alone(self, name):
-                    original(self, str(folder), **options)
-                if name is not None and name in _ours(self.peft_config):
+                    original(self, str(folder), **chosen)
+                if name is not None and is_of_ours:
                     is_default = name == "default" or not isinstance(self, PeftModel)
                     _check_file(self, name, folder if is_default else folder / name)
 

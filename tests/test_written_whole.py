@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import METHODS, REPRESENTATIVE, logits
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from tiny_vlms import FAMILIES
+from tiny_vlms import FAMILIES, TinyVLM
 from transformers import PreTrainedModel
 
 from peft_pvm import PVMConfig
@@ -25,7 +25,7 @@ BUILD = """
 import os, shutil, sys
 sys.path.insert(0, {tests!r})
 from conftest import METHODS
-from tiny_vlms import FAMILIES
+from tiny_vlms import FAMILIES, TinyVLM
 
 model = FAMILIES[sys.argv[3]].build()
 config = METHODS["pvm"].config(layers_to_transform=[0], init_weights=False)
@@ -266,3 +266,11 @@ def test_models_without_our_adapters_go_the_old_way(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="should be a directory, not a file"):
         get_peft_model(FAMILIES["llava"].build(), PVMConfig(r=32)).save_pretrained(tmp_path / "file")
+
+
+def test_embeddings_of_the_base_are_not_saved_along(tiny: TinyVLM, tmp_path: Path):
+    """No adapter could be loaded from such a file."""
+    model = METHODS["pvm"].attach(tiny.build())
+    with pytest.raises(ValueError, match="save_embedding_layers=True would write the base's embeddings"):
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert not (tmp_path / "adapter").exists()
