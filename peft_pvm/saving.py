@@ -52,15 +52,7 @@ def saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, save_directory, *args, **kwargs)
         options = {name: value for name, value in given.items() if name not in ("self", "save_directory")}
         adapters = _adapters_to_save(self, options.get("selected_adapters"))
-        if not options.get("safe_serialization", True):
-            _refuse_pickles(self, adapters)
-        if options.get("save_embedding_layers") is True and _ours(self.peft_config).intersection(
-            filter(None, adapters)
-        ):
-            raise ValueError(
-                "save_embedding_layers=True would write the base's embeddings into the adapter, which loads no tensors "
-                "of the base. Leave it out, and name modules to be trained along in modules_to_save."
-            )
+        _refuse_what_cannot_be_loaded(self, adapters, options)
         state_dict = options.get("state_dict")
         if state_dict is None and (is_wrapped(self) or (adapters != [None] and len(self.peft_config) > 1)):
             state_dict = self.state_dict()  # now: some wrappers have to gather it
@@ -184,8 +176,14 @@ def _known_alone(model: Any, name: str | None) -> Iterator[None]:
             model.active_adapter = active
 
 
-def _refuse_pickles(model: Any, adapters: Collection[str | None]) -> None:
-    if ours := sorted(_ours(model.peft_config).intersection(filter(None, adapters))):
+def _refuse_what_cannot_be_loaded(model: Any, adapters: Collection[str | None], options: dict[str, Any]) -> None:
+    ours = sorted(_ours(model.peft_config).intersection(filter(None, adapters)))
+    if ours and options.get("save_embedding_layers") is True:
+        raise ValueError(
+            "save_embedding_layers=True would write the base's embeddings into the adapter, and no adapter loads "
+            "tensors of the base. Leave it out, and name what is trained along in modules_to_save."
+        )
+    if ours and not options.get("safe_serialization", True):
         raise ValueError(
             f"safe_serialization=False would save {', '.join(ours)} as a pickle, and peft_pvm loads adapters from "
             "safetensors files only. Leave the argument out."
