@@ -440,7 +440,9 @@ def other_encoding(folder: Path, random: Random) -> None:
 
 @mutation
 def no_file(folder: Path, random: Random) -> None:
-    (folder / random.choice((CONFIG, WEIGHTS))).unlink(missing_ok=True)
+    path = folder / random.choice((CONFIG, WEIGHTS))
+    if not path.is_dir():  # an earlier mutation may have put one in its place
+        path.unlink(missing_ok=True)
 
 
 @mutation
@@ -478,7 +480,7 @@ def in_a_subfolder(folder: Path, random: Random) -> None:
 def a_pickle(folder: Path, random: Random) -> None:
     content = pickle.dumps({"base_model.model.lm_head.weight": [1.0]})
     (folder / "adapter_model.bin").write_bytes(content)
-    if random.random() < 0.7 and (folder / WEIGHTS).is_file():
+    if random.random() < 0.7 and (folder / WEIGHTS).is_file() and not (folder / WEIGHTS).is_symlink():
         (folder / WEIGHTS).write_bytes(content) if random.random() < 0.5 else (folder / WEIGHTS).unlink()
 
 
