@@ -257,7 +257,7 @@ def to_old_layout(key: str) -> str:
 
 
 OLD_LAYOUT_ENTRIES = {
-    **{name: ENTRIES[name] for name in ("from_pretrained", "transformers")},
+    **{name: ENTRIES[name] for name in ("from_pretrained", "transformers", "load_adapters")},
     "new weights": again,
     "hotswap": swap,
     "another key_mapping": lambda model, folder, whole: PeftModel.from_pretrained(
