@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import METHODS, REPRESENTATIVE, logits
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors import safe_open
 from tiny_vlms import FAMILIES, TinyVLM
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from peft_pvm import PVMConfig
 from peft_pvm.writing import written_whole
@@ -25,6 +26,7 @@ BUILD = """
 import os, shutil, sys
 sys.path.insert(0, {tests!r})
 from conftest import METHODS
+from safetensors import safe_open
 from tiny_vlms import FAMILIES, TinyVLM
 
 model = FAMILIES[sys.argv[3]].build()
@@ -274,3 +276,13 @@ def test_embeddings_of_the_base_are_not_saved_along(tiny: TinyVLM, tmp_path: Pat
     with pytest.raises(ValueError, match="save_embedding_layers=True would write the base's embeddings"):
         model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_nor_after_the_vocabulary_was_changed(tmp_path: Path):
+    """PEFT adds them by itself where the base's configuration differs from that in its folder."""
+    FAMILIES["paligemma"].build().save_pretrained(tmp_path / "base")
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    base.config.vocab_size += 8
+    METHODS["pvm"].attach(base).save_pretrained(tmp_path / "adapter")
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", framework="pt") as tensors:
+        assert all(".pvm." in key for key in tensors.keys())  # noqa: SIM118
