@@ -40,7 +40,11 @@ def bench(
     ] = "tiny",
     layers: Annotated[
         int | None,
-        typer.Option(min=1, max=MANY, help="Of a preset: so many decoder layers, and that share of the vocabulary."),
+        typer.Option(
+            min=1,
+            max=MANY,
+            help="Build only this many decoder layers of the preset, with the same share of its vocabulary.",
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help=f"Separated by commas: {', '.join(METHODS)}.")] = ",".join(
         DEFAULTS.methods
@@ -58,7 +62,7 @@ def bench(
     prefills: Annotated[int, typer.Option(min=1, max=MANY, help="Rounds of prefilling.")] = DEFAULTS.prefills,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
     dtype: Annotated[
-        str, typer.Option(callback=one_of(DTYPES), help=f"Of the weights: {', '.join(DTYPES)}.")
+        str, typer.Option(callback=one_of(DTYPES), help=f"The dtype of the weights: {', '.join(DTYPES)}.")
     ] = "float32",
     attn_implementation: Annotated[str, typer.Option(help="The attention kernel.")] = "sdpa",
     static_cache: Annotated[bool, typer.Option(help="Give the KV cache its full size from the start.")] = False,
