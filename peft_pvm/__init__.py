@@ -1,12 +1,12 @@
 """Adapters that keep vision-language models looking at the image. Importing registers their types with PEFT."""
 
 from .checkpoints import convert_reference_checkpoint, export_reference_checkpoint
-from .dipe import DIPEConfig, DIPEModel
 from .loading import add_adapters, load_adapters, save_adapter
+from .methods.dipe import DIPEConfig, DIPEModel
+from .methods.tdrs import TDRSConfig, TDRSModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .registry import extend_peft, register
-from .tdrs import TDRSConfig, TDRSModel
-from .trial import attached
+from .tuners.attached import attached
 from .versions import check_versions
 
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 check_versions()
-register("pvm", PVMConfig, PVMModel)
-register("dipe", DIPEConfig, DIPEModel)
-register("tdrs", TDRSConfig, TDRSModel)
+register(PVMConfig, PVMModel)
+register(DIPEConfig)
+register(TDRSConfig)
 extend_peft()

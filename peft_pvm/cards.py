@@ -19,7 +19,7 @@ from .text import code_span, markdown, plain
 
 
 if TYPE_CHECKING:
-    from .tuner import VisualConfig
+    from .tuners.base import VisualConfig
 
 
 CARD_NAME = "README.md"

@@ -21,7 +21,7 @@ from .pvm.files import read_adapter
 from .pvm.merging import Tensors
 from .pvm.shape import BranchShape
 from .text import listed, plain
-from .tuner import PEFT_PREFIX
+from .tuners.base import PEFT_PREFIX
 from .writing import write_adapter, written_whole
 
 

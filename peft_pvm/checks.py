@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
 from .text import quoted
 
 
@@ -44,3 +48,53 @@ def layer_list(config: object, other: str) -> list[int]:
     check(config, "layers_to_transform", valid, f"{other} or a non-empty list of layer indices from 0 on")
     check(config, "layers_to_transform", len(set(indices)) == len(indices), "a list without repetitions")
     return sorted(indices)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    among: Collection[str] | None = None,
+    valid: Callable[[Any], bool] | None = None,
+    accepted: str = "",
+) -> Any:
+    """A field of a configuration, which `check_settings` checks.
+
+    Args:
+        default: Its default.
+        help: What it is for, without needing the paper.
+        least: It is a number from this on.
+        above: It is a number above this.
+        among: It is one of these.
+        valid: Whether a value is valid, if none of these says it.
+        accepted: What `valid` accepts, for the message.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Config:
+        ...     strength: float = setting(1.0, "How much it does.", least=0)
+        >>> check_settings(Config(strength=-1.0))
+        Traceback (most recent call last):
+        ValueError: Config.strength is -1.0, but must be a number from 0 to 65504.
+    """
+    if least is not None:
+        valid, accepted = lambda value: is_number(value) and value >= least, f"a number from {least} to {LARGEST}"
+    elif above is not None:
+        valid, accepted = lambda value: is_number(value) and value > above, f"a number above {above}"
+    elif among is not None:
+        valid, accepted = lambda value: value in among, f"one of {tuple(among)}"
+    return dataclasses.field(default=default, metadata={"help": help, "valid": valid, "accepted": accepted})
+
+
+def check_settings(config: Any) -> None:
+    """Check the fields of a configuration that `setting` made.
+
+    Raises:
+        ValueError: A value is not accepted.
+    """
+    for field in dataclasses.fields(config):
+        if field.metadata.get("valid") is not None:
+            check(config, field.name, field.metadata["valid"](getattr(config, field.name)), field.metadata["accepted"])

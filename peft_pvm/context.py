@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,6 @@ from .memory import Coverage, Runs, VisualMemory
 from .positions import (
     EMPTY_SLOT,
     MULTIMODAL_AXES,
-    causally_visible,
     gather_rows,
     join_positions,
     modalities,
@@ -25,49 +24,18 @@ from .visibility import real_tokens
 
 
 CONTEXT = "visual_context"  # the keyword argument
-BASE = "__base__"  # what PEFT calls no adapter, where every row has its own
 T = TypeVar("T")
+# Makes the error for layers that a forward did not reach, from their indices and the name of the model's class.
+NotReached = Callable[[list[int], str], NotImplementedError]
 
 
-def dropped_keywords(module_name: str) -> NotImplementedError:
-    """The error for a model whose decoder layers keep the context from their attention."""
+def dropped_keywords(layers: list[int], model: str) -> NotImplementedError:
+    """The error for decoder layers that keep the context from their attention."""
     return NotImplementedError(
-        f"The decoder layers of {module_name} do not pass keyword arguments on to their attention, or the attention "
+        f"The decoder layers of {model} do not pass keyword arguments on to their attention, or the attention "
         "was replaced after the adapter was attached, so that the adapter learns nothing about the image. Replace "
         "modules before you attach the adapter; if none was replaced, it cannot work on this model."
     )
-
-
-def names_by_row(adapter_names: Sequence[str], batch_size: int) -> list[str]:
-    """The adapter of each row of a batch.
-
-    Args:
-        adapter_names: Of each row that the user gave. `generate` repeats rows, for beams and several answers.
-        batch_size: How many rows there are now.
-
-    Raises:
-        ValueError: As many rows cannot come from as many names.
-    """
-    if not adapter_names or batch_size % len(adapter_names):
-        raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {batch_size} rows.")
-    return [name for name in adapter_names for _ in range(batch_size // len(adapter_names))]
-
-
-@dataclass(eq=False)
-class MemoryView:
-    """Which tokens of a forward read the memory, and which part of it each may see.
-
-    Attributes:
-        positions: Positions, inside this forward, of the tokens that read, `(batch, num_queries)`, int64, `EMPTY_SLOT`
-            for padding. `None`: every token reads.
-        mask: What each may attend to, `(batch, 1, num_queries or 1, num_visual)`, bool; no row is all False. `None`:
-            everything.
-        has_memory: Rows with something to read, `(batch, 1, 1)`, bool; the others get exactly zero. `None`: all.
-    """
-
-    positions: torch.Tensor | None
-    mask: torch.Tensor | None
-    has_memory: torch.Tensor | None
 
 
 class VisualContext:
@@ -85,12 +53,11 @@ class VisualContext:
         keys_before: How many keys each layer of the cache held before this forward.
         position_ids: What the rotary embedding was given, `(batch, seq_len, axes)`, int64.
         anchors: The position of the first token of the run that holds each token, `(batch, seq_len)`, int64.
-        keeps_positions: Whether `position_ids` are wanted in the memory.
-        steering: By layer index, what adapters do to the attention there.
+        keeps: What is to be kept of every token in the memory, by name: a function that gives it for this forward's
+            tokens, `(batch, seq_len, axes)`, int64.
+        stages: By layer index, what adapters do to the attention there.
         observers: Each is called with every `AttentionCall` of this forward, once its output is made.
-        arrived_at: The layers to whose attention it came down.
-        awaited_branches: The layers in which a PVM branch is to act.
-        finished_branches: Those in which it did.
+        awaited: The layers that this forward has still to reach, by what makes the error if it does not.
         adapter_names: Of each row, the adapter that acts on it. `None`: the active ones on all.
         refusal: Why nobody can know what is visual here.
     """
@@ -108,12 +75,10 @@ class VisualContext:
         self.records_gradients = False
         self.position_ids: torch.Tensor | None = None
         self.anchors: torch.Tensor | None = None
-        self.keeps_positions = False
-        self.steering: dict[int, Any] = {}
+        self.keeps: dict[str, Callable[[VisualContext], torch.Tensor]] = {}
+        self.stages: dict[int, Any] = {}
         self.observers: list[Callable[[Any], None]] = []
-        self.arrived_at: set[int] = set()
-        self.awaited_branches: set[int] = set()
-        self.finished_branches: set[int] = set()
+        self.awaited: dict[NotReached, set[int]] = {}
         self.adapter_names: list[str] | None = None
         self.refusal: Exception | None = None
         self._derived: dict[Any, Any] = {}
@@ -157,18 +122,23 @@ class VisualContext:
         if position_ids.dim() == 3 and len(by_axis) == 1:  # generate's shorthand for a turn of text
             by_axis = by_axis.expand(MULTIMODAL_AXES, -1, -1)
         self.position_ids = by_axis.movedim(0, -1).expand(self.batch_size, self.seq_len, -1).long()
-        # Positions of tokens that were read before anybody kept them are lost.
-        runs = self.memory.runs
-        nobody_kept = self.memory.position_ids is None and runs is not None and runs.last_start >= 0
+        is_first = self.memory.runs is None or self.memory.runs.last_start < 0
         self.anchors = self._read_runs(self.position_ids[..., 0])
-        if self.keeps_positions and not nobody_kept:
-            known = self.memory.position_ids
-            positions = self.position_ids if known is None else join_positions(known, self.position_ids)
-            self.memory = replace(self.memory, position_ids=positions)
-        elif self.memory.position_ids is not None:
-            self.memory = replace(self.memory, position_ids=None)
+        self._keep_tokens(is_first)
         for moved in self._moved:  # of a text model that was moved as a whole, before it asked for positions
             moved._take_positions(self)
+
+    def _keep_tokens(self, is_first: bool) -> None:
+        """Add these tokens to what is kept of all, unless others were read before anybody kept it."""
+        if not self.keeps and not self.memory.kept:
+            return
+        kept = {}
+        for name, of_tokens in self.keeps.items():
+            if name in self.memory.kept:
+                kept[name] = join_positions(self.memory.kept[name], of_tokens(self))
+            elif is_first:
+                kept[name] = of_tokens(self)
+        self.memory = replace(self.memory, kept=kept)
 
     def noted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` and `anchors`.
@@ -179,7 +149,7 @@ class VisualContext:
         if self.position_ids is None or self.anchors is None:
             raise NotImplementedError(
                 "The text model did not call its rotary_emb in this forward, so that the positions of its tokens are "
-                "not known. DIPE and T-DRS need them; take the adapter off with unload()."
+                "not known. The adapter needs them; take it off with unload()."
             )
         return self.position_ids, self.anchors
 
@@ -201,14 +171,6 @@ class VisualContext:
         self.memory = replace(self.memory, runs=extended)
         return run_anchors(starts, positions, runs.open_anchor)
 
-    def rows_of(self, adapter_name: str) -> torch.Tensor:
-        """The rows on which an adapter acts, where each has its own, `(batch, 1, 1)`, bool."""
-        return self.derived(("rows", adapter_name), lambda: self._make_rows(adapter_name))
-
-    def _make_rows(self, adapter_name: str) -> torch.Tensor:
-        chosen = [name == adapter_name for name in self.adapter_names or ()]
-        return torch.tensor(chosen, device=self.device)[:, None, None]
-
     def check(self) -> None:
         """Raise the refusal if there is one. Whoever is about to read the context calls this first."""
         if self.refusal is not None:
@@ -220,8 +182,8 @@ class VisualContext:
         if self.is_evicted:
             raise NotImplementedError(
                 "Keys of this KV cache were taken out during a forward, by kvpress or another compression of the "
-                "cache, so that the tokens of the other keys are not known. DIPE, T-DRS and the probe need to know "
-                "them; PVM does not. Start with a new cache without compression, or disable the adapter."
+                "cache, so that the tokens of the other keys are not known. What changes or observes attention needs "
+                "to know them. Start with a new cache without compression, or disable the adapter."
             )
 
     def to(self, device, *args, **kwargs) -> VisualContext:
@@ -267,16 +229,25 @@ class VisualContext:
             cut.visual_mask = self.visual_mask[:, -length:]
         return cut
 
+    def await_layer(self, layer_idx: int, not_reached: NotReached) -> None:
+        """Have the forward raise an error at its end unless it has `reached` a layer.
+
+        Args:
+            layer_idx: The layer.
+            not_reached: Makes the error, from the layers that were not reached and the name of the model's class.
+        """
+        self.awaited.setdefault(not_reached, set()).add(layer_idx)
+
+    def reached(self, layer_idx: int, not_reached: NotReached) -> None:
+        """Say that a layer which may have been awaited is reached."""
+        if not_reached in self.awaited:
+            self.awaited[not_reached].discard(layer_idx)
+
     def missed(self, model: str) -> NotImplementedError | None:
         """The error for a forward that has ended in which an adapter did not act where it was to act."""
-        if not self.steering.keys() <= self.arrived_at:
-            return dropped_keywords(model)
-        if layers := sorted(self.awaited_branches - self.finished_branches):
-            return NotImplementedError(
-                f"PVM did not act in decoder layers {layers} of {model}: a layer, or its attention, norm or FFN, was "
-                "replaced after the adapter was attached (by fused kernels, for instance), or was not called. Replace "
-                "modules first and attach the adapter then."
-            )
+        for not_reached, layers in self.awaited.items():
+            if layers:
+                return not_reached(sorted(layers), model)
         return None
 
     def derived(self, key: Any, make: Callable[[], T]) -> T:
@@ -313,78 +284,19 @@ class VisualContext:
         slots = torch.where((self.memory.slots >= 0) & (slots >= 0), slots, num_keys)
         return mask.scatter_(1, slots, True)[:, :num_keys]
 
-    def hidden_states_bank(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The hidden states at one layer of all visual tokens in memory, this forward's included.
+    @property
+    def only_text_behind_images(self) -> bool:
+        """Whether all tokens are known to be text with a visual token before them, without waiting for the device."""
+        return self.visual_mask is None and self.memory.is_dense and not self.memory.is_empty
 
-        Args:
-            layer_idx: The layer.
-            hidden_states: This forward's, `(batch, seq_len, hidden_size)`.
+    def text_behind_images(self) -> torch.Tensor:
+        """Which tokens of this forward are text with a visual token before them, `(batch, seq_len)`, bool."""
+        return self.derived("text behind images", self._find_text_behind_images)
 
-        Returns:
-            `(batch, num_visual, hidden_size)`, detached.
-
-        Raises:
-            RuntimeError: The memory holds tokens that were read while nobody kept their hidden states.
-        """
-        bank = self.memory.hidden_states.get(layer_idx)
-        num_visual = self.memory.slots.shape[1]
-        if bank is not None and bank.shape[1] == num_visual:
-            return bank
-        pieces = [] if bank is None else [bank]
-        if self.visual_positions is not None:
-            pieces.append(gather_rows(hidden_states.detach(), self.visual_positions))
-        if sum(piece.shape[1] for piece in pieces) != num_visual:
-            raise RuntimeError(
-                f"Layer {layer_idx} did not keep the hidden states of all images in this KV cache: an adapter with "
-                "memory_source='hidden_states' must be active from the first image on, in layers that compute the "
-                "whole prompt. Start with a new cache."
-            )
-        bank = self.memory.hidden_states[layer_idx] = torch.cat(pieces, 1)
-        return bank
-
-    def view(self, visibility: str) -> MemoryView | None:
-        """Who reads the memory in this forward, for one rule of visibility; `None` if nobody does.
-
-        Where gradients are recorded somebody always reads, if only a padding token (whose output is dropped): a rank
-        of a sharded model that skipped the branch would leave the others waiting in their collectives.
-
-        Args:
-            visibility: "causal": a token sees the visual tokens before it. "sample": all of its row that are known.
-        """
-        return self.derived(visibility, lambda: self._make_view(visibility))
-
-    def _make_view(self, visibility: str) -> MemoryView | None:
-        memory = self.memory
-        if memory.is_empty:
-            if not self.records_gradients:
-                return None
-            nobody = torch.full((self.batch_size, 1), EMPTY_SLOT, device=self.device)
-            return MemoryView(nobody, None, None)
-        if self.visual_mask is None:
-            return self._view_of_the_past()
-
-        # Only the tokens that are not silenced read: text with a visual token in sight.
-        filled = memory.slots >= 0
-        if visibility == "causal":
-            first_slot = torch.where(filled, memory.slots, torch.iinfo(torch.long).max).amin(1, keepdim=True)
-            slots = torch.arange(self.visual_mask.shape[1], device=self.device) + self.past_length
-            reads = ~self.visual_mask & (slots > first_slot)
-        else:
-            reads = ~self.visual_mask & filled.any(1, keepdim=True)
-        positions = pack(reads, min_length=int(self.records_gradients))
-        if positions.shape[1] == 0:
-            return None
-        if visibility == "causal":
-            mask = causally_visible(memory.slots, positions + self.past_length)
-        else:
-            mask = filled.unsqueeze(1).expand(-1, positions.shape[1], -1)
-        mask = mask | (positions < 0).unsqueeze(-1)
-        return MemoryView(positions, None if bool(mask.all()) else mask.unsqueeze(1), None)
-
-    def _view_of_the_past(self) -> MemoryView:
-        """No new visual tokens: the whole memory stands before every token. The decode path."""
-        if self.memory.is_dense:
-            return MemoryView(None, None, None)
+    def _find_text_behind_images(self) -> torch.Tensor:
         filled = self.memory.slots >= 0
-        has_memory = filled.any(1)[:, None, None]
-        return MemoryView(None, (filled[:, None] | ~has_memory).unsqueeze(1), has_memory)
+        if self.visual_mask is None:  # whatever is in memory stands before these tokens
+            return filled.any(1, keepdim=True).expand(self.batch_size, self.seq_len)
+        first_slot = torch.where(filled, self.memory.slots, torch.iinfo(torch.long).max).amin(1, keepdim=True)
+        slots = torch.arange(self.seq_len, device=self.device) + self.past_length
+        return ~self.visual_mask & (slots > first_slot)

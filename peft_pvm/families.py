@@ -30,14 +30,27 @@ class DecoderBlock:
     token_mixers: tuple[str, ...] = ("self_attn", "linear_attn")
 
     @property
+    def is_parallel(self) -> bool:
+        """Whether FFN and attention read the same normed input."""
+        return self.ffn_norm is None
+
+    @property
+    def norm_name(self) -> str:
+        """The norm before the FFN."""
+        return self.ffn_norm or "input_layernorm"
+
+    @property
     def looked_for(self) -> str:
-        norm = self.ffn_norm or "input_layernorm"
-        return f"{' or '.join(self.token_mixers)}, {norm} and {self.ffn_end}"
+        return f"{' or '.join(self.token_mixers)}, {self.norm_name} and {self.ffn_end}"
 
     def fits(self, layer: nn.Module) -> bool:
         names = dict(layer.named_children())
         mixer = any(name in names for name in self.token_mixers)
-        return mixer and (self.ffn_norm or "input_layernorm") in names and self.ffn_end in names
+        return mixer and self.norm_name in names and self.ffn_end in names
+
+    def norm(self, layer: nn.Module) -> nn.Module:
+        """The norm before the FFN of `layer`."""
+        return getattr(layer, self.norm_name)
 
     def token_mixer(self, layer: nn.Module) -> nn.Module:
         """The attention module of `layer`."""

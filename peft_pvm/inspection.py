@@ -16,7 +16,7 @@ from .pvm import PVMConfig
 from .pvm.branch import weight_name
 from .pvm.files import read_adapter
 from .text import listed, plain
-from .tuner import VisualConfig
+from .tuners.base import VisualConfig
 
 
 @dataclass(frozen=True)

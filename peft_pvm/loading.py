@@ -19,12 +19,12 @@ from peft.functional import delete_adapter
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
-from .acting import activate
 from .adapter_file import AdapterFile
 from .incoming import Incoming, loading
 from .names import adapter_names
 from .text import listed, plain
-from .tuner import PEFT_PREFIX
+from .tuners.active import activate
+from .tuners.base import PEFT_PREFIX
 from .writing import write_adapter
 
 

@@ -110,8 +110,7 @@ class VisualMemory:
         projections: Keys and values that branches made from these tokens, `(batch, heads, num_projected, head_dim)`
             each, by a weak reference to the branch. The last tokens may not be projected yet.
         runs: Where the modality changes, for text and visual tokens alike. `None` before the first token.
-        position_ids: The position of every token in the cache, as the rotary embedding was given it,
-            `(batch, length, axes)`, int64. `None` unless an adapter keeps them.
+        kept: What adapters keep of every token in the cache, by name, `(batch, length, axes)`, int64.
     """
 
     embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
@@ -121,7 +120,7 @@ class VisualMemory:
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
     projections: dict[weakref.ref[Any], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     runs: Runs | None = None
-    position_ids: torch.Tensor | None = None
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
     _replicas: dict[torch.device, VisualMemory] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -167,13 +166,13 @@ class VisualMemory:
         memory = self
         if memory.runs is not None and length <= memory.runs.last_start:
             memory = replace(memory, runs=memory.runs.cropped(length))
-        if memory.position_ids is not None and length < memory.position_ids.shape[1]:
-            memory = replace(memory, position_ids=memory.position_ids[:, :length])
+        if any(length < tensor.shape[1] for tensor in memory.kept.values()):
+            memory = replace(memory, kept={name: tensor[:, :length] for name, tensor in memory.kept.items()})
         if length > memory.last_slot:
             return memory
         kept = (memory.slots >= 0) & (memory.slots < length)
         if not bool(kept.any()):
-            return VisualMemory(runs=memory.runs, position_ids=memory.position_ids)
+            return VisualMemory(runs=memory.runs, kept=memory.kept)
         slots = torch.where(kept, memory.slots, EMPTY_SLOT)
         return replace(
             memory,
@@ -193,12 +192,12 @@ class VisualMemory:
             hidden_states={key: function(tensor) for key, tensor in self.hidden_states.items()},
             projections={key: (function(keys), function(values)) for key, (keys, values) in self.projections.items()},
             runs=None if self.runs is None else self.runs.mapped(function),
-            position_ids=None if self.position_ids is None else function(self.position_ids),
+            kept={name: function(tensor) for name, tensor in self.kept.items()},
         )
 
     def to(self, device: torch.device) -> VisualMemory:
         """The memory on another device; it is copied once, then found again."""
-        if self.slots.device == device or (self.is_empty and self.position_ids is None):
+        if self.slots.device == device or (self.is_empty and not self.kept):
             return self
         if device not in self._replicas:
             # What fills up is shared: a layer and its branches stay on their device.
@@ -207,7 +206,7 @@ class VisualMemory:
                 embeddings=self.embeddings.to(device),
                 slots=self.slots.to(device),
                 runs=None if self.runs is None else self.runs.mapped(lambda tensor: tensor.to(device)),
-                position_ids=None if self.position_ids is None else self.position_ids.to(device),
+                kept={name: tensor.to(device) for name, tensor in self.kept.items()},
             )
         return self._replicas[device]
 

@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import peft.peft_model
@@ -27,6 +27,8 @@ from .incoming import INCOMING, NOTHING, Incoming, loading
 from .replacing import settle
 from .saving import has_ours, is_ours, ours_in, saving_whole
 from .text import plain
+from .tuners.attention_method import AttentionMethod, attention_tuner
+from .tuners.base import VisualConfig, VisualTuner
 
 
 EXTENDED = "peft_pvm_was_here"
@@ -34,15 +36,19 @@ READ_ATTEMPTS = 5  # of a configuration that others keep replacing
 MOST_FIELDS = 200  # of a configuration
 
 
-def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Make `config_cls` and `model_cls` a PEFT method. Registering the same classes again does nothing.
+def register(config_cls: type[VisualConfig], tuner_cls: type[VisualTuner] | None = None) -> None:
+    """Make a method known to PEFT. Registering the same class again does nothing.
 
     Args:
-        name: The method's name in lower case; the `peft_type` is its upper case, the parameter prefix `name_`.
+        config_cls: Its configuration. The `peft_type` is `config_cls.method` in upper case.
+        tuner_cls: Its tuner. An `AttentionMethod` needs none: `attention_tuner` makes it.
 
     Raises:
         RuntimeError: PEFT, or another package, already has a method of that name.
     """
+    name = config_cls.method
+    if tuner_cls is None:
+        tuner_cls = attention_tuner(cast(type[AttentionMethod], config_cls))
     member_name = name.upper()
     if member_name in PeftType.__members__:
         registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[member_name])
@@ -59,7 +65,7 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
     PeftType._value2member_map_[member_name] = member
     PeftType._member_names_.append(member_name)
     type.__setattr__(PeftType, member_name, member)
-    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
 
 
 def extend_peft() -> None:

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import nn
 
-from .tuner import PEFT_PREFIX, VisualConfig, VisualTunerLayer
+from .tuners.base import PEFT_PREFIX, VisualConfig, VisualTunerLayer
 from .wrappers import is_wrapped, plain_name, without_wrappers
 from .writing import written_whole
 

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Cache
 
-from .context import BASE, CONTEXT, VisualContext, names_by_row
+from .by_row import AdaptersByRow, this_thread
+from .context import CONTEXT, VisualContext
 from .eviction import has_lost_keys, keys_by_layer
 from .families import VisionLanguageModel, is_tuner_child
 from .memory import Coverage, VisualMemory, attach_memory, coverage_of, memory_of
@@ -34,6 +33,7 @@ from .versions import cache_in, caches_in, modalities_in, paged_inputs
 
 
 VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
+ATTRIBUTE = "_visual_tap"  # of the text model, on which its tap stands
 
 
 class Tap:
@@ -55,7 +55,7 @@ class Tap:
         # Of the forward that is running, by thread, for the rotary embedding, which is given no keyword arguments. The
         # forward itself holds the context: nothing outlives it, however it ends.
         self._in_flight: dict[int, weakref.ref[VisualContext]] = {}
-        self._names_by_thread: dict[int, Sequence[str]] = {}
+        self.by_row = AdaptersByRow()
         self._has_warned = False
         # On this one model, set aside until the tap is removed. The forward refuses packed rows too, but
         # generate_batch works in a thread of its own and would only log that. And generate refuses keywords that it
@@ -69,10 +69,22 @@ class Tap:
     @staticmethod
     def on(vlm: VisionLanguageModel) -> Tap:
         """The tap of a model, attached now if there is none yet."""
-        tap = vlm.text_model.__dict__.get("_visual_tap")
+        tap = vlm.text_model.__dict__.get(ATTRIBUTE)
         if tap is None:
-            tap = vlm.text_model.__dict__["_visual_tap"] = Tap(vlm)
+            tap = vlm.text_model.__dict__[ATTRIBUTE] = Tap(vlm)
         return tap
+
+    @staticmethod
+    @contextlib.contextmanager
+    def lent_to(vlm: VisionLanguageModel) -> Iterator[Tap]:
+        """The tap of a model, for the length of a block: one that was not there before is removed."""
+        was_there = ATTRIBUTE in vlm.text_model.__dict__
+        tap = Tap.on(vlm)
+        try:
+            yield tap
+        finally:
+            if not was_there:
+                tap.remove()
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -80,48 +92,7 @@ class Tap:
             handle.remove()
         for name in self._shadows:
             del self.vlm.model.__dict__[name]
-        del self.vlm.text_model.__dict__["_visual_tap"]
-
-    @contextlib.contextmanager
-    def adapters_by_row(self, adapter_names: Sequence[str]) -> Iterator[None]:
-        """Have each row its own adapter, in the forwards of this thread, for the length of a block.
-
-        Args:
-            adapter_names: As `names_by_row` takes them.
-        """
-        thread = threading.get_ident()
-        outer = self._names_by_thread.get(thread)
-        self._names_by_thread[thread] = adapter_names
-        try:
-            yield
-        finally:
-            if outer is None:
-                del self._names_by_thread[thread]
-            else:
-                self._names_by_thread[thread] = outer
-
-    def choose_by_row(self, wrapper: AuxiliaryTrainingWrapper) -> None:
-        """Have a module that PEFT keeps several of (`modules_to_save`) choose among them by `adapters_by_row`."""
-        if "_visual_choice" not in wrapper.__dict__:
-            wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(self._name_rows, with_kwargs=True)
-
-    def _name_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        chosen = self._chosen_names()
-        if chosen is None:
-            return args, kwargs
-        own = cast(AuxiliaryTrainingWrapper, module)._get_available_adapters()
-        names = [name if name in own else BASE for name in names_by_row(chosen, len(args[0]))]
-        return args, {**kwargs, "adapter_names": names}
-
-    def _chosen_names(self) -> Sequence[str] | None:
-        if not torch.compiler.is_compiling():
-            return self._names_by_thread.get(threading.get_ident())
-        if self._names_by_thread:  # a compiled forward cannot ask which thread runs it
-            raise NotImplementedError(
-                "adapter_names cannot choose adapters in a compiled forward. Make this call on the model that is not "
-                "compiled, or use set_adapter."
-            )
-        return None
+        del self.vlm.text_model.__dict__[ATTRIBUTE]
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         model = self.vlm.model
@@ -208,9 +179,7 @@ class Tap:
         if context.refusal is None:
             context.read(inputs_embeds, memory, coverage)
             context.keys_before = keys_by_layer(cache)
-        chosen = self._chosen_names()
-        if chosen is not None:
-            context.adapter_names = names_by_row(chosen, len(inputs_embeds))
+        context.adapter_names = self.by_row.names(len(inputs_embeds))
         self._in_flight[this_thread()] = weakref.ref(context)
         return args, {**kwargs, CONTEXT: context}
 
@@ -244,11 +213,6 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
     if not args:
         return kwargs
     return {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
-
-
-def this_thread() -> int:
-    """What tells forwards that run side by side on one model apart."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _is_active(module: nn.Module) -> bool:

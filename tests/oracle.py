@@ -1,13 +1,13 @@
-"""What DIPE and T-DRS compute, written from the maths alone: in float64, on whole score matrices.
+"""What methods that change attention compute, written from the maths alone: in float64, on whole score matrices.
 
-It shares nothing with the package but the definition of T-DRS's fields.
+It shares nothing with the package but the formulas of T-DRS on whole matrices.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from tiny_vlms import IMAGE, VIDEO
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+
+from peft_pvm.methods.tdrs.reference import reweighted
 
 
 NEIGHBOURS = {"cohere", "cohere2", "glm4v_text", "llama4_text"}  # text models that rotate neighbouring channels
@@ -53,6 +55,9 @@ class Tokens:
         return rank[:, :, None] - rank[:, None, :]
 
 
+Scale = Callable[[Tokens, int], torch.Tensor]
+
+
 def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Tensor:
     """By which angles an attention module turns channels at some positions, `(batch, seq_len, frequencies)`."""
     config, rotary = text_model.config, text_model.rotary_emb
@@ -84,7 +89,7 @@ def to_complex(states: torch.Tensor, frequencies: int, model_type: str) -> tuple
     return torch.complex(rotated[..., :frequencies].contiguous(), rotated[..., frequencies:].contiguous()), rest
 
 
-def oracle_attention(text_model: Any, tokens: Tokens, dipe: bool, tdrs: Any):
+def oracle_attention(text_model: Any, tokens: Tokens, dipe: bool, tdrs: Any, scale: Scale | None):
     def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -102,6 +107,8 @@ def oracle_attention(text_model: Any, tokens: Tokens, dipe: bool, tdrs: Any):
         inter = (tokens.visual[:, :, None] != tokens.visual[:, None, :])[:, None]
         if dipe:
             scores = torch.where(inter, product(content_query * turn_anchored, content_key * turn), scores)
+        if scale is not None:
+            scores = scores * scale(tokens, module.layer_idx)[:, None]
         scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -121,36 +128,19 @@ def oracle_attention(text_model: Any, tokens: Tokens, dipe: bool, tdrs: Any):
     return attend
 
 
-def reweighted(config, scores, similarity, distance, hidden, inter):
-    """T-DRS on whole matrices, formula by formula."""
-    applies = inter.expand_as(scores) if config.pairs == "inter" else torch.ones_like(scores, dtype=torch.bool)
-    semantic = (similarity + 1) / 2
-    scale = 1 + semantic
-    raised = scores + torch.where(applies, config.sd_strength * semantic, 0)
-    weights = raised.masked_fill(hidden, -math.inf).softmax(-1)
-    least = weights.masked_fill(hidden, math.inf).amin(-1, keepdim=True)
-
-    def floor(value):
-        if isinstance(value, str):
-            return (float(value.partition("*")[0]) * least).clamp(max=0.999)
-        return torch.full_like(least, value)
-
-    far = distance.abs().expand_as(scores).masked_fill(hidden, 0).amax(-1, keepdim=True)
-    far = torch.where(far > 0, far, 1)  # a query that sees but itself: every distance is 0
-    sigma = far / (-2 * floor(config.dc_floor).log()).sqrt()
-    gaussian = torch.exp(-((distance / scale / sigma) ** 2) / 2)
-    alpha = -floor(config.re_floor).log() / torch.log1p(far**2 / (2 * sigma**2))
-    rational = (1 + distance**2 / (2 * (sigma * scale) ** 2)) ** -alpha
-    boost = torch.where(applies, config.dc_strength * gaussian + config.re_strength * rational, 0)
-    if config.form == "weights":
-        raw = weights + weights * boost
-        return raw / raw.sum(-1, keepdim=True)
-    return (raised + scores * boost).masked_fill(hidden, -math.inf).softmax(-1)
-
-
 @contextlib.contextmanager
-def oracle(model: Any, inputs: dict[str, torch.Tensor], dipe: bool = False, tdrs: Any = None) -> Iterator[Any]:
-    """The model in float64, computing as the oracle does for these inputs, which must be one whole forward."""
+def oracle(
+    model: Any, inputs: dict[str, torch.Tensor], dipe: bool = False, tdrs: Any = None, scale: Scale | None = None
+) -> Iterator[Any]:
+    """The model in float64, computing as the oracle does for these inputs, which must be one whole forward.
+
+    Args:
+        model: The model.
+        inputs: What it will be given.
+        dipe: Whether DIPE acts.
+        tdrs: The configuration of T-DRS. `None`: it does not act.
+        scale: What the scores of a layer are multiplied by, `(batch, seq_len, seq_len)`.
+    """
     model = model.double()
     text_model = next(m for m in model.modules() if hasattr(m, "embed_tokens") and hasattr(m, "layers"))
     ids = inputs["input_ids"]
@@ -164,7 +154,7 @@ def oracle(model: Any, inputs: dict[str, torch.Tensor], dipe: bool = False, tdrs
 
     handle = text_model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
     kernel = text_model.config._attn_implementation
-    AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs))
+    AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs, scale))
     AttentionMaskInterface.register("oracle", eager_mask)
     text_model.config._attn_implementation = "oracle"
     text_model.config._experts_implementation = "eager"  # the only one that takes float64

@@ -148,7 +148,7 @@ def test_two_tdrs_on_one_layer_are_refused():
     model.add_adapter(TDRSConfig(), "one")
     model.add_adapter(TDRSConfig(sd_strength=2.0, layers_to_transform=[0]), "other")
     model.set_adapter(["one", "other"])
-    with pytest.raises(ValueError, match=r"adapters 'one' and 'other' are active and both do the weighing .* layer 0"):
+    with pytest.raises(ValueError, match=r"'one' and 'other' are active and both decide the weights .* layer 0"):
         logits(model, inputs)
     model.add_adapter(TDRSConfig(layers_to_transform=[1, 2]), "rest")
     model.set_adapter(["rest", "other"])

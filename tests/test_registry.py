@@ -36,15 +36,18 @@ def test_mixed_models_are_refused(config: PeftConfig):
 
 def test_registering_again_changes_nothing():
     members, loader = list(PeftType), PeftConfig.from_pretrained.__func__
-    register("pvm", PVMConfig, PVMModel)
+    register(PVMConfig, PVMModel)
     extend_peft()
     assert list(PeftType) == members
     assert PeftConfig.from_pretrained.__func__ is loader
 
 
 def test_a_taken_name_is_refused():
+    class Taken(PVMConfig):
+        method = "lora"
+
     with pytest.raises(RuntimeError, match="PEFT already has a method 'LORA'"):
-        register("lora", PVMConfig, PVMModel)
+        register(Taken, PVMModel)
 
 
 def test_a_model_without_our_adapters_is_pushed_as_ever(tmp_path: Path):

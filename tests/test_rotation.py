@@ -7,8 +7,8 @@ import torch
 from conftest import TOLERANCE, difference
 from tiny_vlms import TinyVLM
 
+from peft_pvm.attention.rotation import between, inverse, rotate, rotation_tables, unit
 from peft_pvm.families import find_vlm
-from peft_pvm.rotation import between, inverse, rotate, rotation_tables, unit
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])

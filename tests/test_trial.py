@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, attached
-from peft_pvm.attention import ConfigView
+from peft_pvm.attention.dispatch import ConfigView
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5")

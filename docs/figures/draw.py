@@ -20,9 +20,9 @@ from matplotlib.path import Path
 
 from peft_pvm.lab.mosaic import NUM_CELLS, NUM_DIGITS
 from peft_pvm.lab.results import Results
+from peft_pvm.methods.tdrs.weights import Floor, distance_boost, semantic_position
 from peft_pvm.plotting import COLOURS, logarithmic, new_figure, styled
 from peft_pvm.positions import PADDING, modalities, run_anchors, run_starts
-from peft_pvm.tdrs.weights import Floor, distance_boost, semantic_position
 
 
 FIGURES = pathlib.Path(__file__).parent

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..dipe import DIPEConfig
 from ..families import find_vlm
 from ..loading import add_adapters
+from ..methods.dipe import DIPEConfig
+from ..methods.tdrs import TDRSConfig
 from ..pvm import PVMConfig
-from ..tdrs import TDRSConfig
 from .naive import make_naive
 
 

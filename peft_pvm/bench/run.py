@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 
-from ..attention import AttentionCall
+from ..attention.call import AttentionCall
 from ..context import CONTEXT, VisualContext
 from ..families import find_vlm
 from ..tap import VISUAL_MASK
@@ -159,7 +159,7 @@ class Runner:
         calls: list[AttentionCall] = []
 
         def observe(call: AttentionCall) -> None:
-            if not calls and call.context.steering.get(call.module.layer_idx) is not None:
+            if not calls and call.context.stages.get(call.module.layer_idx) is not None:
                 calls.append(call)
 
         def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ def _attention_ratios(call: AttentionCall | None, rounds: int) -> list[float]:
     device = call.query.device
     ratios = []
     for number in range(rounds + 1):
-        kernel = seconds(lambda: call.run_kernel(call.query, call.key, call.value), device)
+        kernel = seconds(call.run_kernel, device)
         changed = seconds(call.attend, device)
         if number:
             ratios.append(changed / kernel)

@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoM
 
 from ..adapter_file import AdapterFile
 from ..inspection import inspect_adapter
-from ..tuner import VisualConfig
+from ..tuners.base import VisualConfig
 from .refusals import DEBUG, REFUSALS
 
 

@@ -13,6 +13,7 @@ import typer
 from rich.progress import Progress, TaskID
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..attention.dispatch import steerable_attentions
 from ..extras import require
 from ..families import find_vlm
 from ..loading import load_adapters
@@ -20,7 +21,6 @@ from ..probe import ProbeResult, build_inputs, picture_of
 from ..probe import probe as probe_model
 from ..probe.run import check_retrieval
 from ..pvm import PVMConfig
-from ..steering import steerable_attentions
 from ..terminal import Terminal, say
 from .models import check_adapter, reading, without_weights
 from .options import MANY, check_device, new_folder, one_of

@@ -14,11 +14,11 @@ from rich.table import Table
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
-from ..dipe import DIPEConfig
+from ..methods.dipe import DIPEConfig
+from ..methods.tdrs import TDRSConfig
 from ..pvm import PVMConfig
-from ..tdrs import TDRSConfig
 from ..terminal import Terminal
-from ..trial import attached
+from ..tuners.attached import attached
 from .mosaic import NUM_CELLS
 from .recall import Accuracy, recall
 from .tiny_vlm import load_tiny_vlm

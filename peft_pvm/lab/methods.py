@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig
 from transformers import Qwen3VLForConditionalGeneration
 
-from ..dipe import DIPEConfig
 from ..loading import add_adapters
+from ..methods.dipe import DIPEConfig
+from ..methods.tdrs import TDRSConfig
 from ..pvm import PVMConfig
-from ..tdrs import TDRSConfig
 from .controls import add_mlp_branches
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..tdrs import TDRSConfig
+from ..methods.tdrs import TDRSConfig
 from ..terminal import Terminal
-from ..trial import attached
+from ..tuners.attached import attached
 from .mosaic import NUM_CELLS
 from .recall import recall
 from .tiny_vlm import load_tiny_vlm

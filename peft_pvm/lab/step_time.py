@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from ..acting import base_of
 from ..families import find_vlm
 from ..pvm import PVMConfig
 from ..terminal import Terminal, progress_bar
+from ..tuners.active import base_of
 from .mosaic import CHANNELS, IMAGE, NUM_BYTES, PATCH_SIZE, TEMPORAL_PATCH_SIZE, VISION_END, VISION_START
 from .tiny_vlm import tiny_vlm_config
 

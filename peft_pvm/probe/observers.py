@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..attention import AttentionCall, release, steer
+from ..attention.call import AttentionCall
+from ..attention.dispatch import SteeringHandle, steerable_attentions
 from ..context import CONTEXT, VisualContext
 from ..families import VisionLanguageModel
 from ..positions import placeholder_mask
 from ..pvm.layer import PVMLayer
-from ..steering import steerable_attentions
 from ..tap import Tap
 from ..versions import modalities_in
 
@@ -90,25 +90,18 @@ def observed(vlm: VisionLanguageModel, observer: AttentionObserver) -> Iterator[
         NotImplementedError: At the end of the block: a layer kept the context from its attention.
     """
     attentions = steerable_attentions(vlm, "The probe")
-    has_tap = "_visual_tap" in vars(vlm.text_model)
 
     def start_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = cast(VisualContext, kwargs[CONTEXT])
         context.check_keys()
         context.observers.append(observer)
 
-    tap = Tap.on(vlm)  # first: our hook reads what its hook sends along
-    handle = vlm.text_model.register_forward_pre_hook(start_forward, with_kwargs=True)
-    for attention in attentions.values():
-        steer(attention)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Tap.lent_to(vlm))  # first: our hook reads what its hook sends along
+        stack.callback(vlm.text_model.register_forward_pre_hook(start_forward, with_kwargs=True).remove)
         for attention in attentions.values():
-            release(attention)
-        if not has_tap:
-            tap.remove()
+            stack.callback(SteeringHandle(attention).remove)
+        yield
     missing = sorted(attentions.keys() - observer.masses.keys())
     if missing:
         raise NotImplementedError(
@@ -149,7 +142,7 @@ def branches_observed(model: nn.Module, num_queries: int) -> Iterator[dict[tuple
         hidden_states, context = args[0], args[1].tail(args[0].shape[1])
         residual = hidden_states[0, -num_queries:].float().norm(dim=-1)
         for adapter in layer.active_adapters:
-            if adapter not in layer.pvm_config:
+            if adapter not in layer.configs:
                 continue
             branches = layer.pvm_branches[adapter]
             for number, branch in enumerate(branches):

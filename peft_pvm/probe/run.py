@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..acting import acting_adapters, base_of, only
+from ..attention.dispatch import steerable_attentions
 from ..env import environment
 from ..families import VisionLanguageModel, find_vlm
-from ..steering import steerable_attentions
+from ..tuners.active import acting_adapters, base_of, only
 from .answer import Progress, extended, generate
 from .decay import fit_dilution, fit_power_law, rounded
 from .grid import visual_grids

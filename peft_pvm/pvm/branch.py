@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..context import MemoryView, VisualContext
+from ..context import VisualContext
 from ..positions import gather_rows, scatter_rows
 from .config import PVMConfig
+from .reading import MemoryView, bank_of_hidden_states, view_of_memory
 from .shape import BranchShape
 
 
@@ -133,7 +134,7 @@ class Branch:
             without images; `None` if nobody reads.
         """
         bank = self._bank(hidden_states, context)
-        view = context.view(self.config.memory_visibility)
+        view = view_of_memory(context, self.config.memory_visibility)
         if view is None:
             return None
         keys, values = self._project(bank, context)
@@ -179,7 +180,7 @@ class Branch:
             `(batch, num_heads, seq_len, num_visual)`, fp32, each row adding up to 1, or 0 everywhere for a token that
             does not read; `None` if none does.
         """
-        view = context.view(self.config.memory_visibility)
+        view = view_of_memory(context, self.config.memory_visibility)
         if view is None or context.memory.is_empty:
             return None
         keys, _ = self._project(self._bank(hidden_states, context), context)
@@ -200,7 +201,7 @@ class Branch:
         if context.memory.is_empty:  # read by nobody, or in training by padding
             return hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[2])
         if self.config.memory_source == "hidden_states":
-            return context.hidden_states_bank(self.layer_idx, hidden_states)
+            return bank_of_hidden_states(context, self.layer_idx, hidden_states)
         return context.memory.embeddings
 
     def _queries(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
 from ..checks import check, is_int, is_number, is_text, layer_list
-from ..tuner import VisualConfig
+from ..tuners.base import VisualConfig
 
 
 MEMORY_VISIBILITY = ("causal", "sample")

@@ -48,7 +48,7 @@ def hotswap_adapter(
         raise ValueError(f"The model has no PVM adapter {quoted(adapter_name)}.")
     config = PeftConfig.from_pretrained(os.fspath(model_name_or_path), **kwargs)
     layers = (module for module in model.modules() if isinstance(module, PVMLayer))
-    attached = next(layer.pvm_config[adapter_name] for layer in layers if adapter_name in layer.pvm_config)
+    attached = next(layer.configs[adapter_name] for layer in layers if adapter_name in layer.configs)
     if not isinstance(config, PVMConfig):
         raise ValueError(f"{plain(model_name_or_path, 200)} is an adapter of type {config.peft_type}, not PVM.")
     check_alike([attached, config])

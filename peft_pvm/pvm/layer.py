@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..by_row import this_thread
 from ..context import CONTEXT, VisualContext, dropped_keywords
 from ..families import VisionLanguageModel
-from ..tap import this_thread
-from ..tuner import VisualTunerLayer
+from ..tuners.base import VisualTunerLayer
 from .branch import WEIGHTS, Branch, fresh_weights, weight_name
 from .config import PVMConfig
 from .shape import BranchShape
@@ -33,22 +33,16 @@ class PVMLayer(VisualTunerLayer):
     """
 
     adapter_layer_names = tuple(weight_name(name) for name in WEIGHTS)
-    other_param_names = ("pvm_config", "pvm_branches")
+    other_param_names = ("configs", "pvm_branches")
 
     def __init__(self, vlm: VisionLanguageModel, layer_idx: int):
-        super().__init__()
+        super().__init__(vlm)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
-        self.pvm_config: dict[str, PVMConfig] = {}
         # One for each adapter, or those that it was put together from: the weights above, seen by branch.
         self.pvm_branches: dict[str, list[Branch]] = {}
         self.layer_idx = layer_idx
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self._block = vlm.block
-        self._parents = (vlm.text_model, vlm.layers[layer_idx])  # in a tuple: they are no submodules
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._decoder_layer = (vlm.layers[layer_idx],)  # in a tuple: it is no submodule
         # What the hooks of one forward hand on, by thread: a server may run several conversations on one model. The
         # decoder layer itself holds all of it until it adds up its output: nothing outlives it, however it ends.
         self._in_flight: dict[int, dict[str, weakref.ref[Any]]] = {}
@@ -70,7 +64,6 @@ class PVMLayer(VisualTunerLayer):
             for name, module in weights.items():
                 self._weights(weight_name(name, number))[adapter_name] = module
             branches.append(Branch(part, shape, self.layer_idx, self._cast_input_dtype, **weights))
-        self.pvm_config[adapter_name] = config
         self.pvm_branches[adapter_name] = branches
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -83,8 +76,8 @@ class PVMLayer(VisualTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The dtype of the FFN's norm: unlike the matrices it is never quantised.
-        _, decoder_layer = self._parents
-        norm = getattr(decoder_layer, self._block.ffn_norm or "input_layernorm")
+        decoder_layer = self.decoder_layer
+        norm = self.vlm.block.norm(decoder_layer)
         reference = next(itertools.chain(norm.parameters(), decoder_layer.parameters()))
         device = device or reference.device
         if device.type == "meta":  # the base's weights are on the disk, and accelerate brings them to where they run
@@ -102,39 +95,29 @@ class PVMLayer(VisualTunerLayer):
         for name, branches in self.pvm_branches.items():  # what caches kept of the old weights goes with the old ones
             self.pvm_branches[name] = [replace(branch) for branch in branches]
 
-    def config_of(self, adapter_name: str) -> PVMConfig:
-        return self.pvm_config[adapter_name]
+    @property
+    def decoder_layer(self) -> nn.Module:
+        """The layer that it stands beside."""
+        return self._decoder_layer[0]
 
-    def join(self) -> None:
-        if self._handles:
-            return
-        (text_model, layer), block = self._parents, self._block
+    def new_hooks(self) -> list[Any]:
+        layer, block = self.decoder_layer, self.vlm.block
         mixer = block.token_mixer(layer)
-        self._handles = [
-            text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True),
+        hooks = [
+            self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True),
             mixer.register_forward_pre_hook(self._take_context, with_kwargs=True),
-            getattr(layer, block.ffn_norm or "input_layernorm").register_forward_pre_hook(self._take_residual),
+            block.norm(layer).register_forward_pre_hook(self._take_residual),
             getattr(layer, block.ffn_end).register_forward_hook(self._add_branch),
         ]
-        if block.ffn_norm is None:
-            self._handles.append(mixer.register_forward_hook(self._take_attention))
-
-    def part(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _acts_in(self, context: VisualContext | None) -> bool:
-        if self.disable_adapters:
-            return False
-        names = (context and context.adapter_names) or self.active_adapters
-        return any(name in self.pvm_config for name in names)
+        if block.is_parallel:
+            hooks.append(mixer.register_forward_hook(self._take_attention))
+        return hooks
 
     def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = kwargs.get(CONTEXT)
-        if context is not None and self._acts_in(context):
+        if context is not None and self.acting(context.adapter_names):
             context.check()
-            context.awaited_branches.add(self.layer_idx)
+            context.await_layer(self.layer_idx, branches_missed)
 
     # The other hooks run within the forward of the decoder layer, also when gradient checkpointing runs it again: in
     # this order, but in a parallel block the norm comes first.
@@ -143,8 +126,8 @@ class PVMLayer(VisualTunerLayer):
         context = kwargs.get(CONTEXT)
         if context is not None:
             self._hand_on("context", context)
-        elif self._acts_in(None):
-            raise dropped_keywords(type(self._parents[1]).__name__)
+        elif self.acting():
+            raise dropped_keywords([self.layer_idx], type(self.decoder_layer).__name__)
 
     def _take_residual(self, module: nn.Module, args: tuple) -> None:
         self._hand_on("residual", args[0])
@@ -159,13 +142,13 @@ class PVMLayer(VisualTunerLayer):
     def _add_branch(self, module: nn.Module, args: tuple, output: Any) -> Any:
         handed = {name: reference() for name, reference in self._in_flight.pop(this_thread(), {}).items()}
         context, hidden_states = handed.get("context"), handed.get("residual")
-        if self._block.ffn_norm is None and hidden_states is not None:
+        if self.vlm.block.is_parallel and hidden_states is not None:
             attention = handed.get("attention")
             hidden_states = None if attention is None else hidden_states + attention
         if context is None or hidden_states is None or self.disable_adapters:
             return None  # if the branch was to act, it is missed when the forward ends
         update = self(hidden_states, context)
-        context.finished_branches.add(self.layer_idx)
+        context.reached(self.layer_idx, branches_missed)
         if update is None:
             return None
         if isinstance(output, tuple):  # a mixture of experts may return its router's logits as well
@@ -185,15 +168,32 @@ class PVMLayer(VisualTunerLayer):
         """
         context = context.tail(hidden_states.shape[1])
         total = None
-        for adapter in dict.fromkeys(context.adapter_names or self.active_adapters):
-            if adapter not in self.pvm_config:
-                continue
+        for adapter in self.acting(context.adapter_names):
             context.check()
             for branch in self.pvm_branches[adapter]:
                 update = branch.update(hidden_states, context)
                 if update is None:
                     continue
                 if context.adapter_names is not None:
-                    update = torch.where(context.rows_of(adapter), update, 0)
+                    update = torch.where(rows_of(adapter, context), update, 0)
                 total = update if total is None else total + update
         return total
+
+
+def rows_of(adapter_name: str, context: VisualContext) -> torch.Tensor:
+    """The rows on which an adapter acts, where each has its own, `(batch, 1, 1)`, bool."""
+
+    def compare() -> torch.Tensor:
+        chosen = [name == adapter_name for name in context.adapter_names or ()]
+        return torch.tensor(chosen, device=context.device)[:, None, None]
+
+    return context.derived(("rows", adapter_name), compare)
+
+
+def branches_missed(layers: list[int], model: str) -> NotImplementedError:
+    """The error for decoder layers in which a branch was to act and did not."""
+    return NotImplementedError(
+        f"PVM did not act in decoder layers {layers} of {model}: a layer, or its attention, norm or FFN, was "
+        "replaced after the adapter was attached (by fused kernels, for instance), or was not called. Replace "
+        "modules first and attach the adapter then."
+    )

@@ -11,11 +11,11 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..context import BASE
+from ..by_row import BASE
 from ..saving import own_tensors
 from ..tap import Tap
 from ..text import quoted
-from ..tuner import VisualTuner, name_is_taken
+from ..tuners.base import VisualTuner, name_is_taken
 from .branch import weight_name
 from .config import PVMConfig
 from .layer import PVMLayer
@@ -79,7 +79,7 @@ class PVMModel(VisualTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
-        with Tap.on(self.vlm).adapters_by_row(adapter_names):
+        with Tap.on(self.vlm).by_row.chosen(adapter_names):
             yield
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ class PVMModel(VisualTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-                Tap.on(self.vlm).choose_by_row(module)
+                Tap.on(self.vlm).by_row.choose_in(module)
         config = self.peft_config[adapter_name]
         if _starts_fresh(config):
             config.lineage = lineage_of(own_tensors(self.model, adapter_name))

@@ -8,8 +8,9 @@ from conftest import METHODS, TOLERANCE, Combination, difference, logits, prompt
 from tiny_vlms import FAMILIES
 from transformers import DynamicCache
 
-from peft_pvm.bench.naive import NaiveBranch, make_naive
+from peft_pvm.bench.naive import make_naive
 from peft_pvm.pvm.layer import PVMLayer
+from peft_pvm.pvm.reference import PlainBranch
 from peft_pvm.versions import CACHE
 
 
@@ -48,7 +49,7 @@ def test_the_naive_branch_projects_at_every_step():
     for layer in model.modules():
         if isinstance(layer, PVMLayer):
             (branch,) = layer.pvm_branches["default"]
-            assert isinstance(branch, NaiveBranch)
+            assert isinstance(branch, PlainBranch)
             branch.vision_reducer.register_forward_hook(note)
     prompt, step = prompt_and_step(family, model.get_base_model(), "t4 i t9")
     cache = DynamicCache()

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from peft_pvm import DIPEConfig, attached
-from peft_pvm.attention import AttentionCall
+from peft_pvm.attention.call import AttentionCall
+from peft_pvm.attention.rotation import rotate, rotation_tables, unit
 from peft_pvm.context import VisualContext
-from peft_pvm.dipe.anchored import AnchoredScoring
-from peft_pvm.rotation import rotate, rotation_tables, unit
+from peft_pvm.methods.dipe.anchored import AnchoredPositions
 from peft_pvm.versions import CACHE
 
 
@@ -64,21 +64,21 @@ def test_gradients_equal_the_oracles(family: TinyVLM):
             assert difference(gradient.double(), expected[parameter].double()) < 2e-5, parameter
 
 
-def _no_swap(scoring: AnchoredScoring, call: AttentionCall):
+def _no_swap(positions: AnchoredPositions, call: AttentionCall):
     """Visual queries hold their halves in the order of text queries."""
-    query, anchored = call.query, scoring.anchored_query(call)
-    visual_keys = call.context.visual_keys(call.key.shape[2])[:, None, :, None]
+    query, anchored = call.query, positions.anchored_query(call)
+    visual_keys = call.visual_keys[:, None, :, None]
     split = [call.key.masked_fill(visual_keys, 0), call.key.masked_fill(~visual_keys, 0)]
     return torch.cat([query, anchored], -1), torch.cat(split, -1)
 
 
-def _anchor_of_the_key(scoring: AnchoredScoring, call: AttentionCall):
+def _anchor_of_the_key(positions: AnchoredPositions, call: AttentionCall):
     """Between modalities, the key stands where its run began, and the query where it is."""
     position_ids, anchors = call.context.noted()  # of a whole forward: of queries and keys alike
-    tables = unit(rotation_tables(scoring.rotary, anchors.unsqueeze(-1) - position_ids, scoring.layer_type))
+    tables = unit(rotation_tables(positions.rotary, anchors.unsqueeze(-1) - position_ids, positions.layer_type))
     anchored = rotate(call.module, call.key, tables)
     visual_queries = call.visual_queries[:, None, :, None]
-    visual_keys = call.context.visual_keys(call.key.shape[2])[:, None, :, None]
+    visual_keys = call.visual_keys[:, None, :, None]
     in_text, in_visual = call.query.masked_fill(visual_queries, 0), call.query.masked_fill(~visual_queries, 0)
     # What text meets, and what visual tokens meet: keys of the same modality as they are, of the other anchored.
     by_text, by_visual = (
@@ -97,8 +97,8 @@ def _first_token_as_anchor(context: VisualContext, position_ids: torch.Tensor) -
 
 NOTE_POSITIONS = VisualContext.note_positions
 WRONG = {
-    "no swap of halves": (AnchoredScoring, "widen", _no_swap),
-    "anchor of the key": (AnchoredScoring, "widen", _anchor_of_the_key),
+    "no swap of halves": (AnchoredPositions, "widen", _no_swap),
+    "anchor of the key": (AnchoredPositions, "widen", _anchor_of_the_key),
     "anchor of the row": (VisualContext, "note_positions", _first_token_as_anchor),
 }
 

@@ -9,9 +9,9 @@ from tiny_vlms import FAMILIES
 from transformers import DynamicCache
 
 from peft_pvm import DIPEConfig, attached
-from peft_pvm.dipe import anchored
-from peft_pvm.dipe.by_modality import attend_by_modality, runs_of
 from peft_pvm.memory import Runs
+from peft_pvm.methods.dipe import anchored
+from peft_pvm.methods.dipe.by_modality import attend_by_modality, runs_of
 from peft_pvm.positions import PADDING, pack, run_starts
 from peft_pvm.versions import CACHE
 

@@ -13,7 +13,7 @@ from conftest import give_weight
 from peft import get_peft_model
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
-from peft_pvm.acting import acting_adapters
+from peft_pvm.tuners.active import acting_adapters
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not here: make test-lmms-eval")

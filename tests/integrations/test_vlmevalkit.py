@@ -13,7 +13,7 @@ import pytest
 from conftest import METHODS
 from tiny_vlms import FAMILIES
 
-from peft_pvm.acting import acting_adapters
+from peft_pvm.tuners.active import acting_adapters
 
 
 DRIVER = Path(__file__).parents[2] / "examples" / "vlmevalkit.py"

@@ -7,7 +7,7 @@ import torch
 from conftest import METHODS, TOLERANCE, Method
 from tiny_vlms import FAMILIES, GEMMA4_SHARED, TinyVLM
 
-from peft_pvm.attention import AttentionCall
+from peft_pvm.attention.call import AttentionCall
 from peft_pvm.families import find_vlm
 from peft_pvm.probe.measures import find_sinks
 from peft_pvm.probe.observers import AttentionObserver, observed

@@ -15,14 +15,14 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig, attached
-from peft_pvm.acting import acting_adapters, only
-from peft_pvm.attention import ConfigView
+from peft_pvm.attention.dispatch import ConfigView
 from peft_pvm.families import find_vlm
 from peft_pvm.probe import probe
 from peft_pvm.probe.answer import extended
 from peft_pvm.probe.grid import visual_grids
 from peft_pvm.probe.observers import AttentionObserver, layers_observed
-from peft_pvm.tuner import VisualTunerLayer
+from peft_pvm.tuners.active import acting_adapters, only
+from peft_pvm.tuners.base import VisualTunerLayer
 from peft_pvm.versions import CACHE
 
 

@@ -17,8 +17,8 @@ from tiny_vlms import FAMILIES
 from transformers import DynamicCache
 
 from peft_pvm import DIPEConfig, TDRSConfig, attached
-from peft_pvm.tdrs import blockwise, reweighting
-from peft_pvm.tdrs.blockwise import Inputs, blockwise_attention
+from peft_pvm.methods.tdrs import blockwise, reweighting
+from peft_pvm.methods.tdrs.blockwise import Inputs, blockwise_attention
 from peft_pvm.versions import CACHE
 from peft_pvm.visibility import Visibility
 
@@ -205,7 +205,7 @@ import re, torch
 from pathlib import Path
 import torch.nn.functional as F
 from peft_pvm import TDRSConfig
-from peft_pvm.tdrs.blockwise import Inputs, blockwise_attention
+from peft_pvm.methods.tdrs.blockwise import Inputs, blockwise_attention
 from peft_pvm.versions import CACHE
 from peft_pvm.visibility import Visibility
 
@@ -277,7 +277,7 @@ def test_which_kernel_is_chosen(changes: dict[str, Any], takes: bool | type[Exce
     weighing = reweighting.Reweighting(TDRSConfig(kernel=given["kernel"]), None, None)
     with torch.set_grad_enabled("no_grad" not in changes):
         if isinstance(takes, bool):
-            assert weighing._takes_triton(inputs, changes.get("wants_weights", False)) is takes
+            assert weighing.takes_triton(inputs, changes.get("wants_weights", False)) is takes
         else:
             with pytest.raises(takes):
-                weighing._takes_triton(inputs, changes.get("wants_weights", False))
+                weighing.takes_triton(inputs, changes.get("wants_weights", False))

@@ -12,8 +12,8 @@ from peft import get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import TDRSConfig, attached
-from peft_pvm.tdrs import blockwise, reweighting
-from peft_pvm.tdrs.weights import distance_boost
+from peft_pvm.methods.tdrs import blockwise, reweighting
+from peft_pvm.methods.tdrs.weights import distance_boost
 from peft_pvm.visibility import Visibility
 
 

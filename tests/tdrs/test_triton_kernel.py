@@ -22,7 +22,7 @@ from tiny_vlms import FAMILIES
 from torch.nn.attention.flex_attention import create_block_mask
 
 from peft_pvm import DIPEConfig, TDRSConfig, attached
-from peft_pvm.tdrs.blockwise import Inputs, blockwise_attention
+from peft_pvm.methods.tdrs.blockwise import Inputs, blockwise_attention
 from peft_pvm.visibility import Visibility
 
 
@@ -222,7 +222,7 @@ def repair_interpreter() -> None:
 
 
 if INTERPRETED or DEVICE.type == "cuda":
-    from peft_pvm.tdrs import triton_kernel
+    from peft_pvm.methods.tdrs import triton_kernel
 
     if INTERPRETED:
         repair_interpreter()

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 from ...base_checkpoint import BaseCheckpoint
 from ...checkpoints import check_shapes
-from ...dipe import DIPEConfig
 from ...inspection import read_config
+from ...methods.dipe import DIPEConfig
 from ...pvm import PVMConfig
 from ...pvm.files import read_adapter
 from ...pvm.merging import Tensors
 from ...text import quoted
-from ...tuner import PEFT_PREFIX
+from ...tuners.base import PEFT_PREFIX
 from .served import ARCHITECTURE, FIELD, fields_of
 
 

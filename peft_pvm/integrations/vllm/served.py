@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from peft import PeftConfig
 
-from ...dipe import DIPEConfig
+from ...methods.dipe import DIPEConfig
 from ...pvm import PVMConfig
 
 

@@ -14,8 +14,7 @@ import triton.language as tl  # type: ignore
 from torch.nn.attention.flex_attention import BlockMask
 
 from .blockwise import Inputs
-from .config import TDRSConfig
-from .weights import Floor
+from .weights import Steps
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,7 +26,7 @@ SPLIT_KEYS = 256  # in a split at least
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min / 2)  # finite, so that rows that see nothing come out finite
 
 
-def triton_attention(inputs: Inputs, config: TDRSConfig) -> torch.Tensor:
+def triton_attention(inputs: Inputs, config: Steps) -> torch.Tensor:
     """Attention with reweighted scores, as `blockwise_attention` computes it.
 
     Products and sums are in fp32; attention weights are rounded to the dtype of the values.
@@ -65,7 +64,7 @@ def triton_attention(inputs: Inputs, config: TDRSConfig) -> torch.Tensor:
 class _Launch:
     """The passes over one attention layer, which differ in little but their outputs."""
 
-    def __init__(self, inputs: Inputs, config: TDRSConfig, tensors: list[torch.Tensor]):
+    def __init__(self, inputs: Inputs, config: Steps, tensors: list[torch.Tensor]):
         self.inputs, self.config = inputs, config
         self.visibility = visibility = inputs.visibility
         self.batch, self.heads, self.num_queries, _ = inputs.query.shape
@@ -133,11 +132,9 @@ class _Launch:
     def _row_factors(self) -> torch.Tensor | None:
         """d_max and the exponents a and b / log(1 + a) of `distance_boost`, `(3, batch, heads, num_queries)`."""
         config, visibility = self.config, self.visibility
-        if not config.dc_strength and not config.re_strength:
+        if not config.knows_distance:
             return None
-        # Where the far step is off, its floor must not cost a pass.
-        floors = Floor.of(config.dc_floor), Floor.of(config.re_floor if config.re_strength else 0.5)
-        log_least = None
+        floors, log_least = config.floors, None
         if any(floor.is_multiple for floor in floors):
             log_total, farthest, least = self._run("statistics")
             log_least = least.amin(0) - log_total.logsumexp(0)

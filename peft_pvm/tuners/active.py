@@ -49,6 +49,31 @@ def activate(model: nn.Module, names: Collection[str], trainable: bool = True) -
 
 
 @contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[dict[Any, list[str]]]:
+    """Put back, at the end of a block, which adapters act and what is trainable. PEFT changes one with the other.
+
+    Args:
+        model: A transformers model with adapters of any of PEFT's types that live in layers. Layers that the block
+            brings are left alone.
+
+    Yields:
+        By layer that holds adapters, those that are active there and not disabled.
+    """
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    before = {layer: (list(layer.active_adapters), layer.disable_adapters) for layer in _adapter_layers(model)}
+    try:
+        yield {layer: [] if disabled else active for layer, (active, disabled) in before.items()}
+    finally:
+        for layer, (active, disabled) in before.items():
+            if list(layer.active_adapters) != active:
+                layer.set_adapter(active)
+            if layer.disable_adapters != disabled:
+                layer.enable_adapters(not disabled)
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad = requires_grad
+
+
+@contextlib.contextmanager
 def only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Of the adapters that act, let only some act for the length of a block. Nothing begins to act.
 
@@ -56,24 +81,14 @@ def only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
         model: A transformers model with adapters of any of PEFT's types that live in layers.
         names: Those that go on acting.
     """
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    acting = {layer: list(layer.active_adapters) for layer in _adapter_layers(model) if not layer.disable_adapters}
-    try:
+    with restored(model) as acting:
         for layer, active in acting.items():
             kept = [name for name in active if name in names]
-            if not kept:
+            if active and not kept:
                 layer.enable_adapters(False)
             elif kept != active:
                 layer.set_adapter(kept)
         yield
-    finally:
-        for layer, active in acting.items():
-            if layer.disable_adapters:
-                layer.enable_adapters(True)
-            if list(layer.active_adapters) != active:
-                layer.set_adapter(active)
-        for parameter, requires_grad in trainable.items():  # PEFT changes it along with what acts
-            parameter.requires_grad = requires_grad
 
 
 def _adapter_layers(model: nn.Module) -> list[Any]:

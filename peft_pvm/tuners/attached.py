@@ -9,13 +9,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
-from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from .steering import SteeringConfig
-from .text import quoted
-from .tuner import VisualConfig, VisualTuner, VisualTunerLayer
+from ..text import quoted
+from .active import base_of, restored
+from .base import VisualConfig, VisualTuner, VisualTunerLayer
 
 
 _numbers = itertools.count()  # blocks may stand inside one another
@@ -47,46 +46,33 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
     for config in configs:
         if not isinstance(config, VisualConfig):
             raise TypeError(f"attached takes the configurations of peft_pvm, not {type(config).__name__}.")
-        if config._source is not None and not isinstance(config, SteeringConfig):
+        if config._source is not None and config.has_parameters:
             raise ValueError(
                 f"{type(config).__name__} was loaded from {quoted(config._source.path)}, but attached starts adapters "
                 "afresh. Load the adapter with PeftModel.from_pretrained."
             )
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
-    had_configs = hasattr(base, "peft_config")
-    acting = {
-        layer: (layer.active_adapters, layer.disable_adapters)
-        for layer in base.modules()
-        if isinstance(layer, VisualTunerLayer)
-    }
-    tuners: list[tuple[str, VisualTuner]] = []
-    try:
-        for config in configs:
-            name = f"attached_{next(_numbers)}"
+    with contextlib.ExitStack() as stack:
+        if not hasattr(base, "peft_config"):
+            stack.callback(_forget_configs, base)
+        acting = stack.enter_context(restored(base))
+        names = [f"attached_{next(_numbers)}" for _ in configs]
+        for name, config in zip(names, configs):
             tuner_cls = cast(Any, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type])  # type: ignore[index]
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
-                tuners.append((name, tuner_cls(base, copy.copy(config), name)))
-            names = [name for name, _ in tuners]
-            for layer in base.modules():
-                if isinstance(layer, VisualTunerLayer):
-                    others, disabled = acting.get(layer, ([], False))
-                    layer.enable_adapters(True)
-                    layer.set_adapter([*([] if disabled else others), *names])
-        _set_trainable(trainable)
+                tuner: VisualTuner = tuner_cls(base, copy.copy(config), name)
+            stack.callback(tuner.remove_adapter, name)
+        for layer in base.modules():
+            if isinstance(layer, VisualTunerLayer):
+                layer.enable_adapters(True)
+                layer.set_adapter([*acting.get(layer, []), *names])
+        for parameter, requires_grad in trainable.items():  # attaching has frozen the base
+            parameter.requires_grad = requires_grad
         yield model
-    finally:
-        for name, tuner in reversed(tuners):
-            tuner.remove_adapter(name)
-        for layer, (names, disabled) in acting.items():
-            layer.set_adapter(names)
-            layer.enable_adapters(not disabled)
-        _set_trainable(trainable)
-        if not had_configs and not getattr(base, "peft_config", True):
-            del base.peft_config
 
 
-def _set_trainable(trainable: dict[nn.Parameter, bool]) -> None:
-    for parameter, requires_grad in trainable.items():
-        parameter.requires_grad = requires_grad
+def _forget_configs(base: nn.Module) -> None:
+    if not getattr(base, "peft_config", True):
+        del base.peft_config

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from ..checks import is_number
+from ...checks import is_number
 
 
 LOG2_E = math.log2(math.e)
@@ -72,6 +73,27 @@ class Floor:
         if log_least is None:
             raise ValueError(f"The floor {self.value}*min needs the least weight of each row, but log_least is None.")
         return (-math.log(self.value) - log_least).clamp(min=-math.log(LARGEST_FLOOR))
+
+
+class Steps(Protocol):
+    """What the three steps are done with: a `TDRSConfig`, whose docstring says what each is."""
+
+    @property
+    def form(self) -> str: ...
+    @property
+    def pairs(self) -> str: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def sd_strength(self) -> float: ...
+    @property
+    def dc_strength(self) -> float: ...
+    @property
+    def re_strength(self) -> float: ...
+    @property
+    def floors(self) -> tuple[Floor, Floor]: ...
+    @property
+    def knows_distance(self) -> bool: ...
 
 
 def semantic_position(similarity: torch.Tensor) -> torch.Tensor:

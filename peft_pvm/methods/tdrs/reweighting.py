@@ -10,15 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..attention import AttentionCall
-from ..rotation import Tables, between, inverse, rotate, rotation_tables
+from ...attention.call import AttentionCall, Output, records_gradients
+from ...attention.reference import products
+from ...attention.rotation import Tables, between, inverse, rotate, rotation_tables
+from ...context import VisualContext
 from .blockwise import Inputs, blockwise_attention
-from .config import TDRSConfig
+from .reference import reweighted
+from .weights import Steps
+
+
+POSITIONS = "position_ids"  # what is kept of every token in the memory
 
 
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def keep_positions(context: VisualContext) -> None:
+    """Have the position of every token kept in the memory, as the rotary embedding is given it."""
+    context.keeps[POSITIONS] = lambda context: context.noted()[0]
 
 
 class Reweighting:
@@ -30,20 +41,19 @@ class Reweighting:
         layer_type: The layer's type, for a rotary embedding that tells types apart.
     """
 
-    def __init__(self, config: TDRSConfig, rotary: nn.Module | None, layer_type: str | None):
+    def __init__(self, config: Steps, rotary: nn.Module | None, layer_type: str | None):
         self.config = config
         self.rotary = rotary
         self.layer_type = layer_type
 
-    def attend(
-        self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the attention function returns: `(batch, num_queries, heads, value_dim)`, and weights or `None`."""
+    def attend(self, call: AttentionCall) -> Output:
+        """What the attention function returns."""
+        query, key = call.scored_by
         inter = None
         if self.config.pairs == "inter":
             if call.context.memory.is_empty:  # no pair of a text and a visual token
-                return call.run_kernel(query, key, call.value)
-            inter = call.visual_queries, call.context.visual_keys(key.shape[2])
+                return call.run_kernel()
+            inter = call.visual_queries, call.visual_keys
         content_query, content_key = self.contents(call)
         inputs = Inputs(
             query,
@@ -57,13 +67,23 @@ class Reweighting:
             call.kwargs.get("softcap"),
             call.kwargs.get("dropout", 0.0),
         )
-        if self._takes_triton(inputs, call.wants_weights):
+        if self.takes_triton(inputs, call.wants_weights):
             from .triton_kernel import triton_attention
 
             return triton_attention(inputs, self.config), None
         return blockwise_attention(inputs, self.config, call.wants_weights)
 
-    def _takes_triton(self, inputs: Inputs, wants_weights: bool) -> bool:
+    def reference(self, call: AttentionCall, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The weights in their plainest form: see `Weights`."""
+        content_query, content_key = self.contents(call)
+        similarity = products(content_query, content_key(slice(None)))
+        key_ranks, query_ranks = call.visibility.ranks()
+        distance = (query_ranks.unsqueeze(-1) - key_ranks.unsqueeze(-2)).to(scores.dtype)
+        inter = call.visual_queries[:, None, :, None] != call.visual_keys[:, None, None]
+        return reweighted(self.config, scores, similarity, distance, hidden, inter).nan_to_num()
+
+    def takes_triton(self, inputs: Inputs, wants_weights: bool) -> bool:
+        """Whether the Triton kernel computes it."""
         if self.config.kernel == "blockwise":
             return False
         if self.config.kernel == "triton":
@@ -80,10 +100,8 @@ class Reweighting:
                 )
             return True
         needs_blockwise = wants_weights or inputs.dropout > 0 or inputs.query.dtype == torch.float64
+        records = records_gradients(inputs.query, inputs.key, inputs.value)
         needs_blockwise |= torch.compiler.is_compiling()  # inductor fails on the kernel
-        records = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (inputs.query, inputs.key, inputs.value)
-        )
         return inputs.query.is_cuda and _has_triton() and not needs_blockwise and not records
 
     def contents(self, call: AttentionCall) -> tuple[torch.Tensor, Callable[[slice], torch.Tensor]]:
@@ -93,7 +111,7 @@ class Reweighting:
             return F.normalize(call.query, dim=-1), lambda keys: F.normalize(call.key[:, :, keys], dim=-1)
         context, num_queries, num_keys = call.context, call.query.shape[2], call.key.shape[2]
         own, _ = context.noted()
-        positions = context.memory.position_ids
+        positions = context.memory.kept.get(POSITIONS)
         if positions is None:
             raise RuntimeError(
                 "The KV cache holds tokens whose positions nobody kept: T-DRS must be attached from the first token "

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..visibility import Visibility
-from .config import TDRSConfig
-from .weights import LOG2_E, Floor, distance_boost, semantic_position
+from ...attention.call import records_gradients
+from ...visibility import Visibility
+from .weights import LOG2_E, Steps, distance_boost, semantic_position
 
 
 BLOCK_ELEMENTS = 2**20  # scores in a block: larger ones leave a CPU's cache
@@ -65,7 +65,7 @@ class Inputs:
 
 
 def blockwise_attention(
-    inputs: Inputs, config: TDRSConfig, wants_weights: bool = False
+    inputs: Inputs, config: Steps, wants_weights: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention with reweighted scores.
 
@@ -81,8 +81,7 @@ def blockwise_attention(
         dtype of the values.
     """
     num_queries, num_keys, dtype = inputs.query.shape[2], inputs.key.shape[2], inputs.value.dtype
-    tensors = (inputs.query, inputs.key, inputs.value, inputs.content_query, inputs.content_key)
-    records = torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors)
+    records = records_gradients(inputs.query, inputs.key, inputs.value, inputs.content_query, inputs.content_key)
     outputs, all_weights = [], []
     # Scores want fp32 also where the model runs under autocast.
     with torch.autocast(inputs.query.device.type, enabled=False):
@@ -106,10 +105,8 @@ class _Rows:
     inside: a pair is a head of keys in a row of the batch, heads are those that share it. An axis of 1 stands for all.
     """
 
-    def __init__(self, inputs: Inputs, config: TDRSConfig, wants_weights: bool):
+    def __init__(self, inputs: Inputs, config: Steps, wants_weights: bool):
         self.inputs, self.config, self.wants_weights = inputs, config, wants_weights
-        # A floor of a step that is off must not cost a look at the least weight.
-        self.floors = Floor.of(config.dc_floor), Floor.of(config.re_floor if config.re_strength else 0.5)
         self.key_ranks, self.query_ranks = (ranks.to(inputs.dtype) for ranks in inputs.visibility.ranks())
         self.query = self._by_pair(inputs.query.to(inputs.dtype) * (inputs.scaling * LOG2_E))
         self.content_query = self._by_pair(inputs.content_query.to(inputs.dtype))
@@ -178,10 +175,10 @@ class _Rows:
         raised = torch.add(scores, step, alpha=config.sd_strength * LOG2_E)
         weights, log_total = block.exponentials(raised)
         if config.knows_distance:
-            log_least = None
-            if any(floor.is_multiple for floor in self.floors):
+            floors, log_least = config.floors, None
+            if any(floor.is_multiple for floor in floors):
                 log_least = (block.least(raised) - log_total) / LOG2_E
-            dc_exponent, re_exponent = (floor.exponent(log_least) for floor in self.floors)
+            dc_exponent, re_exponent = (floor.exponent(log_least) for floor in floors)
             strengths = config.dc_strength, config.re_strength
             boost = distance_boost(semantic, block.distance, block.farthest, dc_exponent, re_exponent, *strengths)
             if block.applies is not None:

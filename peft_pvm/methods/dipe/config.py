@@ -1,15 +1,20 @@
-"""The configuration of a DIPE adapter."""
+"""DIPE: the distance between text and image does not grow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
-from ..steering import SteeringConfig
+from torch import nn
+
+from ...attention.stages import Stage
+from ...families import VisionLanguageModel
+from ...tuners.attention_method import AttentionMethod, SteeredLayer
+from .anchored import AnchoredPositions
 
 
 @dataclass
-class DIPEConfig(SteeringConfig):
+class DIPEConfig(AttentionMethod):
     """Configuration of DIPE, arXiv 2603.10863. It has no parameters.
 
     Scores between tokens of different modality are computed as if the query stood where its contiguous run of text, or
@@ -34,3 +39,20 @@ class DIPEConfig(SteeringConfig):
         "of positions."
     )
     paper: ClassVar[str] = "2603.10863"
+    rotates: ClassVar[bool] = True
+
+    @classmethod
+    def layers_on(cls, vlm: VisionLanguageModel) -> list[int]:
+        """The layers that rotate queries and keys: not those of linear attention, nor some of Llama 4 and Cohere 2."""
+        attentions = vlm.self_attentions
+        layers = [layer_idx for layer_idx in super().layers_on(vlm) if vlm.rotates(attentions[layer_idx])]
+        if vlm.rotary is None or not layers:
+            raise ValueError(
+                f"{type(vlm.model).__name__} has no layer that rotates queries and keys by position (a text model "
+                "with rotary_emb), so DIPE has no distance to hold."
+            )
+        return layers
+
+    def stages(self, layer: SteeredLayer) -> Stage:
+        """Anchored positions for pairs of different modality."""
+        return AnchoredPositions(cast(nn.Module, layer.rotary), layer.layer_type)  # layers_on made sure of it

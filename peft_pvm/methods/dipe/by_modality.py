@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..memory import Runs
-from ..positions import VISUAL
+from ...memory import Runs
+from ...positions import VISUAL
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,27 @@
-"""The configuration of a T-DRS adapter."""
+"""T-DRS: attention reweighted by similarity and distance."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..checks import LARGEST, check, is_number
-from ..steering import SteeringConfig
+from ...attention.stages import Stage, Weights
+from ...checks import setting
+from ...context import VisualContext
+from ...tuners.attention_method import AttentionMethod, SteeredLayer
+from .reweighting import Reweighting, keep_positions
 from .weights import Floor
 
 
 FORMS = ("weights", "logits")
 PAIRS = ("all", "inter")
 KERNELS = ("auto", "blockwise", "triton")
+FLOORS = "a number between 0 and 1, or a multiple of the least weight, such as '3*min'"
 
 
 @dataclass
-class TDRSConfig(SteeringConfig):
+class TDRSConfig(AttentionMethod):
     """Configuration of T-DRS, arXiv 2511.09868. It has no parameters.
 
     Attention is reweighted in three steps: towards keys that are similar to the query (SD-DRS), towards keys that are
@@ -51,50 +56,54 @@ class TDRSConfig(SteeringConfig):
     )
     paper: ClassVar[str] = "2511.09868"
 
-    form: Literal["weights", "logits"] = field(
-        default="weights",
-        metadata={"help": "What distance multiplies: attention 'weights', renormalised after, or scores ('logits')."},
+    rotates: ClassVar[bool] = True
+
+    form: Literal["weights", "logits"] = setting(
+        "weights",
+        "What distance multiplies: attention 'weights', renormalised after, or scores ('logits').",
+        among=FORMS,
     )
-    sd_strength: float = field(
-        default=1.0,
-        metadata={"help": "How much is added to the score of a key of the same direction as the query, 0 or more."},
+    sd_strength: float = setting(
+        1.0, "How much is added to the score of a key of the same direction as the query, 0 or more.", least=0
     )
-    dc_strength: float = field(
-        default=1.0, metadata={"help": "Weight of the step that favours near keys (lambda_dc), 0 or more."}
+    dc_strength: float = setting(1.0, "Weight of the step that favours near keys (lambda_dc), 0 or more.", least=0)
+    re_strength: float = setting(
+        1.0, "Weight of the step that keeps distant keys in view (lambda_re), 0 or more.", least=0
     )
-    re_strength: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the step that keeps distant keys in view (lambda_re), 0 or more."},
+    dc_floor: float | str = setting(
+        "3*min",
+        "What the near-key factor falls to at the farthest key: a number in (0, 1), or a multiple of the row's least "
+        "attention weight, such as '3*min'.",
+        valid=Floor.is_valid,
+        accepted=FLOORS,
     )
-    dc_floor: float | str = field(
-        default="3*min",
-        metadata={
-            "help": "What the near-key factor falls to at the farthest key: a number in (0, 1), or a multiple of the "
-            "row's least attention weight, such as '3*min'."
-        },
+    re_floor: float | str = setting(
+        "2*min",
+        "What the distant-key factor falls to at the farthest key, like dc_floor.",
+        valid=Floor.is_valid,
+        accepted=FLOORS,
     )
-    re_floor: float | str = field(
-        default="2*min", metadata={"help": "What the distant-key factor falls to at the farthest key, like dc_floor."}
+    pairs: Literal["all", "inter"] = setting(
+        "all", "Which pairs are reweighted: 'all', or 'inter' for those of text with visual tokens.", among=PAIRS
     )
-    pairs: Literal["all", "inter"] = field(
-        default="all",
-        metadata={"help": "Which pairs are reweighted: 'all', or 'inter' for those of text with visual tokens."},
-    )
-    kernel: Literal["auto", "blockwise", "triton"] = field(
-        default="auto",
-        metadata={"help": "How it is computed: 'auto' takes Triton on CUDA, else 'blockwise' in PyTorch."},
+    kernel: Literal["auto", "blockwise", "triton"] = setting(
+        "auto", "How it is computed: 'auto' takes Triton on CUDA, else 'blockwise' in PyTorch.", among=KERNELS
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name, choices in (("form", FORMS), ("pairs", PAIRS), ("kernel", KERNELS)):
-            check(self, name, getattr(self, name) in choices, f"one of {choices}")
-        for name in ("sd_strength", "dc_strength", "re_strength"):
-            valid = is_number(getattr(self, name)) and getattr(self, name) >= 0
-            check(self, name, valid, f"a number from 0 to {LARGEST}")
-        for name in ("dc_floor", "re_floor"):
-            accepted = "a number between 0 and 1, or a multiple of the least weight, such as '3*min'"
-            check(self, name, Floor.is_valid(getattr(self, name)), accepted)
+    @classmethod
+    def start_forward(cls, context: VisualContext) -> None:
+        """Have the positions of all tokens kept, which its keys are compared without."""
+        keep_positions(context)
+
+    def stages(self, layer: SteeredLayer) -> Stage | Sequence[Stage]:
+        """Reweighted scores, unless every step is off."""
+        reweighting = Reweighting(self, layer.rotary, layer.layer_type)
+        return () if self.is_off else Weights(reweighting.attend, reweighting.reference)
+
+    @property
+    def floors(self) -> tuple[Floor, Floor]:
+        """Of both steps that look at the distance. A step that is off must not cost a look at the least weight."""
+        return Floor.of(self.dc_floor), Floor.of(self.re_floor if self.re_strength else 0.5)
 
     @property
     def knows_distance(self) -> bool:

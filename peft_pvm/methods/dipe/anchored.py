@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..attention import AttentionCall
-from ..rotation import Tables, between, rotate, rotation_tables, unit
+from ...attention.call import AttentionCall, Output, records_gradients
+from ...attention.reference import products
+from ...attention.rotation import Tables, between, rotate, rotation_tables, unit
+from ...attention.stages import Positions
 from .by_modality import Run, attend_by_modality, runs_of
 
 
-WIDEST_FOR_FLASH = 128  # half of what its kernels take
-
-
-class AnchoredScoring:
-    """How the scores of one layer are made (arXiv 2603.10863).
+@dataclass(frozen=True)
+class AnchoredPositions(Positions):
+    """The positions by which one layer makes its scores (arXiv 2603.10863).
 
     With `R` the rotation by position, `p` the positions, and the anchor of a token the position of the first token of
     the contiguous run of one modality that holds it::
@@ -28,39 +30,36 @@ class AnchoredScoring:
         layer_type: The layer's type, for a rotary embedding that tells types apart.
     """
 
-    def __init__(self, rotary: nn.Module, layer_type: str | None):
-        self.rotary = rotary
-        self.layer_type = layer_type
+    rotary: nn.Module
+    layer_type: str | None
 
-    def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the attention function returns: `(batch, num_queries, heads, value_dim)`, and weights or `None`."""
+    def acts_on(self, call: AttentionCall) -> bool:
+        return not call.context.memory.is_empty  # with text alone there is one modality
+
+    def reference(self, call: AttentionCall) -> torch.Tensor:
+        own, anchored = products(call.query, call.key), products(self.anchored_query(call), call.key)
+        is_inter = call.visual_queries[:, None, :, None] != call.visual_keys[:, None, None]
+        return torch.where(is_inter, anchored, own)
+
+    def attend_alone(self, call: AttentionCall) -> Output:
         if call.query.shape[2] == 1:
             return self._attend_once(call)
         runs = self._mergeable_runs(call)
-        if runs is not None:
-            anchored = self.anchored_query(call)
-            output = attend_by_modality(call.query, anchored, call.key, call.value, runs, call.scaling)
-            return output.transpose(1, 2).contiguous(), None
-        head_dim = call.query.shape[-1]
-        if "flash" in call.kernel and head_dim > WIDEST_FOR_FLASH:
-            raise NotImplementedError(
-                f"DIPE doubles the width of heads for a prefill, and flash attention takes no {2 * head_dim} channels "
-                "a head. Use attn_implementation='sdpa'."
-            )
-        query, key = self.widen(call)
-        # Fused kernels want values as wide as keys.
-        value_dim = call.value.shape[-1]
-        output, weights = call.run_kernel(query, key, F.pad(call.value, (0, key.shape[-1] - value_dim)))
-        return output[..., :value_dim], weights
+        if runs is None:
+            return super().attend_alone(call)
+        anchored = self.anchored_query(call)
+        output = attend_by_modality(call.query, anchored, call.key, call.value, runs, call.scaling)
+        return output.transpose(1, 2).contiguous(), None
 
     @staticmethod
     def _mergeable_runs(call: AttentionCall) -> list[Run] | None:
         """The runs of a prefill that `attend_by_modality` can do; `None` if it is padded, continued, trained, ..."""
-        query, key, value, visual_mask = call.query, call.key, call.value, call.context.visual_mask
-        records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+        query, key, value = call.query, call.key, call.value
         is_fused = call.kernel == "sdpa" and query.device.type == "cpu" and value.shape[-1] == key.shape[-1]
         is_whole = call.visibility.is_plain_causal and query.shape[2] == key.shape[2]
-        if visual_mask is None or records or not is_fused or not is_whole or call.kwargs.get("dropout"):
+        if call.context.visual_mask is None or records_gradients(query, key, value) or call.kwargs.get("dropout"):
+            return None
+        if not is_fused or not is_whole:
             return None
         known = call.context.memory.runs
         return None if known is None else call.context.derived("runs", lambda: runs_of(known, query.shape[2]))
@@ -72,13 +71,13 @@ class AnchoredScoring:
         """
         query, anchored = call.query, self.anchored_query(call)
         visual_queries = call.visual_queries[:, None, :, None]
-        visual_keys = call.context.visual_keys(call.key.shape[2])[:, None, :, None]
+        visual_keys = call.visual_keys[:, None, :, None]
         to_text = torch.where(visual_queries, anchored, query)
         to_visual = torch.where(visual_queries, query, anchored)
         split = [call.key.masked_fill(visual_keys, 0), call.key.masked_fill(~visual_keys, 0)]
         return torch.cat([to_text, to_visual], -1), torch.cat(split, -1)
 
-    def _attend_once(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attend_once(self, call: AttentionCall) -> Output:
         """A single query: two rows of scores and a choice between them, so that the cache is read and not copied."""
         key, value = call.key, call.value
         kv_heads, num_keys = key.shape[1:3]
@@ -107,7 +106,7 @@ class AnchoredScoring:
         num_keys = call.key.shape[2]
 
         def compare() -> torch.Tensor:
-            return (call.context.visual_keys(num_keys) == call.visual_queries)[:, None, None]
+            return (call.visual_keys == call.visual_queries)[:, None, None]
 
         return call.context.derived(("of one modality", num_keys), compare)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -16,18 +16,18 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .adapter_file import FORMAT_VERSION, AdapterFile
-from .cards import write_card
-from .checks import check, is_text
-from .families import VisionLanguageModel, find_vlm
-from .fitting import PEFT_PREFIX, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
-from .incoming import INCOMING, NOTHING
-from .names import check_adapter_name
-from .tap import Tap
-from .text import quoted
-from .versions import LOADS_MODULES_TO_SAVE
-from .wrappers import plain_name, unwrapped, without_wrappers
-from .writing import written_whole
+from ..adapter_file import FORMAT_VERSION, AdapterFile
+from ..cards import write_card
+from ..checks import check, check_settings, is_text
+from ..families import VisionLanguageModel, find_vlm
+from ..fitting import PEFT_PREFIX, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
+from ..incoming import INCOMING, NOTHING
+from ..names import check_adapter_name
+from ..tap import Tap
+from ..text import quoted
+from ..versions import LOADS_MODULES_TO_SAVE
+from ..wrappers import plain_name, unwrapped, without_wrappers
+from ..writing import written_whole
 
 
 @dataclass
@@ -67,6 +67,7 @@ class VisualConfig(PeftConfig):
                 f"{type(self).__name__}.format_version is {quoted(self.format_version)}, but this peft_pvm knows "
                 f"format {FORMAT_VERSION!r}. An adapter of a newer format needs a newer peft_pvm."
             )
+        check_settings(self)
         self.peft_type = PeftType(self.method.upper())
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -84,19 +85,50 @@ class VisualConfig(PeftConfig):
 
 
 class VisualTunerLayer(nn.Module, BaseTunerLayer):
-    """Base of our layers: a child that stands beside the base's modules and is joined to them by hooks."""
+    """Base of our layers: a child that stands beside the base's modules and is joined to them by hooks.
 
-    def config_of(self, adapter_name: str) -> VisualConfig:
-        """The configuration that an adapter was attached with."""
+    Args:
+        vlm: The parts of the model that it stands in.
+
+    Attributes:
+        configs: The configuration of each of its adapters, by name.
+    """
+
+    other_param_names: tuple[str, ...] = ("configs",)
+
+    def __init__(self, vlm: VisionLanguageModel):
+        super().__init__()
+        self.configs: dict[str, Any] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self._vlm = (vlm,)  # in a tuple: its modules are no submodules
+        self._handles: list[Any] = []
+
+    @property
+    def vlm(self) -> VisionLanguageModel:
+        """The parts of the model that it stands in."""
+        return self._vlm[0]
+
+    def new_hooks(self) -> list[Any]:
+        """Put hooks on the modules as they stand now, and return their handles."""
         raise NotImplementedError
 
-    def join(self) -> None:
-        """Put the hooks on."""
-        raise NotImplementedError
+    def attach_hooks(self) -> None:
+        """Put the hooks on, unless they are on."""
+        self._handles = self._handles or self.new_hooks()
 
-    def part(self) -> None:
+    def detach_hooks(self) -> None:
         """Take the hooks off."""
-        raise NotImplementedError
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def acting(self, names: Collection[str] | None = None) -> list[str]:
+        """The adapters that act, of those named or else of the active ones: none if adapters are disabled."""
+        if self.disable_adapters:
+            return []
+        return [name for name in dict.fromkeys(names or self.active_adapters) if name in self.configs]
 
     def get_base_layer(self) -> nn.Module:
         # An AttributeError, so that hasattr(layer, "weight") is False rather than an error.
@@ -120,17 +152,13 @@ class VisualTuner(BaseTuner):
 
     tuner_layer_cls: type[VisualTunerLayer]
     child_name: str  # the attribute of a base module under which the tuner layer stands
+    vlm: VisionLanguageModel  # the parts of the model, as they were found when an adapter was last attached
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any):
         # Adapters of several types on one model share one table of configs, which PEFT writes to before it asks us.
         if adapter_name in getattr(model, "peft_config", {}):
             raise name_is_taken(adapter_name)
         super().__init__(model, peft_config, adapter_name, **kwargs)
-
-    @property
-    def vlm(self) -> VisionLanguageModel:
-        """The parts of the model this tuner is attached to."""
-        return find_vlm(self.model)
 
     def expected_tensors(self, config: VisualConfig, layer: nn.Module) -> dict[str, torch.Tensor]:
         """Every tensor that the adapter has at one base module, on the meta device, by its name in the tuner layer."""
@@ -153,15 +181,16 @@ class VisualTuner(BaseTuner):
         raise NotImplementedError
 
     def add_adapter_to(self, layer: Any, adapter_name: str, config: Any) -> None:
-        """Give a tuner layer one more adapter, for a resolved config."""
-        raise NotImplementedError
+        """Give a tuner layer what one more adapter has beside its resolved config: by default nothing."""
 
     def _create_and_replace(
         self, peft_config: VisualConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
         if not hasattr(target, self.child_name):
             target.add_module(self.child_name, self.new_layer(target))
-        self.add_adapter_to(target.get_submodule(self.child_name), adapter_name, peft_config)
+        layer = cast(VisualTunerLayer, target.get_submodule(self.child_name))
+        layer.configs[adapter_name] = peft_config
+        self.add_adapter_to(layer, adapter_name, peft_config)
 
     def forward(self, *args: Any, **kwargs: Any):
         return self.model(*args, **kwargs)  # not model.forward, which would skip the hooks on the model itself
@@ -173,12 +202,13 @@ class VisualTuner(BaseTuner):
         for layer in layers:
             if adapter_name not in layer._all_available_adapter_names():
                 continue
-            self.peft_config[adapter_name] = layer.config_of(adapter_name)  # PEFT has put the new one there
+            self.peft_config[adapter_name] = layer.configs[adapter_name]  # PEFT has put the new one there
             raise name_is_taken(adapter_name)
         for layer in layers:
-            layer.part()
+            layer.detach_hooks()
         try:
             check_adapter_name(adapter_name, self.model)
+            self.vlm = find_vlm(self.model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.remove_adapter(adapter_name)
@@ -187,7 +217,7 @@ class VisualTuner(BaseTuner):
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
         finally:
-            self._join_layers()
+            self._attach_hooks()
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -283,18 +313,18 @@ class VisualTuner(BaseTuner):
     def _tuner_layers(self) -> list[VisualTunerLayer]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
 
-    def _join_layers(self) -> None:
+    def _attach_hooks(self) -> None:
         layers = self._tuner_layers()
         if layers:
             Tap.on(self.vlm)  # first: hooks run in the order they were put on, and some of ours read what it notes
         for layer in layers:
-            layer.join()
+            layer.attach_hooks()
 
     def _remove_layers(self, layers: list[VisualTunerLayer]) -> None:
         for module in list(self.model.modules()):
             child = module._modules.get(self.child_name)
             if any(child is layer for layer in layers):
-                child.part()
+                child.detach_hooks()
                 delattr(module, self.child_name)
         if not any(isinstance(module, VisualTunerLayer) for module in self.model.modules()):
             Tap.on(self.vlm).remove()

@@ -1,0 +1,180 @@
+"""`AttentionCall`: what an attention function is called with, and the kernel that it would have run."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..context import VisualContext
+from ..visibility import Visibility
+
+
+WIDEST_FOR_FLASH = 256  # channels a head
+Output = tuple[torch.Tensor, torch.Tensor | None]  # (batch, num_queries, heads, value_dim), and weights or None
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """What an attention function is called with.
+
+    Attributes:
+        module: The attention module.
+        query: Rotated queries, `(batch, heads, num_queries, head_dim)`.
+        key: Rotated keys, the cached ones included, `(batch, kv_heads, num_keys, head_dim)`.
+        value: `(batch, kv_heads, num_keys, value_dim)`.
+        attention_mask: As the kernel wants it.
+        context: What this forward knows.
+        kernel: The kernel's name.
+        kwargs: All other arguments.
+        widened: Queries and keys with more channels, whose products are the scores. `None`: those above make them.
+    """
+
+    module: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attention_mask: Any
+    context: VisualContext
+    kernel: str
+    kwargs: dict[str, Any]
+    widened: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def scored_by(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries and keys whose products are the scores."""
+        return self.widened or (self.query, self.key)
+
+    @property
+    def scaling(self) -> float:
+        """What scores are multiplied by."""
+        scaling = self.kwargs.get("scaling")
+        return self.query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the caller asked for the attention weights."""
+        config = self.module.config
+        return bool(self.kwargs.get("output_attentions") or getattr(config, "output_attentions", False))
+
+    @property
+    def visibility(self) -> Visibility:
+        """Which keys each query may attend to: one object for all layers that are given the same mask."""
+        context, num_queries, num_keys = self.context, self.query.shape[2], self.key.shape[2]
+        is_causal = self.kwargs.get("is_causal")
+        is_causal = getattr(self.module, "is_causal", True) if is_causal is None else is_causal
+        window = self.kwargs.get("sliding_window")
+
+        def make() -> Visibility:
+            first_query = context.past_length + context.seq_len - num_queries
+            first_column = first_query - context.first_key(num_keys)
+            mask = self.attention_mask
+            return Visibility(mask, num_queries, num_keys, first_column, is_causal, window, self.query.device)
+
+        # The mask lives as long as what is derived from it, so that its id names it.
+        return context.derived((id(self.attention_mask), num_queries, num_keys, is_causal, window), make)
+
+    @property
+    def visual_queries(self) -> torch.Tensor:
+        """Which queries are those of visual tokens, `(batch, num_queries)`, bool."""
+        mask, num_queries = self.context.visual_mask, self.query.shape[2]
+        if mask is None:
+            return torch.zeros(self.query.shape[0], num_queries, dtype=torch.bool, device=self.query.device)
+        return mask[:, -num_queries:]
+
+    @property
+    def visual_keys(self) -> torch.Tensor:
+        """Which keys are those of visual tokens, `(batch, num_keys)`, bool."""
+        return self.context.visual_keys(self.key.shape[2])
+
+    def attend(self) -> Output:
+        """What the attention function returns, with what the active adapters do to it.
+
+        Raises:
+            NotImplementedError: The kernel is asked for something that adapters do not know.
+        """
+        stages = self.context.stages.get(self.module.layer_idx)
+        if stages is not None:
+            unknown = [name for name in ("s_aux", "position_bias") if self.kwargs.get(name) is not None]
+            if unknown:
+                raise NotImplementedError(
+                    f"{type(self.module).__name__} has {unknown}, which the active adapters do not know."
+                )
+            return stages.attend(self)
+        kernel = base_kernel(self.kernel, self.module)
+        return kernel(self.query, self.key, self.value, self.attention_mask, **self.kwargs)
+
+    def attend_to(self, value: torch.Tensor) -> torch.Tensor:
+        """The output for other values: the same weights, whatever makes them.
+
+        Args:
+            value: Shaped as the call's own.
+
+        Returns:
+            `(batch, num_queries, heads, value_dim)`.
+        """
+        return replace(self, value=value).attend()[0]
+
+    def run_kernel(self, scaling: float | None = None) -> Output:
+        """The kernel's own output for these queries, keys and values.
+
+        Args:
+            scaling: What scores are multiplied by. `None`: what the model multiplies them by.
+
+        Raises:
+            NotImplementedError: Flash attention does not take heads as wide as stages have made them.
+        """
+        query, key = self.scored_by
+        width, value_dim = key.shape[-1], self.value.shape[-1]
+        if "flash" in self.kernel and width > max(WIDEST_FOR_FLASH, self.key.shape[-1]):
+            raise NotImplementedError(
+                f"The active adapters widen heads to {width} channels, and flash attention takes at most "
+                f"{WIDEST_FOR_FLASH}. Use attn_implementation='sdpa'."
+            )
+        run = functools.partial(
+            base_kernel(self.kernel, self.module),
+            query,
+            key,
+            attention_mask=self.attention_mask,
+            **{**self.kwargs, "scaling": self.scaling if scaling is None else scaling},
+        )
+        if self.widened is None and value_dim <= width:
+            return run(self.value)
+        # Fused kernels want values as wide as keys.
+        outputs = [run(F.pad(piece, (0, width - piece.shape[-1]))) for piece in self.value.split(width, -1)]
+        return torch.cat([output for output, _ in outputs], -1)[..., :value_dim], outputs[0][1]
+
+
+def records_gradients(*tensors: Any) -> bool:
+    """Whether what is computed from some tensors will be differentiated. Whatever else is among them does not count."""
+    return torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors)
+
+
+def base_kernel(kernel: str, module: nn.Module) -> Callable[..., tuple[Any, Any]]:
+    """The function that `module` would call if adapters did not steer it."""
+    if kernel == "eager":
+        for cls in type(module).__mro__:
+            function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+            if function is not None:
+                return functools.partial(function, module)
+    function = ALL_ATTENTION_FUNCTIONS[kernel]
+    # Flash attention reads its own name from the module's config.
+    return functools.partial(function, _Unsteered(module) if "flash" in kernel else module)
+
+
+class _Unsteered:
+    """A module, with its config as it is."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self.config = module.config.config  # type: ignore[union-attr]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

@@ -1,0 +1,137 @@
+"""How adapters reach attention.
+
+While an adapter that changes attention is attached, every self-attention module of the text model looks up its kernel
+through a view of its config, which names a steered function instead of the kernel. Nothing else sees another name, so
+masks are those of the kernel, and `set_attn_implementation` is followed. Where no adapter acts, the steered function
+calls the kernel with what it was given.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..context import CONTEXT, VisualContext, dropped_keywords
+from ..families import VisionLanguageModel
+from .call import AttentionCall, Output, base_kernel
+
+
+PREFIX = "visual|"  # before the kernel's name
+
+
+def steered_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    kernel: str,
+    **kwargs: Any,
+) -> Output:
+    """An attention function as transformers calls it. Observers come after the output: they cannot change it."""
+    context: VisualContext | None = kwargs.get(CONTEXT)
+    if context is None:
+        return base_kernel(kernel, module)(query, key, value, attention_mask, **kwargs)
+    context.reached(module.layer_idx, dropped_keywords)
+    call = AttentionCall(module, query, key, value, attention_mask, context, kernel, kwargs)
+    output = call.attend()
+    for observe in context.observers:
+        observe(call)
+    return output
+
+
+class ConfigView:
+    """A config in which the attention implementation has another name.
+
+    Args:
+        config: The config. Whatever else is read or written is its own.
+    """
+
+    def __init__(self, config: Any):
+        self.__dict__["config"] = config
+        self.__dict__["users"] = 0
+
+    @property
+    def _attn_implementation(self) -> str:
+        return steered_name(self.config._attn_implementation)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "config":  # asked by copy and pickle before there is a config
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.config, name, value)
+
+
+def steered_name(kernel: str) -> str:
+    """The name under which the steered form of a kernel is registered with transformers."""
+    name = PREFIX + kernel
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, functools.partial(steered_attention, kernel=kernel))
+    return name
+
+
+class SteeringHandle:
+    """Lets adapters steer an attention module, until it is removed: as the handle of a hook.
+
+    Args:
+        attention: The module. After the last handle on it is removed, it is as it was.
+    """
+
+    def __init__(self, attention: Any):
+        self.attention = attention
+        if not isinstance(attention.config, ConfigView):
+            attention.config = ConfigView(attention.config)
+        attention.config.__dict__["users"] += 1
+
+    def remove(self) -> None:
+        """Take this one back."""
+        view = self.attention.config
+        if not isinstance(view, ConfigView):
+            return  # somebody has set another config since: it is theirs
+        view.__dict__["users"] -= 1
+        if view.__dict__["users"] == 0:
+            self.attention.config = view.config
+
+
+def is_steerable(attention: nn.Module) -> bool:
+    """Whether an attention module looks up its kernel in transformers' attention interface."""
+    modules = [sys.modules[cls.__module__] for cls in type(attention).__mro__]
+    has_names = hasattr(attention, "config") and hasattr(attention, "layer_idx")
+    return has_names and any(hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in modules)
+
+
+def steerable_attentions(vlm: VisionLanguageModel, needed_by: str) -> dict[int, nn.Module]:
+    """By layer index, the self-attention modules, all of which look up their kernel where it can be steered.
+
+    Args:
+        vlm: The model's parts.
+        needed_by: Who wants to steer or observe them, for the message.
+
+    Raises:
+        ValueError: There is none, or one that cannot be steered; the message says why.
+    """
+    attentions = vlm.self_attentions
+    if not attentions:
+        raise ValueError(f"{type(vlm.model).__name__} has no layer with self-attention, which {needed_by} works on.")
+    for layer_idx, attention in attentions.items():
+        where = f"{type(attention).__name__} (decoder layer {layer_idx} of {type(vlm.model).__name__})"
+        if not is_steerable(attention):
+            raise ValueError(
+                f"{where} does not look up its kernel in transformers' AttentionInterface, through which {needed_by} "
+                "reaches attention."
+            )
+        unknown = [name for name in ("kv_lora_rank", "sinks") if hasattr(attention, name)]
+        if unknown:
+            raise ValueError(
+                f"{where} has {unknown}: {needed_by} knows neither multi-head latent attention nor attention sinks."
+            )
+    return attentions

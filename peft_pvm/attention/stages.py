@@ -1,0 +1,277 @@
+"""What adapters do to the attention of a layer: stages of some kinds, and how several of them go together.
+
+With `q` and `k` rotated, a layer computes, for a row `i` and a key `j` that it sees::
+
+    s_ij = q_i . k_j                     Positions: rotated by other positions, for some pairs
+    s_ij = s_ij * c_j                    KeyScale
+    s_ij = s_ij * scaling + b_j          Bias
+    w_i  = softmax(s_i)                  Weights: another function of the scores
+    w_ij = w_ij * f(group of j, i)       GroupWeights
+    o_i  = sum_j w_ij * c_j * v_j        Values
+
+Stages act in this order, in whatever order their adapters were attached. Several of `KeyScale`, `Bias` and `Values`
+multiply or add up. `Positions`, `Weights` and `GroupWeights` are done by one adapter: a second one is refused.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from .call import AttentionCall, Output
+
+
+Rows = Literal["all", "text"]
+CHANNELS = 8  # widths of heads that fused kernels take are multiples of this
+
+
+@dataclass(frozen=True)
+class Later:
+    """What comes after a stage: later stages, and at the end the kernel."""
+
+    stages: tuple[Stage, ...] = ()
+
+    def __call__(self, call: AttentionCall) -> Output:
+        """What the attention function returns for a call."""
+        if not self.stages:
+            return call.run_kernel()
+        return self.stages[0].attend(call, Later(self.stages[1:]))
+
+
+class Stage:
+    """One thing that an adapter does to the attention of a layer.
+
+    Attributes:
+        order: Kinds are run by it. Keys and values are scaled first: that commutes with what comes between.
+        done_by_one: What only one adapter can do in a layer, for the message. `None`: several add up.
+    """
+
+    order: ClassVar[int]
+    done_by_one: ClassVar[str | None] = None
+
+    def attend(self, call: AttentionCall, later: Later) -> Output:
+        """What the attention function returns.
+
+        Args:
+            call: As earlier stages have changed it.
+            later: Runs later stages and the kernel, on the call or a changed one.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _ByKey(Stage):
+    """A number for each key.
+
+    Args:
+        of_keys: Gives it, `(batch or 1, num_keys)`, float.
+        rows: The rows that it acts on: "all", or "text" for those of text with a visual token before them.
+    """
+
+    of_keys: Callable[[AttentionCall], torch.Tensor]
+    rows: Rows = "all"
+
+    def attend(self, call: AttentionCall, later: Later) -> Output:
+        if self.rows == "text" and call.context.memory.is_empty:
+            return later(call)
+        return self.attend_rows(call, later, text_rows(call) if self.rows == "text" else None)
+
+    def attend_rows(self, call: AttentionCall, later: Later, rows: torch.Tensor | None) -> Output:
+        """What the attention function returns, changed in some rows, `(batch, num_queries)`; `None`: in all."""
+        raise NotImplementedError
+
+
+class _Scale(_ByKey):
+    """Factors of keys or values. Where rows differ, both outputs are computed and each row takes its own."""
+
+    def scaled(self, call: AttentionCall, factors: torch.Tensor) -> AttentionCall:
+        """The call with something multiplied by `(batch or 1, 1, num_keys, 1)`."""
+        raise NotImplementedError
+
+    def attend_rows(self, call: AttentionCall, later: Later, rows: torch.Tensor | None) -> Output:
+        factors = self.of_keys(call)
+        if rows is not None and rows.shape[1] == 1:  # of a single query the factors can say themselves whose they are
+            factors, rows = torch.where(rows, factors, 1), None
+        output, weights = later(self.scaled(call, factors[:, None, :, None]))
+        if rows is None:
+            return output, weights
+        plain_output, plain_weights = later(call)
+        output = torch.where(rows[:, :, None, None], output, plain_output)
+        if weights is not None and plain_weights is not None:
+            weights = torch.where(rows[:, None, :, None], weights, plain_weights)
+        return output, weights
+
+
+class KeyScale(_Scale):
+    """Scores of some keys multiplied by a factor: keys times that factor, on any kernel."""
+
+    order = 0
+
+    def scaled(self, call: AttentionCall, factors: torch.Tensor) -> AttentionCall:
+        return replace(call, key=call.key * factors.to(call.key.dtype))
+
+
+class Values(_Scale):
+    """Values of some keys multiplied by a factor."""
+
+    order = 1
+
+    def scaled(self, call: AttentionCall, factors: torch.Tensor) -> AttentionCall:
+        return replace(call, value=call.value * factors.to(call.value.dtype))
+
+
+@dataclass(frozen=True)
+class GroupWeights(Stage):
+    """Weights multiplied by factors of groups of keys, which follow from how much of a row's weight each group has.
+
+    The layer attends to values that are 0 outside one group each, and to indicators of the groups, whose output is the
+    weight that reaches them. So it runs on any kernel, and on whatever makes the weights. They are not normalised
+    again: the factors decide.
+
+    Args:
+        groups: Gives the groups, `(batch, num_groups, num_keys)`, bool; every key is in one of them.
+        factors: Makes the factors from the call and these weights, `(batch, num_queries, heads, num_groups)` both.
+    """
+
+    order = 2
+    done_by_one = "weights by group"
+
+    groups: Callable[[AttentionCall], torch.Tensor]
+    factors: Callable[[AttentionCall, torch.Tensor], torch.Tensor]
+
+    def attend(self, call: AttentionCall, later: Later) -> Output:
+        value, groups = call.value, self.groups(call)
+        members = groups.transpose(1, 2).unsqueeze(1).to(value.dtype)  # (batch, 1, num_keys, num_groups)
+        parts = (value.unsqueeze(3) * members.unsqueeze(4)).flatten(3)
+        indicators = members.expand(*value.shape[:2], -1, -1)
+        output, weights = later(replace(call, value=torch.cat([parts, indicators], -1)))
+        num_groups = groups.shape[1]
+        factors = self.factors(call, output[..., -num_groups:]).to(output.dtype)
+        output = output[..., :-num_groups].unflatten(-1, (num_groups, -1))
+        if weights is not None:
+            weights = weights * (factors.transpose(1, 2) @ groups.unsqueeze(1).to(factors.dtype)).to(weights.dtype)
+        return (output * factors.unsqueeze(-1)).sum(-2), weights
+
+
+class Positions(Stage):
+    """Scores made with other positions. Two that are equal are one."""
+
+    order = 3
+    done_by_one = "positions"
+
+    def acts_on(self, call: AttentionCall) -> bool:
+        """Whether there is a pair of tokens whose positions are other ones."""
+        return True
+
+    def widen(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, wider than those given, whose products are the scores."""
+        raise NotImplementedError
+
+    def reference(self, call: AttentionCall) -> torch.Tensor:
+        """The scores in their plainest form, before scaling, `(batch, heads, num_queries, num_keys)`."""
+        raise NotImplementedError
+
+    def attend_alone(self, call: AttentionCall) -> Output:
+        """What the attention function returns where no stage comes later: maybe in a faster way."""
+        return replace(call, widened=self.widen(call)).run_kernel()
+
+    def attend(self, call: AttentionCall, later: Later) -> Output:
+        if not self.acts_on(call):
+            return later(call)
+        return later(replace(call, widened=self.widen(call))) if later.stages else self.attend_alone(call)
+
+
+class Bias(_ByKey):
+    """Something added to the scores of some keys, after scaling: one more channel, on any kernel."""
+
+    order = 4
+
+    def attend_rows(self, call: AttentionCall, later: Later, rows: torch.Tensor | None) -> Output:
+        if call.kwargs.get("softcap") is not None:
+            raise NotImplementedError(
+                f"{type(call.module).__name__} bends its scores (softcap), so that nothing can be added to them here."
+            )
+        query, key = call.scored_by
+        bias = (self.of_keys(call) / call.scaling)[:, None, :, None].float()
+        high = bias.to(key.dtype)
+        channels = torch.cat([high, (bias - high).to(key.dtype)], -1)  # what rounding leaves goes to a second channel
+        acts = query.new_ones(1, query.shape[2]) if rows is None else rows.to(query.dtype)
+        asks = acts[:, None, :, None].expand(*query.shape[:3], channels.shape[-1])
+        query, key = torch.cat([query, asks], -1), torch.cat([key, channels.expand(*key.shape[:3], -1)], -1)
+        rest = (0, -query.shape[-1] % CHANNELS)
+        return later(replace(call, widened=(F.pad(query, rest), F.pad(key, rest))))
+
+
+@dataclass(frozen=True)
+class Weights(Stage):
+    """Whole rows of weights, made from the scores in another way than by softmax.
+
+    Args:
+        run: What the attention function returns, for scores of `call.scored_by` and values of the call.
+        reference: Its plainest form: the weights, given scores after scaling and which keys are hidden,
+            `(batch, heads, num_queries, num_keys)` both.
+    """
+
+    order = 5
+    done_by_one = "weights"
+
+    run: Callable[[AttentionCall], Output]
+    reference: Callable[[AttentionCall, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def attend(self, call: AttentionCall, later: Later) -> Output:
+        return self.run(call)
+
+
+@dataclass
+class LayerStages:
+    """What the active adapters do to the attention of one layer, for the length of a forward.
+
+    Attributes:
+        stages: In the order in which they run.
+        adapters: The adapter of each.
+    """
+
+    stages: list[Stage] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
+
+    def add(self, stage: Stage, adapter_name: str, layer_idx: int) -> None:
+        """Have an adapter do something.
+
+        Args:
+            stage: What it does.
+            adapter_name: The adapter.
+            layer_idx: The layer, for the message.
+
+        Raises:
+            ValueError: Another adapter does what only one can do.
+        """
+        for other, other_name in zip(self.stages, self.adapters):
+            if stage.done_by_one is None or other.order != stage.order:
+                continue
+            if isinstance(stage, Positions) and stage == other:
+                return
+            raise ValueError(
+                f"The adapters {other_name!r} and {adapter_name!r} are active and both decide the "
+                f"{stage.done_by_one} of attention in decoder layer {layer_idx}, which one adapter can do. Choose one "
+                "with set_adapter, or give them different layers_to_transform."
+            )
+        # By name within a kind, so that sums and products are rounded alike in whatever order adapters come.
+        known = [(other.order, name) for other, name in zip(self.stages, self.adapters)]
+        place = bisect.bisect_right(known, (stage.order, adapter_name))
+        self.stages.insert(place, stage)
+        self.adapters.insert(place, adapter_name)
+
+    def attend(self, call: AttentionCall) -> Output:
+        """What the attention function returns."""
+        return Later(tuple(self.stages))(call)
+
+
+def text_rows(call: AttentionCall) -> torch.Tensor | None:
+    """Which rows are those of text with a visual token before them, `(batch, num_queries)`, bool. `None`: all are."""
+    context = call.context
+    return None if context.only_text_behind_images else context.text_behind_images()[:, -call.query.shape[2] :]

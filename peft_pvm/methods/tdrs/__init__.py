@@ -1,0 +1,9 @@
+"""T-DRS: attention reweighted by similarity and distance."""
+
+from ...tuners.attention_method import attention_tuner
+from .config import TDRSConfig
+
+
+__all__ = ["TDRSConfig", "TDRSModel"]
+
+TDRSModel = attention_tuner(TDRSConfig)
