@@ -153,7 +153,7 @@ class AttentionCall:
 
 
 def records_gradients(*tensors: Any) -> bool:
-    """Whether what is computed from some tensors will be differentiated. Whatever else is among them does not count."""
+    """Whether what is computed from these will be differentiated; what is no tensor does not count."""
     return torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors)
 
 
