@@ -35,8 +35,8 @@ from typer.testing import CliRunner
 from peft_pvm.cli import refusals
 from peft_pvm.cli.app import app
 from peft_pvm.data_file import write_json
-from peft_pvm.lab.processor import save_as_folder
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.processor import save_as_folder
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 
 ADAPTER = Path(__file__).parents[1] / "adapters" / "pvm-tiny-vlm"

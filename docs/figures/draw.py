@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path
 
-from peft_pvm.lab.mosaic import NUM_CELLS, NUM_DIGITS
-from peft_pvm.lab.results import Results
+from experiments.summary import Results
+from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS
 from peft_pvm.plotting import COLOURS, logarithmic, new_figure, styled
 from peft_pvm.positions import PADDING, modalities, run_anchors, run_starts
 from peft_pvm.tdrs.weights import Floor, distance_boost, semantic_position

@@ -20,9 +20,9 @@ from pages import BLOCKS, REPOSITORY
 from typer.testing import CliRunner
 
 from peft_pvm.cli.app import app
-from peft_pvm.lab.chats import make_chats
-from peft_pvm.lab.processor import save_as_folder
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.chats import make_chats
+from peft_pvm.demo.processor import save_as_folder
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 
 MODELS = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-2B-Instruct")

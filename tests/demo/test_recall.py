@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
-from peft_pvm.lab import mosaic
-from peft_pvm.lab.mosaic import make_questions, make_transcriptions
-from peft_pvm.lab.recall import Accuracy, recall, transcription
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo import mosaic
+from peft_pvm.demo.mosaic import make_questions, make_transcriptions
+from peft_pvm.demo.recall import Accuracy, recall, transcription
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 
 class Answering(torch.nn.Module):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from peft_pvm.lab import mosaic
-from peft_pvm.lab.mosaic import load_material, make_questions, make_transcriptions, patchify
+from peft_pvm.demo import mosaic
+from peft_pvm.demo.mosaic import load_material, make_questions, make_transcriptions, patchify
 
 
 SPLITS = ("train", "validation", "test")

@@ -8,12 +8,13 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from peft.utils import CONFIG_NAME
 
-from ..cards import CARD_NAME
-from ..loading import save_adapter
-from ..replacing import replacing
-from .experiment import RECIPES, load_method
-from .mosaic import NUM_CELLS, load_material
-from .results import Entry, Results
+from peft_pvm.cards import CARD_NAME
+from peft_pvm.demo.mosaic import NUM_CELLS, load_material
+from peft_pvm.loading import save_adapter
+from peft_pvm.replacing import replacing
+
+from .runs import RECIPES, load_method
+from .summary import Entry, Results
 
 
 NEWLINE = "\n"
@@ -70,7 +71,7 @@ A Persistent Visual Memory ([arXiv 2605.00814](https://arxiv.org/abs/2605.00814)
 ```python
 import peft_pvm  # registers PVM with PEFT
 from peft import PeftModel
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 model = PeftModel.from_pretrained(load_tiny_vlm(), "adapters/pvm-tiny-vlm")
 ```
@@ -82,7 +83,7 @@ topics. Digits and texts of the tests are others, split by a hash of their conte
 {used}.
 AdamW, learning rate {used.learning_rate} (the gates ten times that). Half of the steps ask about one mosaic, a
 quarter about two or three, a quarter have one transcribed. Command:
-`peft-pvm lab train --method pvm --recipe {recipe} --seed {seed}`.
+`python -m experiments train --method pvm --recipe {recipe} --seed {seed}`.
 
 **Results**: share of held-out digits told right, ± standard error over {tested} rows of {NUM_CELLS} questions.
 

@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig
 from transformers import Qwen3VLForConditionalGeneration
 
-from ..dipe import DIPEConfig
-from ..loading import add_adapters
-from ..pvm import PVMConfig
-from ..tdrs import TDRSConfig
+from peft_pvm.dipe import DIPEConfig
+from peft_pvm.loading import add_adapters
+from peft_pvm.pvm import PVMConfig
+from peft_pvm.tdrs import TDRSConfig
+
 from .controls import add_mlp_branches
 
 

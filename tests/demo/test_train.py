@@ -1,4 +1,4 @@
-"""Training: what moves, what does not, what the seed decides, and going on after an interruption."""
+"""Training an adapter: what moves, what does not, and what a recipe trains on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from peft import get_peft_model
 
 from peft_pvm import PVMConfig
-from peft_pvm.lab import train
-from peft_pvm.lab.mosaic import IMAGE, IMAGE_LENGTH, Batch, make_questions
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm, new_tiny_vlm
-from peft_pvm.lab.train import Recipe, hide_image, target_logits, train_adapter, train_base
+from peft_pvm.demo import train
+from peft_pvm.demo.mosaic import IMAGE, IMAGE_LENGTH, Batch, make_questions
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.train import Recipe, hide_image, target_logits, train_adapter
 
 
 SHORT = Recipe(steps=3, hidden_steps=0, max_distractor_length=96)
@@ -26,16 +26,6 @@ def with_pvm(seed: int = 0, **fields):
 
 def trained(model) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
-
-
-def test_training_the_base_follows_its_seed():
-    weights = []
-    for seed in (0, 0, 1):
-        model = new_tiny_vlm()
-        train_base(model, steps=2, seed=seed)
-        weights.append(trained(model))
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize(("steps", "hidden_steps"), [(3, 0), (0, 3)])
@@ -65,56 +55,6 @@ def test_a_hidden_image_reaches_the_answers_through_the_adapter_alone():
             assert torch.equal(target_logits(model, batch), target_logits(model, swapped))
 
 
-def interrupt(model, recipe: Recipe, checkpoint, after: int) -> None:
-    """Train until something goes wrong in the step with this number."""
-    draw = train._draw_step
-
-    def failing(step: int, *rest, **options):
-        if step == after:
-            raise KeyboardInterrupt
-        return draw(step, *rest, **options)
-
-    with mock.patch.object(train, "_draw_step", failing), pytest.raises(KeyboardInterrupt):
-        train_adapter(model, recipe, checkpoint)
-
-
-def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
-    recipe, file = dataclasses.replace(SHORT, steps=4, hidden_steps=3), tmp_path / "checkpoint.safetensors"
-    whole = with_pvm()
-    train_adapter(whole, recipe, file)
-    assert not file.exists()
-
-    interrupt(with_pvm(), recipe, file, after=5)
-    steps = []
-    draw = train._draw_step
-
-    def counting(step: int, *rest, **options):
-        steps.append(step)
-        return draw(step, *rest, **options)
-
-    resumed = with_pvm(seed=1)  # other initial weights: all that counts comes from the file
-    with mock.patch.object(train, "_draw_step", counting):
-        train_adapter(resumed, recipe, file)
-    assert steps == [4, 5, 6]
-    assert torch.equal(trained(resumed), trained(whole))
-    assert not file.exists()
-
-
-def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 1)
-    file = tmp_path / "checkpoint.safetensors"
-    interrupt(with_pvm(), SHORT, file, after=2)
-    for model, recipe in (
-        (with_pvm(), dataclasses.replace(SHORT, seed=1)),
-        (get_peft_model(load_tiny_vlm(), PVMConfig(r=32)), SHORT),
-    ):
-        before = trained(model)
-        with pytest.raises(ValueError, match="another training"):
-            train_adapter(model, recipe, file)
-        assert torch.equal(trained(model), before)
-
-
 @pytest.mark.parametrize(
     "wrong",
     [{"max_distractor_length": 3}, {"hidden_steps": -1}, {"steps": -1}, {"learning_rate": 0.0}, {"lengths": "short"}],
@@ -132,13 +72,13 @@ def test_training_refuses_a_model_with_nothing_to_train():
 def batches_of(recipe: Recipe) -> list[Batch]:
     """What a recipe trains on, step by step."""
     drawn: list[Batch] = []
-    fit = train._fit
+    fit = train.fit
 
     def looking(model, groups, draw, steps, *rest):
         drawn.extend(draw(step) for step in range(steps))
         return fit(model, groups, draw, 1, *rest)
 
-    with mock.patch.object(train, "_fit", looking):
+    with mock.patch.object(train, "fit", looking):
         train_adapter(with_pvm(), recipe)
     return drawn
 

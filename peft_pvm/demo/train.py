@@ -1,23 +1,17 @@
-"""Training on the mosaic task. Everything is decided by the seed."""
+"""Training an adapter of the tiny model on the mosaic task. Everything is decided by the seed."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import nn
 
-from ..data_file import holding
-from ..replacing import write_file
 from ..terminal import progress_bar
 from .mosaic import IMAGE, IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcriptions
 
@@ -62,7 +56,7 @@ class Recipe:
     learning_rate: float = 3e-3
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, fits, accepted in (
             ("steps", self.steps >= 0, "at least 0"),
             ("hidden_steps", self.hidden_steps >= 0, "at least 0"),
@@ -74,11 +68,23 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be {accepted}.")
 
     def __str__(self) -> str:
-        hidden = f"{self.hidden_steps:,} steps with the image hidden from self-attention, then " * bool(
-            self.hidden_steps
-        )
-        much = ", mostly long" * (self.lengths == "uniform")
-        return f"{hidden}{self.steps:,} steps with up to {self.max_distractor_length:,} bytes of text in between{much}"
+        said = f"{self.steps:,} steps with up to {self.max_distractor_length:,} bytes of text in between"
+        if self.hidden_steps:
+            said = f"{self.hidden_steps:,} steps with the image hidden from self-attention, then {said}"
+        return f"{said}, mostly long" if self.lengths == "uniform" else said
+
+
+class Checkpoint(Protocol):
+    """Where a training stands, for one that goes on after an interruption. `experiments/checkpoint.py` has one."""
+
+    def load(self, optimizer: torch.optim.Optimizer) -> int:
+        """Restore parameters and optimizer, and return the number of steps done."""
+
+    def save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the state after `step` steps."""
+
+    def remove(self) -> None:
+        """Forget the state: the training is done."""
 
 
 def target_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -86,35 +92,17 @@ def target_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     return model(**batch.inputs, use_cache=False).logits
 
 
-def train_base(model: nn.Module, steps: int = 2000, learning_rate: float = 2e-3, seed: int = 0) -> None:
-    """Teach all of a fresh tiny model the task, with at most 24 bytes of text between the mosaics and the dialogue.
-
-    Args:
-        model: The model; it is trained in place and left in eval mode.
-        steps: Optimizer steps.
-        learning_rate: Its peak.
-        seed: Decides the questions.
-    """
-
-    def draw(step: int) -> Batch:
-        generator = _generator(seed, step)
-        return _draw_step(step, int(torch.randint(25, (), generator=generator)), generator)
-
-    groups = [{"params": list(model.parameters()), "lr": learning_rate, "weight_decay": 0.05}]
-    _fit(model, groups, draw, steps, "Training the base")
-
-
-def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: str | os.PathLike | None = None) -> None:
+def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: Checkpoint | None = None) -> None:
     """Train the adapter of a model whose base is frozen.
 
     Args:
         model: The model; it is trained in place and left in eval mode. Only parameters that require gradients change.
         recipe: How.
-        checkpoint: A file where a training that was interrupted goes on, to the same weights; it is written every 100
-            steps and removed at the end.
+        checkpoint: Keeps the state every 100 steps, so that an interrupted training goes on to the same weights. It is
+            removed at the end.
 
     Raises:
-        ValueError: Nothing to train, or a checkpoint of another model or recipe.
+        ValueError: No parameter requires gradients, or the checkpoint is of another model or recipe.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
@@ -123,7 +111,7 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: str | os.PathLik
         )
 
     def draw(step: int) -> Batch:
-        generator = _generator(recipe.seed, step)
+        generator = step_generator(recipe.seed, step)
         hidden = step < recipe.hidden_steps
         longest = LONGEST_WHEN_HIDDEN if hidden else recipe.max_distractor_length
         if hidden or recipe.lengths == "log-uniform":
@@ -132,8 +120,8 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: str | os.PathLik
         else:
             length = int(torch.randint(SHORTEST, longest + 1, (), generator=generator))
         if hidden:
-            return hide_image(model, _draw_step(step, length, generator, TOKENS_PER_HIDDEN_STEP))
-        return _draw_step(step, length, generator, long_transcriptions=True)
+            return hide_image(model, draw_step(step, length, generator, TOKENS_PER_HIDDEN_STEP))
+        return draw_step(step, length, generator, long_transcriptions=True)
 
     # A fresh gate is 0, while the residual stream of the tiny model has a root mean square of 5 to 8.
     gates = [parameter for parameter in trained if parameter.numel() == 1]
@@ -142,15 +130,8 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: str | os.PathLik
         {"params": others, "lr": recipe.learning_rate, "weight_decay": 0.0},
         {"params": gates, "lr": 10 * recipe.learning_rate, "weight_decay": 0.0},
     ]
-    file = None if checkpoint is None else Checkpoint(checkpoint, json.dumps(asdict(recipe)))
-    _fit(
-        model,
-        [group for group in groups if group["params"]],
-        draw,
-        recipe.hidden_steps + recipe.steps,
-        "Training",
-        file,
-    )
+    groups = [group for group in groups if group["params"]]
+    fit(model, groups, draw, recipe.hidden_steps + recipe.steps, "Training", checkpoint)
 
 
 def hide_image(model: Any, batch: Batch) -> Batch:
@@ -164,80 +145,26 @@ def hide_image(model: Any, batch: Batch) -> Batch:
     return Batch(inputs, batch.targets)
 
 
-class Checkpoint:
-    """Where a training stands, in a safetensors file: parameters, what AdamW keeps of them, and the step.
-
-    Args:
-        path: The file.
-        recipe: Text that names the training; one of another name is not gone on with.
-    """
-
-    def __init__(self, path: str | os.PathLike, recipe: str):
-        self.path = path
-        self.recipe = recipe
-
-    def save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Write the state after `step` steps; the file before stays whole until then."""
-        tensors = {}
-        for index, parameter in enumerate(self._parameters(optimizer)):
-            tensors[f"{index}.parameter"] = parameter.detach()
-            tensors.update({f"{index}.{name}": tensor for name, tensor in optimizer.state[parameter].items()})
-        write_file(self.path, save(tensors, metadata={"step": str(step), "recipe": self.recipe}))
-
-    def load(self, optimizer: torch.optim.Optimizer) -> int:
-        """Put the state back into parameters and optimizer.
-
-        Returns:
-            The steps done; 0 where there is no file.
-
-        Raises:
-            ValueError: The file is of another training.
-        """
-        if not os.path.isfile(self.path):
-            return 0
-        with holding(self.path, "the checkpoint of a training"):
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            tensors = load_file(self.path)
-        parameters = self._parameters(optimizer)
-        shapes = [
-            tuple(tensors[key].shape) for key in map("{}.parameter".format, range(len(tensors))) if key in tensors
-        ]
-        recipe = metadata.get("recipe")
-        if recipe != self.recipe or shapes != [tuple(parameter.shape) for parameter in parameters]:
-            raise ValueError(f"{self.path} is the checkpoint of another training: {recipe}. Remove it to start anew.")
-        with torch.no_grad():
-            for index, parameter in enumerate(parameters):
-                parameter.copy_(tensors[f"{index}.parameter"])
-                names = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[parameter] = {name: tensors[f"{index}.{name}"] for name in names}
-        return int(metadata["step"])
-
-    def remove(self) -> None:
-        """Delete the file, if there is one."""
-        if os.path.isfile(self.path):
-            os.remove(self.path)
-
-    @staticmethod
-    def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _generator(seed: int, step: int) -> torch.Generator:
-    """What a step draws from: its own, so that a training can go on anywhere."""
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator that a step draws from. Each step has its own, so that a training can go on from any of them."""
     return torch.Generator().manual_seed(1_000_003 * seed + step)
 
 
-def _draw_step(
+def draw_step(
     step: int,
     length: int,
     generator: torch.Generator,
     tokens: int = TOKENS_PER_STEP,
     long_transcriptions: bool = False,
 ) -> Batch:
-    """Of four steps, two ask about one mosaic, one asks about two or three, and one has a mosaic transcribed.
+    """Draw the batch of a step. Of four, two ask about one mosaic, one about two or three, one has one transcribed.
 
-    The length is that of the distractor, or of the transcription itself, which then has none.
+    Args:
+        step: Its number.
+        length: Bytes of the distractor.
+        generator: What is drawn from.
+        tokens: The size of the batch, at most.
+        long_transcriptions: Transcriptions have no distractor and are themselves of this length in tokens.
     """
     images = int(torch.randint(2, 4, (), generator=generator)) if step % 4 == 1 else 1
     rows = max(1, min(64, tokens // (images * IMAGE_LENGTH + length + 2 * NUM_CELLS)))
@@ -248,7 +175,7 @@ def _draw_step(
     return make_transcriptions("train", rows, length, NUM_CELLS, generator)
 
 
-def _fit(
+def fit(
     model: nn.Module,
     groups: list[dict[str, Any]],
     draw: Callable[[int], Batch],
@@ -256,7 +183,19 @@ def _fit(
     description: str,
     checkpoint: Checkpoint | None = None,
 ) -> None:
-    """AdamW on parameter groups: a linear warm-up over a tenth of the steps, then half a cosine down to zero."""
+    """Train with AdamW: a linear warm-up over a tenth of the steps, then half a cosine down to zero.
+
+    Args:
+        model: The model; it is left in eval mode.
+        groups: Parameter groups, each with its peak learning rate.
+        draw: Makes the batch of a step.
+        steps: Optimizer steps.
+        description: What the progress bar says.
+        checkpoint: Keeps the state every 100 steps.
+
+    Raises:
+        ValueError: There are no steps, or the checkpoint is of another training.
+    """
     if steps < 1:
         raise ValueError(f"steps is {steps}, but must be at least 1.")
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))

@@ -12,15 +12,15 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from peft_pvm.lab import experiment
-from peft_pvm.lab.experiment import MAIN_RECIPE, RECIPES, evaluate_method, load_method, plan, train_method
-from peft_pvm.lab.methods import METHODS, PVM_PARAMETERS, STRIDED, Method, attach, trained_parameters
-from peft_pvm.lab.mosaic import make_questions
-from peft_pvm.lab.recall import recall
-from peft_pvm.lab.results import Results
-from peft_pvm.lab.shipping import export_adapter
-from peft_pvm.lab.tiny_vlm import fingerprint, load_tiny_vlm
-from peft_pvm.lab.train import target_logits
+from experiments.base import fingerprint
+from experiments.methods import METHODS, PVM_PARAMETERS, STRIDED, Method, attach, trained_parameters
+from experiments.runs import MAIN_RECIPE, RECIPES, evaluate_method, load_method, plan, run_folder, train_method
+from experiments.shipping import export_adapter
+from experiments.summary import Results
+from peft_pvm.demo.mosaic import make_questions
+from peft_pvm.demo.recall import recall
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.train import target_logits
 from peft_pvm.pvm.model import strided_layers
 
 
@@ -101,9 +101,9 @@ def test_every_method_trains_and_loads_back(name, tmp_path):
 
 
 def quick(monkeypatch):
-    monkeypatch.setattr(experiment, "LENGTHS", (0, 64, 256, 2048))
-    monkeypatch.setattr(experiment, "SEVERAL_IMAGES_LENGTHS", (0,))
-    monkeypatch.setattr(experiment, "WRITTEN_CELLS", 18)
+    monkeypatch.setattr("experiments.runs.LENGTHS", (0, 64, 256, 2048))
+    monkeypatch.setattr("experiments.runs.SEVERAL_IMAGES_LENGTHS", (0,))
+    monkeypatch.setattr("experiments.runs.WRITTEN_CELLS", 18)
 
 
 def test_the_control_is_tested_like_the_rest(tmp_path, monkeypatch):
@@ -137,10 +137,10 @@ def test_a_result_says_where_it_comes_from(tmp_path, monkeypatch):
 
 def test_an_adapter_is_exported_with_its_results(tmp_path, monkeypatch):
     quick(monkeypatch)
-    monkeypatch.setattr(experiment, "WRITTEN_CELLS", 28 * 9)
+    monkeypatch.setattr("experiments.runs.WRITTEN_CELLS", 28 * 9)
     runs, results, out = tmp_path / "runs", tmp_path / "results", tmp_path / "adapter"
     train_method("pvm", MAIN_RECIPE, 3, runs, steps=1, hidden_steps=0)
-    with pytest.raises(FileNotFoundError, match="peft-pvm lab eval"):
+    with pytest.raises(FileNotFoundError, match="python -m experiments eval"):
         export_adapter(MAIN_RECIPE, 3, runs, results, out)
     tested = evaluate_method("pvm", MAIN_RECIPE, 3, runs, results, rows=2)
     evaluate_method("base", None, 0, runs, results, rows=2)
@@ -177,9 +177,9 @@ def test_wrong_names_are_refused(tmp_path):
         plan(["pvm"], ["nothing"])
     with pytest.raises(ValueError, match="dipe has no training"):
         train_method("dipe", MAIN_RECIPE, 0, tmp_path)
-    with pytest.raises(FileNotFoundError, match="peft-pvm lab train --method pvm"):
+    with pytest.raises(FileNotFoundError, match="python -m experiments train --method pvm"):
         load_method("pvm+dipe", MAIN_RECIPE, 0, tmp_path)
-    folder = experiment.run_folder(tmp_path, "pvm", MAIN_RECIPE, 0)
+    folder = run_folder(tmp_path, "pvm", MAIN_RECIPE, 0)
     folder.mkdir(parents=True)
     save_file({"weight": torch.zeros(1)}, folder / "weights.safetensors")
     (folder / "run.json").write_text(json.dumps({"base": "another"}))
@@ -188,7 +188,7 @@ def test_wrong_names_are_refused(tmp_path):
     (folder / "run.json").write_text(json.dumps({"base": fingerprint()}))
     with pytest.raises(ValueError, match="does not hold the weights of pvm"):
         load_method("pvm", MAIN_RECIPE, 0, tmp_path)
-    with pytest.raises(FileNotFoundError, match="peft-pvm lab eval"):
+    with pytest.raises(FileNotFoundError, match="python -m experiments eval"):
         Results(tmp_path)
 
 
@@ -200,7 +200,7 @@ def test_a_method_may_be_new():
 def test_the_shipped_adapter_is_the_one_that_its_card_tells_of():
     shipped = REPOSITORY / "adapters" / "pvm-tiny-vlm"
     model = PeftModel.from_pretrained(load_tiny_vlm(), shipped)
-    result = Results(REPOSITORY / "results").only("pvm", "hidden-1024-long", 0)
+    result = Results(REPOSITORY / "experiments" / "results").only("pvm", "hidden-1024-long", 0)
     for length in (0, 512):
         accuracy = recall(model, length)
         assert accuracy.value == pytest.approx(result.cell("one mosaic", length).mean, abs=0.01)

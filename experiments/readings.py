@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..tdrs import TDRSConfig
-from ..terminal import Terminal
-from ..trial import attached
-from .mosaic import NUM_CELLS
-from .recall import recall
-from .tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.mosaic import NUM_CELLS
+from peft_pvm.demo.recall import recall
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.tdrs import TDRSConfig
+from peft_pvm.terminal import Terminal
+from peft_pvm.trial import attached
 
 
 LENGTHS = (128, 256, 512)

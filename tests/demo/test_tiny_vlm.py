@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from peft_pvm.lab.mosaic import make_questions
-from peft_pvm.lab.recall import recall, transcription
-from peft_pvm.lab.tiny_vlm import SHIPPED, load_tiny_vlm, new_tiny_vlm, save_tiny_vlm
-from peft_pvm.lab.train import target_logits
+from peft_pvm.demo.mosaic import make_questions
+from peft_pvm.demo.recall import recall, transcription
+from peft_pvm.demo.tiny_vlm import SHIPPED, load_tiny_vlm, save_tiny_vlm, tiny_vlm_config
+from peft_pvm.demo.train import target_logits
 
 
 def test_the_shipped_model_is_a_small_plain_qwen3_vl():
@@ -33,7 +33,8 @@ def test_the_shipped_model_answers_when_asked_at_once_and_fades():
 
 
 def test_saving_and_loading_changes_nothing(tmp_path):
-    model = new_tiny_vlm(seed=1)
+    torch.manual_seed(1)
+    model = Qwen3VLForConditionalGeneration(tiny_vlm_config()).eval()
     save_tiny_vlm(model, tmp_path / "model.safetensors")
     loaded = load_tiny_vlm(tmp_path / "model.safetensors")
     batch = make_questions("test", 2, 30, 2, torch.Generator().manual_seed(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,12 +13,12 @@ from rich.table import Table
 from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from ..acting import base_of
-from ..families import find_vlm
-from ..pvm import PVMConfig
-from ..terminal import Terminal, progress_bar
-from .mosaic import CHANNELS, IMAGE, NUM_BYTES, PATCH_SIZE, TEMPORAL_PATCH_SIZE, VISION_END, VISION_START
-from .tiny_vlm import tiny_vlm_config
+from peft_pvm.acting import base_of
+from peft_pvm.demo.mosaic import CHANNELS, IMAGE, NUM_BYTES, PATCH_SIZE, TEMPORAL_PATCH_SIZE, VISION_END, VISION_START
+from peft_pvm.demo.tiny_vlm import tiny_vlm_config
+from peft_pvm.families import find_vlm
+from peft_pvm.pvm import PVMConfig
+from peft_pvm.terminal import Terminal, progress_bar
 
 
 Size = Literal["tiny", "middle"]
@@ -58,21 +58,8 @@ def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int
         seed: Decides weights and tokens.
     """
     config = tiny_vlm_config() if size == "tiny" else middle_config()
-    generator = torch.Generator().manual_seed(seed)
-    inputs = _batch(rows, text_tokens, generator)
-
-    def build() -> Qwen3VLForConditionalGeneration:
-        torch.manual_seed(seed)
-        return Qwen3VLForConditionalGeneration(config).train()
-
-    pvm = get_peft_model(cast(Any, build()), PVMConfig(r=r))
-    trained = pvm.get_nb_trainable_parameters()[0]
-    models: dict[str, nn.Module] = {
-        "base": build().requires_grad_(False),
-        "LoRA": get_peft_model(cast(Any, build()), _lora_of_size(build(), trained)),
-        "PVM": pvm,
-    }
-    models["base"].get_input_embeddings().requires_grad_(True)  # type: ignore[operator]
+    inputs = _batch(rows, text_tokens, torch.Generator().manual_seed(seed))
+    models = _models(config, r, seed)
     times: dict[str, list[float]] = {name: [] for name in models}
     with progress_bar() as progress:
         task = progress.add_task("Steps", total=(repeats + 1) * len(models))
@@ -80,27 +67,43 @@ def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int
             for name, model in models.items():
                 times[name].append(_time_of_step(model, inputs))
                 progress.advance(task)
-    kept = {name: _bytes_kept(model, inputs) for name, model in models.items()}
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    kept = {name: bytes_kept(model, inputs) for name, model in models.items()}
     parameters = sum(parameter.numel() for parameter in models["base"].parameters())
-    table = Table(
-        "", "trained", "s a step", "spread", "of base", "MiB for the backward", "of base",
-        title=f"{size}: {parameters:,} parameters, {rows} rows of {SIDE * SIDE} visual and {text_tokens} text tokens",
-    )  # fmt: skip
+    title = f"{size}: {parameters:,} parameters, {rows} rows of {SIDE * SIDE} visual and {text_tokens} text tokens"
+    console = Terminal()
+    console.print(_table(title, models, {name: values[1:] for name, values in times.items()}, kept))
+    console.print(f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32.")
+
+
+def _models(config: Qwen3VLConfig, r: int, seed: int) -> dict[str, nn.Module]:
+    """The base with a gradient at its input embeddings, and two copies with LoRA and PVM of one size."""
+
+    def build() -> Any:
+        torch.manual_seed(seed)
+        return Qwen3VLForConditionalGeneration(config).train()
+
+    pvm = get_peft_model(build(), PVMConfig(r=r))
+    trained = pvm.get_nb_trainable_parameters()[0]
+    base = build().requires_grad_(False)
+    base.get_input_embeddings().requires_grad_(True)
+    return {"base": base, "LoRA": get_peft_model(build(), lora_of_size(build(), trained)), "PVM": pvm}
+
+
+def _table(title: str, models: dict[str, nn.Module], times: dict[str, list[float]], kept: dict[str, int]) -> Table:
+    table = Table("", "trained", "s a step", "spread", "of base", "MiB for the backward", "of base", title=title)
+    medians = {name: statistics.median(values) for name, values in times.items()}
     for name, model in models.items():
         learns = 0 if name == "base" else sum(p.numel() for p in model.parameters() if p.requires_grad)
-        spread = max(times[name][1:]) - min(times[name][1:])
         table.add_row(
             name,
             f"{learns:,}",
             f"{medians[name]:.3f}",
-            f"{spread:.3f}",
+            f"{max(times[name]) - min(times[name]):.3f}",
             f"{medians[name] / medians['base']:.2f}",
             f"{kept[name] / 2**20:.1f}",
             f"{kept[name] / kept['base']:.2f}",
         )
-    Terminal().print(table)
-    Terminal().print(f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32.")
+    return table
 
 
 def _batch(rows: int, text_tokens: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -118,7 +121,7 @@ def _batch(rows: int, text_tokens: int, generator: torch.Generator) -> dict[str,
     }
 
 
-def _lora_of_size(model: nn.Module, parameters: int) -> LoraConfig:
+def lora_of_size(model: nn.Module, parameters: int) -> LoraConfig:
     """LoRA on every linear layer of the decoder, of the rank that comes nearest."""
     layers = find_vlm(model).layers
     sizes = [
@@ -135,7 +138,7 @@ def _time_of_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def _bytes_kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+def bytes_kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     """The bytes that a forward keeps for its backward, weights aside."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in base_of(model).parameters()}
     kept: dict[int, int] = {}

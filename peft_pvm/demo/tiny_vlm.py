@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from importlib.resources import files
-from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -66,17 +63,6 @@ def tiny_vlm_config() -> Qwen3VLConfig:
     )
 
 
-def new_tiny_vlm(seed: int = 0) -> Qwen3VLForConditionalGeneration:
-    """An untrained tiny model.
-
-    Args:
-        seed: Decides the weights; torch's own generator is left as it was.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Qwen3VLForConditionalGeneration(tiny_vlm_config()).eval()
-
-
 def save_tiny_vlm(model: Qwen3VLForConditionalGeneration, path: str | os.PathLike = SHIPPED) -> None:
     """Write weights and config into one safetensors file.
 
@@ -86,11 +72,6 @@ def save_tiny_vlm(model: Qwen3VLForConditionalGeneration, path: str | os.PathLik
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_file(path, save(tensors, metadata={"format": "pt", "config": json.dumps(model.config.to_diff_dict())}))
-
-
-def fingerprint(path: str | os.PathLike = SHIPPED) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a model's file: results say by it what they were made with."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def load_tiny_vlm(path: str | os.PathLike = SHIPPED) -> Qwen3VLForConditionalGeneration:
@@ -104,7 +85,7 @@ def load_tiny_vlm(path: str | os.PathLike = SHIPPED) -> Qwen3VLForConditionalGen
         ValueError: The file is damaged, or holds no config.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no {path}. Train the model with: peft-pvm lab train-base")
+        raise FileNotFoundError(f"There is no {path}. Train the model with: python -m experiments train-base")
     with holding(path, "what save_tiny_vlm writes"):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -6,13 +6,13 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from experiments.fading import retrieved_mass
+from experiments.limits import ask, probe_accuracy
 from peft_pvm import PVMConfig
+from peft_pvm.demo.mosaic import FIRST_QUERY, make_questions
+from peft_pvm.demo.recall import recall
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.families import find_vlm
-from peft_pvm.lab.fading import retrieved_mass
-from peft_pvm.lab.limits import ask, probe_accuracy
-from peft_pvm.lab.mosaic import FIRST_QUERY, make_questions
-from peft_pvm.lab.recall import recall
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
 LENGTH = 700  # long enough for many wrong answers, and for several forwards

@@ -1,4 +1,4 @@
-"""What a folder of results says: for each method the mean over its runs, and how sure it is."""
+"""A summary of a folder of results: the mean over the runs of each method, and its error."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data_file import holding, read_json
-from .experiment import MAIN_RECIPE
+from peft_pvm.data_file import holding, read_json
+from peft_pvm.demo.mosaic import NUM_CELLS
+from peft_pvm.demo.recall import Accuracy
+
 from .methods import METHODS
-from .mosaic import NUM_CELLS
-from .recall import Accuracy
+from .runs import MAIN_RECIPE
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,11 @@ class Results:
         self.files = []
         for path in sorted(Path(folder).glob("*.json")):
             file = read_json(path)
-            with holding(path, "what peft-pvm lab eval writes"):
+            with holding(path, "what python -m experiments eval writes"):
                 _entries([file])
             self.files.append(file)
         if not self.files:
-            raise FileNotFoundError(f"There are no results in {folder}. Make some first: peft-pvm lab eval")
+            raise FileNotFoundError(f"There are no results in {folder}. Make some first: python -m experiments eval")
         bases = sorted({file["base"] for file in self.files})
         if len(bases) > 1:
             raise ValueError(f"The results in {folder} are of different bases, {bases}, and cannot be compared.")
@@ -111,7 +112,7 @@ class Results:
         wanted = {"method": method, "recipe": recipe, "seed": seed}
         files = [file for file in self.files if wanted.items() <= file.items()]
         if not files:
-            raise FileNotFoundError(f"There is no result of {wanted}. Test it first: peft-pvm lab eval")
+            raise FileNotFoundError(f"There is no result of {wanted}. Test it first: python -m experiments eval")
         return _entries(files)[method, recipe]
 
     def find(self, method: str, recipe: str = MAIN_RECIPE) -> Entry | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -55,7 +56,7 @@ class TinyVLMProcessor(ProcessorMixin):
 
     return_mm_token_type_ids = True
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
         self.image_token, self.image_token_id = "<|image_pad|>", mosaic.IMAGE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 

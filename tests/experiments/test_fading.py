@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from experiments.fading import retrieved_mass, visual_mass
 from peft_pvm import DIPEConfig, PVMConfig, attached
-from peft_pvm.lab.fading import retrieved_mass, visual_mass
-from peft_pvm.lab.mosaic import FIRST_QUERY, make_questions
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.mosaic import FIRST_QUERY, make_questions
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.pvm.layer import PVMLayer
 
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..probe.decay import fit_power_law
-from .experiment import MAIN_RECIPE
+from peft_pvm.probe.decay import fit_power_law
+
 from .methods import METHODS
-from .results import Cell, Entry, Results
+from .runs import MAIN_RECIPE
+from .summary import Cell, Entry, Results
 
 
 FAR = 2048  # bytes: where the claims are tested
@@ -94,8 +95,8 @@ def _compare(text: str, better: Entry, worse: Entry, length: int = FAR, margin: 
 
 
 def _both(results: Results, one: str, other: str, recipe: str = MAIN_RECIPE) -> tuple[Entry, Entry] | None:
-    entries = results.find(one, recipe), results.find(other, recipe)
-    return None if None in entries else entries  # type: ignore[return-value]
+    first, second = results.find(one, recipe), results.find(other, recipe)
+    return None if first is None or second is None else (first, second)
 
 
 def _pvm_against_controls(results: Results) -> Iterator[Claim]:

@@ -1,4 +1,4 @@
-"""The experiment: train and test every method, one seed after the other, and keep what came out as JSON."""
+"""The runs of the experiment: train and test every method, seed by seed, and keep the results as JSON."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from ..data_file import holding, read_json, write_json
-from ..env import environment
-from ..replacing import replacing
+from peft_pvm.data_file import holding, read_json, write_json
+from peft_pvm.demo.mosaic import NUM_CELLS
+from peft_pvm.demo.recall import recall, transcription
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.train import Recipe, train_adapter
+from peft_pvm.env import environment
+from peft_pvm.replacing import replacing
+
+from .base import fingerprint
+from .checkpoint import CheckpointFile
 from .fading import retrieved_mass, visual_mass
 from .methods import METHODS, attach, trained_parameters
-from .mosaic import NUM_CELLS
-from .recall import recall, transcription
-from .tiny_vlm import fingerprint, load_tiny_vlm
-from .train import Recipe, train_adapter
 
 
 RECIPES: dict[str, Recipe] = {
@@ -122,7 +125,7 @@ def train_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLi
     folder.mkdir(parents=True, exist_ok=True)
     model = load_tiny_vlm()
     attach(model, method, seed)
-    train_adapter(model, used, folder / "checkpoint.safetensors")
+    train_adapter(model, used, CheckpointFile(folder / "checkpoint.safetensors", used))
     weights = {key: parameter.detach().contiguous() for key, parameter in trained_parameters(model).items()}
     run = {"recipe": asdict(used), "base": fingerprint(), "environment": environment()}
     with replacing(folder, entry="run.json") as staged:
@@ -148,14 +151,14 @@ def load_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLik
         path = folder / "weights.safetensors"
         if not (folder / "run.json").is_file():
             raise FileNotFoundError(
-                f"There is no {folder}/run.json. Train first: peft-pvm lab train --method {source}"
+                f"There is no {folder}/run.json. Train first: python -m experiments train --method {source}"
             )
         run = read_json(folder / "run.json")
-        with holding(folder / "run.json", "what peft-pvm lab train writes"):
+        with holding(folder / "run.json", "what python -m experiments train writes"):
             base = run["base"]
         if base != fingerprint():
             raise ValueError(f"{path} was trained on base {base}, but this one is {fingerprint()}. Remove {folder}.")
-        with holding(path, "the weights that peft-pvm lab train writes"):
+        with holding(path, "the weights that python -m experiments train writes"):
             weights = load_file(path)
         if weights.keys() != parameters.keys():
             raise ValueError(f"{path} does not hold the weights of {name}.")

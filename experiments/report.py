@@ -8,13 +8,14 @@ from dataclasses import astuple
 from pathlib import Path
 from statistics import fmean
 
-from ..plotting import as_png, line_look, logarithmic, new_figure, styled
-from ..replacing import write_file
+from peft_pvm.demo.mosaic import NUM_CELLS
+from peft_pvm.plotting import as_png, line_look, logarithmic, new_figure, styled
+from peft_pvm.replacing import write_file
+
 from .claims import claims
-from .experiment import MAIN_RECIPE, RECIPES
 from .methods import METHODS
-from .mosaic import NUM_CELLS
-from .results import Entry, Results
+from .runs import MAIN_RECIPE, RECIPES
+from .summary import Entry, Results
 
 
 ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 28)
@@ -84,13 +85,33 @@ def draw_recall(results: Results) -> bytes:
 def render(results: Results) -> str:
     """The page, in Markdown."""
     tested = {recipe for _, recipe in results.entries} | {MAIN_RECIPE}
-    recipes = [name for name in RECIPES if name in tested]
-    trained = {name for name, recipe in results.entries if recipe is not None}
+    by_recipe = {
+        recipe: [entry for entry in results.under(recipe) if recipe == MAIN_RECIPE or entry.recipe == recipe]
+        for recipe in RECIPES
+        if recipe in tested
+    }
+    everything = [entry for entries in by_recipe.values() for entry in entries]
+    lengths = everything[0].keys("one mosaic")
     parts = [
+        *_head(results),
+        *_claims(results),
+        *_one_mosaic(by_recipe),
+        *_transcription(everything),
+        *_attention(everything, lengths),
+        *_retrieval(everything, lengths),
+    ]
+    for form in ("two mosaics", "three mosaics"):
+        parts += ["", f"## {form.capitalize()}, by bytes of text", "", *_accuracies_table(everything, form)]
+    return "\n".join(parts) + "\n"
+
+
+def _head(results: Results) -> list[str]:
+    trained = {name for name, recipe in results.entries if recipe is not None}
+    return [
         "# Results",
         "",
-        "Written by `peft-pvm lab report` from the JSON in `results/`; do not edit. What is tested and how is in "
-        "[the lab](lab.md), what was found beside these numbers too.",
+        "Written by `python -m experiments report` from the JSON in `experiments/results/`; do not edit. What is "
+        "tested and how is in [the lab](lab.md), what was found beside these numbers too.",
         "",
         *_setting(results),
         "",
@@ -99,21 +120,28 @@ def render(results: Results) -> str:
         "Bands: standard deviation over seeds. Dotted: guessing. Training: "
         + ", ".join(f"{METHODS[name].title} {recipe}" for name, recipe in IN_PICTURES.items() if name in trained)
         + ".",
+    ]
+
+
+def _claims(results: Results) -> list[str]:
+    return [
         "",
         "## The papers' claims, here",
         "",
         "A difference counts if it is more than twice its standard error.",
         "",
         *_table(("Claim", "Here", "Numbers"), [astuple(claim) for claim in claims(results)]),
+    ]
+
+
+def _one_mosaic(by_recipe: dict[str, list[Entry]]) -> list[str]:
+    parts = [
         "",
         "## One mosaic, by bytes of text before the questions",
         "",
         "Mean ± standard deviation over the seeds of training; without training, one run ± standard error over rows.",
     ]
-    everything: list[Entry] = []
-    for recipe in recipes:
-        entries = [entry for entry in results.under(recipe) if recipe == MAIN_RECIPE or entry.recipe == recipe]
-        everything += entries
+    for recipe, entries in by_recipe.items():
         parts += [
             "",
             f"### Training: {recipe}",
@@ -122,20 +150,24 @@ def render(results: Results) -> str:
             "",
             *_accuracies_table(entries, "one mosaic", label=lambda entry: METHODS[entry.method].title),
         ]
-    parts += [
+    return parts
+
+
+def _transcription(entries: Sequence[Entry]) -> list[str]:
+    return [
         "",
         "## Transcription, by round",
         "",
         "The model writes out its nine cells over and over, greedily; the image is never repeated. Here and below, "
         f"training is {MAIN_RECIPE} where nothing else is said.",
         "",
-        *_accuracies_table(everything, "transcription", ROUNDS),
+        *_accuracies_table(entries, "transcription", ROUNDS),
     ]
-    lengths = everything[0].keys("one mosaic")
-    masses = [
-        (_label(entry), *(f"{fmean(entry.mean_mass(length)):.4f}" for length in lengths)) for entry in everything
-    ]
-    parts += [
+
+
+def _attention(entries: Sequence[Entry], lengths: Sequence[int]) -> list[str]:
+    masses = [(_label(entry), *(f"{fmean(entry.mean_mass(length)):.4f}" for length in lengths)) for entry in entries]
+    return [
         "",
         "## Attention that reaches the mosaic from the questions, by bytes of text",
         "",
@@ -143,12 +175,15 @@ def render(results: Results) -> str:
         "",
         *_table(("Method", *map(str, lengths)), masses),
     ]
+
+
+def _retrieval(entries: Sequence[Entry], lengths: Sequence[int]) -> list[str]:
     retrieved = [
         (_label(entry), str(layer_idx), *(f"{entry.mean_retrieved(n)[layer_idx]:.3f}" for n in lengths))
-        for entry in everything
+        for entry in entries
         for layer_idx in entry.mean_retrieved(lengths[0])
     ]
-    parts += [
+    return [
         "",
         "## Share of PVM's retrieval that goes to the cell asked for, by bytes of text",
         "",
@@ -156,9 +191,6 @@ def render(results: Results) -> str:
         "",
         *_table(("Method", "Layer", *map(str, lengths)), retrieved),
     ]
-    for form in ("two mosaics", "three mosaics"):
-        parts += ["", f"## {form.capitalize()}, by bytes of text", "", *_accuracies_table(everything, form)]
-    return "\n".join(parts) + "\n"
 
 
 def _setting(results: Results) -> list[str]:

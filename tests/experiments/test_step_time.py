@@ -9,9 +9,9 @@ import torch
 from peft import get_peft_model
 from transformers import Qwen3VLForConditionalGeneration
 
+from experiments.base import new_tiny_vlm
+from experiments.step_time import bytes_kept, lora_of_size, middle_config
 from peft_pvm import PVMConfig
-from peft_pvm.lab.step_time import _bytes_kept, _lora_of_size, middle_config
-from peft_pvm.lab.tiny_vlm import new_tiny_vlm
 
 
 class Exponential(torch.nn.Linear):
@@ -21,12 +21,12 @@ class Exponential(torch.nn.Linear):
 
 def test_memory_is_what_the_forward_keeps_without_weights():
     tensor = torch.zeros(2, 1000, requires_grad=True)
-    assert _bytes_kept(Exponential(1000, 50, bias=False), {"tensor": tensor}) == 4 * (2 * 1000 + 2 * 50)
+    assert bytes_kept(Exponential(1000, 50, bias=False), {"tensor": tensor}) == 4 * (2 * 1000 + 2 * 50)
 
 
 def test_lora_is_as_large_as_pvm():
     pvm = get_peft_model(new_tiny_vlm(), PVMConfig(r=64)).get_nb_trainable_parameters()[0]
-    lora = get_peft_model(new_tiny_vlm(), _lora_of_size(new_tiny_vlm(), pvm)).get_nb_trainable_parameters()[0]
+    lora = get_peft_model(new_tiny_vlm(), lora_of_size(new_tiny_vlm(), pvm)).get_nb_trainable_parameters()[0]
     assert lora == pytest.approx(pvm, rel=0.05)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..families import find_vlm
-from ..probe.observers import AttentionObserver, branches_observed, observed
-from .mosaic import FIRST_QUERY, NUM_CELLS, Split, make_questions
+from peft_pvm.demo.mosaic import FIRST_QUERY, NUM_CELLS, Split, make_questions
+from peft_pvm.families import find_vlm
+from peft_pvm.probe.observers import AttentionObserver, branches_observed, observed
 
 
 NUM_DIALOGUE = 2 * NUM_CELLS - 1  # tokens: the questions, and the answers between them

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from typing import NamedTuple, cast
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
 from rich.table import Table
 
-from ..context import VisualContext
-from ..pvm import PVMConfig
-from ..pvm.layer import PVMLayer
-from ..terminal import Terminal, progress_bar
+from peft_pvm.context import VisualContext
+from peft_pvm.demo.mosaic import FIRST_QUERY, IMAGE_LENGTH, NUM_CELLS, Split, make_questions
+from peft_pvm.demo.recall import TOKENS_PER_FORWARD
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.pvm import PVMConfig
+from peft_pvm.pvm.layer import PVMLayer
+from peft_pvm.terminal import Terminal, progress_bar
+
 from .fading import NUM_DIALOGUE
-from .mosaic import FIRST_QUERY, IMAGE_LENGTH, NUM_CELLS, Split, make_questions
-from .recall import TOKENS_PER_FORWARD
-from .tiny_vlm import load_tiny_vlm
 
 
 LENGTHS = (64, 256, 1024, 2048, 4096)
@@ -60,12 +62,12 @@ def ask(model: torch.nn.Module, split: Split, distractor_length: int, rows: int,
     retrievals: dict[int, list[torch.Tensor]] = {layer.layer_idx: [] for layer in layers}
     banks: list[torch.Tensor] = []
 
-    def keep(layer: torch.nn.Module, args: tuple[torch.Tensor, VisualContext]) -> None:
-        layer = cast(PVMLayer, layer)
+    def keep(layer: PVMLayer, module: torch.nn.Module, args: tuple[torch.Tensor, VisualContext]) -> None:
         hidden_states, context = args
         context = context.tail(hidden_states.shape[1])
         (branch,) = layer.pvm_branches[layer.active_adapters[0]]
-        retrieval = cast(torch.Tensor, branch.retrieval(hidden_states, context))
+        retrieval = branch.retrieval(hidden_states, context)
+        assert retrieval is not None  # every row has an image
         streams[layer.layer_idx].append(hidden_states[:, -NUM_DIALOGUE::2].flatten(0, 1))
         retrievals[layer.layer_idx].append(retrieval[:, :, -NUM_DIALOGUE::2].mean(1).flatten(0, 1))
         if layer is layers[0]:
@@ -74,7 +76,7 @@ def ask(model: torch.nn.Module, split: Split, distractor_length: int, rows: int,
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, min(64, TOKENS_PER_FORWARD // (IMAGE_LENGTH + distractor_length + NUM_DIALOGUE)))
     cells, digits, is_right = [], [], []
-    handles = [layer.register_forward_pre_hook(keep) for layer in layers]
+    handles = [layer.register_forward_pre_hook(partial(keep, layer)) for layer in layers]
     try:
         with progress_bar() as bar:
             for start in bar.track(range(0, rows, at_once), description=f"{split}, {distractor_length} bytes"):

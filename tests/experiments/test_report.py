@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.claims import FAILS, HOLDS, UNCLEAR, claims, verdict_on
+from experiments.methods import METHODS
+from experiments.report import draw_recall, render, write_report
+from experiments.runs import LENGTHS, SEVERAL_IMAGES_LENGTHS, Run, plan
+from experiments.summary import Results
 from peft_pvm.env import environment
-from peft_pvm.lab.claims import FAILS, HOLDS, UNCLEAR, claims, verdict_on
-from peft_pvm.lab.experiment import LENGTHS, SEVERAL_IMAGES_LENGTHS, Run, plan
-from peft_pvm.lab.methods import METHODS
-from peft_pvm.lab.report import draw_recall, render, write_report
-from peft_pvm.lab.results import Results
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -130,4 +130,4 @@ def test_results_of_different_bases_are_not_mixed(folder):
 
 
 def test_the_page_in_the_repository_is_that_of_its_results():
-    assert render(Results(REPOSITORY / "results")) == (REPOSITORY / "docs" / "results.md").read_text()
+    assert render(Results(REPOSITORY / "experiments" / "results")) == (REPOSITORY / "docs" / "results.md").read_text()
