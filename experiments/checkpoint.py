@@ -16,7 +16,7 @@ from peft_pvm.replacing import write_file
 
 
 class CheckpointFile:
-    """Where a training stands, in a safetensors file: parameters, what AdamW keeps of them, and the step.
+    """A safetensors file with the state of a training: parameters, what AdamW keeps of them, and the step.
 
     Args:
         path: The file.
@@ -28,7 +28,7 @@ class CheckpointFile:
         self.recipe = json.dumps(asdict(recipe))
 
     def save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Write the state after `step` steps; the file before stays whole until then."""
+        """Write the state after `step` steps. The file before it stays whole until then."""
         tensors = {}
         for index, parameter in enumerate(self._parameters(optimizer)):
             tensors[f"{index}.parameter"] = parameter.detach()

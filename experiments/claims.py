@@ -1,4 +1,4 @@
-"""The papers' claims, and what the results say of each."""
+"""The claims of the papers, and what the results say about each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "cannot be told here"
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and what the results say of it.
+    """A claim and what the results say about it.
 
     Attributes:
         text: The claim, with its paper.

@@ -43,7 +43,7 @@ Seeds = Annotated[
     list[int] | None,
     typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the training; by default 0, 1 and 2."),
 ]
-Runs = Annotated[Path, typer.Option(callback=new_folder, help="Folder for what is trained.")]
+Runs = Annotated[Path, typer.Option(callback=new_folder, help="Folder of the trainings.")]
 ResultsFolder = Annotated[Path, typer.Option("--results", callback=new_folder, help="Folder of the results.")]
 
 
@@ -78,7 +78,7 @@ def train_base_command(
 
 @app.command()
 def train(method: Methods = None, recipe: Recipes = None, seed: Seeds = None, runs: Runs = Path("runs")) -> None:
-    """Train what the experiment compares. What is done is not done again; what was interrupted goes on."""
+    """Train the methods of the experiment. Finished runs are not repeated, interrupted ones resume."""
     planned = plan(method, recipe, seed)
     trained = [run for run in planned if METHODS[run.method].is_trained]
     for run in trained:
@@ -95,7 +95,7 @@ def evaluate(
     runs: Runs = Path("runs"),
     results: ResultsFolder = RECORDED,
 ) -> None:
-    """Test what was trained, and what needs no training. What is done is not done again."""
+    """Test the trained methods, and those that need no training. Finished tests are not repeated."""
     for run in plan(method, recipe, seed):
         say(evaluate_method(run.method, run.recipe, run.seed, runs, results))
 

@@ -17,9 +17,9 @@ class MLPBranch(nn.Module):
         layer: The decoder layer.
         hidden_size: Its width.
         r: Width of the branch.
-        num_parameters: How many the branch shall have, to the nearest that its widths allow.
-        std: Of the initial weights.
-        eps: Of the norms.
+        num_parameters: The number of parameters, met as closely as the widths allow.
+        std: Standard deviation of the initial weights.
+        eps: Epsilon of the norms.
     """
 
     def __init__(self, layer: Any, hidden_size: int, r: int, num_parameters: int, std: float, eps: float):

@@ -66,7 +66,7 @@ class Run(NamedTuple):
 def plan(
     methods: Sequence[str] | None = None, recipes: Sequence[str] | None = None, seeds: Sequence[int] | None = None
 ) -> list[Run]:
-    """What the experiment consists of, or a part of it; what others use comes first.
+    """The runs of the experiment, or a part of them. A run comes before those that use its weights.
 
     Args:
         methods: Keys of `METHODS`; `None`: all.
@@ -74,7 +74,7 @@ def plan(
         seeds: Of the trainings; `None`: 0, 1 and 2.
 
     Raises:
-        ValueError: A method or recipe that there is not, or methods that are not trained under these recipes.
+        ValueError: An unknown method or recipe, or methods that are not trained under these recipes.
     """
     runs = []
     for name in methods or METHODS:
@@ -95,25 +95,25 @@ def plan(
 
 
 def run_folder(runs: str | os.PathLike, name: str, recipe: str | None, seed: int) -> Path:
-    """Where a training keeps its files."""
+    """The folder of one training."""
     return Path(runs) / str(recipe) / f"{name}-seed{seed}"
 
 
 def train_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLike, **changes: Any) -> Path:
-    """Train one method, unless it was trained before; what was interrupted goes on.
+    """Train one method. A finished training is not repeated, an interrupted one resumes.
 
     Args:
         name: A key of `METHODS` that is trained.
         recipe: A key of `RECIPES`.
         seed: Decides initial weights and questions.
         runs: Folder for everything that is trained.
-        changes: Fields of the recipe to have otherwise, such as fewer steps.
+        changes: Fields of the recipe to replace, such as fewer steps.
 
     Returns:
         The run's folder: the weights, and how they were made.
 
     Raises:
-        ValueError: A method or recipe that there is not, or one without a training of its own.
+        ValueError: An unknown method or recipe, or a method without a training of its own.
     """
     method = _lookup(METHODS, name, "method")
     if not method.is_trained:
@@ -135,11 +135,11 @@ def train_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLi
 
 
 def load_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLike) -> Qwen3VLForConditionalGeneration:
-    """The tiny model with a method on it, trained if it is one that is trained, in eval mode.
+    """The tiny model with a method on it and the weights of its training, in eval mode.
 
     Raises:
         FileNotFoundError: It was not trained yet.
-        ValueError: A method that there is not, or weights that do not fit it or were trained on another base.
+        ValueError: An unknown method, or weights that do not fit it or were trained on another base.
     """
     method = _lookup(METHODS, name, "method")
     model = load_tiny_vlm()
@@ -171,7 +171,7 @@ def load_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLik
 def evaluate_method(
     name: str, recipe: str | None, seed: int, runs: str | os.PathLike, results: str | os.PathLike, rows: int = 32
 ) -> Path:
-    """Test one method, unless it was tested before, and write what came out.
+    """Test one method and write its results. A finished test is not repeated.
 
     Args:
         name: A key of `METHODS`.
@@ -186,7 +186,7 @@ def evaluate_method(
 
     Raises:
         FileNotFoundError: It was not trained yet.
-        ValueError: A method or recipe that there is not.
+        ValueError: An unknown method or recipe.
     """
     file = Path(results) / (f"{name}.json" if recipe is None else f"{name}.{recipe}.seed{seed}.json")
     if file.is_file():

@@ -44,10 +44,10 @@ def middle_config() -> Qwen3VLConfig:
 
 
 def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int, seed: int) -> None:
-    """Print time and memory of forward and backward, in rounds in which each takes its turn.
+    """Print time and memory of forward and backward, measured in rounds in which the models take turns.
 
-    The base is given a gradient at its input embeddings, so that its backward goes through all of it; the adapters'
-    ends where their lowest layer is.
+    The base gets a gradient at its input embeddings, so that its backward goes through all layers. That of an adapter
+    ends at the adapter's lowest layer.
 
     Args:
         size: "tiny" or "middle"; random weights of a Qwen3-VL.

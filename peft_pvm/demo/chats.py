@@ -32,7 +32,7 @@ def make_chats(
     Args:
         form: "messages": columns `images` and `messages`, a chat that asks for all nine cells, for `SFTTrainer`.
             "prompts": `images`, `prompt` and `solution`, one question a row, for `GRPOTrainer`.
-        rows: How many.
+        rows: Number of chats.
         max_distractor_length: Bytes of text before the first question, at most; their number is drawn uniformly.
         split: Where digits and text come from: "train", "validation" or "test".
         seed: Decides what is drawn.
@@ -54,7 +54,7 @@ def write_chats(data: Dataset, folder: str | os.PathLike, split: str = "train") 
 
     Args:
         data: The chats.
-        folder: Where to.
+        folder: The folder to write to.
         split: The split's name.
     """
     name = f"{split}.parquet"

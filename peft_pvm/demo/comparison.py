@@ -1,4 +1,4 @@
-"""The demo: a frozen tiny model forgets its image as text accumulates; what each method does about that."""
+"""Models compared by length of text, and the demo: what each method does about a model that forgets its image."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def load_models(adapters: Sequence[str | os.PathLike], base: str | os.PathLike |
 
 
 def compare(models: Mapping[str, nn.Module], rows: int, seed: int) -> None:
-    """Print how models do, by length of distractor.
+    """Print the accuracy of models side by side, by length of distractor.
 
     Args:
         models: Tiny models, by the heading of their column.

@@ -52,9 +52,9 @@ class Batch:
     """Rows of mosaics, text and dialogue.
 
     Attributes:
-        inputs: Keyword arguments of a Qwen3-VL forward, `logits_to_keep` included: the logits come at the tokens whose
-            successor is to be told, `(rows, targets, vocab_size)`.
-        targets: The right successors, `(rows, targets)`, int64.
+        inputs: Keyword arguments of a Qwen3-VL forward, with `logits_to_keep`: the model returns logits at the
+            tokens before the targets alone, `(rows, targets, vocab_size)`.
+        targets: The tokens that are right there, `(rows, targets)`, int64.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -128,7 +128,7 @@ def make_questions(
 
     A row is: the mosaics, each vision start, 9 image tokens and vision end; the distractor; then query, answer, query,
     answer, ..., query. One mosaic is grey. Several have a colour each, drawn at random, and a query names colour and
-    cell. The cells asked for in a row are distinct, so no answer tells another.
+    cell. The cells asked for in a row are distinct, so no answer gives another away.
 
     Args:
         split: Where digits and text come from.
@@ -184,7 +184,7 @@ def make_transcriptions(
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """What comes before the dialogue.
+    """The part of a batch before the dialogue.
 
     Attributes:
         mosaics: `(rows * images, 3, height, width)`.

@@ -39,17 +39,17 @@ CHAT_TEMPLATE = (
 
 
 def cell_token(cell: int) -> str:
-    """How a question for a cell of a grey mosaic is written."""
+    """The token that asks for a cell of a grey mosaic."""
     return f"[cell {cell}]"
 
 
 def digit_token(digit: int) -> str:
-    """How an answer is written."""
+    """The token that answers with a digit."""
     return f"[digit {digit}]"
 
 
 class TinyVLMProcessor(ProcessorMixin):
-    """Qwen3-VL's processor, less videos: transformers' own wants torchvision for them.
+    """Qwen3-VL's processor without videos, for which transformers' own needs torchvision.
 
     Importing this module makes it known, by its name, to `AutoProcessor`.
     """
@@ -71,7 +71,7 @@ AutoProcessor.register(_TinyVLMConfig, TinyVLMProcessor)
 
 
 def tiny_vlm_processor() -> TinyVLMProcessor:
-    """What makes the tiny model's inputs of images and chats."""
+    """The processor that makes the tiny model's inputs from images and chats."""
     tokenizer = Tokenizer(
         models.BPE(vocab={character: byte for byte, character in bytes_to_unicode().items()}, merges=[])
     )

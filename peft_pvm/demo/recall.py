@@ -1,4 +1,4 @@
-"""Testing on the mosaic task: what share of the digits a model still tells."""
+"""Testing on the mosaic task: how many of the digits a model still answers right, after ever more text."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ TOKENS_PER_FORWARD = 4096
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of answers that were right.
+    """Accuracy over rows of questions.
 
     Attributes:
-        right: Of each row, how many were.
-        asked: How many each row was asked for.
+        right: The number of right answers in each row.
+        asked: The number of questions in each row.
     """
 
     right: tuple[int, ...]
@@ -99,11 +99,11 @@ def transcription(
     seed: int = 0,
     description: str = "Writing",
 ) -> list[Accuracy]:
-    """Have a model write out its mosaic over and over, the image never repeated, and see how long it stays right.
+    """Test a model that writes out its mosaic over and over, while the image is never repeated.
 
     The model is given the first query and generates the rest greedily, so that what it once wrote wrong stays in its
-    context. Of the nine cells that a round of 18 tokens has room for, those count whose query stands there with the
-    right digit behind it, be it that cell's turn or not: a model that loses count can still look.
+    context. A round of 18 tokens has room for nine cells. A cell counts if its query appears in the round with the
+    right digit behind it, even out of turn: a model that loses count can still look.
 
     Args:
         model: The tiny model, with or without an adapter, in eval mode.
@@ -114,7 +114,7 @@ def transcription(
         description: What the progress bar says.
 
     Returns:
-        Of each round, in order.
+        The accuracy of each round, in order.
 
     Raises:
         ValueError: A number out of its range.

@@ -29,8 +29,8 @@ Lengths = Literal["log-uniform", "uniform"]
 class Recipe:
     """How an adapter is trained.
 
-    Where the base still answers right, an adapter has nothing to learn, and where it does not, rows are long and give
-    few answers for their cost. So a recipe may begin with steps that go to the limit of fading itself: no token can
+    Where the base still answers right, an adapter has nothing to learn. Where it does not, rows are long and give few
+    answers for their cost. So a recipe may begin with steps that go to the limit of fading itself: no token can
     attend to the image, and a few bytes of distractor are enough to leave everything to the adapter. The other steps
     are as in testing, on distractors of all lengths. Hiding the image is a recipe of this lab, not of a paper.
 
@@ -75,7 +75,7 @@ class Recipe:
 
 
 class Checkpoint(Protocol):
-    """Where a training stands, for one that goes on after an interruption. `experiments/checkpoint.py` has one."""
+    """Keeps the state of a training, so that it resumes after an interruption: see `experiments/checkpoint.py`."""
 
     def load(self, optimizer: torch.optim.Optimizer) -> int:
         """Restore parameters and optimizer, and return the number of steps done."""
@@ -88,7 +88,7 @@ class Checkpoint(Protocol):
 
 
 def target_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """What a model says where a target is to be told, `(rows, targets, vocab_size)`."""
+    """The logits that a model computes for the targets, `(rows, targets, vocab_size)`."""
     return model(**batch.inputs, use_cache=False).logits
 
 
@@ -97,7 +97,7 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: Checkpoint | Non
 
     Args:
         model: The model; it is trained in place and left in eval mode. Only parameters that require gradients change.
-        recipe: How.
+        recipe: How to train.
         checkpoint: Keeps the state every 100 steps, so that an interrupted training goes on to the same weights. It is
             removed at the end.
 
