@@ -6,9 +6,9 @@ python examples/lab_in_30_lines.py
 from peft import PeftModel, get_peft_model
 
 from peft_pvm import DIPEConfig, PVMConfig, attached
-from peft_pvm.lab.recall import recall, transcription
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
-from peft_pvm.lab.train import Recipe, train_adapter
+from peft_pvm.demo.recall import recall, transcription
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.train import Recipe, train_adapter
 
 
 model = get_peft_model(load_tiny_vlm(), PVMConfig(r=64))

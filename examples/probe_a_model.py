@@ -14,8 +14,8 @@ from peft_pvm.probe import build_inputs, probe
 
 def tiny_model_and_inputs():
     """A mosaic of nine digits, which the model then writes out over and over."""
-    from peft_pvm.lab.mosaic import make_transcriptions
-    from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+    from peft_pvm.demo.mosaic import make_transcriptions
+    from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
     batch = make_transcriptions("test", 1, 0, written_cells=1, generator=torch.Generator().manual_seed(0))
     inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "logits_to_keep"}

@@ -18,7 +18,7 @@ from peft import inject_adapter_in_model, set_peft_model_state_dict
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-import peft_pvm.lab.processor  # noqa: F401  lets AutoProcessor load the lab's tiny model, which these scripts can train
+import peft_pvm.demo.processor  # noqa: F401  lets AutoProcessor load the lab's tiny model, which these scripts can train
 from peft_pvm.families import find_vlm
 from peft_pvm.integrations.trl import (
     GazeCallback,

@@ -10,9 +10,9 @@ import transformers as T
 import yaml
 from tiny_vlms import MROPE, QWEN_VISION, SIGLIP, TEXT
 
-from peft_pvm.lab import mosaic
-from peft_pvm.lab.processor import CHAT_TEMPLATE, cell_token, digit_token, tiny_vlm_processor
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm, tiny_vlm_config
+from peft_pvm.demo import mosaic
+from peft_pvm.demo.processor import CHAT_TEMPLATE, cell_token, digit_token, tiny_vlm_processor
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm, tiny_vlm_config
 
 
 SCALE = 4  # the published Qwen3-VL has patches of 16 pixels, on which lmms-eval counts; the lab's has patches of 4

@@ -32,11 +32,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from experiments.commands import app as experiments_app
 from peft_pvm.cli import refusals
 from peft_pvm.cli.app import app
 from peft_pvm.data_file import write_json
-from peft_pvm.lab.processor import save_as_folder
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.processor import save_as_folder
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 
 ADAPTER = Path(__file__).parents[1] / "adapters" / "pvm-tiny-vlm"
@@ -78,8 +79,15 @@ def commands(group: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
             yield (*path, name), command
 
 
-COMMAND = typer.main.get_command(app)
-COMMANDS = dict(commands(COMMAND))
+EXPERIMENTS = "experiments"  # stands before the commands of `python -m experiments`, a command line of its own
+COMMAND_LINES = {
+    "peft-pvm": typer.main.get_command(app),
+    f"python -m {EXPERIMENTS}": typer.main.get_command(experiments_app),
+}
+COMMANDS = {
+    **dict(commands(COMMAND_LINES["peft-pvm"])),
+    **dict(commands(COMMAND_LINES[f"python -m {EXPERIMENTS}"], EXPERIMENTS)),
+}
 
 
 @dataclass
@@ -92,9 +100,12 @@ class Done:
 
 
 def call(*arguments: str) -> Done:
+    name = "peft-pvm"
+    if arguments[:1] == (EXPERIMENTS,):
+        name, arguments = f"python -m {EXPERIMENTS}", arguments[1:]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            COMMAND.main(list(arguments), prog_name="peft-pvm")
+            COMMAND_LINES[name].main(list(arguments), prog_name=name)
         except SystemExit as exit:
             return Done(int(exit.code or 0), out.getvalue(), err.getvalue())
     raise AssertionError("A command exits.")
@@ -226,7 +237,7 @@ def test_usage_errors(path: tuple[str, ...], place: Place):
 
 
 def test_without_arguments_there_is_help():
-    for group in ((), ("lab",)):
+    for group in ((), ("lab",), (EXPERIMENTS,)):
         done = call(*group)
         assert (done.exit_code, done.stderr) == (2, "")
         assert "Usage" in done.stdout
@@ -239,24 +250,31 @@ import sys
 sys.modules.update(dict.fromkeys(["matplotlib", "PIL", "sklearn", "datasets", "lmms_eval", "trl", "vllm"]))
 import typer
 from typer.testing import CliRunner
+from experiments.commands import app as experiments_app
 from peft_pvm.cli.app import app
 
-def walk(group, *path):
+def walk(app, group, *path):
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            walk(command, *path, name)
+            walk(app, command, *path, name)
         else:
             done = CliRunner().invoke(app, [*path, name, "--help"])
             assert done.exit_code == 0, done
 
-walk(typer.main.get_command(app))
+for walked in (app, experiments_app):
+    walk(walked, typer.main.get_command(walked))
 lacking = {
     "lab recall": "scikit-learn", "lab chats x": "datasets and pillow", "bench --plot x.png": "matplotlib",
     "probe --model x --image pyproject.toml --prompt x --out x": "matplotlib and pillow",
     "eval-lengths --model x --model-args x --tasks x --out x": "matplotlib",
 }
-for arguments, packages in lacking.items():
-    done = CliRunner().invoke(app, arguments.split())
+lacking_in_experiments = {
+    "eval --method base --results new": "scikit-learn", "report --docs new": "matplotlib",
+}
+calls = [(app, *call) for call in lacking.items()]
+calls += [(experiments_app, *call) for call in lacking_in_experiments.items()]
+for called, arguments, packages in calls:
+    done = CliRunner().invoke(called, arguments.split())
     assert f"This needs {packages}, which the extra" in done.stderr, done.stderr
     assert "pip install '.[" in done.stderr and done.exit_code == 1, done
 """
@@ -292,7 +310,7 @@ def test_text_of_others_has_no_effect_on_the_terminal():
 
 
 def test_what_is_planned_is_something():
-    done = call("lab", "train", "--method", "mlp", "--recipe", "hidden-256")
+    done = call(EXPERIMENTS, "train", "--method", "mlp", "--recipe", "hidden-256")
     assert (done.exit_code, done.stdout) == (1, "")
     assert "trains none of mlp under hidden-256" in done.stderr
 

@@ -23,14 +23,12 @@ pytestmark = pytest.mark.skipif(
     "example", sorted(path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith(OF_OTHERS))
 )
 def test_example(example, tmp_path, monkeypatch, capsys):
-    from peft_pvm.lab import train
+    from peft_pvm.demo import train
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [example])
-    fit = train._fit
-    with mock.patch.object(
-        train, "_fit", lambda model, groups, draw, steps, *rest: fit(model, groups, draw, 1, *rest)
-    ):
+    fit = train.fit
+    with mock.patch.object(train, "fit", lambda model, groups, draw, steps, *rest: fit(model, groups, draw, 1, *rest)):
         runpy.run_path(str(EXAMPLES / example), run_name="__main__")
     assert capsys.readouterr().out
     assert list(tmp_path.iterdir())

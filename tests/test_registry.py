@@ -71,7 +71,7 @@ def test_importing_registers_and_nothing_else():
     types, functions, modules = json.loads(run.stdout)
     assert sorted(types) == ["PeftType.DIPE", "PeftType.PVM", "PeftType.TDRS"]
     assert functions == []
-    heavy = ("matplotlib", "sklearn", "rich", "trl", "datasets", "vllm", "peft_pvm.lab")
+    heavy = ("matplotlib", "sklearn", "rich", "trl", "datasets", "vllm", "peft_pvm.demo")
     assert not [name for name in modules if name.startswith(heavy)]
 
 

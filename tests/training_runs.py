@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 for package in ("trl", "datasets", "math_verify", "sklearn"):
     pytest.importorskip(package, reason="training needs the extras `train` and `lab`")
 
-from peft_pvm.lab.chats import make_chats, write_chats  # noqa: E402
-from peft_pvm.lab.processor import save_as_folder  # noqa: E402
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm  # noqa: E402
+from peft_pvm.demo.chats import make_chats, write_chats  # noqa: E402
+from peft_pvm.demo.processor import save_as_folder  # noqa: E402
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm  # noqa: E402
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

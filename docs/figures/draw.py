@@ -1,7 +1,7 @@
 """The drawn figures of docs/concepts.md, as SVG beside this file: `make generate`.
 
 Nothing in them is drawn by eye that can be computed: DIPE's distances and T-DRS's factors come from the functions that
-the adapters use, measured curves from the JSON in `results/`. The same code gives the same bytes.
+the adapters use, measured curves from the JSON in `experiments/results/`. The same code gives the same bytes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path
 
-from peft_pvm.lab.mosaic import NUM_CELLS, NUM_DIGITS
-from peft_pvm.lab.results import Results
+from experiments.summary import Results
+from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS
 from peft_pvm.methods.tdrs.weights import Floor, distance_boost, semantic_position
 from peft_pvm.plotting import COLOURS, logarithmic, new_figure, styled
 from peft_pvm.positions import PADDING, modalities, run_anchors, run_starts
 
 
 FIGURES = pathlib.Path(__file__).parent
-RESULTS = Results(FIGURES.parents[1] / "results")
+RESULTS = Results(FIGURES.parents[1] / "experiments" / "results")
 BLACK, ORANGE, BLUE, GREEN, PINK, SKY, _ = COLOURS
 TEXT_FILL, IMAGE_FILL, PVM_FILL, BASE_FILL = "#E8E8E8", "#F6C9A8", "#BFDDF0", "#F4F4F4"
 
@@ -119,7 +119,7 @@ def pvm() -> str:
 
     trained = RESULTS.find("pvm", "hidden-1024-long")
     if trained is None:
-        raise FileNotFoundError("results/ lacks pvm.hidden-1024-long, which this figure shows.")
+        raise FileNotFoundError("experiments/results/ lacks pvm.hidden-1024-long, which this figure shows.")
     base = RESULTS.only("base", None, 0)
     lengths = [length for length in base.keys("one mosaic") if length]
     curve.axhline(1 / NUM_CELLS, color=BLACK, linestyle=":", linewidth=1)

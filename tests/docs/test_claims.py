@@ -17,7 +17,7 @@ from peft_pvm import DIPEConfig, TDRSConfig
 
 
 PAGES = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "examples").rglob("*.yaml")]
-SOURCES = [path for folder in ("peft_pvm", "examples") for path in (REPOSITORY / folder).rglob("*.py")]
+SOURCES = [path for folder in ("peft_pvm", "experiments", "examples") for path in (REPOSITORY / folder).rglob("*.py")]
 TESTS = {path: path.read_text() for path in (REPOSITORY / "tests").rglob("*.py")}
 FUNCTIONS = {name for text in TESTS.values() for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
 

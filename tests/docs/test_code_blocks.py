@@ -19,10 +19,11 @@ import typer
 from pages import BLOCKS, REPOSITORY
 from typer.testing import CliRunner
 
+from experiments.commands import app as experiments_app
 from peft_pvm.cli.app import app
-from peft_pvm.lab.chats import make_chats
-from peft_pvm.lab.processor import save_as_folder
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.chats import make_chats
+from peft_pvm.demo.processor import save_as_folder
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 
 MODELS = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-2B-Instruct")
@@ -47,7 +48,7 @@ def hub_cache(tmp_path_factory) -> Path:
 @pytest.fixture
 def checkout(hub_cache, tmp_path, monkeypatch) -> Path:
     """The working folder: what a checkout has, and the adapter, image and data that pages speak of."""
-    for name in ("adapters", "examples", "results"):
+    for name in ("adapters", "examples", "experiments"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     shutil.copytree(REPOSITORY / "adapters" / "pvm-tiny-vlm", tmp_path / "my-pvm")
     chats = make_chats("prompts", 2)
@@ -59,10 +60,18 @@ def checkout(hub_cache, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def command_line(words: list[str]) -> tuple[typer.Typer, list[str]] | None:
+    """The app that words of a shell call, and its arguments; `None` if they call another program."""
+    if words[0] == "peft-pvm":
+        return app, words[1:]
+    return (experiments_app, words[3:]) if words[:3] == ["python", "-m", "experiments"] else None
+
+
 def run_command(words: list[str]) -> None:
-    if words[0] != "peft-pvm":
+    called = command_line(words)
+    if called is None:
         pytest.fail(f"No test can run {shlex.join(words)!r}: say why in a comment before the block.")
-    result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+    result = CliRunner().invoke(*called, catch_exceptions=False)
     assert result.exit_code == 0, result.output
 
 
@@ -85,10 +94,10 @@ def test_blocks_name_a_language_that_is_run(name):
     assert {block.language for block in BLOCKS[name]} <= {"python", "bash", *SHOWN}
 
 
-def parse(words: list[str]) -> None:
-    """Have typer read the words of a `peft-pvm` command, without running it."""
-    command = typer.main.get_command(app)
-    context = command.make_context(words[0], words[1:])
+def parse(called: typer.Typer, arguments: list[str]) -> None:
+    """Have typer read the arguments of a command line, without running it."""
+    command = typer.main.get_command(called)
+    context = command.make_context("called", arguments)
     while isinstance(command, typer.core.TyperGroup):
         name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
         context = command.make_context(name, rest, parent=context)
@@ -96,14 +105,14 @@ def parse(words: list[str]) -> None:
 
 def check_command(words: list[str]) -> None:
     """A command that is not run exists, with the options, files, targets or extras that it names."""
-    if words[0] == "peft-pvm":
-        parse(words)
+    if (called := command_line(words)) is not None:
+        parse(*called)
         return
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets), words
     for word in words:
-        if re.match(r"(examples|tests|docs|results|adapters)\b", word):
+        if re.match(r"(examples|tests|docs|experiments|adapters)\b", word):
             assert (REPOSITORY / word).exists(), word
         if match := re.fullmatch(r"\.\[([\w,]+)\]", word):
             extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -128,6 +137,8 @@ def test_commands_that_are_not_run_exist(name, block, checkout):
         ["peft-pvm", "prob"],
         ["peft-pvm", "lab", "recall", "--bytes", "3"],
         ["peft-pvm", "inspect"],
+        ["python", "-m", "experiments", "trian"],
+        ["python", "-m", "experiments", "limits", "--bytes", "3"],
         ["make", "tests"],
         ["python", "examples/none.py"],
         ["pip", "install", ".[laboratory]"],

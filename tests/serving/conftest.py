@@ -9,7 +9,7 @@ from conftest import give_weight
 from peft import get_peft_model
 
 from peft_pvm import DIPEConfig, PVMConfig
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 
 SHIPPED = Path(__file__).parents[2] / "adapters"

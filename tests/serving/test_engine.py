@@ -20,7 +20,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings
 from served_models import NEW_TOKENS, REQUESTS, Answer, Request, ask_transformers, ask_vllm, engine, exported
 from transformers import AutoTokenizer
 
-from peft_pvm.lab.mosaic import IMAGE
+from peft_pvm.demo.mosaic import IMAGE
 
 
 TOLERANCE = 2e-4  # of log-probabilities, in fp32

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, PVMConfig
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.vllm import export_vllm
 from peft_pvm.integrations.vllm.served import ARCHITECTURE, configs_of
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
 pytest.importorskip("matplotlib", reason="the command line needs the extra `lab`")

@@ -19,7 +19,7 @@ from training_runs import EXAMPLES, adapter_weights, arguments, by_rank, run
 from transformers import AutoModelForImageTextToText
 
 from peft_pvm.curves import read_log
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 
 TESTS = Path(__file__).parents[1]

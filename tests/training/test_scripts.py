@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from training_runs import adapter_weights, run, start
 from transformers import AutoModelForImageTextToText
 
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.trl import GazeCallback
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 
 
 REENTRANT = '{"use_reentrant": true}'

@@ -13,6 +13,10 @@ from peft import LoraConfig, get_peft_model
 from training_runs import EXAMPLES, run, script
 
 from peft_pvm import DIPEConfig, PVMConfig, attached
+from peft_pvm.demo.chats import make_chats
+from peft_pvm.demo.mosaic import IMAGE
+from peft_pvm.demo.processor import tiny_vlm_processor
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.trl import (
     accuracy_reward,
     chat_inputs,
@@ -22,10 +26,6 @@ from peft_pvm.integrations.trl import (
     last_answer,
     refuse_vllm,
 )
-from peft_pvm.lab.chats import make_chats
-from peft_pvm.lab.mosaic import IMAGE
-from peft_pvm.lab.processor import tiny_vlm_processor
-from peft_pvm.lab.tiny_vlm import load_tiny_vlm
 from peft_pvm.probe import probe
 
 

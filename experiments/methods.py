@@ -1,0 +1,104 @@
+"""What the experiment compares: the tiny model with each remedy, its controls and their combinations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import Qwen3VLForConditionalGeneration
+
+from peft_pvm.loading import add_adapters
+from peft_pvm.methods.dipe import DIPEConfig
+from peft_pvm.methods.tdrs import TDRSConfig
+from peft_pvm.pvm import PVMConfig
+
+from .controls import add_mlp_branches
+
+
+PVM_PARAMETERS = 221_763  # of PVMConfig(r=64) on the tiny model; the controls come as near as they can
+STRIDED = [1, 3, 4]  # what "strided" means for six layers
+LINEARS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+
+Configs = dict[str, Any]  # by adapter name
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the results.
+
+    Attributes:
+        title: What the tables say.
+        adapters: Makes the configurations of its adapters, by adapter name.
+        weights_of: The method whose training it uses; `None`: its own.
+        has_mlp_branch: Whether the MLP control stands beside the FFNs.
+    """
+
+    title: str
+    adapters: Callable[[], Configs] = dict
+    weights_of: str | None = None
+    has_mlp_branch: bool = False
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has a training of its own."""
+        has_weights = any(not isinstance(config, (DIPEConfig, TDRSConfig)) for config in self.adapters().values())
+        return self.weights_of is None and (has_weights or self.has_mlp_branch)
+
+
+def _pvm(**fields: Any) -> Callable[[], Configs]:
+    return lambda: {"pvm": PVMConfig(**{"r": 64, **fields})}
+
+
+def _tdrs(**fields: Any) -> Callable[[], Configs]:
+    return lambda: {"tdrs": TDRSConfig(**fields)}
+
+
+def _lora() -> LoraConfig:
+    return LoraConfig(r=15, lora_alpha=30, target_modules=rf".*language_model.*\.({LINEARS})")
+
+
+METHODS: dict[str, Method] = {
+    "base": Method("base"),
+    "lora": Method("LoRA", lambda: {"lora": _lora()}),
+    "mlp": Method("MLP branch", has_mlp_branch=True),
+    "pvm": Method("PVM", _pvm()),
+    "pvm-hidden-states": Method("PVM, memory of hidden states", _pvm(memory_source="hidden_states")),
+    "pvm-r32": Method("PVM, r = 32", _pvm(r=32)),
+    "pvm-r128": Method("PVM, r = 128", _pvm(r=128)),
+    "pvm-adjacent": Method("PVM, adjacent layers 2, 3, 4", _pvm(layers_to_transform=[2, 3, 4])),
+    "pvm-late": Method("PVM, late layers 3, 4, 5", _pvm(layers_to_transform=[3, 4, 5])),
+    "dipe": Method("DIPE", lambda: {"dipe": DIPEConfig()}),
+    "t-drs": Method("T-DRS", _tdrs()),
+    "t-drs-sd": Method("T-DRS, SD alone", _tdrs(dc_strength=0.0, re_strength=0.0)),
+    "t-drs-dc": Method("T-DRS, DC alone", _tdrs(sd_strength=0.0, re_strength=0.0)),
+    "t-drs-re": Method("T-DRS, re alone", _tdrs(sd_strength=0.0, dc_strength=0.0)),
+    "pvm+dipe": Method("PVM + DIPE", lambda: {**_pvm()(), "dipe": DIPEConfig()}, weights_of="pvm"),
+    "pvm+dipe+t-drs": Method(
+        "PVM + DIPE + T-DRS", lambda: {**_pvm()(), "dipe": DIPEConfig(), **_tdrs()()}, weights_of="pvm"
+    ),
+    "lora+pvm": Method("LoRA + PVM", lambda: {"lora": _lora(), **_pvm()()}),
+}
+
+
+def attach(model: Qwen3VLForConditionalGeneration, method: Method, seed: int = 0) -> None:
+    """Put a method on the tiny model: the base is frozen, what the method trains is fresh and requires gradients.
+
+    Args:
+        model: The tiny model, without adapters.
+        method: One of `METHODS`, or another.
+        seed: Decides the initial weights; torch's own generator is left as it was.
+    """
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if method.has_mlp_branch:
+            add_mlp_branches(model, STRIDED, r=64, num_parameters=PVM_PARAMETERS)
+        add_adapters(model, method.adapters())
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What is trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,156 @@
+"""What a step of training costs with PVM, beside LoRA of its size and the base's own forward and backward."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.table import Table
+from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from peft_pvm.demo.mosaic import CHANNELS, IMAGE, NUM_BYTES, PATCH_SIZE, TEMPORAL_PATCH_SIZE, VISION_END, VISION_START
+from peft_pvm.demo.tiny_vlm import tiny_vlm_config
+from peft_pvm.families import find_vlm
+from peft_pvm.pvm import PVMConfig
+from peft_pvm.terminal import Terminal, progress_bar
+from peft_pvm.tuners.active import base_of
+
+
+Size = Literal["tiny", "middle"]
+PATCH_NUMBERS = CHANNELS * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2
+SIDE = 16  # visual tokens along a side of the image
+
+
+def middle_config() -> Qwen3VLConfig:
+    """16 decoder layers of width 1,024, some 0.2 billion parameters, behind the tiny model's vision tower."""
+    content = tiny_vlm_config().to_dict()
+    content["text_config"] |= dict(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        initializer_range=0.02,
+    )
+    content["text_config"]["rope_parameters"]["mrope_section"] = [12, 10, 10]
+    content["vision_config"]["out_hidden_size"] = 1024
+    return Qwen3VLConfig.from_dict(content)
+
+
+def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int, seed: int) -> None:
+    """Print time and memory of forward and backward, measured in rounds in which the models take turns.
+
+    The base gets a gradient at its input embeddings, so that its backward goes through all layers. That of an adapter
+    ends at the adapter's lowest layer.
+
+    Args:
+        size: "tiny" or "middle"; random weights of a Qwen3-VL.
+        text_tokens: Of a row, after an image of 256 visual tokens.
+        rows: Of a batch.
+        repeats: Rounds that count, after one that does not.
+        r: PVM's width.
+        seed: Decides weights and tokens.
+    """
+    config = tiny_vlm_config() if size == "tiny" else middle_config()
+    inputs = _batch(rows, text_tokens, torch.Generator().manual_seed(seed))
+    models = _models(config, r, seed)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with progress_bar() as progress:
+        task = progress.add_task("Steps", total=(repeats + 1) * len(models))
+        for _ in range(repeats + 1):
+            for name, model in models.items():
+                times[name].append(_time_of_step(model, inputs))
+                progress.advance(task)
+    kept = {name: bytes_kept(model, inputs) for name, model in models.items()}
+    parameters = sum(parameter.numel() for parameter in models["base"].parameters())
+    title = f"{size}: {parameters:,} parameters, {rows} rows of {SIDE * SIDE} visual and {text_tokens} text tokens"
+    console = Terminal()
+    console.print(_table(title, models, {name: values[1:] for name, values in times.items()}, kept))
+    console.print(f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32.")
+
+
+def _models(config: Qwen3VLConfig, r: int, seed: int) -> dict[str, nn.Module]:
+    """The base with a gradient at its input embeddings, and two copies with LoRA and PVM of one size."""
+
+    def build() -> Any:
+        torch.manual_seed(seed)
+        return Qwen3VLForConditionalGeneration(config).train()
+
+    pvm = get_peft_model(build(), PVMConfig(r=r))
+    trained = pvm.get_nb_trainable_parameters()[0]
+    base = build().requires_grad_(False)
+    base.get_input_embeddings().requires_grad_(True)
+    return {"base": base, "LoRA": get_peft_model(build(), lora_of_size(build(), trained)), "PVM": pvm}
+
+
+def _table(title: str, models: dict[str, nn.Module], times: dict[str, list[float]], kept: dict[str, int]) -> Table:
+    table = Table("", "trained", "s a step", "spread", "of base", "MiB for the backward", "of base", title=title)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, model in models.items():
+        learns = 0 if name == "base" else sum(p.numel() for p in model.parameters() if p.requires_grad)
+        table.add_row(
+            name,
+            f"{learns:,}",
+            f"{medians[name]:.3f}",
+            f"{max(times[name]) - min(times[name]):.3f}",
+            f"{medians[name] / medians['base']:.2f}",
+            f"{kept[name] / 2**20:.1f}",
+            f"{kept[name] / kept['base']:.2f}",
+        )
+    return table
+
+
+def _batch(rows: int, text_tokens: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    image = torch.tensor([VISION_START, *[IMAGE] * SIDE**2, VISION_END]).expand(rows, -1)
+    text = torch.randint(NUM_BYTES, (rows, text_tokens), generator=generator)
+    input_ids = torch.cat([image, text], 1)
+    patches = rows * (2 * SIDE) ** 2
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "mm_token_type_ids": (input_ids == IMAGE).int(),
+        "pixel_values": torch.randn(patches, PATCH_NUMBERS, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 2 * SIDE, 2 * SIDE]]).expand(rows, -1),
+        "labels": input_ids.masked_fill(input_ids >= NUM_BYTES, -100),
+    }
+
+
+def lora_of_size(model: nn.Module, parameters: int) -> LoraConfig:
+    """LoRA on every linear layer of the decoder, of the rank that comes nearest."""
+    layers = find_vlm(model).layers
+    sizes = [
+        sum(linear.weight.shape) for layer in layers for linear in layer.modules() if isinstance(linear, nn.Linear)
+    ]
+    rank = max(1, round(parameters / sum(sizes)))
+    return LoraConfig(r=rank, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
+
+
+def _time_of_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
+    start = time.perf_counter()
+    model(**inputs, use_cache=False).loss.backward()
+    model.zero_grad()
+    return time.perf_counter() - start
+
+
+def bytes_kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """The bytes that a forward keeps for its backward, weights aside."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in base_of(model).parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**inputs, use_cache=False).loss
+    total = sum(kept.values())
+    del loss
+    return total

@@ -1,0 +1,1 @@
+"""The demo: a task on which visual memory can be measured, a tiny model that fades, and the training of adapters."""

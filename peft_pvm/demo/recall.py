@@ -1,0 +1,146 @@
+"""Testing on the mosaic task: how many of the digits a model still answers right, after ever more text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, StoppingCriteriaList
+
+from ..terminal import progress_bar
+from .mosaic import (
+    FIRST_QUERY,
+    IMAGE_LENGTH,
+    NUM_CELLS,
+    Split,
+    make_questions,
+    make_transcriptions,
+)
+from .train import target_logits
+
+
+TOKENS_PER_FORWARD = 4096
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy over rows of questions.
+
+    Attributes:
+        right: The number of right answers in each row.
+        asked: The number of questions in each row.
+    """
+
+    right: tuple[int, ...]
+    asked: int
+
+    @property
+    def value(self) -> float:
+        """From 0 to 1."""
+        return sum(self.right) / (self.asked * len(self.right))
+
+    @property
+    def standard_error(self) -> float:
+        """Of `value`. Answers in one row are about one mosaic and one text, so that rows are the independent draws."""
+        if len(self.right) == 1:
+            return math.nan
+        shares = [right / self.asked for right in self.right]
+        variance = sum((share - self.value) ** 2 for share in shares) / (len(shares) - 1)
+        return math.sqrt(variance / len(shares))
+
+
+@torch.no_grad()
+def recall(
+    model: nn.Module,
+    distractor_length: int,
+    rows: int = 32,
+    images: int = 1,
+    split: Split = "test",
+    seed: int = 0,
+    description: str = "Testing",
+) -> Accuracy:
+    """Ask for all nine cells after a distractor, on digits and text that no training saw.
+
+    An answer counts if it has the highest logit of the whole vocabulary.
+
+    Args:
+        model: The tiny model, with or without an adapter, in eval mode.
+        distractor_length: Bytes of text between the mosaics and the first question.
+        rows: Rows of mosaics, text and nine questions.
+        images: Mosaics a row, 1 to 3.
+        split: Where digits and text come from.
+        seed: Decides them: two models tested with the same one are asked the same.
+        description: What the progress bar says.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+    if rows < 1:
+        raise ValueError(f"rows is {rows}, but must be at least 1.")
+    generator = torch.Generator().manual_seed(seed)
+    at_once = max(1, min(64, TOKENS_PER_FORWARD // (images * IMAGE_LENGTH + distractor_length + 2 * NUM_CELLS)))
+    right: list[int] = []
+    with progress_bar() as bar:
+        for start in bar.track(range(0, rows, at_once), description=f"{description}, {distractor_length} bytes"):
+            batch = make_questions(split, min(at_once, rows - start), distractor_length, NUM_CELLS, generator, images)
+            right += (target_logits(model, batch).argmax(-1) == batch.targets).sum(1).tolist()
+    return Accuracy(tuple(right), NUM_CELLS)
+
+
+@torch.no_grad()
+def transcription(
+    model: GenerationMixin,
+    written_cells: int,
+    rows: int = 32,
+    split: Split = "test",
+    seed: int = 0,
+    description: str = "Writing",
+) -> list[Accuracy]:
+    """Test a model that writes out its mosaic over and over, while the image is never repeated.
+
+    The model is given the first query and generates the rest greedily, so that what it once wrote wrong stays in its
+    context. A round of 18 tokens has room for nine cells. A cell counts if its query appears in the round with the
+    right digit behind it, even out of turn: a model that loses count can still look.
+
+    Args:
+        model: The tiny model, with or without an adapter, in eval mode.
+        written_cells: How many cells it writes: whole rounds of nine.
+        rows: Mosaics, all written at once.
+        split: Where digits come from.
+        seed: Decides them.
+        description: What the progress bar says.
+
+    Returns:
+        The accuracy of each round, in order.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+    if written_cells < 1 or written_cells % NUM_CELLS:
+        raise ValueError(f"written_cells is {written_cells}, but must be a positive multiple of {NUM_CELLS}.")
+    batch = make_transcriptions(split, rows, 0, written_cells, torch.Generator().manual_seed(seed))
+    inputs = dict(batch.inputs)
+    first = int(inputs.pop("logits_to_keep")[0])
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        inputs[name] = inputs[name][:, : first + 1]
+    length = 2 * written_cells  # one token more than the cells have: a cell may be shifted
+    with progress_bar() as bar:
+        task = bar.add_task(f"{description} {written_cells} cells", total=length)
+
+        def count(*_: Any, **__: Any) -> torch.Tensor:
+            bar.advance(task)
+            return torch.zeros(rows, dtype=torch.bool)
+
+        written = model.generate(
+            **inputs, max_new_tokens=length, do_sample=False, stopping_criteria=StoppingCriteriaList([count])
+        )[:, first:]
+    told = torch.cat([inputs["input_ids"][:, -1:], batch.targets], 1)[:, : 2 * NUM_CELLS]
+    digits = torch.empty(rows, NUM_CELLS, dtype=torch.long).scatter_(1, told[:, ::2] - FIRST_QUERY, told[:, 1::2])
+    cells = written - FIRST_QUERY
+    is_query = (cells >= 0) & (cells < NUM_CELLS)
+    right = is_query[:, :-1] & (written[:, 1:] == digits.gather(1, cells.clamp(0, NUM_CELLS - 1))[:, :-1])
+    rounds = right.unflatten(1, (-1, 2 * NUM_CELLS)).sum(2)
+    return [Accuracy(tuple(column), NUM_CELLS) for column in rounds.T.tolist()]

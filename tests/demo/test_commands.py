@@ -1,0 +1,25 @@
+"""The commands `peft-pvm lab` run, with as little to do as they take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from peft_pvm.cli.lab import app
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_demo(tmp_path: Path):
+    output = run("demo", "--steps", 2, "--rows", 1, "--out", tmp_path)
+    assert "training 221,763 of" in output
+    header = next(line for line in output.splitlines() if "DIPE" in line)
+    assert [name.strip() for name in header.strip("┃").split("┃")[1:]] == ["base", "PVM", "DIPE", "T-DRS"]
+    rows = [line for line in output.splitlines() if line.count("±") == 4]
+    assert [int(row.strip("│").split("│")[0]) for row in rows] == [0, 64, 128, 256, 512, 1024, 2048]
+    assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -1,0 +1,89 @@
+"""The commands of `python -m experiments` run, with as little to do as they take."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from experiments import limits
+from experiments.commands import app
+from experiments.readings import READINGS
+from experiments.runs import MAIN_RECIPE, RECIPES
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.train import Recipe
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_readings():
+    rows = [line for line in run("readings", "--rows", 1).splitlines() if line.count("±") == 3]
+    assert [line.strip("│").split("│")[0].strip() for line in rows] == list(READINGS)
+
+
+def test_limits(monkeypatch):
+    monkeypatch.setattr(limits, "LENGTHS", (16, 64))
+    adapter = REPOSITORY / "adapters" / "pvm-tiny-vlm"
+    rows = [line.strip("│").split("│") for line in run("limits", adapter, "--rows", 4).splitlines() if "│" in line]
+    assert [row[0].strip() for row in rows] == [
+        *(f"cell known to the query, layer {layer_idx}" for layer_idx in (1, 3, 4)),
+        "digit readable from its embedding",
+        "cell found",
+        "right",
+        "right where found",
+        "right where not",
+    ]
+    assert all(len(row) == 3 for row in rows)
+
+
+def test_train_base(tmp_path):
+    output = run("train-base", "--steps", 1, "--out", tmp_path / "base.safetensors")
+    assert "Accuracy after 2048 bytes" in output
+    load_tiny_vlm(tmp_path / "base.safetensors")
+
+
+@pytest.mark.parametrize("method", ["pvm", "dipe"])
+def test_train_eval_and_report(method, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.runs.LENGTHS", (0, 64))
+    monkeypatch.setattr("experiments.runs.WRITTEN_CELLS", 9)
+    monkeypatch.setitem(RECIPES, MAIN_RECIPE, Recipe(steps=1, hidden_steps=0))
+    options = ("--method", method, "--recipe", MAIN_RECIPE, "--seed", 1, "--runs", tmp_path / "runs")
+    assert len(run("train", *options).splitlines()) == (method == "pvm")
+    run("eval", *options, "--results", tmp_path / "results")
+    (file,) = (tmp_path / "results").iterdir()
+    assert json.loads(file.read_text())["method"] == method
+    run("report", "--results", tmp_path / "results", "--docs", tmp_path)
+    assert (tmp_path / "results.md").is_file()
+
+
+def test_step_time():
+    assert "221,763" in run("step-time", "--rows", 1, "--text-tokens", 8, "--repeats", 1)
+
+
+def test_the_page_of_the_lab_has_every_command_and_option():
+    page = (REPOSITORY / "docs" / "lab.md").read_text()
+    for name, command in typer.main.get_command(app).commands.items():
+        (row,) = re.findall(rf"^\| `{name}[` ].*", page, re.MULTILINE)
+        missing = [parameter.opts[0] for parameter in command.params if f"`{parameter.opts[0]}" not in row]
+        assert missing == [], name
+
+
+def test_it_is_a_command_line_of_its_own():
+    called = [sys.executable, "-m", "experiments", "train", "--method", "none"]
+    done = subprocess.run(called, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: Invalid value for '--method': 'none' is not one of base, lora")
+    assert done.stderr.endswith("See python -m experiments train --help.\n")
