@@ -1,10 +1,9 @@
 """Adapters that keep vision-language models looking at the image. Importing registers their types with PEFT."""
 
+from . import methods
 from .checkpoints import convert_reference_checkpoint, export_reference_checkpoint
 from .loading import add_adapters, load_adapters, save_adapter
-from .methods.dipe import DIPEConfig, DIPEModel
-from .methods.tdrs import TDRSConfig, TDRSModel
-from .pvm import PVMConfig, PVMModel, hotswap_adapter
+from .methods import *  # noqa: F403  # configurations and tuners
 from .registry import extend_peft, register
 from .tuners.attached import attached
 from .versions import check_versions
@@ -12,23 +11,17 @@ from .versions import check_versions
 
 __version__ = "0.1.0"
 __all__ = [
-    "DIPEConfig",
-    "DIPEModel",
-    "PVMConfig",
-    "PVMModel",
-    "TDRSConfig",
-    "TDRSModel",
     "add_adapters",
     "attached",
     "convert_reference_checkpoint",
     "export_reference_checkpoint",
-    "hotswap_adapter",
     "load_adapters",
+    "register",
     "save_adapter",
 ]
+__all__ += methods.__all__
 
 check_versions()
-register(PVMConfig, PVMModel)
-register(DIPEConfig)
-register(TDRSConfig)
+for method in methods.METHODS:
+    register(method.config, method.tuner)
 extend_peft()

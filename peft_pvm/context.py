@@ -294,9 +294,28 @@ class VisualContext:
         return self.derived("text behind images", self._find_text_behind_images)
 
     def _find_text_behind_images(self) -> torch.Tensor:
-        filled = self.memory.slots >= 0
         if self.visual_mask is None:  # whatever is in memory stands before these tokens
-            return filled.any(1, keepdim=True).expand(self.batch_size, self.seq_len)
-        first_slot = torch.where(filled, self.memory.slots, torch.iinfo(torch.long).max).amin(1, keepdim=True)
+            return (self.memory.slots >= 0).any(1, keepdim=True).expand(self.batch_size, self.seq_len)
         slots = torch.arange(self.seq_len, device=self.device) + self.past_length
-        return ~self.visual_mask & (slots > first_slot)
+        return ~self.visual_mask & (slots > self._first_slots())
+
+    def text_before_images(self, num_keys: int) -> torch.Tensor:
+        """Which of the keys that a layer hands to its attention belong to text before a row's first visual token.
+
+        Args:
+            num_keys: How many keys that are.
+
+        Returns:
+            `(batch, num_keys)`, bool: all False in a row without visual tokens.
+        """
+
+        def compare() -> torch.Tensor:
+            slots = torch.arange(num_keys, device=self.device) + self.first_key(num_keys)
+            return (slots < self._first_slots()) & (self.memory.slots >= 0).any(1, keepdim=True)
+
+        return self.derived(("text before images", num_keys), compare)
+
+    def _first_slots(self) -> torch.Tensor:
+        """The slot of each row's first visual token, `(batch, 1)`, int64; the largest there is in a row without."""
+        slots, none = self.memory.slots, torch.iinfo(torch.long).max
+        return torch.where(slots >= 0, slots, none).amin(1, keepdim=True)

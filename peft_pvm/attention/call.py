@@ -94,6 +94,11 @@ class AttentionCall:
         """Which keys are those of visual tokens, `(batch, num_keys)`, bool."""
         return self.context.visual_keys(self.key.shape[2])
 
+    @property
+    def text_before_images(self) -> torch.Tensor:
+        """Which keys are those of text before a row's first visual token, `(batch, num_keys)`, bool."""
+        return self.context.text_before_images(self.key.shape[2])
+
     def attend(self) -> Output:
         """What the attention function returns, with what the active adapters do to it.
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from .. import methods
 from ..families import find_vlm
 from ..loading import add_adapters
-from ..methods.dipe import DIPEConfig
-from ..methods.tdrs import TDRSConfig
 from ..pvm import PVMConfig
 from .naive import make_naive
 
@@ -53,22 +52,21 @@ def pvm_config(model: nn.Module) -> PVMConfig:
     return PVMConfig(r=max(1, round(PAPER_WIDTH * hidden_size / head_dim)) * head_dim, layers_to_transform=layers)
 
 
-def _dipe(model: nn.Module) -> DIPEConfig:
-    return DIPEConfig()
+def _config(method: methods.Method) -> Callable[[nn.Module], Any]:
+    """Makes a method's configuration, given the model: the default one, and of PVM that of the paper's proportions."""
+    return pvm_config if method.config is PVMConfig else lambda model: method.config()
 
 
-def _tdrs(model: nn.Module) -> TDRSConfig:
-    return TDRSConfig()
+def _rows() -> Iterator[tuple[str, Method]]:
+    yield "base", Method("base")
+    for method in methods.METHODS:
+        name, adapters = method.name, (_config(method),)
+        yield name.lower(), Method(name, adapters)
+        plain = Method(f"{name}, naive", adapters, is_naive=True, whole_matrices=method.plain_matrices)
+        yield f"{name.lower()}-naive", plain
+    configs = {method.name: _config(method) for method in methods.METHODS}
+    for names in (("PVM", "DIPE"), ("PVM", "DIPE", "T-DRS")):
+        yield "+".join(names).lower(), Method(" + ".join(names), tuple(configs[name] for name in names))
 
 
-METHODS = {
-    "base": Method("base"),
-    "pvm": Method("PVM", (pvm_config,)),
-    "pvm-naive": Method("PVM, naive", (pvm_config,), is_naive=True),
-    "dipe": Method("DIPE", (_dipe,)),
-    "dipe-naive": Method("DIPE, naive", (_dipe,), is_naive=True, whole_matrices=4),
-    "t-drs": Method("T-DRS", (_tdrs,)),
-    "t-drs-naive": Method("T-DRS, naive", (_tdrs,), is_naive=True, whole_matrices=9),
-    "pvm+dipe": Method("PVM + DIPE", (pvm_config, _dipe)),
-    "pvm+dipe+t-drs": Method("PVM + DIPE + T-DRS", (pvm_config, _dipe, _tdrs)),
-}
+METHODS = dict(_rows())

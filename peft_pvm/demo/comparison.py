@@ -14,9 +14,7 @@ from rich.table import Table
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
-from ..methods.dipe import DIPEConfig
-from ..methods.tdrs import TDRSConfig
-from ..pvm import PVMConfig
+from ..methods import METHODS, PVMConfig
 from ..terminal import Terminal
 from ..tuners.attached import attached
 from .mosaic import NUM_CELLS
@@ -31,7 +29,7 @@ LENGTHS = (0, 64, 128, 256, 512, 1024, 2048)
 def run_demo(out: str | os.PathLike | None = None, steps: int = 1000, rows: int = 16, seed: int = 0) -> None:
     """Train a PVM adapter on the shipped tiny model, save it, load it back; print accuracy by distractor length.
 
-    Beside the base and PVM it tests DIPE and T-DRS with their default settings, which need no training.
+    Beside the base and PVM it tests the methods that need no training, with their default settings.
 
     Args:
         out: Folder for the adapter; by default a temporary one, which is deleted at the end.
@@ -69,8 +67,7 @@ def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     for name, tested, configs in (
         ("base", model, []),
         ("PVM", pvm_model, []),
-        ("DIPE", model, [DIPEConfig()]),
-        ("T-DRS", model, [TDRSConfig()]),
+        *((method.name, model, [method.config()]) for method in METHODS if not method.needs_training),
     ):
         with attached(tested, *configs):
             results[name] = {length: recall(tested, length, rows, seed=seed, description=name) for length in LENGTHS}

@@ -1,0 +1,61 @@
+"""VAF: scores of visual keys are raised in text that comes after the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..attention.call import AttentionCall
+from ..attention.stages import KeyScale, Stage
+from ..checks import setting
+from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
+
+
+@dataclass
+class VAFConfig(AttentionMethod):
+    """Raises the scores of visual keys, and lowers those of the text before the image, in text that comes after it
+    (arXiv 2503.13107, "ClearSight").
+
+    With `s_ij` the score of query `i` and key `j`, in rows of text with an image before them::
+
+        s_ij = s_ij * visual      for visual keys
+        s_ij = s_ij * before      for keys of text before the first image, which the paper takes for the system prompt
+
+    The softmax follows. A score below 0 is pushed down by a factor above 1. Keys are multiplied instead of scores, so
+    that it runs on any kernel. In a forward with image tokens each layer attends twice, once for text and once for the
+    other rows. It has no parameters.
+
+    Args:
+        visual: What scores of visual keys are multiplied by, above 0.
+        before: What scores of text before the first image are multiplied by, above 0.
+        layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the paper's 9 to 14 of 32
+            layers, and the same part of other depths.
+        format_version: Of the saved adapter: leave it.
+        init_weights: Without effect: there are no weights. PEFT expects the field.
+    """
+
+    method: ClassVar[str] = "vaf"
+
+    visual: float = setting(1.15, "What scores of visual keys are multiplied by, above 0.", above=0)
+    before: float = setting(0.95, "What scores of text before the first image are multiplied by, above 0.", above=0)
+
+    def stages(self, layer: SteeredLayer) -> Stage:
+        """Scaled keys."""
+        return KeyScale(self._factors, rows="text")
+
+    def default_layers(self, layers: list[int]) -> list[int]:
+        """The paper's 9 to 14 of 32."""
+        first, last = (round(layer_idx / 31 * (len(layers) - 1)) for layer_idx in (9, 14))
+        return layers[first : last + 1]
+
+    def _factors(self, call: AttentionCall) -> torch.Tensor:
+        def make() -> torch.Tensor:
+            factors = torch.where(call.text_before_images, self.before, 1.0)
+            return torch.where(call.visual_keys, self.visual, factors)
+
+        return call.context.derived(("vaf", self.visual, self.before, call.key.shape[2]), make)
+
+
+VAFModel = attention_tuner(VAFConfig)
