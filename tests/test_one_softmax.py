@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, difference, logits
+from forwards import TOLERANCE, difference, logits
+from methods_under_test import METHODS
 from peft import get_peft_model
 from tiny_vlms import FAMILIES
 
