@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, difference, give_weight, logits
+from forwards import difference, logits
+from methods_under_test import METHODS, give_weight
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny_vlms import FAMILIES, TinyVLM

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, difference, give_weight, in_double, logits
+from forwards import TOLERANCE, difference, in_double, logits
+from methods_under_test import METHODS, give_weight
 from oracle import oracle
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import (
-    METHODS,
-    REPRESENTATIVE,
-    TOLERANCE,
-    Combination,
-    Method,
-    counted_graphs,
-    difference,
-    logits,
-    on_a_cpu,
-    prompt_and_step,
-)
-from tiny_vlms import FAMILIES
+from environment import on_a_cpu
+from forwards import TOLERANCE, counted_graphs, difference, logits, prompt_and_step
+from methods_under_test import METHODS, Combination, Method
+from tiny_vlms import FAMILIES, REPRESENTATIVE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, Combination, Method, difference, length_of, logits
+from forwards import TOLERANCE, difference, length_of, logits
+from methods_under_test import METHODS, Combination, Method
 from tiny_vlms import FAMILIES, TinyVLM
 from transformers import DynamicCache
 

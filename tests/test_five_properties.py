@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import TOLERANCE, Combination, Method, difference, logits
+from forwards import TOLERANCE, difference, logits
+from methods_under_test import Combination, Method
 from tiny_vlms import FAMILIES, TinyVLM
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask

@@ -11,21 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from conftest import (
+from environment import on_a_cpu
+from forwards import (
     GENERATE,
     LAST,
     PROMPTS,
     TOLERANCE,
-    Method,
     difference,
     generate,
     length_of,
     logits,
-    on_a_cpu,
     prefill,
     prompt_and_step,
     resume,
 )
+from methods_under_test import Method
 from peft import PeftModel
 from tiny_vlms import EOS, FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
 from transformers import DynamicCache, GenerationConfig, StaticCache

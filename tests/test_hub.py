@@ -12,16 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPRESENTATIVE
 from hub_server import Hub, serve
+from tiny_vlms import REPRESENTATIVE
 
 
 PRELUDE = """
 import json, sys
 sys.path.insert(0, {tests!r})
 import torch
-import conftest
-from conftest import METHODS, give_weight, logits
+from forwards import logits
+from methods_under_test import METHODS, give_weight
 from peft import PeftModel, get_peft_model
 from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, PVMConfig, hotswap_adapter

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import METHODS, logits
+from forwards import logits
+from methods_under_test import METHODS
 from tiny_vlms import FAMILIES
 from torch import nn
 

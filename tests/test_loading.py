@@ -11,7 +11,8 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import METHODS, difference, give_weight, logits
+from forwards import difference, logits
+from methods_under_test import METHODS, give_weight
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file

@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import Combination, Method, generate, logits, prefill
+from forwards import generate, logits, prefill
+from methods_under_test import Combination, Method
 from tiny_vlms import IMAGE, VIDEO, TinyVLM
 from transformers import StaticCache
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GENERATE, METHODS, difference
+from forwards import GENERATE, difference
+from methods_under_test import METHODS
 from tiny_vlms import FAMILIES
 from transformers import DynamicCache
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from conftest import METHODS, TOLERANCE, Combination, Method, difference, give_weight, logits
+from forwards import TOLERANCE, difference, logits
+from methods_under_test import METHODS, Combination, Method, give_weight
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_vlms import TinyVLM
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, Combination, Method, difference, give_weight, logits
+from forwards import TOLERANCE, difference, logits
+from methods_under_test import METHODS, Combination, Method, give_weight
 from peft import LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
 from tiny_vlms import FAMILIES
 from torch import nn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE, difference
+from forwards import TOLERANCE, difference
 from tiny_vlms import TinyVLM
 
 from peft_pvm.attention.rotation import between, inverse, rotate, rotation_tables, unit

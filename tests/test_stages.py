@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, difference, in_double, logits
+from forwards import TOLERANCE, difference, in_double, logits
+from methods_under_test import METHODS
 from peft import PeftModel, get_peft_model
 from tiny_vlms import FAMILIES
 

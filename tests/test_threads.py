@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import GENERATE, METHODS, difference, give_weight, logits
+from forwards import GENERATE, difference, logits
+from methods_under_test import METHODS, give_weight
 from peft import PeftModel
 from tiny_vlms import TinyVLM
 

@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import METHODS, difference, logits
+from forwards import difference, logits
+from methods_under_test import METHODS
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_vlms import FAMILIES
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from conftest import GENERATE, TOLERANCE, Combination, Method, difference, in_double, logits
+from forwards import GENERATE, TOLERANCE, difference, in_double, logits
+from methods_under_test import Combination, Method
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm.versions import CACHE

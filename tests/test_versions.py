@@ -110,7 +110,8 @@ def test_features_are_found_encoded_or_not():
 
 @pytest.mark.skipif(CACHE == "past_key_values", reason="transformers before 5.24 knows one name")
 def test_the_old_name_of_the_argument_still_works():
-    from conftest import METHODS, difference, logits
+    from forwards import difference, logits
+    from methods_under_test import METHODS
 
     family = FAMILIES["qwen3_vl"]
     model = METHODS["tdrs-inter+dipe+pvm"].attach(family.build())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import difference, logits
+from forwards import difference, logits
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from safetensors import safe_open

@@ -8,7 +8,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import METHODS, difference, give_weight, logits
+from forwards import difference, logits
+from methods_under_test import METHODS, give_weight
 from packaging.version import Version
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner

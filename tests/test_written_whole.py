@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, REPRESENTATIVE, logits
+from forwards import logits
+from methods_under_test import METHODS
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
-from tiny_vlms import FAMILIES, TinyVLM
+from tiny_vlms import FAMILIES, REPRESENTATIVE, TinyVLM
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from peft_pvm import PVMConfig
@@ -25,7 +26,7 @@ ROWS = ("t4 i t3 i t6",)
 BUILD = """
 import os, shutil, sys
 sys.path.insert(0, {tests!r})
-from conftest import METHODS
+from methods_under_test import METHODS
 from safetensors import safe_open
 from tiny_vlms import FAMILIES, TinyVLM
 

@@ -514,3 +514,5 @@ FAMILIES = {
 }
 
 GEMMA4_SHARED = TinyVLM("Gemma4ForConditionalGeneration", _gemma4_shared, _gemma4_image, _gemma4_video)
+
+REPRESENTATIVE = ("qwen3_vl", "llava", "gemma3")  # mRoPE and DeepStack; plain; sandwich norms and sliding windows

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import METHODS
+from methods_under_test import METHODS
 from peft import PeftConfig
 from pvm.test_checkpoints import GOLDEN, write_checkpoint
 from safetensors.torch import load_file

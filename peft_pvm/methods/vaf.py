@@ -43,14 +43,16 @@ class VAFConfig(AttentionMethod):
 
     def stages(self, layer: SteeredLayer) -> Stage:
         """Scaled keys."""
-        return KeyScale(self._factors, rows="text")
+        return KeyScale(self.of_keys, rows="text")
 
     def default_layers(self, layers: list[int]) -> list[int]:
         """The paper's 9 to 14 of 32."""
         first, last = (round(layer_idx / 31 * (len(layers) - 1)) for layer_idx in (9, 14))
         return layers[first : last + 1]
 
-    def _factors(self, call: AttentionCall) -> torch.Tensor:
+    def of_keys(self, call: AttentionCall) -> torch.Tensor:
+        """What the scores of each key are multiplied by, `(batch, num_keys)`."""
+
         def make() -> torch.Tensor:
             factors = torch.where(call.text_before_images, self.before, 1.0)
             return torch.where(call.visual_keys, self.visual, factors)

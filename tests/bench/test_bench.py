@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import logits
+from forwards import logits
 from tiny_vlms import FAMILIES
 from transformers import Qwen3VLForConditionalGeneration
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, Combination, difference, logits, prompt_and_step
+from forwards import TOLERANCE, difference, logits, prompt_and_step
+from methods_under_test import METHODS, Combination
 from tiny_vlms import FAMILIES
 from transformers import DynamicCache
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE, difference, in_double, logits, on_a_cpu
+from environment import on_a_cpu
+from forwards import TOLERANCE, difference, in_double, logits
 from oracle import oracle
 from peft import LoraConfig, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import METHODS, REPRESENTATIVE, TOLERANCE, difference, logits
-from tiny_vlms import FAMILIES
+from forwards import TOLERANCE, difference, logits
+from methods_under_test import METHODS
+from tiny_vlms import FAMILIES, REPRESENTATIVE
 from transformers import DynamicCache
 
 from peft_pvm import DIPEConfig, attached

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import difference, in_double, logits
+from forwards import difference, in_double, logits
 from oracle import oracle
 from peft import get_peft_model
 from tiny_vlms import IMAGE, VIDEO, TinyVLM

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import METHODS, REPRESENTATIVE
 from fuzz.test_fuzz import FOLDERS
+from methods_under_test import METHODS
 from pages import REPOSITORY
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_vlms import FAMILIES
+from tiny_vlms import FAMILIES, REPRESENTATIVE
 from transformers import AutoModelForImageTextToText
 
 from peft_pvm import DIPEConfig, TDRSConfig

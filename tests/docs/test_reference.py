@@ -5,12 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
-import inspect
 import pkgutil
-import re
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 
@@ -18,53 +15,13 @@ import pytest
 pytest.importorskip("matplotlib", reason="figures and command line need the extra lab")
 
 from pages import BLOCKS, REPOSITORY
+from reference import IDENTIFIERS, documented
 
 import peft_pvm
 from peft_pvm import integrations
 
 
 DOCS = REPOSITORY / "docs"
-IDENTIFIERS = [
-    identifier
-    for page in (DOCS / "api").glob("*.md")
-    for identifier in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
-]
-
-
-def resolve(identifier: str) -> object:
-    try:
-        return importlib.import_module(identifier)
-    except ModuleNotFoundError as error:
-        if error.name != identifier:
-            raise
-        module, _, name = identifier.rpartition(".")
-        return getattr(importlib.import_module(module), name)
-
-
-def public_names(module: ModuleType) -> dict[str, object]:
-    """What a module defines and does not hide, as mkdocstrings shows it."""
-    return {
-        name: found
-        for name, found in vars(module).items()
-        if not name.startswith("_")
-        and (inspect.isclass(found) or inspect.isfunction(found))
-        and found.__module__ == module.__name__
-    }
-
-
-def documented() -> list[object]:
-    found: list[object] = []
-    for identifier in IDENTIFIERS:
-        try:
-            entry = resolve(identifier)
-        except ImportError as error:
-            if (error.name or "").startswith("peft_pvm"):
-                raise
-            continue  # another package is not here; mkdocstrings reads the source without it
-        found += public_names(entry).values() if isinstance(entry, ModuleType) else [entry]
-    return found
-
-
 EXPORTING = [
     info.name
     for info in pkgutil.walk_packages(peft_pvm.__path__, "peft_pvm.")

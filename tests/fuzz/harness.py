@@ -18,8 +18,9 @@ from pathlib import Path
 from random import Random
 
 import torch
-from conftest import give_weight, logits
+from forwards import logits
 from huggingface_hub import ModelCard
+from methods_under_test import give_weight
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper

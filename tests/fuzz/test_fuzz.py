@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import REPRESENTATIVE
+from tiny_vlms import REPRESENTATIVE
 
 from fuzz.harness import Harness
 

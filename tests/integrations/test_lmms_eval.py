@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import give_weight
+from methods_under_test import give_weight
 from peft import get_peft_model
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig

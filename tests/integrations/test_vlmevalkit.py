@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import METHODS
+from methods_under_test import METHODS
 from tiny_vlms import FAMILIES
 
 from peft_pvm.tuners.active import acting_adapters

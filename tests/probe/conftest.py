@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import give_weight
+from methods_under_test import give_weight
 from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, PVMConfig, attached

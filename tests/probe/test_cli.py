@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as T
-from conftest import METHODS
+from methods_under_test import METHODS
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny_vlms import BOS, END, EOS, FAMILIES, IMAGE, PAD, START, TEXT, VOCAB

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, Method
+from forwards import TOLERANCE
+from methods_under_test import METHODS, Method
 from tiny_vlms import FAMILIES, GEMMA4_SHARED, TinyVLM
 
 from peft_pvm.attention.call import AttentionCall

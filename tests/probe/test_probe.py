@@ -10,7 +10,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import METHODS, TOLERANCE, Together, give_weight
+from forwards import TOLERANCE
+from methods_under_test import METHODS, Together, give_weight
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 

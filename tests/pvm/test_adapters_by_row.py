@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from conftest import GENERATE, METHODS, TOLERANCE, difference, give_weight, logits, prompt_and_step
+from forwards import GENERATE, TOLERANCE, difference, logits, prompt_and_step
+from methods_under_test import METHODS, give_weight
 from peft import PeftModel
 from tiny_vlms import FAMILIES, TinyVLM
 from transformers import StaticCache

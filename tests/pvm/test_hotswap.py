@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, counted_graphs, difference, give_weight, logits, prompt_and_step
+from forwards import TOLERANCE, counted_graphs, difference, logits, prompt_and_step
+from methods_under_test import METHODS, give_weight
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM

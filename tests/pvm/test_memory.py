@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import LAST, METHODS, TOLERANCE, difference, generate, length_of, logits, prefill, resume
+from forwards import LAST, TOLERANCE, difference, generate, length_of, logits, prefill, resume
+from methods_under_test import METHODS
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from tiny_vlms import FAMILIES, IMAGE, TinyVLM
 

@@ -7,7 +7,8 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import METHODS, TOLERANCE, difference, give_weight, logits
+from forwards import TOLERANCE, difference, logits
+from methods_under_test import METHODS, give_weight
 from peft import PeftModel, get_peft_model
 from peft.utils.merge_utils import dare_linear, ties
 from tiny_vlms import FAMILIES, TinyVLM

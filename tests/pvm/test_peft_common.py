@@ -18,8 +18,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import METHODS
 from filelock import FileLock
+from methods_under_test import METHODS
 from tiny_vlms import FAMILIES
 from transformers import Qwen3VLForConditionalGeneration
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, difference, logits
+from forwards import difference, logits
+from methods_under_test import METHODS
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
@@ -130,7 +131,7 @@ def test_loading_for_training(tiny: TinyVLM, saved: Path):
 
 def test_several_adapters(tiny: TinyVLM, tmp_path: Path):
     """Load, switch, sum, delete; adapters of different widths on different layers."""
-    from conftest import give_weight
+    from methods_under_test import give_weight
 
     base = tiny.build()
     inputs = tiny.inputs(base, *ROWS)

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import METHODS, difference, give_weight, logits
+from forwards import difference, logits
+from methods_under_test import METHODS, give_weight
 from peft import PeftModel, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration

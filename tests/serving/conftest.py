@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import give_weight
+from methods_under_test import give_weight
 from peft import get_peft_model
 
 from peft_pvm import DIPEConfig, PVMConfig

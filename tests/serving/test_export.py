@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import give_weight
+from methods_under_test import give_weight
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_vlms import FAMILIES

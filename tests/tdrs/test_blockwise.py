@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import difference, in_double, logits
+from forwards import difference, in_double, logits
 from oracle import oracle, reweighted
 from tiny_vlms import FAMILIES
 from transformers import DynamicCache

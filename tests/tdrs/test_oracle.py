@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import difference, in_double, logits, on_a_cpu
+from environment import on_a_cpu
+from forwards import difference, in_double, logits
 from oracle import oracle
 from peft import get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM

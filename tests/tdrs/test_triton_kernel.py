@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import difference, logits
+from forwards import difference, logits
 from tiny_vlms import FAMILIES
 from torch.nn.attention.flex_attention import create_block_mask
 

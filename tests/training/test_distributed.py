@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import difference
+from forwards import difference
 from peft import PeftModel
 from safetensors.torch import load_file
 from training_runs import EXAMPLES, adapter_weights, arguments, by_rank, run

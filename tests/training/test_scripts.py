@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import difference
+from forwards import difference
 from peft import PeftModel
 from safetensors.torch import load_file
 from training_runs import adapter_weights, run, start

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS
+from methods_under_test import METHODS
 from peft import LoraConfig, get_peft_model
 from tiny_vlms import TinyVLM
 from training_runs import script

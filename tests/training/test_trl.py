@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import give_weight
+from methods_under_test import give_weight
 from peft import LoraConfig, get_peft_model
 from training_runs import EXAMPLES, run, script
 
