@@ -52,7 +52,7 @@ class Visibility:
             Bool, broadcastable to `(batch, heads, queries, keys)`. `None`: each sees all.
         """
         mask = self.attention_mask
-        if isinstance(mask, BlockMask) or (mask is not None and mask.dim() == 4):
+        if self.mask_decides:
             return self._of_four_axes(queries, keys)
 
         visible = None
@@ -77,6 +77,29 @@ class Visibility:
         if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.dtype == torch.bool:
             return None
         return mask[:, :, queries, : self.num_keys][..., keys]
+
+    def entries(self) -> tuple[torch.Tensor | None, float | None]:
+        """The mask as one tensor, for a kernel that reads it by itself: a rule in Python is written out whole.
+
+        Returns:
+            `(batch or 1, heads or 1, num_queries or 1, num_keys)`, bool, or float to be added to the scores, `None`
+            without a mask; and for a float mask what an entry must be above for its key to be visible.
+        """
+        mask = self.attention_mask
+        if mask is None:
+            return None, None
+        if isinstance(mask, BlockMask):
+            return self.mask(), None
+        if mask.dim() == 2:
+            return self._padded(mask)[:, None, None], None
+        mask = mask[..., : self.num_keys]
+        return mask, None if mask.dtype == torch.bool else _least(mask)
+
+    @property
+    def mask_decides(self) -> bool:
+        """Whether the mask alone says what is visible: not one that only marks padding."""
+        mask = self.attention_mask
+        return isinstance(mask, BlockMask) or (mask is not None and mask.dim() == 4)
 
     def ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """How many real tokens stand before each key and before each query's own key.
@@ -109,7 +132,7 @@ class Visibility:
             part = mask.mask_mod(batch, torch.zeros_like(batch), rows, self._keys(keys))
             return part[(None,) * (4 - part.dim())]  # a rule that does not look at the batch gives no such axis
         part = mask[:, :, queries, : self.num_keys][..., keys]
-        return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+        return part if part.dtype == torch.bool else part > _least(part)
 
     def _padded(self, mask: torch.Tensor) -> torch.Tensor:
         """A mask of two axes, as long as there are keys: what a static cache has not filled is hidden."""
@@ -152,6 +175,11 @@ def real_tokens(
     )
     visible = visibility._of_four_axes(slice(None), slice(None))[:, 0].expand(batch, seq_len, num_keys)
     return visible.gather(2, visibility.columns.expand(batch, -1).unsqueeze(2)).squeeze(2)
+
+
+def _least(mask: torch.Tensor) -> float:
+    """What an entry of a mask that is added to the scores must be above for its key to be visible."""
+    return torch.finfo(mask.dtype).min / 2
 
 
 def _device_of(attention_mask: Any) -> torch.device:

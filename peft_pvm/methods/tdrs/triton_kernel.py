@@ -8,10 +8,8 @@ from __future__ import annotations
 import os
 
 import torch
-import torch.nn.functional as F
 import triton  # type: ignore
 import triton.language as tl  # type: ignore
-from torch.nn.attention.flex_attention import BlockMask
 
 from .blockwise import Inputs
 from .weights import Steps
@@ -82,7 +80,10 @@ class _Launch:
         key_ranks, query_ranks = visibility.ranks()
         self.query_ranks = self._of_batch(query_ranks[:, 0])
         of_queries, of_keys = inputs.inter or (None, None)
-        mask, self.mask_decides, least_bias = self._mask()
+        mask, least_bias = visibility.entries()
+        if mask is not None:
+            entries = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+            mask = entries.expand(self.batch, self.heads, self.num_queries, num_keys)
         self.arguments = dict(
             **_with_strides(query=query, key=key, content_query=content_query, content_key=content_key, value=value),
             **_with_strides(mask=mask),
@@ -97,12 +98,12 @@ class _Launch:
             kv_heads=kv_heads,
             scaling=float(inputs.scaling),
             softcap=None if inputs.softcap is None else float(inputs.softcap),
-            window=None if self.mask_decides else visibility.sliding_window,
+            window=None if visibility.mask_decides else visibility.sliding_window,
             least_bias=least_bias,
             sd_strength=float(config.sd_strength),
             dc_strength=float(config.dc_strength) or None,
             re_strength=float(config.re_strength) or None,
-            CAUSAL=visibility.is_causal and not self.mask_decides,
+            CAUSAL=visibility.is_causal and not visibility.mask_decides,
             IN_LOGITS=config.form == "logits",
             GROUP=group,
             SCORE_DIM=query.shape[-1],
@@ -139,7 +140,7 @@ class _Launch:
             log_total, farthest, least = self._run("statistics")
             log_least = least.amin(0) - log_total.logsumexp(0)
             farthest = farthest.amax(0)
-        elif visibility.is_causal and visibility.sliding_window is None and not self.mask_decides:
+        elif visibility.is_causal and visibility.sliding_window is None and not visibility.mask_decides:
             # The first real token is visible and of rank 0.
             farthest = self.query_ranks.float().unsqueeze(1).expand(-1, self.heads, -1)
         else:
@@ -166,28 +167,6 @@ class _Launch:
         statistics = torch.empty(shape, dtype=torch.float32, device=self.query_ranks.device)
         _pass[self.grid](**self.arguments, output=output, row_factors=row_factors, statistics=statistics, MODE=mode)
         return statistics
-
-    def _mask(self) -> tuple[torch.Tensor | None, bool, float | None]:
-        """The mask, whether it alone decides what is visible, and for a mask that is added what hides a key.
-
-        The mask is `(batch, heads, num_queries, num_keys)`, with stride 0 along axes it does not have.
-        """
-        visibility = self.visibility
-        mask = visibility.attention_mask
-        if isinstance(mask, BlockMask):
-            mask = visibility.mask()  # a rule in Python, which a kernel cannot read: whole, so not linear in length
-        if mask is None:
-            return None, False, None
-        decides = mask.dim() != 2
-        if not decides:
-            missing = max(visibility.num_keys - mask.shape[1], 0)
-            mask = F.pad(mask.bool(), (0, missing))[:, None, None]
-        least_bias = None if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
-        if mask.dtype == torch.bool:
-            mask = mask.view(torch.uint8)
-        mask = mask[..., : visibility.num_keys]
-        shape = self.batch, self.heads, self.num_queries, visibility.num_keys
-        return mask.expand(shape), decides, least_bias
 
     def _of_batch(self, tensor: torch.Tensor) -> torch.Tensor:
         """One int32 for each token, `(batch, length)`, in rows without gaps."""
