@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import tiny_vlms
 
+from peft_pvm.methods import METHODS
+
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
@@ -19,6 +21,17 @@ def test_the_table_of_families_is_that_of_the_tests():
         name for row in re.findall(r"^\| .+ \| (.+) \|$", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
     ]
     assert sorted(ids) == sorted(tiny_vlms.FAMILIES)
+
+
+def test_the_table_of_methods_is_that_of_the_package():
+    table = README.partition("## Methods")[2].partition("\n## ")[0]
+    rows = re.findall(
+        r"^\| \*\*(.+?)\*\*.* \| (.+) \| \[arXiv (.+?)\]\(.+?\), \[docs\]\((.+)\) \|$", table, re.MULTILINE
+    )
+    assert [(name, paper) for name, _, paper, _ in rows] == [(row.name, row.config.paper) for row in METHODS]
+    assert [parameters == "none" for _, parameters, _, _ in rows] == [not row.needs_training for row in METHODS]
+    pages = [page.relative_to(REPOSITORY).as_posix() for page in REPOSITORY.glob("docs/methods/*.md")]
+    assert sorted(page for _, _, _, page in rows) == sorted(pages)
 
 
 def test_it_is_short():
