@@ -1,8 +1,8 @@
 """Adapter folders that earlier code saved load as they are, give the outputs they gave, and are saved alike.
 
-The code of commit 7a97acf wrote tests/data/saved/. Users' adapters look like that, so a failing test is no reason to
-write the folders again. `PYTHONPATH=CHECKOUT python tests/test_saved_before.py --write` writes them with the code of a
-checkout. The weights of the tiny model are not stored: transformers 5.16.1 and 5.24.0 build it equal to the bit.
+`python tests/test_saved_before.py --write` wrote tests/data/saved/ with the code of commit 7a97acf. The adapters of
+users look like that, so a failing test is no reason to write the folders again. The weights of the tiny model are not
+stored: transformers 5.16.1 and 5.24.0 build it equal to the bit.
 """
 
 from __future__ import annotations
