@@ -128,7 +128,7 @@ def attn_implementation(config: Any) -> str:
 
 
 def check_model_kwargs(model: Any, model_kwargs: dict[str, Any]) -> None:
-    """What `generate` does with keyword arguments that it does not know: it refuses them, and offers no list to add to.
+    """Refuse keyword arguments as `generate` does, which has no public list of those that it knows.
 
     Args:
         model: A transformers model.

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import peft
 import peft.peft_model
-import torch
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -78,9 +77,7 @@ def extend_peft() -> None:
     """
     if hasattr(PeftConfigMixin.from_pretrained, EXTENDED):
         return
-    _replace(
-        PeftConfigMixin, "from_pretrained", lambda original: _remembering_its_source(_refusing_what_is_none(original))
-    )
+    _replace(PeftConfigMixin, "from_pretrained", _refusing_what_is_none, _remembering_its_source)
     setattr(inspect.getattr_static(PeftConfigMixin, "from_pretrained").__func__, EXTENDED, True)
     _replace(PeftConfigMixin, "_get_peft_type", _refusing_what_is_none)
     _replace(PeftConfigMixin, "from_json_file", _refusing_what_is_no_object)
@@ -93,15 +90,17 @@ def extend_peft() -> None:
             vars(module)["set_peft_model_state_dict"] = set_state_dict
     _replace(PeftModel, "save_pretrained", saving_whole)
     _replace(PreTrainedModel, "save_pretrained", saving_whole)
-    _replace(PushToHubMixin, "_upload_modified_files", _with_cards)
+    _replace(PushToHubMixin, "_upload_modified_files", with_cards)
 
 
-def _replace(cls: type, name: str, changed: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put a changed method in the place of a method of a class, its own or inherited."""
+def _replace(cls: type, name: str, *wrappings: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Wrap a method of a class, its own or inherited. The last wrapping is the outermost."""
     original = inspect.getattr_static(cls, name)
     is_of_class = isinstance(original, classmethod)
-    replacement: Any = changed(original.__func__ if is_of_class else original)
-    setattr(cls, name, classmethod(replacement) if is_of_class else replacement)
+    method: Any = original.__func__ if is_of_class else original
+    for wrapping in wrappings:
+        method = wrapping(method)
+    setattr(cls, name, classmethod(method) if is_of_class else method)
 
 
 def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,11 +204,7 @@ def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..
 def _fitting_what_it_sets(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def set_peft_model_state_dict(
-        model: Any,
-        peft_model_state_dict: dict[str, torch.Tensor],
-        adapter_name: str = "default",
-        *args: Any,
-        **kwargs: Any,
+        model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> Any:
         if is_ours(model.peft_config[adapter_name]):
             peft_model_state_dict = fitted(model, adapter_name, peft_model_state_dict)
@@ -231,7 +226,9 @@ def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
-def _with_cards(original: Callable[..., Any]) -> Callable[..., Any]:
+def with_cards(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`push_to_hub`'s upload of a folder, which first gets back the cards of the adapters of this package in it."""
+
     @functools.wraps(original)
     def _upload_modified_files(self: Any, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         if has_ours(self):

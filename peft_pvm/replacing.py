@@ -69,16 +69,7 @@ def replacing(
         alive.acquire()
     try:
         yield staged
-        with contextlib.ExitStack() as below:
-            for part in [path for path in staged.iterdir() if path.is_dir()]:
-                into = below.enter_context(replacing(folder / part.name, entry, outdated, stays))
-                for path in part.iterdir():
-                    shutil.move(path, into / path.name)  # which may be on another file system
-                part.rmdir()
-            for path in staged.iterdir():
-                _sync(path)
-            with _locked_area(folder):
-                _replace(folder, own, entry, outdated, stays)
+        _replace_all(folder, own, entry, outdated, stays)
     finally:
         with _locked_area(folder):
             alive.release()
@@ -163,6 +154,27 @@ def _clear(folder: Path, area: Path) -> None:
 
 def _staged(own: Path, folder: Path) -> Path:
     return own / "new" / (folder.name or "root")
+
+
+def _replace_all(
+    folder: Path,
+    own: Path,
+    entry: str,
+    outdated: Callable[[Path], Iterable[str]],
+    stays: Callable[[Path], bool],
+) -> None:
+    """Give the staged files their places, and those in staged sub-folders theirs."""
+    staged = _staged(own, folder)
+    with contextlib.ExitStack() as below:
+        for part in [path for path in staged.iterdir() if path.is_dir()]:
+            into = below.enter_context(replacing(folder / part.name, entry, outdated, stays))
+            for path in part.iterdir():
+                shutil.move(path, into / path.name)  # which may be on another file system
+            part.rmdir()
+        for path in staged.iterdir():
+            _sync(path)
+        with _locked_area(folder):
+            _replace(folder, own, entry, outdated, stays)
 
 
 def _replace(

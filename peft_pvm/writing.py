@@ -160,26 +160,6 @@ def card_text(config: SavedConfig, results: list[dict[str, Any]]) -> str:
     """The card: what the Hub reads, how to load the adapter, its configuration, what was measured."""
     base = plain(config.base_model_name_or_path or "", 200)
     on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not os.path.exists(base)
-    name = f"{config.method.upper()} adapter"
-    data = ModelCardData(
-        library_name="peft",
-        base_model=base or None,
-        pipeline_tag="image-text-to-text",
-        tags=["peft-pvm", config.method, *([f"base_model:adapter:{base}"] if base else [])],
-        model_name=name if results else None,
-        eval_results=[
-            EvalResult(
-                task_type="image-text-to-text",
-                dataset_type=_slug(result["dataset"]),
-                dataset_name=plain(result["dataset"]),
-                metric_type=_slug(result["metric"]),
-                metric_name=plain(result["metric"]),
-                metric_value=result["value"],
-            )
-            for result in results
-        ]
-        or None,
-    )
     common = {field.name for field in dataclasses.fields(PeftConfig)} | {"init_weights", "format_version"}
     rows = [
         f"| `{field.name}` | {code_span(getattr(config, field.name), 500)} | {field.metadata.get('help', '')} |"
@@ -194,7 +174,7 @@ def card_text(config: SavedConfig, results: list[dict[str, Any]]) -> str:
     parameters = [] if config.has_parameters else ["It has no parameters."]
     lines = [
         "---",
-        data.to_yaml(),
+        _card_data(config, base, results).to_yaml(),
         "---",
         "",
         MARK,
@@ -222,6 +202,30 @@ def card_text(config: SavedConfig, results: list[dict[str, Any]]) -> str:
     if measured:
         lines += ["| Data set | Metric | Base | With this adapter |", "|---|---|---|---|", *measured, ""]
     return "\n".join(lines)
+
+
+def _card_data(config: SavedConfig, base: str, results: list[dict[str, Any]]) -> ModelCardData:
+    """What the Hub reads."""
+    task = "image-text-to-text"
+    evaluations = [
+        EvalResult(
+            task_type=task,
+            dataset_type=_slug(result["dataset"]),
+            dataset_name=plain(result["dataset"]),
+            metric_type=_slug(result["metric"]),
+            metric_name=plain(result["metric"]),
+            metric_value=result["value"],
+        )
+        for result in results
+    ]
+    return ModelCardData(
+        library_name="peft",
+        base_model=base or None,
+        pipeline_tag=task,
+        tags=["peft-pvm", config.method, *([f"base_model:adapter:{base}"] if base else [])],
+        model_name=f"{config.method.upper()} adapter" if results else None,
+        eval_results=evaluations or None,
+    )
 
 
 def _slug(name: str) -> str:

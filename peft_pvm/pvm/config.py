@@ -21,7 +21,8 @@ WIDEST = 2**20  # what a branch can be; a file that asks for more is damaged
 MOST_BRANCHES = MOST_MODULES = 64  # of one adapter
 BRANCH_FIELDS = ("r", "layers_to_transform", "memory_visibility", "memory_source", "mlp_ratio")
 
-# The sizes of each weight of a branch, by name, in the order of the state dict. "hidden" is one size for a base model, the others are each branch's own.
+# The sizes of each weight of a branch, by name, in the order of the state dict. "hidden" is one size for a base model,
+# the others are each branch's own.
 SIZES: dict[str, tuple[str | int, ...]] = {
     "text_reducer": ("r", "hidden"),
     "vision_reducer": ("r", "hidden"),
@@ -146,7 +147,7 @@ class PVMConfig(VisualConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.branches is not None:
             self._take_from_branches()
