@@ -8,10 +8,10 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from peft.utils import CONFIG_NAME
 
-from peft_pvm.cards import CARD_NAME
 from peft_pvm.demo.mosaic import NUM_CELLS, load_material
 from peft_pvm.loading import save_adapter
 from peft_pvm.replacing import replacing
+from peft_pvm.writing import CARD_NAME
 
 from .runs import RECIPES, load_method
 from .summary import Entry, Results

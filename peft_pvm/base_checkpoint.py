@@ -22,7 +22,7 @@ from .text import plain, quoted
 
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-FIRST_OF_TWO, BRANCH_SHARD = "model-00001-of-00002.safetensors", "model-pvm.safetensors"
+FIRST_OF_TWO, FURTHER_SHARD = "model-00001-of-00002.safetensors", "model-pvm.safetensors"
 
 
 class BaseCheckpoint:
@@ -56,13 +56,13 @@ class BaseCheckpoint:
                     )
                 self._shard_of[key] = shard
 
-    def copy(self, out: str | os.PathLike, config: dict[str, Any], branch: dict[str, Tensor]) -> Path:
+    def copy(self, out: str | os.PathLike, config: dict[str, Any], further: dict[str, Tensor]) -> Path:
         """Copy its shards as they are, and write one more.
 
         Args:
             out: Folder of the copy, which holds the old files or the new ones, whenever the process dies.
             config: What its `config.json` shall hold.
-            branch: Further weights, by name; none: no further shard.
+            further: More weights, by name; none: no more shards.
 
         Returns:
             `out`.
@@ -70,21 +70,21 @@ class BaseCheckpoint:
         Raises:
             ValueError: `out` is the checkpoint's own folder, or the checkpoint has such weights itself.
         """
-        if own := sorted(branch.keys() & self._shard_of.keys()):
+        if own := sorted(further.keys() & self._shard_of.keys()):
             raise ValueError(
                 f"{self.folder} holds {len(own)} of the adapter's tensors itself, such as {own[0]}. Name the base "
                 "model without an adapter."
             )
         # A loader takes a file of the name SINGLE for the whole model.
-        names = {shard: shard.name for shard in self.shards if not (branch and shard.name == SINGLE)}
+        names = {shard: shard.name for shard in self.shards if not (further and shard.name == SINGLE)}
         names |= {shard: _free(FIRST_OF_TWO, names.values()) for shard in self.shards if shard not in names}
         with self._writing(out) as staged:
             for shard, name in names.items():
                 shutil.copyfile(shard, staged / name)
-            if branch:
-                contiguous = {name: tensor.contiguous() for name, tensor in branch.items()}
-                save_file(contiguous, staged / _free(BRANCH_SHARD, names.values()), metadata={"format": "pt"})
-            self._finish(staged, config, {*self._shard_of, *branch})
+            if further:
+                contiguous = {name: tensor.contiguous() for name, tensor in further.items()}
+                save_file(contiguous, staged / _free(FURTHER_SHARD, names.values()), metadata={"format": "pt"})
+            self._finish(staged, config, {*self._shard_of, *further})
         return Path(out)
 
     def copy_without(self, out: str | os.PathLike, config: dict[str, Any], part: str) -> Path:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .peft_internals import is_tuner_child
 from .wrappers import look_inside, unwrapped
 
 
@@ -155,7 +155,8 @@ class VisionLanguageModel:
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, inside whatever others wrapped them in."""
-        return [unwrapped(layer) for layer in cast(nn.ModuleList, self.text_model.layers)]
+        stack: Any = self.text_model.layers
+        return [unwrapped(layer) for layer in stack]
 
     @property
     def self_attentions(self) -> dict[int, nn.Module]:
@@ -179,8 +180,8 @@ class VisionLanguageModel:
 
     def layer_name(self, layer_idx: int) -> str:
         """The full name of a decoder layer inside the model."""
-        layer = cast(nn.ModuleList, self.text_model.layers)[layer_idx]
-        return look_inside(f"{self.text_model_name}.layers.{layer_idx}".removeprefix("."), layer)[0]
+        stack: Any = self.text_model.layers
+        return look_inside(f"{self.text_model_name}.layers.{layer_idx}".removeprefix("."), stack[layer_idx])[0]
 
 
 def find_vlm(model: nn.Module) -> VisionLanguageModel:
@@ -196,31 +197,50 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
     Raises:
         ValueError: The model is of another shape; the message names the model, what it has and what was looked for.
     """
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", "")
-
-    def refuse(found: str, looked_for: str) -> ValueError:
-        return ValueError(
-            f"{type(model).__name__} (model_type {model_type!r}) is not a vision-language model that peft_pvm can "
-            f"attach to: {found}. Looked for {looked_for}. Families known by name: {', '.join(sorted(FAMILIES))}; a "
-            "model of the same shape works without being listed, any other needs a row in peft_pvm/families.py."
-        )
-
     if isinstance(model, PeftModel):
         raise ValueError(
             "The model is already a PeftModel. Attach to what it wraps: get_peft_model(model.get_base_model(), "
             "config), or peft_pvm.add_adapters(model.get_base_model(), ...) for adapters of several types."
         )
-    family = FAMILIES.get(model_type, VLMFamily())
+    placeholder_ids = _find_placeholder_ids(model)
+    modules = dict(model.named_modules())
+    text_model_name = _find_text_model(model, modules)
+    multimodal = _nearest_multimodal(modules, text_model_name)
+    if multimodal is None:
+        raise _refusal(
+            model,
+            f"no module above its text model {text_model_name!r} takes pixel values",
+            "a module whose forward takes input_ids and pixel_values and which calls the text model",
+        )
+    text_model = modules[text_model_name]
+    block = _check_layers(model, text_model)
+    return VisionLanguageModel(model, multimodal, text_model, text_model_name, block, placeholder_ids)
+
+
+def _refusal(model: nn.Module, found: str, looked_for: str) -> ValueError:
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    return ValueError(
+        f"{type(model).__name__} (model_type {model_type!r}) is not a vision-language model that peft_pvm can "
+        f"attach to: {found}. Looked for {looked_for}. Families known by name: {', '.join(sorted(FAMILIES))}; a "
+        "model of the same shape works without being listed, any other needs a row in peft_pvm/families.py."
+    )
+
+
+def _find_placeholder_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    config = getattr(model, "config", None)
+    family = FAMILIES.get(getattr(config, "model_type", ""), VLMFamily())
     placeholder_ids = {}
     for modality, fields in family.placeholders.items():
         ids = (getattr(config, name, None) for name in fields)
         placeholder_ids[modality] = tuple(token_id for token_id in ids if token_id is not None)
     if not placeholder_ids["image"]:
         looked_for = " or ".join(f"config.{name}" for name in family.placeholders["image"])
-        raise refuse("its config names no image placeholder token", looked_for)
+        raise _refusal(model, "its config names no image placeholder token", looked_for)
+    return placeholder_ids
 
-    modules = dict(model.named_modules())
+
+def _find_text_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    """The name of the one decoder stack."""
     text_models = [
         name
         for name, module in modules.items()
@@ -229,50 +249,13 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
         and hasattr(module, "embed_tokens")
     ]
     if len(text_models) != 1:
-        raise refuse(
-            f"it holds {len(text_models)} text models {text_models}", "one module with layers and embed_tokens"
+        raise _refusal(
+            model, f"it holds {len(text_models)} text models {text_models}", "one module with layers and embed_tokens"
         )
-    text_model_name = text_models[0]
-    text_model = modules[text_model_name]
-
-    multimodal = _nearest_multimodal(modules, text_model_name)
-    if multimodal is None:
-        raise refuse(
-            f"no module above its text model {text_model_name!r} takes pixel values",
-            "a module whose forward takes input_ids and pixel_values and which calls the text model",
-        )
-
-    text_type = getattr(text_model.config, "model_type", "")
-    block = BLOCKS.get(text_type, PRE_NORM)
-    for layer_idx, layer in enumerate(map(unwrapped, text_model.layers)):
-        if hasattr(layer, "cross_attn"):
-            raise refuse(
-                f"its decoder layer {layer_idx} ({type(layer).__name__}) looks at the image by cross-attention, so "
-                "that no image token stands among the text tokens whose distance could grow",
-                "image tokens in the sequence that self-attention reads",
-            )
-        children = {name for name, child in layer.named_children() if not is_tuner_child(child)}
-        # Norms in unknown places change where the branch belongs, so an unlisted layer must have no other children.
-        if not block.fits(layer) or (text_type not in BLOCKS and not children <= PRE_NORM_CHILDREN):
-            raise refuse(
-                f"decoder layer {layer_idx} ({type(layer).__name__} of text model type {text_type!r}) holds "
-                f"{sorted(children)}",
-                f"a decoder layer with {block.looked_for}" + ("" if text_type in BLOCKS else " and no other norm"),
-            )
-    if getattr(text_model.config, "residual_multiplier", 1) != 1:
-        raise refuse(
-            f"its text model (type {text_type!r}) scales what its layers add to the residual stream",
-            "a text model without residual_multiplier",
-        )
-    return VisionLanguageModel(model, multimodal, text_model, text_model_name, block, placeholder_ids)
+    return text_models[0]
 
 
-def is_tuner_child(module: nn.Module) -> bool:
-    """Whether `module` was put beside the base's modules by a tuner (of this package or another)."""
-    return isinstance(module, BaseTunerLayer) and not hasattr(module, "base_layer")
-
-
-def _nearest_multimodal(modules: dict[str, nn.Module], text_model_name: str) -> nn.Module | None:
+def _nearest_multimodal(modules: Mapping[str, nn.Module], text_model_name: str) -> nn.Module | None:
     name = text_model_name
     while name:
         name = name.rpartition(".")[0]
@@ -280,3 +263,35 @@ def _nearest_multimodal(modules: dict[str, nn.Module], text_model_name: str) -> 
         if "input_ids" in parameters and "pixel_values" in parameters:
             return modules[name]
     return None
+
+
+def _check_layers(model: nn.Module, text_model: Any) -> DecoderBlock:
+    """The shape of the decoder layers, if all of them have it."""
+    text_type = getattr(text_model.config, "model_type", "")
+    is_listed = text_type in BLOCKS
+    block = BLOCKS.get(text_type, PRE_NORM)
+    for layer_idx, layer in enumerate(map(unwrapped, text_model.layers)):
+        if hasattr(layer, "cross_attn"):
+            raise _refusal(
+                model,
+                f"its decoder layer {layer_idx} ({type(layer).__name__}) looks at the image by cross-attention, so "
+                "that no image token stands among the text tokens whose distance could grow",
+                "image tokens in the sequence that self-attention reads",
+            )
+        children = {name for name, child in layer.named_children() if not is_tuner_child(child)}
+        # Norms in unknown places change where the branch belongs, so an unlisted layer must have no other children.
+        if not block.fits(layer) or (not is_listed and not children <= PRE_NORM_CHILDREN):
+            looked_for = f"a decoder layer with {block.looked_for}"
+            raise _refusal(
+                model,
+                f"decoder layer {layer_idx} ({type(layer).__name__} of text model type {text_type!r}) holds "
+                f"{sorted(children)}",
+                looked_for if is_listed else f"{looked_for} and no other norm",
+            )
+    if getattr(text_model.config, "residual_multiplier", 1) != 1:
+        raise _refusal(
+            model,
+            f"its text model (type {text_type!r}) scales what its layers add to the residual stream",
+            "a text model without residual_multiplier",
+        )
+    return block

@@ -19,12 +19,11 @@ from peft.functional import delete_adapter
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
-from .adapter_file import AdapterFile
+from .adapter_file import PEFT_PREFIX, AdapterFile
 from .incoming import Incoming, loading
 from .names import adapter_names
 from .text import listed, plain
 from .tuners.active import activate
-from .tuners.base import PEFT_PREFIX
 from .writing import write_adapter
 
 
@@ -107,8 +106,9 @@ def _load(model: nn.Module, name: str, source: str) -> None:
         raise ValueError(plain(f"{refusal}: {error}", keep="\n")) from error
     # PEFT would say nothing, and run with half an adapter.
     if missing or strays:
+        attached: Any = model
         delete_adapter(model, name, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
-        del model.peft_config[name]  # type: ignore[union-attr, operator]
+        del attached.peft_config[name]
         lacks = f"it lacks {listed(missing)}" if missing else ""
         brings = f"nothing takes its {listed(strays)}" if strays else ""
         raise ValueError(f"{refusal}: {' and '.join(filter(None, (lacks, brings)))}.")

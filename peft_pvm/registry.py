@@ -14,21 +14,20 @@ import peft.peft_model
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, PeftType, register_peft_method, save_and_load
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
 from .adapter_file import AdapterFile
-from .cards import write_card
 from .data_file import OF_ADAPTERS, read_json
-from .fitting import fitted
-from .incoming import INCOMING, NOTHING, Incoming, loading
+from .incoming import INCOMING, NOTHING, Incoming, fitted, loading
+from .peft_internals import ASKS_TUNER_FOR_NAMES, add_peft_type, conversion_of, hub_arguments
 from .replacing import settle
 from .saving import has_ours, is_ours, ours_in, saving_whole
 from .text import plain
 from .tuners.attention_method import AttentionMethod, attention_tuner
 from .tuners.base import VisualConfig, VisualTuner
+from .writing import write_card
 
 
 EXTENDED = "peft_pvm_was_here"
@@ -59,12 +58,7 @@ def register(config_cls: type[VisualConfig], tuner_cls: type[VisualTuner] | None
             "cannot be told apart, so peft_pvm does not load. Please report this with your versions (python -m "
             "peft_pvm.env)."
         )
-    member = str.__new__(PeftType, member_name)
-    member._name_ = member._value_ = member_name
-    PeftType._member_map_[member_name] = member
-    PeftType._value2member_map_[member_name] = member
-    PeftType._member_names_.append(member_name)
-    type.__setattr__(PeftType, member_name, member)
+    add_peft_type(member_name)
     register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
 
 
@@ -81,32 +75,37 @@ def extend_peft() -> None:
     - A model with our adapters is saved by way of `saving_whole`, and not in a form that we do not load.
     - `push_to_hub` does not put an empty card in the place of ours.
     """
-    original = PeftConfigMixin.__dict__["from_pretrained"].__func__
-    if hasattr(original, EXTENDED):
+    if hasattr(PeftConfigMixin.from_pretrained, EXTENDED):
         return
-    from_pretrained = _remembering_its_source(_refusing_what_is_none(original))
-    setattr(from_pretrained, EXTENDED, True)
-    type_of = _refusing_what_is_none(PeftConfigMixin.__dict__["_get_peft_type"].__func__)
-    content_of = _refusing_what_is_no_object(PeftConfigMixin.__dict__["from_json_file"].__func__)
-    PeftConfigMixin.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
-    PeftConfigMixin._get_peft_type = classmethod(type_of)  # type: ignore[method-assign, assignment]
-    PeftConfigMixin.from_json_file = classmethod(content_of)  # type: ignore[method-assign, assignment]
-    peft_model_of = _saying_what_peft_loads(PeftModel.__dict__["from_pretrained"].__func__)
-    PeftModel.from_pretrained = classmethod(peft_model_of)  # type: ignore[method-assign, assignment]
-    PeftModel.load_adapter = _saying_what_peft_loads(PeftModel.load_adapter)  # type: ignore[method-assign]
-    PreTrainedModel.load_adapter = _saying_what_transformers_loads(PreTrainedModel.load_adapter)
-    if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):  # PEFT before 0.21 does not ask the tuner
-        set_state_dict = save_and_load.set_peft_model_state_dict
+    _replace(PeftConfigMixin, "from_pretrained", _refusing_what_is_none, _remembering_its_source)
+    setattr(inspect.getattr_static(PeftConfigMixin, "from_pretrained").__func__, EXTENDED, True)
+    _replace(PeftConfigMixin, "_get_peft_type", _refusing_what_is_none)
+    _replace(PeftConfigMixin, "from_json_file", _refusing_what_is_no_object)
+    _replace(PeftModel, "from_pretrained", _saying_what_peft_loads)
+    _replace(PeftModel, "load_adapter", _saying_what_peft_loads)
+    _replace(PreTrainedModel, "load_adapter", _saying_what_transformers_loads)
+    if not ASKS_TUNER_FOR_NAMES:
+        set_state_dict = _fitting_what_it_sets(save_and_load.set_peft_model_state_dict)
         for module in (peft, peft.peft_model, peft.utils, save_and_load):
-            module.set_peft_model_state_dict = _fitting_what_it_sets(set_state_dict)  # type: ignore[attr-defined]
-    for cls in (PeftModel, PreTrainedModel):
-        cls.save_pretrained = saving_whole(cls.save_pretrained)  # type: ignore[method-assign]
-    PushToHubMixin._upload_modified_files = _with_cards(PushToHubMixin._upload_modified_files)
+            vars(module)["set_peft_model_state_dict"] = set_state_dict
+    _replace(PeftModel, "save_pretrained", saving_whole)
+    _replace(PreTrainedModel, "save_pretrained", saving_whole)
+    _replace(PushToHubMixin, "_upload_modified_files", with_cards)
+
+
+def _replace(cls: type, name: str, *wrappings: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Wrap a method of a class, its own or inherited. The last wrapping is the outermost."""
+    original = inspect.getattr_static(cls, name)
+    is_of_class = isinstance(original, classmethod)
+    method: Any = original.__func__ if is_of_class else original
+    for wrapping in wrappings:
+        method = wrapping(method)
+    setattr(cls, name, classmethod(method) if is_of_class else method)
 
 
 def _refusing_what_is_none(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def read_config(cls, path, *args, **kwargs):
+    def read_config(cls: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             found = _read_settled(original, cls, path, *args, **kwargs)
             if not isinstance(found, PeftConfig):  # the type that PEFT is about to look up
@@ -141,7 +140,7 @@ def _read_settled(read: Callable[..., Any], cls: Any, path: Any, *args: Any, **k
 
 def _refusing_what_is_no_object(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def from_json_file(cls, path_json_file, **kwargs):
+    def from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> Any:
         content = read_json(path_json_file, OF_ADAPTERS)
         if not isinstance(content, dict) or len(content) > MOST_FIELDS or len(max(content, key=len, default="")) > 100:
             raise ValueError(
@@ -158,14 +157,14 @@ def _saying_what_peft_loads(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def load(*args, **kwargs):
+    def load(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         asked = call.arguments
         if INCOMING.get() is not NOTHING:
             return original(*args, **kwargs)
-        hub_kwargs, _, _ = PeftConfig._split_kwargs(asked.get("kwargs", {}))
+        hub_kwargs = hub_arguments(asked.get("kwargs", {}))
         file = AdapterFile(asked["model_id"], hub_kwargs.pop("subfolder", None), hub_kwargs)
-        patterns = asked.get("key_mapping") or getattr(asked.get("model"), "_checkpoint_conversion_mapping", None)
+        patterns = asked.get("key_mapping") or conversion_of(asked.get("model"))
         exact_patterns: dict[str, str] = {}
         if not patterns:
             asked["key_mapping"] = exact_patterns
@@ -184,7 +183,7 @@ def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def load_adapter(*args, **kwargs):
+    def load_adapter(*args: Any, **kwargs: Any) -> Any:
         asked = signature.bind(*args, **kwargs).arguments
         settings = asked.get("load_config")
         path = asked.get("peft_model_id") or getattr(settings, "pretrained_model_name_or_path", None)
@@ -204,7 +203,9 @@ def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..
 
 def _fitting_what_it_sets(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default", *args, **kwargs):
+    def set_peft_model_state_dict(
+        model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
         if is_ours(model.peft_config[adapter_name]):
             peft_model_state_dict = fitted(model, adapter_name, peft_model_state_dict)
         return original(model, peft_model_state_dict, adapter_name, *args, **kwargs)
@@ -214,19 +215,22 @@ def _fitting_what_it_sets(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if is_ours(config):
-            hub_kwargs, _, _ = cls._split_kwargs(kwargs)
-            config.set_source(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
+            config.set_source(pretrained_model_name_or_path, subfolder=subfolder, **hub_arguments(kwargs))
         return config
 
     return from_pretrained
 
 
-def _with_cards(original: Callable[..., Any]) -> Callable[..., Any]:
+def with_cards(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`push_to_hub`'s upload of a folder, which first gets back the cards of the adapters of this package in it."""
+
     @functools.wraps(original)
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
+    def _upload_modified_files(self: Any, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         if has_ours(self):
             for config, adapter in ours_in(Path(working_dir)):
                 write_card(config, adapter)

@@ -15,6 +15,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from .locks import Lock
@@ -23,6 +24,26 @@ from .locks import Lock
 AREA = ".peft-pvm-saving"  # in the folder that is written to, while somebody does
 LOCK, ALIVE, PLAN = "lock", "alive", "plan.json"
 COMPARED_BYTES = 2**20  # up to this size, files with the same content are left as they are
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """Files that are to take their places in a folder, `target`; the rest is as `replacing` takes it.
+
+    Attributes:
+        own: The hidden folder of this process, for the new files, the old ones and the note.
+    """
+
+    target: Path
+    own: Path
+    entry: str
+    outdated: Callable[[Path], Iterable[str]]
+    stays: Callable[[Path], bool]
+
+    @property
+    def folder(self) -> Path:
+        """Where the new files are until then."""
+        return _staged(self.own, self.target)
 
 
 @contextlib.contextmanager
@@ -63,22 +84,13 @@ def replacing(
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     with _locked_area(folder) as area:
         own = area / uuid.uuid4().hex
-        staged = _staged(own, folder)
-        staged.mkdir(parents=True)
+        files = _Staged(folder, own, entry, outdated, stays)
+        files.folder.mkdir(parents=True)
         alive = Lock(own / ALIVE)
         alive.acquire()
     try:
-        yield staged
-        with contextlib.ExitStack() as below:
-            for part in [path for path in staged.iterdir() if path.is_dir()]:
-                into = below.enter_context(replacing(folder / part.name, entry, outdated, stays))
-                for path in part.iterdir():
-                    shutil.move(path, into / path.name)  # which may be on another file system
-                part.rmdir()
-            for path in staged.iterdir():
-                _sync(path)
-            with _locked_area(folder):
-                _replace(folder, own, entry, outdated, stays)
+        yield files.folder
+        _place_all(files)
     finally:
         with _locked_area(folder):
             alive.release()
@@ -165,18 +177,27 @@ def _staged(own: Path, folder: Path) -> Path:
     return own / "new" / (folder.name or "root")
 
 
-def _replace(
-    folder: Path,
-    own: Path,
-    entry: str,
-    outdated: Callable[[Path], Iterable[str]],
-    stays: Callable[[Path], bool],
-) -> None:
+def _place_all(files: _Staged) -> None:
+    """Give the staged files their places, and those in staged sub-folders theirs."""
+    staged = files.folder
+    with contextlib.ExitStack() as below:
+        for part in [path for path in staged.iterdir() if path.is_dir()]:
+            into = below.enter_context(replacing(files.target / part.name, files.entry, files.outdated, files.stays))
+            for path in part.iterdir():
+                shutil.move(path, into / path.name)  # which may be on another file system
+            part.rmdir()
+        for path in staged.iterdir():
+            _sync(path)
+        with _locked_area(files.target):
+            _place(files)
+
+
+def _place(files: _Staged) -> None:
     """Give the staged files their places, all or none."""
-    staged, old = _staged(own, folder), own / "old"
+    folder, own, staged, entry, old = files.target, files.own, files.folder, files.entry, files.own / "old"
     written = sorted(path.name for path in staged.iterdir())
-    changed = [name for name in written if not _is_kept(folder / name, staged / name, stays)]
-    obsolete = [name for name in sorted(set(outdated(folder)) - set(written)) if os.path.lexists(folder / name)]
+    changed = [name for name in written if not _is_kept(folder / name, staged / name, files.stays)]
+    obsolete = [name for name in sorted(set(files.outdated(folder)) - set(written)) if os.path.lexists(folder / name)]
     for name in [*changed, *obsolete]:
         if (folder / name).is_dir():
             raise IsADirectoryError(f"{folder / name} is a folder, but a file is to be written there. Move it away.")

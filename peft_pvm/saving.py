@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import nn
 
-from .tuners.base import PEFT_PREFIX, VisualConfig, VisualTunerLayer
+from .adapter_file import PEFT_PREFIX, SavedConfig
+from .peft_internals import loads_adapters_itself, saved_along
+from .tuners.base import VisualTunerLayer
 from .wrappers import is_wrapped, plain_name, without_wrappers
 from .writing import written_whole
 
 
 def is_ours(config: Any) -> bool:
     """Whether a configuration is one of this package."""
-    return isinstance(config, VisualConfig)
+    return isinstance(config, SavedConfig)
 
 
 def has_ours(model: Any) -> bool:
@@ -32,11 +33,11 @@ def has_ours(model: Any) -> bool:
     return bool(_ours(getattr(model, "peft_config", None) or {}))
 
 
-def ours_in(folder: Path) -> Iterator[tuple[VisualConfig, Path]]:
+def ours_in(folder: Path) -> Iterator[tuple[SavedConfig, Path]]:
     """The configurations of this package's adapters in a folder and below, and where they are."""
     for file in folder.rglob(CONFIG_NAME):
         config = PeftConfig.from_pretrained(str(file.parent))
-        if isinstance(config, VisualConfig):
+        if isinstance(config, SavedConfig):
             yield config, file.parent
 
 
@@ -45,7 +46,7 @@ def saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         if not has_ours(self) or os.path.isfile(save_directory) or not given.get("is_main_process", True):
@@ -128,9 +129,8 @@ def check_whole(model: nn.Module, adapter_name: str, keys: Collection[str]) -> N
         ValueError: One is missing.
     """
     needed = set(own_tensors(model, adapter_name))
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-            needed |= {f"{_name_in_file(name)}.{key}" for key in module.adapter_state_dict_load_map(adapter_name)}
+    for name, wrapper in saved_along(model, adapter_name).items():
+        needed |= {f"{_name_in_file(name)}.{key}" for key in wrapper.adapter_state_dict_load_map(adapter_name)}
     if missing := sorted(needed.difference(keys)):
         raise ValueError(
             f"What is to be saved of adapter {adapter_name!r} lacks {len(missing)} of its {len(needed)} tensors, such "
@@ -153,7 +153,7 @@ def _adapters_to_save(model: Any, selected: Collection[str] | None) -> list[str 
         names = list(model.peft_config) if selected is None else list(selected)
         # The default adapter is last: its card takes the place of the one that PEFT writes each time.
         return sorted(names, key=lambda name: name == "default") if set(names) <= set(model.peft_config) else [None]
-    return [model.active_adapters()[0] if getattr(model, "_hf_peft_config_loaded", False) else None]
+    return [model.active_adapters()[0] if loads_adapters_itself(model) else None]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig
-from peft_pvm.inspection import inspect_adapter
+from peft_pvm.adapter_file import inspect_adapter
 from peft_pvm.text import plain
 
 

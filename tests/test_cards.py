@@ -12,8 +12,8 @@ from peft import get_peft_model
 from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, PVMConfig
-from peft_pvm.cards import card_text
 from peft_pvm.text import LONGEST, plain
+from peft_pvm.writing import card_text
 
 
 RESULTS = [

@@ -14,7 +14,7 @@ from tiny_vlms import FAMILIES
 
 import peft_pvm
 from peft_pvm import DIPEConfig, PVMConfig, PVMModel, TDRSConfig
-from peft_pvm.registry import _with_cards, extend_peft, register
+from peft_pvm.registry import extend_peft, register, with_cards
 
 
 def test_is_a_real_member():
@@ -53,7 +53,7 @@ def test_a_taken_name_is_refused():
 def test_a_model_without_our_adapters_is_pushed_as_ever(tmp_path: Path):
     """What lies in its folder is nobody's business."""
     (tmp_path / "adapter_config.json").write_text("damaged")
-    push = _with_cards(lambda model, folder: sorted(path.name for path in folder.iterdir()))
+    push = with_cards(lambda model, folder: sorted(path.name for path in folder.iterdir()))
     assert push(FAMILIES["llava"].build(), tmp_path) == ["adapter_config.json"]
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
 from peft_pvm import PVMConfig, TDRSConfig, attached, hotswap_adapter
-from peft_pvm.inspection import inspect_adapter
+from peft_pvm.adapter_file import inspect_adapter
 from peft_pvm.loading import load_adapters
 from peft_pvm.pvm.files import merge_adapters, read_adapter
 from peft_pvm.text import LONGEST

@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..families import find_vlm
-from ..pvm.shape import BranchShape
+from ..pvm.config import BranchShape
 from ..terminal import Terminal
 from .methods import pvm_config
 from .models import PRESETS

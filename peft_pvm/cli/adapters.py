@@ -10,14 +10,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..cards import write_card
-from ..checkpoints import convert_reference_checkpoint, export_reference_checkpoint
-from ..inspection import Inspection, inspect_adapter, read_config
+from ..adapter_file import Inspection, inspect_adapter, read_config
 from ..integrations.vllm import export_vllm as write_for_vllm
+from ..pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint
 from ..pvm.files import merge_adapters
 from ..pvm.merging import CombinationType
 from ..terminal import Terminal, say
 from ..text import plain, quoted
+from ..writing import write_card
 from .lists import finite_number, separated
 from .models import reading
 from .options import new_folder, one_of

@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
-from ..adapter_file import AdapterFile
-from ..inspection import inspect_adapter
+from ..adapter_file import AdapterFile, inspect_adapter
 from ..tuners.base import VisualConfig
 from .refusals import DEBUG, REFUSALS
 

@@ -28,13 +28,13 @@ from transformers import (
 )
 from trl.data_utils import prepare_multimodal_messages
 
+from ..adapter_file import PEFT_PREFIX
 from ..base_checkpoint import CONFIG, weight_files
 from ..families import find_vlm
 from ..probe.observers import AttentionObserver, branches_observed, observed, undisturbed, visual_mask
 from ..replacing import replacing
 from ..saving import check_whole
 from ..tuners.active import base_of
-from ..tuners.base import PEFT_PREFIX
 from ..wrappers import without_wrappers
 from ..writing import write_adapter
 

@@ -14,34 +14,8 @@ from transformers.activations import ACT2FN
 
 from ..context import VisualContext
 from ..positions import gather_rows, scatter_rows
-from .config import PVMConfig
+from .config import BranchShape, PVMConfig
 from .reading import MemoryView, bank_of_hidden_states, view_of_memory
-from .shape import BranchShape
-
-
-# Every weight of a branch, in the order of the state dict.
-WEIGHTS = (
-    "text_reducer",
-    "vision_reducer",
-    "input_norm",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "q_norm",
-    "k_norm",
-    "post_attn_norm",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "output_expander",
-    "gate",
-)
-
-
-def weight_name(name: str, number: int = 0) -> str:
-    """What a weight of an adapter's branch of this number is called in the layer and in the adapter's file."""
-    return f"pvm_{name}_{number}" if number else f"pvm_{name}"
 
 
 class Gate(nn.Module):

@@ -1,12 +1,17 @@
-"""The configuration of a PVM adapter."""
+"""The configuration of a PVM adapter, and the sizes of its branches that follow from it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
+import torch
+
+from ..adapter_file import PEFT_PREFIX
 from ..checks import check, is_int, is_number, is_text, layer_list
+from ..text import quoted
 from ..tuners.base import VisualConfig
 
 
@@ -15,6 +20,32 @@ MEMORY_SOURCE = ("embeddings", "hidden_states")
 WIDEST = 2**20  # what a branch can be; a file that asks for more is damaged
 MOST_BRANCHES = MOST_MODULES = 64  # of one adapter
 BRANCH_FIELDS = ("r", "layers_to_transform", "memory_visibility", "memory_source", "mlp_ratio")
+
+# The sizes of each weight of a branch, by name, in the order of the state dict. "hidden" is one size for a base model,
+# the others are each branch's own.
+SIZES: dict[str, tuple[str | int, ...]] = {
+    "text_reducer": ("r", "hidden"),
+    "vision_reducer": ("r", "hidden"),
+    "input_norm": ("r",),
+    "q_proj": ("r", "r"),
+    "k_proj": ("keys", "r"),
+    "v_proj": ("keys", "r"),
+    "o_proj": ("r", "r"),
+    "q_norm": ("head",),
+    "k_norm": ("head",),
+    "post_attn_norm": ("r",),
+    "gate_proj": ("mlp", "r"),
+    "up_proj": ("mlp", "r"),
+    "down_proj": ("r", "mlp"),
+    "output_expander": ("hidden", "r"),
+    "gate": (1,),
+}
+WEIGHTS = tuple(SIZES)
+
+
+def weight_name(name: str, number: int = 0) -> str:
+    """What a weight of an adapter's branch of this number is called in the layer and in the adapter's file."""
+    return f"pvm_{name}_{number}" if number else f"pvm_{name}"
 
 
 @dataclass
@@ -116,7 +147,7 @@ class PVMConfig(VisualConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.branches is not None:
             self._take_from_branches()
@@ -164,3 +195,131 @@ class PVMConfig(VisualConfig):
         """
         check(self, "layers_to_transform", isinstance(self.layers_to_transform, list), "resolved on a base model")
         return cast(list[int], self.layers_to_transform)
+
+    def misfits(self, header: Mapping[str, torch.Tensor]) -> list[str]:
+        parts = self.parts()
+        needed = {
+            f".layers.{layer_idx}.pvm.{weight_name(name, number)}.weight": (name, number)
+            for number, part in enumerate(parts)
+            for layer_idx in part.layer_indices
+            for name in WEIGHTS
+        }
+        own = {key: key[key.rindex(".layers.") :] for key in header if ".layers." in key and ".pvm.pvm_" in key}
+        prefixes = {key.removesuffix(end) for key, end in own.items()}
+        problems = [f"its layers have different names, {quoted(sorted(prefixes))}"] if len(prefixes) > 1 else []
+        sizes: dict[tuple[str | int, int], int] = {}
+        for number, part in enumerate(parts):
+            sizes |= {("r", number): part.r, (1, number): 1}
+        for key, tensor in header.items():
+            if key not in own:
+                if not any(f"{saved}." in key.removeprefix(PEFT_PREFIX) for saved in self.modules_to_save or ()):
+                    problems.append(f"{key} is not PVM's, and modules_to_save does not name it")
+            elif own[key] not in needed:
+                problems.append(f"its configuration knows nothing of {key}")
+            elif not tensor.is_floating_point():
+                problems.append(f"{key} holds {tensor.dtype}, not floating-point numbers")
+            else:
+                name, number = needed[own[key]]
+                wanted = [(size, 0 if size == "hidden" else number) for size in SIZES[name]]
+                shape = [sizes.setdefault(size, length) for size, length in zip(wanted, tensor.shape)]
+                if shape != list(tensor.shape) or len(wanted) != tensor.dim():
+                    problems.append(f"{key} has shape {tuple(tensor.shape)}, which does not go with the others")
+        return problems + [f"it lacks {end}" for end in sorted(needed.keys() - own.values())]
+
+    def gates(self, tensors: Mapping[str, torch.Tensor]) -> list[dict[int, float]]:
+        gates = []
+        for number, part in enumerate(self.parts()):
+            name = f".pvm.{weight_name('gate', number)}.weight"
+            found = {key.rpartition(".layers.")[2]: tensor for key, tensor in tensors.items() if key.endswith(name)}
+            gates.append({layer_idx: float(found[f"{layer_idx}{name}"]) for layer_idx in part.layer_indices})
+        return gates
+
+
+@dataclass(frozen=True)
+class BranchShape:
+    """The sizes of a branch, derived from the base model's.
+
+    Attributes:
+        hidden_size: Width of the residual stream, D.
+        r: Width of the branch.
+        head_dim: Size of a head, the base model's.
+        num_heads: `r / head_dim`.
+        num_key_value_heads: `num_heads` by the base's grouping ratio, at least 1, a divisor of `num_heads`.
+        intermediate_size: Width of the branch's MLP.
+        hidden_act: The base's activation function, by name.
+        eps: The base's norm epsilon.
+        initializer_range: Standard deviation of fresh matrices.
+    """
+
+    hidden_size: int
+    r: int
+    head_dim: int
+    num_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    hidden_act: str
+    eps: float
+    initializer_range: float
+
+    @classmethod
+    def of(cls, config: PVMConfig, text_config: Any) -> BranchShape:
+        """The shape that `config` asks for on a base model with `text_config`.
+
+        Raises:
+            ValueError: `config.r` is not a multiple of the head size, the MLP would have no width or an absurd one, or
+                `text_config` lacks what the sizes come from.
+        """
+        base_heads = text_config.num_attention_heads
+        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // base_heads
+        if config.r % head_dim:
+            raise ValueError(
+                f"PVMConfig.r is {config.r}, but must be a multiple of the base model's head size {head_dim}: "
+                f"{head_dim}, {2 * head_dim}, {3 * head_dim}, ..."
+            )
+        num_heads = config.r // head_dim
+        base_groups = base_heads // (getattr(text_config, "num_key_value_heads", None) or base_heads)
+        num_key_value_heads = max(1, num_heads // base_groups)
+        while num_heads % num_key_value_heads:
+            num_key_value_heads -= 1
+        ratio = config.mlp_ratio
+        if ratio is None:
+            ratio = (
+                _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio") / text_config.hidden_size
+            )
+        if not 1 <= int(config.r * ratio) <= WIDEST:
+            raise ValueError(
+                f"PVMConfig.mlp_ratio is {ratio}, which makes the branch's MLP {int(config.r * ratio)} wide at "
+                f"r={config.r}, but it must be 1 to {WIDEST} wide."
+            )
+        return cls(
+            hidden_size=text_config.hidden_size,
+            r=config.r,
+            head_dim=head_dim,
+            num_heads=num_heads,
+            num_key_value_heads=num_key_value_heads,
+            intermediate_size=int(config.r * ratio),
+            hidden_act=_first(text_config, "hidden_act", "hidden_activation"),
+            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"),
+            initializer_range=text_config.initializer_range,
+        )
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight, by name."""
+        sizes: dict[str | int, int] = {
+            "r": self.r,
+            "hidden": self.hidden_size,
+            "keys": self.num_key_value_heads * self.head_dim,
+            "head": self.head_dim,
+            "mlp": self.intermediate_size,
+            1: 1,
+        }
+        return {name: tuple(sizes[size] for size in wanted) for name, wanted in SIZES.items()}
+
+
+def _first(text_config: Any, *names: str, hint: str = "") -> Any:
+    for name in names:
+        if (value := getattr(text_config, name, None)) is not None:
+            return value
+    raise ValueError(
+        f"{type(text_config).__name__} has none of {', '.join(names)}, which PVM's sizes come from{hint}."
+    )

@@ -1,22 +1,24 @@
-"""PVM adapters as files: read and combined without a base model."""
+"""Saved PVM adapters: read, combined without a base model, and loaded in the place of one that is attached."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from peft import PeftConfig
+import torch
+from torch import nn
+from transformers import PreTrainedModel
 
-from ..adapter_file import AdapterFile
-from ..fitting import PEFT_PREFIX, flaws
-from ..text import listed, plain, quoted
+from ..adapter_file import open_adapter, read_tensors
+from ..incoming import NOTHING
+from ..saving import own_tensors
+from ..text import quoted
 from ..writing import write_adapter
-from .branch import WEIGHTS, weight_name
 from .config import PVMConfig
-from .merging import Tensors, combine
-from .shape import SIZES
+from .layer import PVMLayer
+from .merging import Tensors, check_alike, combine
 
 
 def read_adapter(path: str | os.PathLike, **kwargs: Any) -> tuple[PVMConfig, Tensors]:
@@ -30,47 +32,8 @@ def read_adapter(path: str | os.PathLike, **kwargs: Any) -> tuple[PVMConfig, Ten
         ValueError: It is not a PVM adapter, or damaged, or its tensors are not those that its configuration speaks of.
         FileNotFoundError: There is no `adapter_model.safetensors`.
     """
-    config = PeftConfig.from_pretrained(os.fspath(path), **kwargs)
-    if not isinstance(config, PVMConfig):
-        raise ValueError(f"{plain(path, 200)} is an adapter of type {config.peft_type}, not PVM.")
-    file = cast(AdapterFile, config._source)
-    problems = _problems(file.header(), config)
-    tensors = {} if problems else dict(file.read())
-    if problems := problems or flaws(tensors.items()):
-        raise ValueError(f"{plain(path, 200)} does not hold what its configuration describes: {listed(problems)}.")
-    return config, tensors
-
-
-def _problems(header: Tensors, config: PVMConfig) -> list[str]:
-    """What does not go together in the names and shapes of a file, as far as that is known without a base model."""
-    parts = config.parts()
-    needed = {
-        f".layers.{layer_idx}.pvm.{weight_name(name, number)}.weight": (name, number)
-        for number, part in enumerate(parts)
-        for layer_idx in part.layer_indices
-        for name in WEIGHTS
-    }
-    own = {key: key[key.rindex(".layers.") :] for key in header if ".layers." in key and ".pvm.pvm_" in key}
-    prefixes = {key.removesuffix(end) for key, end in own.items()}
-    problems = [f"its layers have different names, {quoted(sorted(prefixes))}"] if len(prefixes) > 1 else []
-    sizes: dict[tuple[str | int, int], int] = {}
-    for number, part in enumerate(parts):
-        sizes |= {("r", number): part.r, (1, number): 1}
-    for key, tensor in header.items():
-        if key not in own:
-            if not any(f"{saved}." in key.removeprefix(PEFT_PREFIX) for saved in config.modules_to_save or ()):
-                problems.append(f"{key} is not PVM's, and modules_to_save does not name it")
-        elif own[key] not in needed:
-            problems.append(f"its configuration knows nothing of {key}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{key} holds {tensor.dtype}, not floating-point numbers")
-        else:
-            name, number = needed[own[key]]
-            wanted = [(size, 0 if size == "hidden" else number) for size in SIZES[name]]
-            shape = [sizes.setdefault(size, length) for size, length in zip(wanted, tensor.shape)]
-            if shape != list(tensor.shape) or len(wanted) != tensor.dim():
-                problems.append(f"{key} has shape {tuple(tensor.shape)}, which does not go with the others")
-    return problems + [f"it lacks {end}" for end in sorted(needed.keys() - own.values())]
+    config, file = open_adapter(path, PVMConfig, "PVM", **kwargs)
+    return config, read_tensors(config, file)
 
 
 def merge_adapters(
@@ -92,3 +55,42 @@ def merge_adapters(
     """
     config, tensors = combine([read_adapter(adapter) for adapter in adapters], weights, **options)
     return write_adapter(out, config, tensors)
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike,
+    adapter_name: str,
+    torch_device: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Give an attached PVM adapter the weights of another of the same shape, in place.
+
+    It is to PVM what `peft.utils.hotswap.hotswap_adapter` is to LoRA: nothing is added to the model or taken off it,
+    so that a compiled model stays compiled. A KV cache from before keeps the keys and values that the old weights made
+    of its images, as it keeps those of the base's attention: start new conversations with a new cache.
+
+    Args:
+        model: The model; wrapped by PEFT, compiled or neither.
+        model_name_or_path: Folder or Hub id of the new adapter.
+        adapter_name: Name of the attached adapter.
+        torch_device: Without effect: the weights go where the old ones are. PEFT's function has it.
+        kwargs: Arguments of `PeftConfig.from_pretrained`, such as `subfolder` and `revision`.
+
+    Raises:
+        ValueError: There is no such adapter on the model, or the new one is of another shape, or its file is wrong.
+            The old weights are then still there.
+    """
+    old = own_tensors(model, adapter_name)
+    if not old:
+        raise ValueError(f"The model has no PVM adapter {quoted(adapter_name)}.")
+    config, file = open_adapter(model_name_or_path, PVMConfig, "PVM", **kwargs)
+    layers = (module for module in model.modules() if isinstance(module, PVMLayer))
+    attached = next(layer.configs[adapter_name] for layer in layers if adapter_name in layer.configs)
+    check_alike([attached, config])
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    names = file.check(old, rename=NOTHING.renaming(base, old))
+    with torch.no_grad():
+        for key, tensor in file.read():
+            old[names[key]].copy_(tensor)
+    attached.lineage = config.lineage

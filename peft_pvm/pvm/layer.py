@@ -14,9 +14,8 @@ from ..by_row import this_thread
 from ..context import CONTEXT, VisualContext, dropped_keywords
 from ..families import VisionLanguageModel
 from ..tuners.base import VisualTunerLayer
-from .branch import WEIGHTS, Branch, fresh_weights, weight_name
-from .config import PVMConfig
-from .shape import BranchShape
+from .branch import Branch, fresh_weights
+from .config import WEIGHTS, BranchShape, PVMConfig, weight_name
 
 
 class PVMLayer(VisualTunerLayer):

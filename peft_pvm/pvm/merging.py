@@ -6,16 +6,15 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from peft.utils.merge_utils import dare_linear, ties
 
+from ..adapter_file import flaws
 from ..checks import LARGEST, is_number
-from ..fitting import flaws
 from ..text import listed, quoted
-from .branch import WEIGHTS, weight_name
-from .config import BRANCH_FIELDS, PVMConfig
+from .config import BRANCH_FIELDS, WEIGHTS, PVMConfig, weight_name
 
 
 CombinationType = Literal["linear", "ties", "dare_linear", "cat"]
@@ -65,6 +64,37 @@ def combine(
     Raises:
         ValueError: The adapters cannot be combined this way.
     """
+    _check_given(adapters, weights, combination_type)
+    if combination_type == "cat":
+        return _finite(*_side_by_side(adapters, weights))
+    configs = [config for config, _ in adapters]
+    check_alike(configs)
+    lineages = [config.lineage for config in configs]
+    if not force and (None in lineages or len(set(lineages)) > 1):
+        raise ValueError(
+            "The adapters are not known to have started from the same initial weights (lineage: "
+            f"{quoted(lineages)}), so that "
+            'the same number means something else in each. Use combination_type="cat", which adds up what they do, '
+            "or force=True."
+        )
+    _check_weights(weights, combination_type, density)
+    combined = {}
+    for key, first in adapters[0][1].items():
+        shapes = {tuple(tensors[key].shape) for _, tensors in adapters}
+        if len(shapes) > 1:
+            raise ValueError(f"{key} has different shapes in the adapters, {quoted(sorted(shapes))}.")
+        stacked = [tensors[key].float() for _, tensors in adapters]
+        kind = "linear" if first.dim() < 2 else combination_type
+        combined[key] = _merged(stacked, weights, kind, density or 0.0, majority_sign_method).to(first.dtype)
+    config = _derived(configs[0], branches=configs[0].branches)
+    config.lineage = lineages[0] if len(set(lineages)) == 1 else None
+    return _finite(config, combined)
+
+
+def _check_given(
+    adapters: Sequence[tuple[PVMConfig, Tensors]], weights: Sequence[float], combination_type: CombinationType
+) -> None:
+    """See that there is something to combine, in whatever way."""
     if combination_type not in get_args(CombinationType):
         raise ValueError(
             f"combination_type is {quoted(combination_type)}, but must be one of {get_args(CombinationType)}."
@@ -82,18 +112,10 @@ def combine(
     )
     if len(widths) > 1:
         raise ValueError(f"The adapters are of base models of different widths, {widths}.")
-    if combination_type == "cat":
-        return _finite(*_side_by_side(adapters, weights))
-    configs = [config for config, _ in adapters]
-    check_alike(configs)
-    lineages = [config.lineage for config in configs]
-    if not force and (None in lineages or len(set(lineages)) > 1):
-        raise ValueError(
-            "The adapters are not known to have started from the same initial weights (lineage: "
-            f"{quoted(lineages)}), so that "
-            'the same number means something else in each. Use combination_type="cat", which adds up what they do, '
-            "or force=True."
-        )
+
+
+def _check_weights(weights: Sequence[float], combination_type: CombinationType, density: float | None) -> None:
+    """See that the numbers given are such that a combination other than "cat" can be made with them."""
     if combination_type == "linear" and abs(sum(weights) - 1) > 1e-6:
         raise ValueError(
             f"The weights {quoted(list(weights))} add up to {sum(weights):g}, but must to 1: they average. To "
@@ -101,26 +123,25 @@ def combine(
         )
     if combination_type != "linear" and (density is None or not 0 <= density <= 1):
         raise ValueError(f"density is {quoted(density)}, but {combination_type!r} needs one from 0 to 1.")
-    total = sum(weights)
-    if total == 0:
+    if sum(weights) == 0:
         raise ValueError(f"The weights {quoted(list(weights))} add up to 0.")
+
+
+def _merged(
+    tensors: list[torch.Tensor],
+    weights: Sequence[float],
+    combination_type: str,
+    density: float,
+    majority_sign_method: Literal["total", "frequency"],
+) -> torch.Tensor:
+    """One tensor made from those of all adapters."""
+    if combination_type == "linear":
+        total = sum(weights)
+        return torch.stack([weight / total * tensor for weight, tensor in zip(weights, tensors)]).sum(0)
     scales = torch.tensor(list(weights), dtype=torch.float32)
-    combined = {}
-    for key, first in adapters[0][1].items():
-        shapes = {tuple(tensors[key].shape) for _, tensors in adapters}
-        if len(shapes) > 1:
-            raise ValueError(f"{key} has different shapes in the adapters, {quoted(sorted(shapes))}.")
-        stacked = [tensors[key].float() for _, tensors in adapters]
-        if combination_type == "linear" or first.dim() < 2:
-            merged = torch.stack([weight / total * tensor for weight, tensor in zip(weights, stacked)]).sum(0)
-        elif combination_type == "ties":
-            merged = ties(stacked, scales, cast(float, density), majority_sign_method)
-        else:
-            merged = dare_linear(stacked, scales, cast(float, density))
-        combined[key] = merged.to(first.dtype)
-    config = _derived(adapters[0][0], branches=adapters[0][0].branches)
-    config.lineage = lineages[0] if len(set(lineages)) == 1 else None
-    return _finite(config, combined)
+    if combination_type == "ties":
+        return ties(tensors, scales, density, majority_sign_method)
+    return dare_linear(tensors, scales, density)
 
 
 def _finite(config: PVMConfig, tensors: Tensors) -> tuple[PVMConfig, Tensors]:
@@ -144,19 +165,19 @@ def check_alike(configs: Sequence[PVMConfig]) -> None:
 def _side_by_side(
     adapters: Sequence[tuple[PVMConfig, Tensors]], weights: Sequence[float]
 ) -> tuple[PVMConfig, Tensors]:
-    branches: list[dict] = []
+    branches: list[dict[str, Any]] = []
     combined: Tensors = {}
     for (config, tensors), weight in zip(adapters, weights):
         for key, tensor in tensors.items():
-            match = cast(re.Match, WEIGHT.search(key))
-            name, number = match.group(1), int(match.group(2) or 0)
-            new_key = f"{key[: match.start()]}.pvm.{weight_name(name, len(branches) + number)}.weight"
-            combined[new_key] = tensor * weight if name == "gate" else tensor.clone()
+            if match := WEIGHT.search(key):
+                name, number = match.group(1), int(match.group(2) or 0)
+                new_key = f"{key[: match.start()]}.pvm.{weight_name(name, len(branches) + number)}.weight"
+                combined[new_key] = tensor * weight if name == "gate" else tensor.clone()
         branches += [{field: getattr(part, field) for field in BRANCH_FIELDS} for part in config.parts()]
     return _derived(adapters[0][0], branches=branches), combined
 
 
-def _derived(config: PVMConfig, **changes) -> PVMConfig:
-    derived = dataclasses.replace(config, lineage=None, **changes)
+def _derived(config: PVMConfig, branches: list[dict[str, Any]] | None) -> PVMConfig:
+    derived = dataclasses.replace(config, lineage=None, branches=branches)
     derived.target_modules = ()
     return derived

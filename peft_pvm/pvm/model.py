@@ -16,11 +16,9 @@ from ..saving import own_tensors
 from ..tap import Tap
 from ..text import quoted
 from ..tuners.base import VisualTuner, name_is_taken
-from .branch import weight_name
-from .config import PVMConfig
+from .config import BranchShape, PVMConfig, weight_name
 from .layer import PVMLayer
 from .merging import CombinationType, combine, lineage_of
-from .shape import BranchShape
 
 
 # The paper's layer sets, by model type, depth and hidden size.
@@ -44,7 +42,7 @@ def strided_layers(text_config: Any) -> list[int]:
 
 def _starts_fresh(config: PVMConfig) -> bool:
     """Whether an adapter starts from initial weights, to be trained: its tensors come from no file."""
-    return not config.inference_mode and (config._source is None or config._source.is_config_only())
+    return not config.inference_mode and (config.source is None or config.source.is_config_only())
 
 
 class PVMModel(VisualTuner):

@@ -46,9 +46,9 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
     for config in configs:
         if not isinstance(config, VisualConfig):
             raise TypeError(f"attached takes the configurations of peft_pvm, not {type(config).__name__}.")
-        if config._source is not None and config.has_parameters:
+        if config.source is not None and config.has_parameters:
             raise ValueError(
-                f"{type(config).__name__} was loaded from {quoted(config._source.path)}, but attached starts adapters "
+                f"{type(config).__name__} was loaded from {quoted(config.source.path)}, but attached starts adapters "
                 "afresh. Load the adapter with PeftModel.from_pretrained."
             )
     base = base_of(model)

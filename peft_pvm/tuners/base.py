@@ -6,32 +6,29 @@ import contextlib
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import transformers
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..adapter_file import FORMAT_VERSION, AdapterFile
-from ..cards import write_card
+from ..adapter_file import FORMAT_VERSION, PEFT_PREFIX, AdapterFile, SavedConfig
 from ..checks import check, check_settings, is_text
 from ..families import VisionLanguageModel, find_vlm
-from ..fitting import PEFT_PREFIX, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
-from ..incoming import INCOMING, NOTHING
+from ..incoming import INCOMING, NOTHING, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
 from ..names import check_adapter_name
 from ..tap import Tap
 from ..text import quoted
 from ..versions import LOADS_MODULES_TO_SAVE
 from ..wrappers import plain_name, unwrapped, without_wrappers
-from ..writing import written_whole
+from ..writing import write_card, written_whole
 
 
 @dataclass
-class VisualConfig(PeftConfig):
+class VisualConfig(SavedConfig):
     """Base of our configs.
 
     `target_modules` holds, after attaching, the names of the base modules that carry the adapter, for PEFT's own code
@@ -41,13 +38,7 @@ class VisualConfig(PeftConfig):
         format_version: Of the saved adapter: leave it.
     """
 
-    method: ClassVar[str]  # its name in lower case
-    title: ClassVar[str]
-    summary: ClassVar[str]
-    paper: ClassVar[str]  # its number on arXiv
-    has_parameters: ClassVar[bool] = True
     target_modules = cast(tuple[str, ...], ())  # without annotations, which would make them fields
-    _source = cast(AdapterFile | None, None)
 
     format_version: str = field(default=FORMAT_VERSION, metadata={"help": "Of the saved adapter: leave it."})
 
@@ -78,10 +69,6 @@ class VisualConfig(PeftConfig):
         with written_whole(save_directory) as staged:
             super().save_pretrained(str(staged), **kwargs)
             write_card(self, staged)
-
-    def set_source(self, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> None:
-        """Remember the folder or Hub repository this config was loaded from."""
-        self._source = AdapterFile(path, subfolder, hub_kwargs)
 
 
 class VisualTunerLayer(nn.Module, BaseTunerLayer):
@@ -235,7 +222,7 @@ class VisualTuner(BaseTuner):
         if saved:
             check_modules_to_save(self.model, saved, self._own_tensors(resolved))
         incoming = INCOMING.get()
-        file = incoming.file or resolved._source
+        file = incoming.file or resolved.source
         if incoming.by_transformers and not LOADS_MODULES_TO_SAVE and saved:
             raise NotImplementedError(
                 f"load_adapter of transformers {transformers.__version__} does not load what modules_to_save trained. "

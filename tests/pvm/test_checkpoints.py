@@ -129,7 +129,7 @@ def test_no_more_is_read_than_needed(golden, tmp_path: Path, monkeypatch):
     """Where the adapter alone is wanted, no tensor but the branch's is read at all."""
     theirs = write_checkpoint(golden, tmp_path / "theirs", shards=5)
     read: list[str] = []
-    from peft_pvm import checkpoints
+    from peft_pvm.pvm import checkpoints
 
     class Counting:
         def __init__(self, file):

@@ -10,9 +10,9 @@ from peft import PeftConfig
 from transformers import LlamaConfig, Qwen3VLTextConfig
 
 from peft_pvm import PVMConfig
-from peft_pvm.pvm.branch import WEIGHTS, fresh_weights
+from peft_pvm.pvm.branch import fresh_weights
+from peft_pvm.pvm.config import WEIGHTS, BranchShape
 from peft_pvm.pvm.model import strided_layers
-from peft_pvm.pvm.shape import BranchShape
 from peft_pvm.text import LONGEST
 
 

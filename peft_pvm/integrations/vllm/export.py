@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from ...adapter_file import PEFT_PREFIX, read_config
 from ...base_checkpoint import BaseCheckpoint
-from ...checkpoints import check_shapes
-from ...inspection import read_config
 from ...methods.dipe import DIPEConfig
 from ...pvm import PVMConfig
+from ...pvm.checkpoints import check_shapes
 from ...pvm.files import read_adapter
 from ...pvm.merging import Tensors
 from ...text import quoted
-from ...tuners.base import PEFT_PREFIX
 from .served import ARCHITECTURE, FIELD, fields_of
 
 

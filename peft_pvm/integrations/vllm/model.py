@@ -24,8 +24,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 from ...pvm import PVMConfig
-from ...pvm.branch import Branch, fresh_weights, weight_name
-from ...pvm.shape import BranchShape
+from ...pvm.branch import Branch, fresh_weights
+from ...pvm.config import BranchShape, weight_name
 from .labels import attach_labels, detach_labels
 from .served import acts_on, configs_of
 from .widening import anchored_across_modalities, supported_width, visual_keys_only

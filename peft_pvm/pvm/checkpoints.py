@@ -11,18 +11,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
-from .base_checkpoint import BaseCheckpoint, opened
-from .pvm import PVMConfig
-from .pvm.branch import fresh_weights, weight_name
-from .pvm.files import read_adapter
-from .pvm.merging import Tensors
-from .pvm.shape import BranchShape
-from .text import listed, plain
-from .tuners.base import PEFT_PREFIX
-from .writing import write_adapter, written_whole
+from ..adapter_file import PEFT_PREFIX
+from ..base_checkpoint import BaseCheckpoint, opened
+from ..text import listed, plain
+from ..writing import write_adapter, written_whole
+from .config import BranchShape, PVMConfig, weight_name
+from .files import read_adapter
+from .merging import Tensors
 
 
 BRANCH = ".pvm_block."  # in the name of every weight of the branch
@@ -160,10 +157,7 @@ def check_shapes(
         problems.append(f"layers {config.layer_indices} are named, but there are only {text_config.num_hidden_layers}")
     needed = {}
     for number, part in enumerate(config.parts()):
-        with torch.device("meta"):
-            fresh = fresh_weights(part, BranchShape.of(part, text_config))
-        for name, module in fresh.items():
-            shape = tuple(module.weight.shape)
+        for name, shape in BranchShape.of(part, text_config).weights().items():
             needed.update(
                 {(layer_idx, f"{weight_name(name, number)}.weight"): shape for layer_idx in part.layer_indices}
             )
@@ -182,8 +176,8 @@ def check_shapes(
 
 def _text_config(content: dict[str, Any]) -> Any:
     other = _without(content, ("model_type", "text_config"))
-    plain = _without(content["text_config"], FIELDS)
-    return AutoConfig.for_model(content["model_type"], **other, text_config=plain).get_text_config()
+    text = _without(content["text_config"], FIELDS)
+    return AutoConfig.for_model(content["model_type"], **other, text_config=text).get_text_config()
 
 
 def _without(content: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
