@@ -11,6 +11,8 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .peft_internals import held_by
+
 
 BASE = "__base__"  # what PEFT calls no adapter, where every row has its own
 
@@ -69,7 +71,7 @@ class AdaptersByRow:
         names = self.names(len(args[0]))
         if names is None:
             return args, kwargs
-        own = module._get_available_adapters()  # type: ignore[operator]
+        own = held_by(module)
         return args, {**kwargs, "adapter_names": [name if name in own else BASE for name in names]}
 
 

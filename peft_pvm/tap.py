@@ -26,8 +26,9 @@ from transformers import Cache
 from .by_row import AdaptersByRow, this_thread
 from .context import CONTEXT, VisualContext
 from .eviction import has_lost_keys, keys_by_layer
-from .families import VisionLanguageModel, is_tuner_child
+from .families import VisionLanguageModel
 from .memory import Coverage, VisualMemory, attach_memory, coverage_of, memory_of
+from .peft_internals import check_model_kwargs, held_by, is_tuner_child
 from .positions import placeholder_mask
 from .versions import cache_in, caches_in, modalities_in, paged_inputs
 
@@ -101,9 +102,8 @@ class Tap:
         return type(model).init_continuous_batching(model, *args, **kwargs)  # type: ignore[attr-defined]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        model = self.vlm.model
-        validate = type(model)._validate_model_kwargs  # type: ignore[attr-defined]
-        validate(model, {name: value for name, value in model_kwargs.items() if name != VISUAL_MASK})
+        known = {name: value for name, value in model_kwargs.items() if name != VISUAL_MASK}
+        check_model_kwargs(self.vlm.model, known)
 
     def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = _by_name(module, args, kwargs)
@@ -218,7 +218,7 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
 def _is_active(module: nn.Module) -> bool:
     if not isinstance(module, BaseTunerLayer) or not is_tuner_child(module) or module.disable_adapters:
         return False
-    return bool(set(module.active_adapters) & set(module._all_available_adapter_names()))
+    return bool(set(module.active_adapters) & held_by(module))
 
 
 def _context_of_own_embeds(visual_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> VisualContext:

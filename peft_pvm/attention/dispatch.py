@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..context import CONTEXT, VisualContext, dropped_keywords
 from ..families import VisionLanguageModel
+from ..peft_internals import attn_implementation
 from .call import AttentionCall, Output, base_kernel
 
 
@@ -60,7 +61,7 @@ class ConfigView:
 
     @property
     def _attn_implementation(self) -> str:
-        return steered_name(self.config._attn_implementation)
+        return steered_name(attn_implementation(self.config))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "config":  # asked by copy and pickle before there is a config

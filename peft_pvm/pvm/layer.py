@@ -13,6 +13,7 @@ from torch import nn
 from ..by_row import this_thread
 from ..context import CONTEXT, VisualContext, dropped_keywords
 from ..families import VisionLanguageModel
+from ..peft_internals import execution_device
 from ..tuners.base import VisualTunerLayer
 from .branch import Branch, fresh_weights
 from .config import WEIGHTS, BranchShape, PVMConfig, weight_name
@@ -80,7 +81,7 @@ class PVMLayer(VisualTunerLayer):
         reference = next(itertools.chain(norm.parameters(), decoder_layer.parameters()))
         device = device or reference.device
         if device.type == "meta":  # the base's weights are on the disk, and accelerate brings them to where they run
-            device = getattr(getattr(norm, "_hf_hook", None), "execution_device", None)
+            device = execution_device(norm)
         for name in self.adapter_layer_names:
             weights = getattr(self, name)
             if adapter_name not in weights:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..by_row import BASE
+from ..peft_internals import saved_along
 from ..saving import own_tensors
 from ..tap import Tap
 from ..text import quoted
@@ -134,15 +134,14 @@ class PVMModel(VisualTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for module in self.model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-                Tap.on(self.vlm).by_row.choose_in(module)
+        for module in saved_along(self.model, adapter_name).values():
+            Tap.on(self.vlm).by_row.choose_in(module)
         config = self.peft_config[adapter_name]
         if _starts_fresh(config):
             config.lineage = lineage_of(own_tensors(self.model, adapter_name))
 
     def _adapter_names(self) -> set[str]:
-        return {name for layer in self._tuner_layers() for name in layer._all_available_adapter_names()}
+        return {name for layer in self._tuner_layers() for name in layer.configs}
 
     def resolve(self, config: PVMConfig) -> PVMConfig:
         vlm = self.vlm

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from ..peft_internals import adapter_layers, held_by
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -29,9 +29,9 @@ def acting_adapters(model: nn.Module) -> list[str]:
         Names: those active in some layer that holds them and is not disabled.
     """
     acting = set()
-    for layer in _adapter_layers(model):
+    for layer in adapter_layers(model):
         if not layer.disable_adapters:
-            acting |= set(layer.active_adapters) & _held_by(layer)
+            acting |= set(layer.active_adapters) & held_by(layer)
     return [name for name in getattr(model, "peft_config", {}) if name in acting]
 
 
@@ -43,9 +43,9 @@ def activate(model: nn.Module, names: Collection[str], trainable: bool = True) -
         names: Those that act.
         trainable: Whether their weights require gradients from now on.
     """
-    for layer in _adapter_layers(model):
+    for layer in adapter_layers(model):
         layer.enable_adapters(True)
-        layer.set_adapter([name for name in names if name in _held_by(layer)], inference_mode=not trainable)
+        layer.set_adapter([name for name in names if name in held_by(layer)], inference_mode=not trainable)
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def restored(model: nn.Module) -> Iterator[dict[Any, list[str]]]:
         By layer that holds adapters, those that are active there and not disabled.
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    before = {layer: (list(layer.active_adapters), layer.disable_adapters) for layer in _adapter_layers(model)}
+    before = {layer: (list(layer.active_adapters), layer.disable_adapters) for layer in adapter_layers(model)}
     try:
         yield {layer: [] if disabled else active for layer, (active, disabled) in before.items()}
     finally:
@@ -89,14 +89,3 @@ def only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
             elif kept != active:
                 layer.set_adapter(kept)
         yield
-
-
-def _adapter_layers(model: nn.Module) -> list[Any]:
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [module for module in model.modules() if isinstance(module, kinds)]
-
-
-def _held_by(layer: Any) -> set[str]:
-    if isinstance(layer, AuxiliaryTrainingWrapper):
-        return layer._get_available_adapters()
-    return set(layer._all_available_adapter_names())

@@ -20,6 +20,7 @@ from ..checks import check, check_settings, is_text
 from ..families import VisionLanguageModel, find_vlm
 from ..incoming import INCOMING, NOTHING, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
 from ..names import check_adapter_name
+from ..peft_internals import forget_adapters, held_by, loads_adapters_itself
 from ..tap import Tap
 from ..text import quoted
 from ..versions import LOADS_MODULES_TO_SAVE
@@ -187,7 +188,7 @@ class VisualTuner(BaseTuner):
         # end, on whatever stands in the module's place then.
         layers = self._tuner_layers()
         for layer in layers:
-            if adapter_name not in layer._all_available_adapter_names():
+            if adapter_name not in layer.configs:
                 continue
             self.peft_config[adapter_name] = layer.configs[adapter_name]  # PEFT has put the new one there
             raise name_is_taken(adapter_name)
@@ -199,9 +200,8 @@ class VisualTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.remove_adapter(adapter_name)
-            if not getattr(model, "peft_config", None) and getattr(model, "_hf_peft_config_loaded", False):
-                # transformers' add_adapter sets it before it injects
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            if not getattr(model, "peft_config", None) and loads_adapters_itself(model):
+                forget_adapters(model)  # transformers' add_adapter counts them before it injects
             raise
         finally:
             self._attach_hooks()
@@ -325,9 +325,9 @@ class VisualTuner(BaseTuner):
         self.peft_config.pop(adapter_name, None)
         layers = self._tuner_layers()
         for layer in layers:
-            if adapter_name in layer._all_available_adapter_names():
+            if adapter_name in layer.configs:
                 layer.delete_adapter(adapter_name)
-        emptied = [layer for layer in layers if not layer._all_available_adapter_names()]
+        emptied = [layer for layer in layers if not layer.configs]
         if emptied:
             self._remove_layers(emptied)
 
@@ -360,13 +360,13 @@ class VisualTuner(BaseTuner):
         if merge:
             self._check_merge_allowed()
         layers = self._tuner_layers()
-        own = {adapter_name for layer in layers for adapter_name in layer._all_available_adapter_names()}
+        own = {adapter_name for layer in layers for adapter_name in layer.configs}
         self._remove_layers(layers)
         for name, module in list(self.model.named_modules()):
             # Only what these adapters wrapped: another tuner's layers and wrappers, nested below, stay.
             if not isinstance(module, AuxiliaryTrainingWrapper):
                 continue
-            if module._get_available_adapters() <= own:
+            if held_by(module) <= own:
                 parent, _, child_name = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child_name, module.original_module)
         configs = getattr(self.model, "peft_config", {})  # of all tuners on the model, where several are nested
