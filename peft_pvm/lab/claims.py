@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..probe.decay import fit_power_law
+from ..probe import fit_power_law
 from .experiment import MAIN_RECIPE
 from .methods import METHODS
 from .results import Cell, Entry, Results

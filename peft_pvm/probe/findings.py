@@ -1,4 +1,4 @@
-"""What a probe found: plain numbers that can be saved, read back and shown again."""
+"""What a probe found: plain numbers that can be written, read back and shown again."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..data_file import holding, read_json
-from ..extras import require
-from ..replacing import replacing
-from .decay import Dilution, PowerLaw, rounded
+from .measures import Dilution, PowerLaw, mean_over_layers, rounded
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 FORMAT_VERSION = 1
-NEEDED_TO_DRAW = ("lab", "matplotlib")  # the extra, and the module
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,11 @@ class ForwardRecord:
         """The same without the visual sinks of each layer."""
         return mean_over_layers([layer.mass_without_sinks for layer in self.attention])
 
+    @property
+    def text_tokens(self) -> list[int]:
+        """Non-visual tokens that each query sees, in the layer that sees most."""
+        return most_text_tokens(self.attention)
+
 
 @dataclass(frozen=True)
 class AdapterRecord:
@@ -130,25 +134,8 @@ class BranchRecord:
 
 
 @dataclass(frozen=True)
-class ProbeResult:
-    """What `probe` found. Every number is rounded to six significant digits.
-
-    Attributes:
-        model_name: The model.
-        prompt: As given.
-        environment: Versions and device.
-        settings: What the probe was asked for, and how the model computes.
-        num_prompt_tokens: Length of the prompt.
-        num_visual_tokens: Visual tokens among them.
-        grids: Rows and columns of visual tokens, for each image, where they are known; otherwise empty.
-        token_ids: What was generated.
-        tokens: The same as text.
-        unobserved_layers: Decoder layers without softmax attention, which have no weights to record.
-        forwards: The base first.
-        adapters: All that are attached.
-        branches: Of the PVM adapters that act.
-        images: PNG files of what was looked at, for the report.
-    """
+class Findings:
+    """The numbers of a `ProbeResult`, which explains the fields."""
 
     model_name: str
     prompt: str
@@ -175,42 +162,6 @@ class ProbeResult:
         """The generated tokens whose retrieval was kept."""
         return sorted({token for branch in self.branches for token in branch.retrieval})
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        """Write `probe.json`, the pictures and `report.html`, all or none. The same result gives the same bytes.
-
-        Args:
-            folder: Made if it is not there; files of the same name are overwritten.
-
-        Returns:
-            The path of the report.
-
-        Raises:
-            ImportError: matplotlib is not installed. All but the pictures and the report is written by then: `load`
-                reads it where matplotlib is.
-        """
-        from .html import report
-
-        missing = None
-        try:
-            require(*NEEDED_TO_DRAW)
-        except ImportError as error:
-            missing = error
-        else:
-            from .plots import draw
-
-            pictures = draw(self)
-        with replacing(folder, entry="probe.json") as staged:
-            for number, image in enumerate(self.images):
-                (staged / f"image-{number}.png").write_bytes(image)
-            (staged / "probe.json").write_text(self.to_json(), encoding="utf-8", newline="\n")
-            if missing is None:
-                for picture in pictures:
-                    (staged / f"{picture.name}.png").write_bytes(picture.png)
-                (staged / "report.html").write_text(report(self, pictures), encoding="utf-8", newline="\n")
-        if missing is not None:
-            raise ImportError(f"{folder} has the numbers, but neither pictures nor report. {missing}") from missing
-        return Path(folder) / "report.html"
-
     def to_json(self) -> str:
         """All numbers, without the images."""
         content = asdict(self)
@@ -219,8 +170,8 @@ class ProbeResult:
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> ProbeResult:
-        """Read back what `save` wrote.
+    def load(cls, folder: str | os.PathLike) -> Self:
+        """Read back what `ProbeResult.save` wrote.
 
         Args:
             folder: The folder.
@@ -246,6 +197,11 @@ class ProbeResult:
             return cls(**content, images=images)
 
 
+def most_text_tokens(attention: list[LayerAttention]) -> list[int]:
+    """How many non-visual tokens each query sees in the layer that sees most."""
+    return [max(position) for position in zip(*(layer.text_tokens for layer in attention))]
+
+
 def _forward(content: Mapping[str, Any]) -> ForwardRecord:
     attention = [LayerAttention(**{**layer, **_laws(layer, "")}) for layer in content["attention"]]
     return ForwardRecord(**{**content, **_laws(content, "mean_"), "attention": attention})
@@ -262,18 +218,3 @@ def _laws(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def _branch(content: Mapping[str, Any]) -> BranchRecord:
     retrieval = {int(token): weights for token, weights in content["retrieval"].items()}
     return BranchRecord(**{**content, "retrieval": retrieval})
-
-
-def mean_over_layers(by_layer: list[list[float]]) -> list[float]:
-    """The mean of each position over layers."""
-    return [rounded(sum(position) / len(position)) for position in zip(*by_layer)]
-
-
-def numbers(tensor: torch.Tensor) -> Any:
-    """A tensor as (nested) lists of rounded numbers."""
-    values = tensor.tolist()
-    return _rounded_all(values)
-
-
-def _rounded_all(values: Any) -> Any:
-    return [_rounded_all(value) for value in values] if isinstance(values, list) else rounded(values)
