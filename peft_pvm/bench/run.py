@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -107,11 +107,11 @@ class Runner:
     def __init__(self, model: nn.Module, name: str, context: int, settings: Settings):
         self.model: Any = structural_copy(model)
         METHODS[name].attach(self.model)
-        self.step: Callable[..., Any] = self.model
+        self.step: Any = self.model
         self.settings, self.context = settings, context
         if settings.compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self.step = cast(Any, torch.compile(self.model, mode=mode, fullgraph=True))
+            self.step = torch.compile(self.model, mode=mode, fullgraph=True)
         self.prompt = self._make_prompt(knows_images=name != "base")
         self.cache: Cache | None = None
         self.length = 0
@@ -163,7 +163,7 @@ class Runner:
                 calls.append(call)
 
         def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            context = cast(VisualContext | None, kwargs.get(CONTEXT))
+            context: VisualContext | None = kwargs.get(CONTEXT)
             if context is not None:
                 context.observers.append(observe)
 

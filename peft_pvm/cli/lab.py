@@ -23,9 +23,8 @@ from ..lab.step_time import Size, show_step_time
 from ..lab.tiny_vlm import SHIPPED, load_tiny_vlm, new_tiny_vlm, save_tiny_vlm
 from ..lab.train import train_base
 from ..terminal import say
-from .models import reading
 from .options import LARGEST_SEED, MANY, new_file, new_folder, one_of
-from .refusals import Commands
+from .refusals import Commands, reading
 
 
 app = typer.Typer(
