@@ -193,21 +193,21 @@ def measure(
         What the JSON file holds: "machine", "model", "settings", "loading", and "contexts", each with `Measured` by
         method.
     """
-    device = next(model.parameters()).device
-    names = list(dict.fromkeys(("base", *settings.methods)))
-    results = []
-    for context in settings.contexts:
-        results.append({"context": context, "methods": _measure_context(model, names, context, settings, progress)})
+    vlm, names = find_vlm(model), list(dict.fromkeys(("base", *settings.methods)))
+    results = [
+        {"context": context, "methods": _measure_context(model, names, context, settings, progress)}
+        for context in settings.contexts
+    ]
     progress("loading")
     return {
-        "machine": describe_machine(device),
+        "machine": describe_machine(next(model.parameters()).device),
         "model": {
             "name": type(model).__name__,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "decoder_layers": len(find_vlm(model).layers),
-            "hidden_size": find_vlm(model).text_config.hidden_size,
+            "decoder_layers": len(vlm.layers),
+            "hidden_size": vlm.text_config.hidden_size,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "attn_implementation": find_vlm(model).text_config._attn_implementation,
+            "attn_implementation": vlm.text_config._attn_implementation,
         },
         "settings": asdict(settings),
         "loading": measure_loading(model),

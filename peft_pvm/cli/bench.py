@@ -23,8 +23,8 @@ from ..terminal import Terminal
 from .options import (
     DTYPES,
     LARGEST_SEED,
-    MANY,
     check_device,
+    counted,
     counts,
     given,
     name_among,
@@ -47,12 +47,7 @@ Preset = Annotated[
     ),
 ]
 Layers = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=MANY,
-        help="Build only this many decoder layers of the preset, with the same share of its vocabulary.",
-    ),
+    int | None, counted("Build only this many decoder layers of the preset, with the same share of its vocabulary.")
 ]
 Lengths = Annotated[
     str,
@@ -76,13 +71,11 @@ def bench(
     layers: Layers = None,
     method: Annotated[str, typer.Option(help=f"Separated by commas: {', '.join(METHODS)}.")] = DEFAULT_METHODS,
     lengths: Lengths = DEFAULT_CONTEXTS,
-    visual_tokens: Annotated[
-        int, typer.Option(min=1, max=MANY, help="Of the one image in each row.")
-    ] = DEFAULTS.visual_tokens,
-    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Rows.")] = DEFAULTS.batch,
-    new_tokens: Annotated[int, typer.Option(min=1, max=MANY, help="Decoded in a round.")] = DEFAULTS.new_tokens,
-    rounds: Annotated[int, typer.Option(min=1, max=MANY, help="Of decoding.")] = DEFAULTS.rounds,
-    prefills: Annotated[int, typer.Option(min=1, max=MANY, help="Rounds of prefilling.")] = DEFAULTS.prefills,
+    visual_tokens: Annotated[int, counted("Of the one image in each row.")] = DEFAULTS.visual_tokens,
+    batch: Annotated[int, counted("Rows.")] = DEFAULTS.batch,
+    new_tokens: Annotated[int, counted("Decoded in a round.")] = DEFAULTS.new_tokens,
+    rounds: Annotated[int, counted("Of decoding.")] = DEFAULTS.rounds,
+    prefills: Annotated[int, counted("Rounds of prefilling.")] = DEFAULTS.prefills,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
     dtype: DType = "float32",
     attn_implementation: Annotated[str, typer.Option(help="The attention kernel.")] = "sdpa",
@@ -160,9 +153,7 @@ def scale(
     visual_tokens: Annotated[str, typer.Option(help="How many of them are visual.")] = "256,1024,4095",
     batch: Annotated[str, typer.Option(help="Conversations decoded in one step.")] = "1,64",
     sequences: Annotated[str, typer.Option(help="Conversations kept at once.")] = "1,1000,1000000",
-    branches: Annotated[
-        int | None, typer.Option(min=1, max=MANY, help="Decoder layers with PVM; by default the paper's.")
-    ] = None,
+    branches: Annotated[int | None, counted("Decoder layers with PVM; by default the paper's.")] = None,
     bandwidth: Annotated[float | None, typer.Option(help="Of memory, in GB a second, to tell times as well.")] = None,
 ) -> None:
     """Work out, from the shapes alone, what PVM keeps of a conversation and reads in a step, beside the base."""

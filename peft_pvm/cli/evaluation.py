@@ -34,6 +34,7 @@ from .options import (
     MANY,
     check_adapter,
     check_device,
+    counted,
     new_file,
     new_folder,
     one_of,
@@ -62,7 +63,7 @@ def probe(
     adapter: Annotated[
         list[str] | None, typer.Option(help="Folder or Hub id of an adapter. May be given several times; all act.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MANY, help="Length of the answer at most.")] = 64,
+    max_new_tokens: Annotated[int, counted("Length of the answer at most.")] = 64,
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
     dtype: Annotated[
         str, typer.Option(callback=one_of(PROBE_DTYPES), help=f"One of {', '.join(PROBE_DTYPES)}.")
@@ -205,8 +206,8 @@ def eval_lengths(
             help="Folder of further tasks; by default those of this package, such as pvm_paper.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, max=MANY, help="Documents of each task, for a try.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=MANY, help="Documents at a time.")] = 1,
+    limit: Annotated[int | None, counted("Documents of each task, for a try.")] = None,
+    batch_size: Annotated[int, counted("Documents at a time.")] = 1,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
     gen_kwargs: Annotated[str | None, typer.Option(help="Changes to the tasks' generation settings.")] = None,
 ) -> None:

@@ -32,6 +32,11 @@ LARGEST_SEED = 2**32 - 1  # that both torch and numpy take
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def counted(help: str) -> Any:
+    """An option that says how many there are of something, at least one."""
+    return typer.Option(min=1, max=MANY, help=help)
+
+
 def one_of(names: Collection[str]) -> Callable[[Value], Value]:
     """A callback for an option that is one of some names, or a list of them."""
 

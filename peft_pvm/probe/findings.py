@@ -89,11 +89,6 @@ class ForwardRecord:
         """The same without the visual sinks of each layer."""
         return mean_over_layers([layer.mass_without_sinks for layer in self.attention])
 
-    @property
-    def text_tokens(self) -> list[int]:
-        """Non-visual tokens that each query sees, in the layer that sees most."""
-        return most_text_tokens(self.attention)
-
 
 @dataclass(frozen=True)
 class AdapterRecord:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..plotting import as_png, line_look, logarithmic, new_figure, styled
-from .findings import BranchRecord, Findings, ForwardRecord
+from .findings import BranchRecord, Findings, ForwardRecord, most_text_tokens
 
 
 SMALLEST = 1e-6  # nats: below, a logarithmic axis shows noise
@@ -37,19 +37,14 @@ class Picture:
 
 
 def draw(result: Findings) -> list[Picture]:
-    """All pictures of a result. The same result gives the same bytes.
-
-    Args:
-        result: What to show.
-    """
+    """All pictures of a result. The same result gives the same bytes."""
     pictures = [_decay(result), _mass_by_layer(result), _layers(result)]
     if len(result.forwards) > 1:
         pictures.append(_divergence(result))
     if all(forward.lens is not None for forward in result.forwards):
         pictures.append(_lens(result))
     if result.branches:
-        pictures.append(_updates(result))
-        pictures.append(_retrieval(result))
+        pictures += [_updates(result), _retrieval(result)]
     return pictures
 
 
@@ -86,7 +81,7 @@ def _decay(result: Findings) -> Picture:
     _legend(by_token)
     for number, forward in enumerate(_compared(result)):
         look = line_look(number, every=0.12)
-        text_tokens = forward.text_tokens
+        text_tokens = most_text_tokens(forward.attention)
         points = {**look, "linestyle": "none", "markevery": 1}
         by_text.plot(text_tokens, [mass or np.nan for mass in forward.mean_mass], label=forward.name, **points)
         law = forward.mean_decay

@@ -85,15 +85,7 @@ class ProbeResult(Findings):
 
 
 def page(result: Findings, pictures: Sequence[Picture]) -> str:
-    """The page.
-
-    Args:
-        result: What was found.
-        pictures: As `draw` makes them of it.
-
-    Returns:
-        A whole HTML document.
-    """
+    """The page, a whole HTML document, with the pictures that `draw` makes of a result."""
     sections = [_summary(result), _looked_at(result), _forwards(result), _adapters(result)]
     sections += [_figure(picture) for picture in pictures]
     sections += [_tokens(result), _setting(result)]

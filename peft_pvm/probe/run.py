@@ -104,7 +104,8 @@ def probe(
     acting = acting_adapters(vlm.model)
     _check(vlm, model, inputs, settings)
     check_retrieval(retrieval_tokens, max_new_tokens)
-    token_ids, forwards, traces = _observe(vlm, inputs, acting, settings, progress or _untold)
+    progress = progress or (lambda description, done, total: None)
+    token_ids, forwards, traces = _observe(vlm, inputs, acting, settings, progress)
     return ProbeResult(
         **_describe(vlm, inputs, settings),
         prompt=prompt,
@@ -115,10 +116,6 @@ def probe(
         branches=_branches(traces, retrieval_tokens),
         images=list(images),
     )
-
-
-def _untold(description: str, done: int, total: int) -> None:
-    """The progress of somebody who asked for none."""
 
 
 def _observe(

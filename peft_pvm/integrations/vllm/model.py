@@ -242,15 +242,9 @@ def refuse_what_breaks(vllm_config: VllmConfig, has_anchors: bool) -> None:
         raise NotImplementedError(
             f"PVM and DIPE stand on the insides of vLLM {' and '.join(VERSIONS)}, but this is {vllm.__version__}."
         )
-    parallel = vllm_config.parallel_config
-    if (
-        max(
-            parallel.pipeline_parallel_size,
-            parallel.decode_context_parallel_size,
-            parallel.prefill_context_parallel_size,
-        )
-        > 1
-    ):
+    config = vllm_config.parallel_config
+    sizes = config.pipeline_parallel_size, config.decode_context_parallel_size, config.prefill_context_parallel_size
+    if max(sizes) > 1:
         raise NotImplementedError("PVM and DIPE in vLLM know tensor parallelism only: neither pipeline nor context.")
     if vllm_config.speculative_config is not None:
         raise NotImplementedError("PVM and DIPE in vLLM do not work with speculative decoding: leave it out.")
