@@ -26,10 +26,10 @@ class Shape:
     Attributes:
         title: What it stands for.
         layers: Number of decoder layers.
-        hidden_size: Their width.
-        intermediate_size: Of the FFN.
-        heads: Of queries.
-        kv_heads: Of keys and values.
+        hidden_size: The width of the residual stream.
+        intermediate_size: The width of the FFN.
+        heads: The number of query heads.
+        kv_heads: The number of key and value heads.
         head_dim: Width of a head.
         vocab_size: Number of tokens.
         ties_embeddings: Whether the output layer shares its weights with the input embeddings.
@@ -49,11 +49,11 @@ class Shape:
         """The configuration, with a vision tower as small as it gets: it is not measured.
 
         Args:
-            layers: So many decoder layers instead, and the same share of the vocabulary, so that the output layer
-                keeps its share of the work.
+            layers: Build this many decoder layers instead, and the same share of the vocabulary, so that the output
+                layer keeps its share of the work.
 
         Raises:
-            ValueError: There are not so many layers.
+            ValueError: The shape has fewer layers.
         """
         layers = self.layers if layers is None else layers
         if not 0 < layers <= self.layers:
@@ -110,11 +110,11 @@ def build_random(
     Args:
         preset: Its name.
         layers: Fewer decoder layers: see `Shape.config`.
-        dtype: Of the weights.
-        device: Where they are.
+        dtype: The dtype of the weights.
+        device: The device of the weights.
 
     Raises:
-        ValueError: There is no such preset, or it has not so many layers.
+        ValueError: There is no such preset, or it has fewer layers.
     """
     config = _shape(preset).config(layers)
     with torch.device(device), no_init_weights():
@@ -170,7 +170,7 @@ class Footprint:
 
     Attributes:
         weights: What a step of decoding reads of the base: all but the vision tower and the input embeddings.
-        cache: Of the KV cache, for a token.
+        cache: What a token takes in the KV cache.
         pvm_weights: What it reads of PVM: all but the projections of the memory.
         projections: PVM's keys and values, for a visual token.
         embeddings: What is kept of a visual token to project it with another adapter.
@@ -197,11 +197,11 @@ def footprint(preset: str, branches: int | None = None, bytes_of_a_number: int =
 
     Args:
         preset: Its name.
-        branches: How many decoder layers have one, the first ones; by default as many as in the paper.
+        branches: How many decoder layers, from the first on, have a branch; by default as many as in the paper.
         bytes_of_a_number: 2 for bf16.
 
     Raises:
-        ValueError: There is no such preset, or it has not so many layers.
+        ValueError: There is no such preset, or it has fewer layers.
     """
     of_preset = _shape(preset)
     if branches is not None and not 1 <= branches <= of_preset.layers:

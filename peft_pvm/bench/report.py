@@ -26,7 +26,7 @@ def ratios(result: dict[str, Any], context: int, name: str, what: str) -> list[f
     Args:
         result: What `measure` returns.
         context: Length of the prompt.
-        name: Of the method.
+        name: The name of the method.
         what: "prefill_s" or "decode_s".
     """
     (methods,) = (entry["methods"] for entry in result["contexts"] if entry["context"] == context)
@@ -121,8 +121,8 @@ def show_scale(
         visual_tokens: How many of them are visual.
         batches: Conversations decoded in one step.
         sequences: Conversations kept at once.
-        branches: As `footprint` takes them.
-        bandwidth: What memory delivers, in GB a second, to tell times as well.
+        branches: The number of branches, as for `footprint`.
+        bandwidth: The bandwidth of memory in GB a second, to print times as well.
 
     Raises:
         ValueError: As `footprint`, or a number out of its range.

@@ -36,14 +36,14 @@ class Settings:
     Attributes:
         methods: Names from `METHODS`; the base is always among them.
         contexts: Lengths of the prompt, visual tokens included.
-        visual_tokens: Of the one image, behind a few tokens of text.
+        visual_tokens: Tokens of the one image, which stands behind a few tokens of text.
         batch: Rows, all alike.
-        new_tokens: Decoded in a round.
-        rounds: Of decoding, after a token that does not count.
+        new_tokens: Tokens decoded in a round.
+        rounds: Rounds of decoding, after a token that does not count.
         prefills: Rounds of prefilling, after one that does not count.
         static_cache: Whether the KV cache has its full size from the start.
         compile: Whether decoding is compiled; on CUDA, into graphs. The cache is static then.
-        seed: Decides the embeddings.
+        seed: The seed of the embeddings.
     """
 
     methods: tuple[str, ...] = ("pvm", "pvm-naive", "dipe", "t-drs")
@@ -76,10 +76,10 @@ class Measured:
     """What one method took at one length.
 
     Attributes:
-        prefill_s: Of each round, in seconds.
-        decode_s: Of each round, the median time of a token, in seconds.
+        prefill_s: The time of each round, in seconds.
+        decode_s: The median time of a token in each round, in seconds.
         prefill_bytes: The most memory that the prefill takes for tensors, the KV cache included.
-        decode_bytes: The same of decoding one token.
+        decode_bytes: The same for decoding one token.
         attention_prefill: Time of the changed attention of one layer over that of the kernel alone, of each round.
         attention_decode: The same for one token.
         left_out: Why nothing was measured.
@@ -99,7 +99,7 @@ class Runner:
 
     Args:
         model: The model, without adapters.
-        name: Of the method.
+        name: The name of the method.
         context: Length of the prompt.
         settings: What is measured.
     """
@@ -187,7 +187,7 @@ def measure(
     Args:
         model: A vision-language model from transformers.
         settings: What is measured.
-        progress: Told what comes next.
+        progress: Called with what comes next.
 
     Returns:
         What the JSON file holds: "machine", "model", "settings", "loading", and "contexts", each with `Measured` by

@@ -111,7 +111,7 @@ def refuse_beside(context: typer.Context, option: str, allowed: Collection[str] 
     """Refuse options that would have no effect beside another one.
 
     Args:
-        context: Of the command.
+        context: The context of the command.
         option: The other one.
         allowed: Names of parameters that have an effect.
         reason: Why the rest has none, for the error.

@@ -58,7 +58,7 @@ def draw_curves(log: Sequence[Mapping[str, float]]) -> bytes:
     """Three panels over steps: loss, or the reward if there is one; gates; updates over the residual stream. A PNG.
 
     Args:
-        log: As `read_log` gives it.
+        log: What `read_log` returns.
 
     Raises:
         ValueError: It holds neither loss nor reward.

@@ -210,8 +210,8 @@ def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
     To be called on all processes. The adapters are on the model itself, not on a PeftModel around it.
 
     Args:
-        trainer: Whose model it is.
-        output_dir: Where to.
+        trainer: The trainer of the model.
+        output_dir: The folder to write to.
 
     Raises:
         ValueError: The model is a PeftModel, which saves itself.

@@ -27,14 +27,14 @@ class LayerAttention:
     Attributes:
         layer_idx: The decoder layer.
         visual_mass: What reaches the visual tokens, a number in [0, 1] for each generated token.
-        lowest_head: The same for the head in which it is smallest.
-        highest_head: The same for the head in which it is largest.
+        lowest_head: `visual_mass` of the head in which it is smallest.
+        highest_head: `visual_mass` of the head in which it is largest.
         text_to_visual: Attention to text over attention to visual tokens. `None` where nothing reaches these.
         text_tokens: How many non-visual tokens the query sees.
         sinks: The visual tokens that draw mass whatever the query, counted from the first visual token.
-        sink_mass: What reaches them.
-        decay: Of `visual_mass` with `text_tokens`.
-        dilution: The same.
+        sink_mass: The attention that reaches the sinks.
+        decay: The power law of `visual_mass` over `text_tokens`.
+        dilution: The dilution law of the same numbers.
     """
 
     layer_idx: int
@@ -60,10 +60,10 @@ class ForwardRecord:
 
     Attributes:
         name: "base", "adapters" (as the model stands), or "only" and an adapter's name.
-        adapters: Those that acted.
-        attention: Of every layer that has softmax attention.
-        mean_decay: Of the visual mass averaged over layers, with the `text_tokens` of the layer that sees most.
-        mean_dilution: The same.
+        adapters: The adapters that were active.
+        attention: Where each layer that has softmax attention looked.
+        mean_decay: The power law of `mean_mass` over the `text_tokens` of the layer that sees most.
+        mean_dilution: The dilution law of the same numbers.
         lens: For each layer, KL(final prediction || the layer's) at each generated token, in nats. `None`: the text
             model has no final norm that could be applied.
         kl_to_base: KL(this || base) of the prediction of each generated token, in nats; of the base itself 0.
@@ -117,8 +117,8 @@ class BranchRecord:
         gate: The learned scalar that the branch is multiplied by.
         relative_update: Norm of what it adds over the norm of the residual stream that it reads, for each generated
             token.
-        retrieval: By generated token, for the chosen ones, its cross-attention over the visual tokens, averaged over
-            heads; adds up to 1.
+        retrieval: For each chosen token, the branch's cross-attention over the visual tokens, averaged over heads. It
+            adds up to 1.
     """
 
     adapter: str

@@ -78,7 +78,7 @@ def visual_grids(vlm: VisionLanguageModel, inputs: Mapping[str, Any], num_visual
 
     Args:
         vlm: The model's parts.
-        inputs: What its processor gave for one prompt.
+        inputs: What the model's processor returned for one prompt.
         num_visual: Number of visual tokens in it.
 
     Returns:
@@ -114,10 +114,10 @@ def generate(
 
     Args:
         model: The transformers model.
-        inputs: Of the prompt.
-        max_new_tokens: Length at most.
+        inputs: The inputs of the prompt.
+        max_new_tokens: The largest length.
         generate_kwargs: More arguments for its `generate`.
-        progress: Told of every token.
+        progress: Called for every token.
     """
     arguments = {"do_sample": False, "num_beams": 1, **generate_kwargs, "return_dict_in_generate": False}
     streamer = None if arguments["num_beams"] > 1 else _CountingStreamer(progress, max_new_tokens)
@@ -144,8 +144,8 @@ def extended(model: Any, inputs: Mapping[str, Any], token_ids: Sequence[int]) ->
     """Inputs of a full forward over prompt and answer.
 
     Args:
-        model: The transformers model. How masks and token types go on is its own business: it knows for `generate`.
-        inputs: Of the prompt.
+        model: The transformers model, which knows from `generate` how masks and token types continue.
+        inputs: The inputs of the prompt.
         token_ids: The answer.
 
     Returns:

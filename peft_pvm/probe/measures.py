@@ -23,8 +23,8 @@ class PowerLaw:
 
     Attributes:
         exponent: 1 is the decay that PVM's paper derives (arXiv 2605.00814, theorem 3.1), 0 is none.
-        standard_error: Of the exponent.
-        r_squared: Share of the variance of log mass that it explains. `None`: there is no variance.
+        standard_error: The standard error of the exponent.
+        r_squared: The share of the variance of log mass that it explains. `None` if there is no variance.
         num_points: How many queries it was fitted to.
     """
 
@@ -42,7 +42,7 @@ class Dilution:
     text tokens one of them is worth.
 
     Attributes:
-        a: In tokens: after so many of text, half of the attention is left.
+        a: The number of text tokens after which half of the attention is left.
         r_squared: Share of the variance of the log-odds that it explains; negative if a constant would fit better.
             `None`: there is no variance.
         num_points: How many queries it was fitted to.
@@ -132,7 +132,7 @@ def kl_divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 
     Args:
         logits: `(num_tokens, vocab_size)`.
-        reference: The same shape.
+        reference: Logits of the same shape.
 
     Returns:
         `(num_tokens,)`, fp64, on the CPU.
@@ -146,7 +146,7 @@ def kl_divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 
 
 def logit_lens(hidden_states: list[torch.Tensor], norm: nn.Module, head: nn.Module) -> list[torch.Tensor]:
-    """How far each layer's prediction is from the final one, if it were read out as the last layer is.
+    """How far the prediction of each layer, read out as the last layer is, is from the final one.
 
     Args:
         hidden_states: What each decoder layer gave, `(1, num_tokens, hidden_size)`.

@@ -47,7 +47,7 @@ class AttentionObserver:
         num_queries: The last so many queries are recorded.
 
     Attributes:
-        masses: By layer index.
+        masses: What was recorded, by layer index.
     """
 
     def __init__(self, num_queries: int):

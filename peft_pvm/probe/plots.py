@@ -22,10 +22,10 @@ class Picture:
     """A picture of a report.
 
     Attributes:
-        name: Of its file, without extension.
+        name: The name of its file, without extension.
         title: Its heading.
         explanation: What it shows, in plain words.
-        alternative: What stands for it where it cannot be seen.
+        alternative: The text in its place where it cannot be seen.
         png: The file.
     """
 

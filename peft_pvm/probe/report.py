@@ -37,19 +37,19 @@ class ProbeResult(Findings):
 
     Attributes:
         model_name: The model.
-        prompt: As given.
+        prompt: The prompt, as it was given.
         environment: Versions and device.
-        settings: What the probe was asked for, and how the model computes.
+        settings: The arguments of the probe, and how the model computes.
         num_prompt_tokens: Length of the prompt.
         num_visual_tokens: Visual tokens among them.
         grids: Rows and columns of visual tokens, for each image, where they are known; otherwise empty.
-        token_ids: What was generated.
-        tokens: The same as text.
+        token_ids: The generated tokens.
+        tokens: The generated tokens as text.
         unobserved_layers: Decoder layers without softmax attention, which have no weights to record.
-        forwards: The base first.
-        adapters: All that are attached.
-        branches: Of the PVM adapters that act.
-        images: PNG files of what was looked at, for the report.
+        forwards: What each forward showed; the base is the first.
+        adapters: All attached adapters.
+        branches: The branches of the PVM adapters that act.
+        images: PNG files of the images in the prompt, for the report.
     """
 
     def save(self, folder: str | os.PathLike) -> Path:

@@ -34,18 +34,18 @@ class Settings:
 
     Attributes:
         model: One of `MODELS`.
-        model_args: Of lmms-eval's model, such as "pretrained=Qwen/Qwen3-VL-8B-Instruct"; not `adapter` or
-            `distractor_tokens`, which differ from run to run.
+        model_args: The arguments of lmms-eval's model, such as "pretrained=Qwen/Qwen3-VL-8B-Instruct", without
+            `adapter` and `distractor_tokens`, which differ from run to run.
         tasks: Names of tasks or groups.
         lengths: Tokens of text between image and question; 0 for none.
         adapters: What is compared with the base: each a folder, a Hub id, or several with `+` between, which act
             together.
-        seeds: Of sampling. Each is a run; a task that is answered greedily needs one.
+        seeds: Seeds of sampling. Each is a run; a task with greedy answers needs one.
         include_path: Folder of further tasks.
         limit: Documents of each task; `None`: all.
         batch_size: Documents at a time.
         device: Such as "cuda" or "cpu"; `None`: lmms-eval's default.
-        gen_kwargs: What to change of the tasks' generation settings, such as "temperature=0.7".
+        gen_kwargs: Changes to the generation settings of the tasks, such as "temperature=0.7".
     """
 
     model: str
@@ -72,8 +72,8 @@ def evaluate_lengths(
 
     Args:
         settings: What is evaluated.
-        progress: Is told what is being run.
-        keep: Is given the result so far after each run.
+        progress: Called with what runs next.
+        keep: Called with the result so far after each run.
 
     Returns:
         What can be written as JSON: the settings, `versions`, `text` (what was put in, by run) and `scores`, rows of
@@ -110,7 +110,7 @@ def evaluate_lengths(
 
 
 def _checked_tasks(settings: Settings) -> TaskManager:
-    """The tasks, after what would be refused only after hours otherwise."""
+    """Refuse what would otherwise fail only after hours, and return the tasks."""
     model, adapters = settings.model, settings.adapters
     if model not in MODELS:
         raise ValueError(f"The model is {model!r}, but must be one of {', '.join(MODELS)}.")

@@ -38,7 +38,7 @@ PREFIX = "peft_pvm_"
 SIMPLE = "_simple"
 
 
-Base: Any = object  # of the class below, which is put in front of one of lmms-eval's
+Base: Any = object  # for mypy: at run time one of lmms-eval's models stands behind the class in the order of methods
 
 
 class WithAdapters(Base):
@@ -49,10 +49,10 @@ class WithAdapters(Base):
             All act. A folder with a `+` in its name goes into a sequence only.
         distractor_tokens: Put text of so many tokens behind the last image of each document; 0 for none.
         distractor_file: Text file that it is made of; by default Python's help topics.
-        distractor_seed: Decides, with the document, which paragraphs come in which order.
+        distractor_seed: Together with the document, it decides which paragraphs come in which order.
 
     Attributes:
-        distractor_counts: Of each request that text was put into, how many tokens it was.
+        distractor_counts: How many tokens of text were put into each request that got any.
 
     Raises:
         FileNotFoundError: There is no `distractor_file`.

@@ -40,7 +40,7 @@ def attach_labels(
     """Label the positions of a prompt, and the constant that generated tokens get theirs by.
 
     Args:
-        positions: Of the prompt, `(axes, seq_len)`, int64, each below 2^30.
+        positions: The positions of the prompt, `(axes, seq_len)`, int64, each below 2^30.
         delta: What is added to the number of tokens before a generated token, to make its position.
         visual_mask: Which tokens of the prompt are visual, `(seq_len,)`, bool.
         with_anchors: Whether anchors are wanted. They take 64 bits.
@@ -100,9 +100,9 @@ def visual_keys_only(
     Args:
         query: `(num_tokens, heads, head_dim)`.
         key: `(num_tokens, kv_heads, head_dim)`.
-        value: As `key`.
+        value: The same shape as `key`.
         visual_mask: `(num_tokens,)`, bool.
-        width: Of the heads that come back, more than `head_dim`.
+        width: The width of the returned heads, more than `head_dim`.
 
     Returns:
         Queries, keys and values of this width. Beyond `head_dim`, what attention makes of the values is 0.
@@ -134,9 +134,9 @@ def anchored_across_modalities(
         query: Rotated by their positions, `(num_tokens, heads, head_dim)`.
         anchored: Rotated by their anchors, as `query`.
         key: `(num_tokens, kv_heads, head_dim)`.
-        value: As `key`.
+        value: The same shape as `key`.
         visual_mask: `(num_tokens,)`, bool.
-        width: Of the heads that come back, at least twice `head_dim`.
+        width: The width of the returned heads, at least twice `head_dim`.
 
     Returns:
         Queries, keys and values of this width. Beyond `head_dim`, what attention makes of the values is 0.
