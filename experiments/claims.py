@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peft_pvm.probe.decay import fit_power_law
+from peft_pvm.probe.measures import fit_power_law
 
 from .methods import METHODS
 from .runs import MAIN_RECIPE

@@ -10,9 +10,8 @@ from typing import Annotated
 import typer
 
 from peft_pvm.cli.lab import Rows, Seed
-from peft_pvm.cli.models import reading
 from peft_pvm.cli.options import LARGEST_SEED, MANY, new_file, new_folder, one_of
-from peft_pvm.cli.refusals import Commands
+from peft_pvm.cli.refusals import Commands, reading
 from peft_pvm.demo.recall import recall
 from peft_pvm.demo.tiny_vlm import SHIPPED, save_tiny_vlm
 from peft_pvm.terminal import say

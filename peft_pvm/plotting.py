@@ -61,10 +61,10 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) ->
     """A figure of a page's width and its axes, an array of `(rows, columns)`.
 
     Args:
-        height: In inches.
-        rows: Of axes.
-        columns: Of axes.
-        kwargs: For `Figure.subplots`.
+        height: The height in inches.
+        rows: Rows of axes.
+        columns: Columns of axes.
+        kwargs: Further arguments of `Figure.subplots`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -85,7 +85,7 @@ def line_look(number: int, every: float | int = 1) -> dict[str, Any]:
     """Keyword arguments of `plot`: lines that differ in colour, dashes and markers.
 
     Args:
-        number: Of the line, from 0.
+        number: The number of the line, from 0.
         every: Matplotlib's `markevery`.
     """
     return {

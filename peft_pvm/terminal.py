@@ -26,8 +26,8 @@ def say(text: object, err: bool = False) -> None:
     """Print a line.
 
     Args:
-        text: What it says.
-        err: Whether it goes to standard error.
+        text: The text.
+        err: Print to standard error.
     """
     print(printable(text), file=sys.stderr if err else sys.stdout)
 
@@ -36,7 +36,7 @@ class Terminal(Console):
     """A rich console that takes no markup, so that a path such as `runs[/x]` is printed as it is.
 
     Args:
-        kwargs: Of `rich.console.Console`.
+        kwargs: The arguments of `rich.console.Console`.
     """
 
     def __init__(self, **kwargs: Any):

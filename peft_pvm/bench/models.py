@@ -1,16 +1,22 @@
-"""Models to measure: the real shapes with random weights, so that nothing is downloaded."""
+"""Models to measure: the real shapes with random weights, so that nothing is downloaded, and their bytes on paper."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.initialization import no_init_weights
+
+from ..families import find_vlm
+from ..pvm.config import BranchShape
+from .methods import pvm_config
 
 
 @dataclass(frozen=True)
@@ -20,10 +26,10 @@ class Shape:
     Attributes:
         title: What it stands for.
         layers: Number of decoder layers.
-        hidden_size: Their width.
-        intermediate_size: Of the FFN.
-        heads: Of queries.
-        kv_heads: Of keys and values.
+        hidden_size: The width of the residual stream.
+        intermediate_size: The width of the FFN.
+        heads: The number of query heads.
+        kv_heads: The number of key and value heads.
         head_dim: Width of a head.
         vocab_size: Number of tokens.
         ties_embeddings: Whether the output layer shares its weights with the input embeddings.
@@ -43,11 +49,11 @@ class Shape:
         """The configuration, with a vision tower as small as it gets: it is not measured.
 
         Args:
-            layers: So many decoder layers instead, and the same share of the vocabulary, so that the output layer
-                keeps its share of the work.
+            layers: Build this many decoder layers instead, and the same share of the vocabulary, so that the output
+                layer keeps its share of the work.
 
         Raises:
-            ValueError: There are not so many layers.
+            ValueError: The shape has fewer layers.
         """
         layers = self.layers if layers is None else layers
         if not 0 < layers <= self.layers:
@@ -90,6 +96,12 @@ PRESETS = {
 }
 
 
+def _shape(preset: str) -> Shape:
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
+    return PRESETS[preset]
+
+
 def build_random(
     preset: str, layers: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> nn.Module:
@@ -98,15 +110,13 @@ def build_random(
     Args:
         preset: Its name.
         layers: Fewer decoder layers: see `Shape.config`.
-        dtype: Of the weights.
-        device: Where they are.
+        dtype: The dtype of the weights.
+        device: The device of the weights.
 
     Raises:
-        ValueError: There is no such preset, or it has not so many layers.
+        ValueError: There is no such preset, or it has fewer layers.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
-    config = PRESETS[preset].config(layers)
+    config = _shape(preset).config(layers)
     with torch.device(device), no_init_weights():
         model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
     fill_at_random(model)
@@ -152,3 +162,71 @@ def structural_copy(model: nn.Module) -> nn.Module:
     """A model with the same tensors, not copied, on which hooks and adapters do not meet the original's."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a model and of PVM at the paper's proportions.
+
+    Attributes:
+        weights: What a step of decoding reads of the base: all but the vision tower and the input embeddings.
+        cache: What a token takes in the KV cache.
+        pvm_weights: What it reads of PVM: all but the projections of the memory.
+        projections: PVM's keys and values, for a visual token.
+        embeddings: What is kept of a visual token to project it with another adapter.
+    """
+
+    weights: int
+    cache: int
+    pvm_weights: int
+    projections: int
+    embeddings: int
+
+    def kept(self, context: int, visual_tokens: int) -> tuple[int, int, int]:
+        """What a conversation keeps: KV cache, PVM's keys and values, embeddings."""
+        return self.cache * context, self.projections * visual_tokens, self.embeddings * visual_tokens
+
+    def read(self, context: int, visual_tokens: int, batch: int) -> tuple[int, int]:
+        """What a step of decoding a batch reads: of the base, and of PVM beyond that."""
+        base = self.weights + batch * self.cache * context
+        return base, self.pvm_weights + batch * self.projections * visual_tokens
+
+
+def footprint(preset: str, branches: int | None = None, bytes_of_a_number: int = 2) -> Footprint:
+    """The footprint of one of `PRESETS`.
+
+    Args:
+        preset: Its name.
+        branches: How many decoder layers, from the first on, have a branch; by default as many as in the paper.
+        bytes_of_a_number: 2 for bf16.
+
+    Raises:
+        ValueError: There is no such preset, or it has fewer layers.
+    """
+    of_preset = _shape(preset)
+    if branches is not None and not 1 <= branches <= of_preset.layers:
+        raise ValueError(f"branches is {branches}, but {preset} has 1 to {of_preset.layers} decoder layers.")
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(of_preset.config())
+        vlm, config = find_vlm(model), pvm_config(model)
+        if branches is not None:
+            config = dataclasses.replace(config, layers_to_transform=list(range(branches)))
+        text = vlm.text_config
+        read = sum(parameter.numel() for parameter in vlm.text_model.parameters())
+        if not of_preset.ties_embeddings:  # a step reads the output layer, and of the input embeddings a row
+            read += model.lm_head.weight.numel() - model.get_input_embeddings().weight.numel()
+        wrapped = PeftModel(model, config)
+    shape = BranchShape.of(config, text)
+    own = [
+        parameter.numel()
+        for name, parameter in wrapped.named_parameters()
+        if ".pvm_" in name and not any(f".pvm_{part}." in name for part in ("vision_reducer", "k_proj", "v_proj"))
+    ]
+    number = len(config.layer_indices)
+    return Footprint(
+        weights=bytes_of_a_number * read,
+        cache=bytes_of_a_number * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim,
+        pvm_weights=bytes_of_a_number * sum(own),
+        projections=bytes_of_a_number * 2 * number * shape.num_key_value_heads * shape.head_dim,
+        embeddings=bytes_of_a_number * text.hidden_size,
+    )

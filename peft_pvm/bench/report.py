@@ -1,7 +1,9 @@
-"""What a measurement looks like: tables and a picture."""
+"""What a measurement, and an estimate on paper, look like: tables and a picture."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..plotting import line_look, logarithmic, new_figure, styled
+from ..terminal import Terminal
 from .methods import METHODS
+from .models import footprint
 
 
 if TYPE_CHECKING:
@@ -22,7 +26,7 @@ def ratios(result: dict[str, Any], context: int, name: str, what: str) -> list[f
     Args:
         result: What `measure` returns.
         context: Length of the prompt.
-        name: Of the method.
+        name: The name of the method.
         what: "prefill_s" or "decode_s".
     """
     (methods,) = (entry["methods"] for entry in result["contexts"] if entry["context"] == context)
@@ -98,3 +102,65 @@ def draw(result: dict[str, Any]) -> Figure:
             logarithmic(panel, "x")
     axes[0, 0].legend()
     return figure
+
+
+def show_scale(
+    preset: str,
+    contexts: list[int],
+    visual_tokens: list[int],
+    batches: list[int],
+    sequences: list[int],
+    branches: int | None = None,
+    bandwidth: float | None = None,
+) -> None:
+    """Print what conversations keep, and what steps read.
+
+    Args:
+        preset: One of `PRESETS`.
+        contexts: Lengths of a conversation, visual tokens included.
+        visual_tokens: How many of them are visual.
+        batches: Conversations decoded in one step.
+        sequences: Conversations kept at once.
+        branches: The number of branches, as for `footprint`.
+        bandwidth: The bandwidth of memory in GB a second, to print times as well.
+
+    Raises:
+        ValueError: As `footprint`, or a number out of its range.
+    """
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
+        raise ValueError(f"bandwidth is {bandwidth}, but must be a finite number above 0.")
+    for name, numbers in {
+        "contexts": contexts, "visual_tokens": visual_tokens, "batches": batches, "sequences": sequences
+    }.items():  # fmt: skip
+        if min(numbers) < 1:
+            raise ValueError(f"{name} is {numbers}, but must be numbers of 1 or more.")
+    if min(visual_tokens) >= max(contexts):
+        raise ValueError(f"visual_tokens is {visual_tokens}, but must be below a context: those are {contexts}.")
+    console, foot = Terminal(), footprint(preset, branches)
+    console.print(
+        f"{preset} in bf16. Of the base a step reads {foot.weights / 1e9:.2f} GB of weights, of PVM "
+        f"{foot.pvm_weights / 1e6:.1f} MB. A token of the KV cache takes {foot.cache:,} bytes; of PVM a visual token "
+        f"takes {foot.projections:,} bytes of keys and values and {foot.embeddings:,} of its embedding."
+    )
+    shapes = [(context, visual) for context in contexts for visual in visual_tokens if visual < context]
+    table = Table("Conversations", "tokens", "visual", "KV cache", "PVM's keys, values", "embeddings", "of the cache")
+    for number, (context, visual) in itertools.product(sequences, shapes):
+        kept = [number * part for part in foot.kept(context, visual)]
+        sizes = map(_readable, kept)
+        table.add_row(f"{number:,}", f"{context:,}", f"{visual:,}", *sizes, f"{sum(kept[1:]) / kept[0]:.2%}")
+    console.print(table)
+    times = () if bandwidth is None else ("base, ms", "PVM, ms")
+    table = Table("Batch", "tokens", "visual", "the base reads", "PVM beyond that", "ratio", *times)
+    for batch, (context, visual) in itertools.product(batches, shapes):
+        base, pvm = foot.read(context, visual, batch)
+        row = [_readable(base), _readable(pvm), f"{1 + pvm / base:.4f}"]
+        if bandwidth is not None:
+            row += [f"{part / bandwidth / 1e6:,.1f}" for part in (base, pvm)]
+        table.add_row(f"{batch:,}", f"{context:,}", f"{visual:,}", *row)
+    console.print(table)
+
+
+def _readable(number: float) -> str:
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    power = min(int(math.log(number, 1000)), len(units) - 1)
+    return f"{number / 1000**power:.3g} {units[power]}"

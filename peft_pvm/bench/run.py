@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -36,14 +36,14 @@ class Settings:
     Attributes:
         methods: Names from `METHODS`; the base is always among them.
         contexts: Lengths of the prompt, visual tokens included.
-        visual_tokens: Of the one image, behind a few tokens of text.
+        visual_tokens: Tokens of the one image, which stands behind a few tokens of text.
         batch: Rows, all alike.
-        new_tokens: Decoded in a round.
-        rounds: Of decoding, after a token that does not count.
+        new_tokens: Tokens decoded in a round.
+        rounds: Rounds of decoding, after a token that does not count.
         prefills: Rounds of prefilling, after one that does not count.
         static_cache: Whether the KV cache has its full size from the start.
         compile: Whether decoding is compiled; on CUDA, into graphs. The cache is static then.
-        seed: Decides the embeddings.
+        seed: The seed of the embeddings.
     """
 
     methods: tuple[str, ...] = ("pvm", "pvm-naive", "dipe", "t-drs")
@@ -76,10 +76,10 @@ class Measured:
     """What one method took at one length.
 
     Attributes:
-        prefill_s: Of each round, in seconds.
-        decode_s: Of each round, the median time of a token, in seconds.
+        prefill_s: The time of each round, in seconds.
+        decode_s: The median time of a token in each round, in seconds.
         prefill_bytes: The most memory that the prefill takes for tensors, the KV cache included.
-        decode_bytes: The same of decoding one token.
+        decode_bytes: The same for decoding one token.
         attention_prefill: Time of the changed attention of one layer over that of the kernel alone, of each round.
         attention_decode: The same for one token.
         left_out: Why nothing was measured.
@@ -99,7 +99,7 @@ class Runner:
 
     Args:
         model: The model, without adapters.
-        name: Of the method.
+        name: The name of the method.
         context: Length of the prompt.
         settings: What is measured.
     """
@@ -107,11 +107,11 @@ class Runner:
     def __init__(self, model: nn.Module, name: str, context: int, settings: Settings):
         self.model: Any = structural_copy(model)
         METHODS[name].attach(self.model)
-        self.step: Callable[..., Any] = self.model
+        self.step: Any = self.model
         self.settings, self.context = settings, context
         if settings.compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self.step = cast(Any, torch.compile(self.model, mode=mode, fullgraph=True))
+            self.step = torch.compile(self.model, mode=mode, fullgraph=True)
         self.prompt = self._make_prompt(knows_images=name != "base")
         self.cache: Cache | None = None
         self.length = 0
@@ -163,7 +163,7 @@ class Runner:
                 calls.append(call)
 
         def watch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            context = cast(VisualContext | None, kwargs.get(CONTEXT))
+            context: VisualContext | None = kwargs.get(CONTEXT)
             if context is not None:
                 context.observers.append(observe)
 
@@ -187,27 +187,27 @@ def measure(
     Args:
         model: A vision-language model from transformers.
         settings: What is measured.
-        progress: Told what comes next.
+        progress: Called with what comes next.
 
     Returns:
         What the JSON file holds: "machine", "model", "settings", "loading", and "contexts", each with `Measured` by
         method.
     """
-    device = next(model.parameters()).device
-    names = list(dict.fromkeys(("base", *settings.methods)))
-    results = []
-    for context in settings.contexts:
-        results.append({"context": context, "methods": _measure_context(model, names, context, settings, progress)})
+    vlm, names = find_vlm(model), list(dict.fromkeys(("base", *settings.methods)))
+    results = [
+        {"context": context, "methods": _measure_context(model, names, context, settings, progress)}
+        for context in settings.contexts
+    ]
     progress("loading")
     return {
-        "machine": describe_machine(device),
+        "machine": describe_machine(next(model.parameters()).device),
         "model": {
             "name": type(model).__name__,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "decoder_layers": len(find_vlm(model).layers),
-            "hidden_size": find_vlm(model).text_config.hidden_size,
+            "decoder_layers": len(vlm.layers),
+            "hidden_size": vlm.text_config.hidden_size,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "attn_implementation": find_vlm(model).text_config._attn_implementation,
+            "attn_implementation": vlm.text_config._attn_implementation,
         },
         "settings": asdict(settings),
         "loading": measure_loading(model),

@@ -18,9 +18,8 @@ from ..pvm.merging import CombinationType
 from ..terminal import Terminal, say
 from ..text import plain, quoted
 from ..writing import write_card
-from .lists import finite_number, separated
-from .models import reading
-from .options import new_folder, one_of
+from .options import finite_number, new_folder, one_of, separated
+from .refusals import reading
 
 
 Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")]

@@ -1,4 +1,4 @@
-"""The sub-commands of `peft-pvm`: each in a file of its own, registered here."""
+"""The sub-commands of `peft-pvm`, registered."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import typer
 
 from .adapters import card, convert, export_reference, export_vllm, inspect, merge
 from .bench import bench, scale
-from .curves import curves
-from .eval_lengths import eval_lengths
+from .evaluation import curves, eval_lengths, probe
 from .lab import app as lab
-from .probe import probe
 from .refusals import Commands
 
 
@@ -25,18 +23,7 @@ def describe() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-for command in (
-    probe,
-    bench,
-    scale,
-    eval_lengths,
-    inspect,
-    merge,
-    convert,
-    export_reference,
-    export_vllm,
-    card,
-    curves,
-):
+COMMANDS = probe, bench, scale, eval_lengths, inspect, merge, convert, export_reference, export_vllm, card, curves
+for command in COMMANDS:
     app.command()(command)
 app.add_typer(lab, name="lab")

@@ -13,9 +13,8 @@ from ..demo.processor import save_as_folder
 from ..demo.tiny_vlm import SHIPPED, load_tiny_vlm
 from ..extras import require
 from ..terminal import say
-from .models import reading
 from .options import LARGEST_SEED, MANY, new_folder
-from .refusals import Commands
+from .refusals import Commands, reading
 
 
 app = typer.Typer(

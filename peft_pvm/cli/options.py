@@ -1,7 +1,11 @@
-"""Checks of options and arguments that several commands share; they come before any work is done."""
+"""Checks of what commands are given, which come before any work is done.
+
+Models and adapters are checked by their configurations alone: loading weights can take minutes.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Collection
@@ -10,12 +14,26 @@ from typing import Any, TypeVar
 
 import torch
 import typer
+from peft import PeftConfig
+from torch import nn
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
+
+from ..adapter_file import AdapterFile, inspect_adapter
+from ..tuners.base import VisualConfig
+from .refusals import reading
 
 
 Value = TypeVar("Value")
 
 MANY = 10**6  # the largest number of anything that is counted
+LARGEST = 10**9  # the largest number among several between commas
 LARGEST_SEED = 2**32 - 1  # that both torch and numpy take
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def counted(help: str) -> Any:
+    """An option that says how many there are of something, at least one."""
+    return typer.Option(min=1, max=MANY, help=help)
 
 
 def one_of(names: Collection[str]) -> Callable[[Value], Value]:
@@ -92,7 +110,7 @@ def refuse_beside(context: typer.Context, option: str, allowed: Collection[str] 
     """Refuse options that would have no effect beside another one.
 
     Args:
-        context: Of the command.
+        context: The context of the command.
         option: The other one.
         allowed: Names of parameters that have an effect.
         reason: Why the rest has none, for the error.
@@ -110,3 +128,123 @@ def given(context: typer.Context, parameter: str) -> bool:
     """Whether a parameter was given, as opposed to left at its default."""
     source: Any = context.get_parameter_source(parameter)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def separated(option: str, text: str, read: Callable[[str], Value], accepted: str) -> list[Value]:
+    """What an option holds between commas.
+
+    Args:
+        option: Its name.
+        text: What it was given.
+        read: Makes a value of each part; raises ValueError if it is none.
+        accepted: What parts may be, for the error.
+
+    Raises:
+        BadParameter: A part is empty, or cannot be read.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        values = [read(part) for part in parts]
+    except ValueError:
+        values = []
+    if not values or not all(parts):
+        raise typer.BadParameter(f"{text!r} must be {accepted}, separated by commas.", param_hint=[option])
+    return values
+
+
+def whole_number(low: int, high: int = LARGEST) -> Callable[[str], int]:
+    """For `separated`: reads whole numbers of a range."""
+
+    def read(part: str) -> int:
+        number = int(part)
+        if not low <= number <= high:
+            raise ValueError(f"{number} is not from {low} to {high}.")
+        return number
+
+    return read
+
+
+def finite_number(part: str) -> float:
+    """For `separated`: reads a number."""
+    number = float(part)
+    if not math.isfinite(number):
+        raise ValueError(f"{part} is not finite.")
+    return number
+
+
+def name_among(names: tuple[str, ...]) -> Callable[[str], str]:
+    """For `separated`: reads one of some names."""
+
+    def read(part: str) -> str:
+        if part not in names:
+            raise ValueError(f"{part!r} is none of {names}.")
+        return part
+
+    return read
+
+
+def counts(option: str, text: str) -> list[int]:
+    """The whole numbers above 0 that an option holds between commas."""
+    return separated(option, text, whole_number(1), "whole numbers above 0")
+
+
+def without_weights(source: str, attn_implementation: str | None = None) -> nn.Module:
+    """A vision-language model of which only the configuration is read.
+
+    Args:
+        source: Folder or Hub id.
+        attn_implementation: The attention kernel; `None`: transformers chooses.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is no vision-language model.
+        BadParameter: The kernel cannot be used.
+    """
+    with reading("a model that reads images", source):
+        config = AutoConfig.from_pretrained(source)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ValueError(
+                f"{source} is a {config.model_type!r}, but must be a model that reads images and writes text."
+            )
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    if attn_implementation is not None:
+        set_kernel(model, attn_implementation)
+    return model
+
+
+def set_kernel(model: Any, attn_implementation: str) -> None:
+    """Give a model another attention kernel.
+
+    Raises:
+        BadParameter: transformers does not know it for this model, or a package that it needs is missing.
+    """
+    try:
+        model.set_attn_implementation(attn_implementation)
+    except (ImportError, OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{attn_implementation!r} cannot be used: {error}", param_hint=["--attn-implementation"]
+        ) from error
+
+
+def check_adapter(adapter: str, base: str) -> Any:
+    """Refuse an adapter that cannot be read or does not fit.
+
+    Args:
+        adapter: Folder or Hub id.
+        base: Folder or Hub id of the base model, of which only the configuration is read.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is damaged, of no known method, or does not fit.
+    """
+    with reading("an adapter", adapter):
+        config = PeftConfig.from_pretrained(adapter)
+        if not isinstance(config, VisualConfig):
+            AdapterFile(adapter).read()
+        elif (misfit := inspect_adapter(adapter, base).misfit) is not None:
+            raise ValueError(f"The adapter {adapter} does not fit {base}: {misfit}")
+    return config

@@ -6,10 +6,12 @@ of `REFUSALS` is a fault of ours and keeps its traceback; `PEFT_PVM_DEBUG=1` sho
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from safetensors import SafetensorError
@@ -23,18 +25,44 @@ from ..text import LONGEST
 CommandLineError: Any = BadParameter.__mro__[2]  # whose public name depends on typer's version
 DEBUG = "PEFT_PVM_DEBUG"
 REFUSALS = (ImportError, MemoryError, NotImplementedError, OSError, SafetensorError, ValueError)
+WORDLESS = (json.JSONDecodeError, SafetensorError, UnicodeError)  # refusals that tell a user nothing
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's, which is a RuntimeError as many others are
 INTERRUPTED = 130
 LONGEST_WORD = 300  # characters: a value must not hide what is accepted
 
 
+@contextlib.contextmanager
+def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
+    """While files of others are read by code of others, which raises whatever it trips over.
+
+    Args:
+        what: What they should be, for the error.
+        sources: Folders, files or Hub ids.
+
+    Raises:
+        ValueError: One cannot be read. Errors that say so in words, and of what, stay as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        names = " or ".join(os.fspath(source) for source in sources)
+        if not isinstance(error, REFUSALS) or isinstance(error, WORDLESS):
+            raise ValueError(
+                f"{names} cannot be read as {what} ({type(error).__name__}: {error}). {DEBUG}=1 shows where."
+            ) from error
+        if getattr(error, "filename", None) or any(os.fspath(source) in str(error) for source in sources):
+            raise
+        raise ValueError(f"{names}: {str(error).strip()}") from error
+
+
 class Commands(TyperGroup):
     """Commands that end so. All refusals go through here, those of typer and those of the library."""
 
-    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """Run the command line, and exit."""
+        kwargs["standalone_mode"] = False
         try:
-            status = super().main(args, standalone_mode=False, **kwargs) or 0  # typer returns the code of an Exit
+            status = super().main(*args, **kwargs) or 0  # typer returns the code of an Exit
             sys.stdout.flush()
         except CommandLineError as error:
             status = error.exit_code

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -37,6 +37,7 @@ from ..saving import check_whole
 from ..tuners.active import base_of
 from ..wrappers import without_wrappers
 from ..writing import write_adapter
+from .curves import VISUAL_MASS, branch_key
 
 
 FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
@@ -115,7 +116,7 @@ class GazeCallback(TrainerCallback):
     ) -> None:
         if "loss" in (logs or {}):  # of a training step, not of an evaluation, nor our own
             # The base class's: TRL's adds its own averages once more.
-            Trainer.log(self.trainer, gaze(cast(nn.Module, self.trainer.model), self.inputs))
+            Trainer.log(self.trainer, gaze(self.trainer.model, self.inputs))
 
 
 def last_answer(example: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def gaze(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, floa
         same tokens.
     """
     vlm = find_vlm(base_of(model))
-    device = cast(torch.device, vlm.model.device)
+    device = next(vlm.model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     num_queries = int((~visual_mask(vlm, inputs)[0]).flip(0).cumprod(0).sum())
     observer = AttentionObserver(num_queries)
@@ -180,10 +181,10 @@ def gaze(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, floa
         # The model as it is given, not what it wraps: FSDP gathers weights where its outermost module is called.
         model(**{**inputs, "use_cache": False, "logits_to_keep": 1})
     masses = [masses.visual.mean() for masses in observer.masses.values()]
-    values = {"gaze/visual_mass": float(torch.stack(masses).mean())}
+    values = {VISUAL_MASS: float(torch.stack(masses).mean())}
     for (adapter, layer_idx), trace in sorted(branches.items()):
-        values[f"gaze/gate/{adapter}/{layer_idx}"] = trace.gate
-        values[f"gaze/update/{adapter}/{layer_idx}"] = float(trace.relative_update.mean())
+        values[branch_key("gate", adapter, layer_idx)] = trace.gate
+        values[branch_key("update", adapter, layer_idx)] = float(trace.relative_update.mean())
     return values
 
 
@@ -199,7 +200,7 @@ def shard_decoder_layers(trainer: Trainer) -> None:
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-        layers = find_vlm(base_of(cast(nn.Module, trainer.model))).layers
+        layers = find_vlm(base_of(trainer.model)).layers
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
 
 
@@ -209,8 +210,8 @@ def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
     To be called on all processes. The adapters are on the model itself, not on a PeftModel around it.
 
     Args:
-        trainer: Whose model it is.
-        output_dir: Where to.
+        trainer: The trainer of the model.
+        output_dir: The folder to write to.
 
     Raises:
         ValueError: The model is a PeftModel, which saves itself.
@@ -220,9 +221,9 @@ def save_parts(trainer: Trainer, output_dir: str | os.PathLike) -> None:
     state_dict = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.accelerator.is_main_process:
         return
-    model = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model))
+    model = trainer.accelerator.unwrap_model(trainer.model)
     with without_wrappers(model):
-        _write_parts(model, state_dict, Path(output_dir), cast(ProcessorMixin, trainer.processing_class))
+        _write_parts(model, state_dict, Path(output_dir), trainer.processing_class)
 
 
 def _write_parts(
@@ -233,11 +234,12 @@ def _write_parts(
         in_file = {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
         check_whole(model, name, in_file)
         write_adapter(folder / name, config, in_file)
+    kinds: tuple[type[Any], ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     of_adapters = {
         f"{name}.{key}"
         for name, module in model.named_modules()
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        for key in cast(nn.Module, module).state_dict()
+        if isinstance(module, kinds)
+        for key in module.state_dict()
     }
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if learned - of_adapters:

@@ -1,8 +1,9 @@
 """How much a vision-language model looks at its image while it answers, and what adapters change about that."""
 
-from .decay import Dilution, PowerLaw, fit_dilution, fit_power_law
-from .prompt import build_inputs, picture_of
-from .result import AdapterRecord, BranchRecord, ForwardRecord, LayerAttention, ProbeResult
+from .findings import AdapterRecord, BranchRecord, ForwardRecord, LayerAttention
+from .inputs import build_inputs, picture_of
+from .measures import Dilution, PowerLaw, fit_dilution, fit_power_law
+from .report import ProbeResult
 from .run import probe
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ class AttentionObserver:
         num_queries: The last so many queries are recorded.
 
     Attributes:
-        masses: By layer index.
+        masses: What was recorded, by layer index.
     """
 
     def __init__(self, num_queries: int):
@@ -92,7 +92,7 @@ def observed(vlm: VisionLanguageModel, observer: AttentionObserver) -> Iterator[
     attentions = steerable_attentions(vlm, "The probe")
 
     def start_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        context = cast(VisualContext, kwargs[CONTEXT])
+        context: VisualContext = kwargs[CONTEXT]
         context.check_keys()
         context.observers.append(observer)
 
@@ -138,8 +138,9 @@ def branches_observed(model: nn.Module, num_queries: int) -> Iterator[dict[tuple
     """
     traces: dict[tuple[str, int], BranchTrace] = {}
 
-    def record(layer: PVMLayer, args: tuple[torch.Tensor, VisualContext], output: Any) -> None:
-        hidden_states, context = args[0], args[1].tail(args[0].shape[1])
+    def record(layer: Any, args: tuple[Any, ...], output: Any) -> None:
+        hidden_states, whole = args
+        context: VisualContext = whole.tail(hidden_states.shape[1])
         residual = hidden_states[0, -num_queries:].float().norm(dim=-1)
         for adapter in layer.active_adapters:
             if adapter not in layer.configs:
@@ -160,7 +161,7 @@ def branches_observed(model: nn.Module, num_queries: int) -> Iterator[dict[tuple
     layers = [module for module in model.modules() if isinstance(module, PVMLayer) and not module.disable_adapters]
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_hook(cast(Any, record)).remove)
+            stack.callback(layer.register_forward_hook(record).remove)
         yield traces
 
 

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from ..plotting import as_png, line_look, logarithmic, new_figure, styled
-from .result import BranchRecord, ForwardRecord, ProbeResult
+from .findings import BranchRecord, Findings, ForwardRecord, most_text_tokens
 
 
 SMALLEST = 1e-6  # nats: below, a logarithmic axis shows noise
+TOKENS, LAYERS, SHARE = "generated token (number)", "decoder layer (number)", "share of attention on the image"
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,10 @@ class Picture:
     """A picture of a report.
 
     Attributes:
-        name: Of its file, without extension.
+        name: The name of its file, without extension.
         title: Its heading.
         explanation: What it shows, in plain words.
-        alternative: What stands for it where it cannot be seen.
+        alternative: The text in its place where it cannot be seen.
         png: The file.
     """
 
@@ -37,25 +36,23 @@ class Picture:
     png: bytes
 
 
-def draw(result: ProbeResult) -> list[Picture]:
-    """All pictures of a result. The same result gives the same bytes.
-
-    Args:
-        result: What to show.
-    """
+def draw(result: Findings) -> list[Picture]:
+    """All pictures of a result. The same result gives the same bytes."""
     pictures = [_decay(result), _mass_by_layer(result), _layers(result)]
     if len(result.forwards) > 1:
         pictures.append(_divergence(result))
     if all(forward.lens is not None for forward in result.forwards):
         pictures.append(_lens(result))
     if result.branches:
-        pictures.append(_updates(result))
-        pictures.append(_retrieval(result))
+        pictures += [_updates(result), _retrieval(result)]
     return pictures
 
 
-def _token_axis(axes: Any) -> None:
-    axes.set_xlabel("generated token (number)")
+def _numbered(axes: Any, label: str) -> None:
+    """Label a horizontal axis that counts something."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -64,13 +61,13 @@ def _legend(axes: Any, columns: int = 2) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, fontsize=8)
 
 
-def _compared(result: ProbeResult) -> list[ForwardRecord]:
+def _compared(result: Findings) -> list[ForwardRecord]:
     """Base and all adapters together."""
     return result.forwards[:2]
 
 
 @styled
-def _decay(result: ProbeResult) -> Picture:
+def _decay(result: Findings) -> Picture:
     figure, ((by_token, by_text),) = new_figure(3.6, 1, 2)
     for number, forward in enumerate(result.forwards):
         look = line_look(number, every=0.12)
@@ -79,12 +76,12 @@ def _decay(result: ProbeResult) -> Picture:
             faint = {**look, "linewidth": 0.8, "markersize": 2, "alpha": 0.6}
             by_token.plot(forward.mean_mass_without_sinks, label=f"{forward.name}, sinks left out", **faint)
     by_token.set_ylim(bottom=0)
-    by_token.set_ylabel("share of attention on the image")
-    _token_axis(by_token)
+    by_token.set_ylabel(SHARE)
+    _numbered(by_token, TOKENS)
     _legend(by_token)
     for number, forward in enumerate(_compared(result)):
         look = line_look(number, every=0.12)
-        text_tokens = [max(position) for position in zip(*(layer.text_tokens for layer in forward.attention))]
+        text_tokens = most_text_tokens(forward.attention)
         points = {**look, "linestyle": "none", "markevery": 1}
         by_text.plot(text_tokens, [mass or np.nan for mass in forward.mean_mass], label=forward.name, **points)
         law = forward.mean_decay
@@ -97,7 +94,7 @@ def _decay(result: ProbeResult) -> Picture:
     logarithmic(by_text, "x")
     logarithmic(by_text, "y")
     by_text.set_xlabel("text tokens seen (number)")
-    by_text.set_ylabel("share of attention on the image")
+    by_text.set_ylabel(SHARE)
     _legend(by_text)
     return Picture(
         "visual-mass",
@@ -114,7 +111,7 @@ def _decay(result: ProbeResult) -> Picture:
 
 
 @styled
-def _mass_by_layer(result: ProbeResult) -> Picture:
+def _mass_by_layer(result: Findings) -> Picture:
     forwards = _compared(result)
     figure, (row,) = new_figure(3.2, 1, len(forwards), sharey=True)
     largest = max(mass for forward in forwards for layer in forward.attention for mass in layer.visual_mass)
@@ -123,11 +120,11 @@ def _mass_by_layer(result: ProbeResult) -> Picture:
         image = axes.imshow(masses, aspect="auto", cmap="cividis", vmin=0, vmax=largest or 1, origin="lower")
         axes.set_title(forward.name)
         axes.grid(False)
-        _token_axis(axes)
+        _numbered(axes, TOKENS)
         step = max(len(masses) // 10, 1)
         axes.set_yticks(range(0, len(masses), step), [layer.layer_idx for layer in forward.attention[::step]])
-    row[0].set_ylabel("decoder layer (number)")
-    figure.colorbar(image, ax=list(row), label="share of attention on the image")
+    row[0].set_ylabel(LAYERS)
+    figure.colorbar(image, ax=list(row), label=SHARE)
     return Picture(
         "mass-by-layer",
         "Which layers look at the image, and when",
@@ -139,7 +136,7 @@ def _mass_by_layer(result: ProbeResult) -> Picture:
 
 
 @styled
-def _layers(result: ProbeResult) -> Picture:
+def _layers(result: Findings) -> Picture:
     figure, column = new_figure(6.6, 3, 1, sharex=True)
     masses, exponents, sinks = column[:, 0]
     for number, forward in enumerate(_compared(result)):
@@ -168,8 +165,7 @@ def _layers(result: ProbeResult) -> Picture:
     masses.set_ylabel("share of attention\non the image")
     exponents.set_ylabel("decay exponent\n(1 is one over the length)")
     sinks.set_ylabel("share of attention\non visual sinks")
-    sinks.set_xlabel("decoder layer (number)")
-    sinks.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _numbered(sinks, LAYERS)
     for axes in (masses, sinks):
         axes.set_ylim(bottom=0)
     if not any(layer.sinks for forward in _compared(result) for layer in forward.attention):
@@ -188,14 +184,14 @@ def _layers(result: ProbeResult) -> Picture:
 
 
 @styled
-def _divergence(result: ProbeResult) -> Picture:
+def _divergence(result: Findings) -> Picture:
     figure, ((axes,),) = new_figure(3.2)
     for number, forward in enumerate(result.forwards):
         if number > 0:
             axes.plot(np.maximum(forward.kl_to_base, SMALLEST), label=forward.name, **line_look(number, every=0.12))
     logarithmic(axes, "y")
     axes.set_ylabel("KL to the base (nats)")
-    _token_axis(axes)
+    _numbered(axes, TOKENS)
     _legend(axes)
     return Picture(
         "divergence",
@@ -208,15 +204,14 @@ def _divergence(result: ProbeResult) -> Picture:
 
 
 @styled
-def _lens(result: ProbeResult) -> Picture:
+def _lens(result: Findings) -> Picture:
     figure, ((axes,),) = new_figure(3.2)
     for number, forward in enumerate(_compared(result)):
         means = [float(np.mean(layer)) for layer in forward.lens or []][:-1]
         axes.plot(np.maximum(means, SMALLEST), label=forward.name, **line_look(number))
     logarithmic(axes, "y")
     axes.set_ylabel("KL to the last layer (nats)")
-    axes.set_xlabel("decoder layer (number)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _numbered(axes, LAYERS)
     _legend(axes)
     return Picture(
         "logit-lens",
@@ -229,7 +224,7 @@ def _lens(result: ProbeResult) -> Picture:
 
 
 @styled
-def _updates(result: ProbeResult) -> Picture:
+def _updates(result: Findings) -> Picture:
     figure, ((axes,),) = new_figure(3.2)
     for number, branch in enumerate(result.branches):
         axes.plot(
@@ -237,7 +232,7 @@ def _updates(result: ProbeResult) -> Picture:
         )
     axes.set_ylim(bottom=0)
     axes.set_ylabel("size of update\n(share of residual stream)")
-    _token_axis(axes)
+    _numbered(axes, TOKENS)
     _legend(axes)
     return Picture(
         "updates",
@@ -254,7 +249,7 @@ def _place(branch: BranchRecord) -> str:
 
 
 @styled
-def _retrieval(result: ProbeResult) -> Picture:
+def _retrieval(result: Findings) -> Picture:
     tokens = result.retrieval_tokens
     figure, rows = new_figure(1.4 * len(result.branches) + 0.5, len(result.branches), max(len(tokens), 1))
     for branch, row in zip(result.branches, rows):
@@ -276,8 +271,10 @@ def _retrieval(result: ProbeResult) -> Picture:
     )
 
 
-def _draw_weights(axes: Any, result: ProbeResult, weights: Sequence[float], largest: float) -> Any:
+def _draw_weights(axes: Any, result: Findings, weights: Sequence[float], largest: float) -> Any:
     """What the colour bar is made for."""
+    from matplotlib.image import imread
+
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
@@ -288,7 +285,7 @@ def _draw_weights(axes: Any, result: ProbeResult, weights: Sequence[float], larg
     for number, (height, width) in enumerate(result.grids):
         extent = (0, width, top + height, top)
         if number < len(result.images):
-            picture = matplotlib.image.imread(io.BytesIO(result.images[number]), format="png")
+            picture = imread(io.BytesIO(result.images[number]), format="png")
             axes.imshow(picture[..., :3].mean(-1), extent=extent, cmap="gray", vmin=0, vmax=1)
         part = np.array(weights[start : start + height * width]).reshape(height, width)
         alpha = 0.65 if number < len(result.images) else 1.0

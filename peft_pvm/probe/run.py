@@ -15,10 +15,18 @@ from ..attention.dispatch import steerable_attentions
 from ..env import environment
 from ..families import VisionLanguageModel, find_vlm
 from ..tuners.active import acting_adapters, base_of, only
-from .answer import Progress, extended, generate
-from .decay import fit_dilution, fit_power_law, rounded
-from .grid import visual_grids
-from .measures import find_sinks, kl_divergence, logit_lens
+from .findings import AdapterRecord, BranchRecord, ForwardRecord, LayerAttention, most_text_tokens
+from .inputs import Progress, extended, generate, visual_grids
+from .measures import (
+    find_sinks,
+    fit_dilution,
+    fit_power_law,
+    kl_divergence,
+    logit_lens,
+    mean_over_layers,
+    numbers,
+    rounded,
+)
 from .observers import (
     AttentionObserver,
     BranchTrace,
@@ -29,19 +37,22 @@ from .observers import (
     undisturbed,
     visual_mask,
 )
-from .result import (
-    AdapterRecord,
-    BranchRecord,
-    ForwardRecord,
-    LayerAttention,
-    ProbeResult,
-    mean_over_layers,
-    numbers,
-)
+from .report import ProbeResult
 
 
 BASE, TOGETHER = "base", "adapters"  # names of forwards
 RETRIEVALS_KEPT = 6
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What `probe` was asked for; it explains the fields."""
+
+    max_new_tokens: int
+    sink_factor: float
+    sink_share: float
+    retrieval_tokens: Sequence[int] | None
+    generate_kwargs: Mapping[str, Any]
 
 
 @torch.no_grad()
@@ -89,62 +100,45 @@ def probe(
         NotImplementedError: The model or an adapter works in a way that the probe cannot follow.
     """
     vlm = find_vlm(base_of(model))
-    names = acting_adapters(vlm.model)
-    _check(vlm, model, inputs, max_new_tokens, sink_factor, sink_share)
+    settings = _Settings(max_new_tokens, sink_factor, sink_share, retrieval_tokens, generate_kwargs or {})
+    acting = acting_adapters(vlm.model)
+    _check(vlm, model, inputs, settings)
     check_retrieval(retrieval_tokens, max_new_tokens)
     progress = progress or (lambda description, done, total: None)
-    with undisturbed(vlm):
-        token_ids = generate(vlm.model, inputs, max_new_tokens, generate_kwargs or {}, progress)
-        check_retrieval(retrieval_tokens, len(token_ids))
-        whole = extended(vlm.model, inputs, token_ids[:-1])
-        planned = _planned(names)
-        forwards: list[ForwardRecord] = []
-        traces: dict[tuple[str, int], BranchTrace] = {}
-        base_logits: torch.Tensor | None = None
-        for done, (name, acting) in enumerate(planned.items()):
-            progress("looking at the answer", done, len(planned))
-            with only(vlm.model, acting):
-                seen = _look(vlm, whole, len(token_ids))
-            base_logits = seen.logits if base_logits is None else base_logits
-            forwards.append(_record(name, acting, seen, base_logits, token_ids, sink_factor, sink_share))
-            traces = seen.branches if name == TOGETHER else traces
-        progress("looking at the answer", len(planned), len(planned))
-    by_name = {forward.name: forward for forward in forwards}
-    if len(names) == 1:
-        by_name[_alone(names[0])] = by_name[TOGETHER]
-    num_visual = int(visual_mask(vlm, inputs).sum())
+    token_ids, forwards, traces = _observe(vlm, inputs, acting, settings, progress)
     return ProbeResult(
-        model_name=getattr(vlm.model.config, "_name_or_path", "") or type(vlm.model).__name__,
+        **_describe(vlm, inputs, settings),
         prompt=prompt,
-        environment=environment(),
-        settings={
-            "max_new_tokens": max_new_tokens,
-            "sink_factor": sink_factor,
-            "sink_share": sink_share,
-            "generate_kwargs": {name: str(value) for name, value in (generate_kwargs or {}).items()},
-            "attn_implementation": vlm.text_config._attn_implementation,
-            "dtype": str(vlm.model.dtype).removeprefix("torch."),
-            "device": str(vlm.model.device),
-        },
-        num_prompt_tokens=inputs["input_ids"].shape[1],
-        num_visual_tokens=num_visual,
-        grids=visual_grids(vlm, inputs, num_visual),
         token_ids=token_ids,
         tokens=[decode(token_id) for token_id in token_ids],
-        unobserved_layers=[index for index in range(len(vlm.layers)) if index not in vlm.self_attentions],
         forwards=forwards,
-        adapters=[
-            AdapterRecord(
-                name=name,
-                method=str(getattr(config.peft_type, "value", config.peft_type)),
-                active=name in names,
-                kl_alone=by_name[_alone(name)].kl_to_base if name in names else None,
-            )
-            for name, config in getattr(vlm.model, "peft_config", {}).items()
-        ],
+        adapters=_adapters(vlm.model, acting, forwards),
         branches=_branches(traces, retrieval_tokens),
         images=list(images),
     )
+
+
+def _observe(
+    vlm: VisionLanguageModel, inputs: Mapping[str, Any], acting: list[str], settings: _Settings, progress: Progress
+) -> tuple[list[int], list[ForwardRecord], dict[tuple[str, int], BranchTrace]]:
+    """Generate, and look at the answer: its tokens, what each forward showed, what PVM did with all adapters on."""
+    with undisturbed(vlm):
+        token_ids = generate(vlm.model, inputs, settings.max_new_tokens, settings.generate_kwargs, progress)
+        check_retrieval(settings.retrieval_tokens, len(token_ids))
+        whole = extended(vlm.model, inputs, token_ids[:-1])
+        planned = _planned(acting)
+        forwards: list[ForwardRecord] = []
+        traces: dict[tuple[str, int], BranchTrace] = {}
+        base_logits: torch.Tensor | None = None
+        for done, (name, names) in enumerate(planned.items()):
+            progress("looking at the answer", done, len(planned))
+            with only(vlm.model, names):
+                seen = _look(vlm, whole, len(token_ids))
+            base_logits = seen.logits if base_logits is None else base_logits
+            forwards.append(_record(name, names, seen, base_logits, token_ids, settings))
+            traces = seen.branches if name == TOGETHER else traces
+        progress("looking at the answer", len(planned), len(planned))
+    return token_ids, forwards, traces
 
 
 def _planned(names: list[str]) -> dict[str, list[str]]:
@@ -161,14 +155,42 @@ def _alone(name: str) -> str:
     return f"only {name}"
 
 
-def _check(
-    vlm: VisionLanguageModel,
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    max_new_tokens: int,
-    sink_factor: float,
-    sink_share: float,
-) -> None:
+def _describe(vlm: VisionLanguageModel, inputs: Mapping[str, Any], settings: _Settings) -> dict[str, Any]:
+    """Of a result, what is known before anything is run."""
+    num_visual = int(visual_mask(vlm, inputs).sum())
+    return dict(
+        model_name=getattr(vlm.model.config, "_name_or_path", "") or type(vlm.model).__name__,
+        environment=environment(),
+        settings={
+            "max_new_tokens": settings.max_new_tokens,
+            "sink_factor": settings.sink_factor,
+            "sink_share": settings.sink_share,
+            "generate_kwargs": {name: str(value) for name, value in settings.generate_kwargs.items()},
+            "attn_implementation": vlm.text_config._attn_implementation,
+            "dtype": str(vlm.model.dtype).removeprefix("torch."),
+            "device": str(vlm.model.device),
+        },
+        num_prompt_tokens=inputs["input_ids"].shape[1],
+        num_visual_tokens=num_visual,
+        grids=visual_grids(vlm, inputs, num_visual),
+        unobserved_layers=[index for index in range(len(vlm.layers)) if index not in vlm.self_attentions],
+    )
+
+
+def _adapters(model: nn.Module, acting: list[str], forwards: list[ForwardRecord]) -> list[AdapterRecord]:
+    alone = {forward.adapters[0]: forward for forward in forwards if len(forward.adapters) == 1}
+    return [
+        AdapterRecord(
+            name=name,
+            method=str(getattr(config.peft_type, "value", config.peft_type)),
+            active=name in acting,
+            kl_alone=alone[name].kl_to_base if name in acting else None,
+        )
+        for name, config in getattr(model, "peft_config", {}).items()
+    ]
+
+
+def _check(vlm: VisionLanguageModel, model: nn.Module, inputs: Mapping[str, Any], settings: _Settings) -> None:
     input_ids = inputs.get("input_ids")
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.shape[0] != 1:
         shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
@@ -178,12 +200,12 @@ def _check(
             "There is no image in these inputs (no visual token in input_ids, or no pixel values for it): give the "
             "processor an image and a prompt that names it."
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if not (math.isfinite(sink_factor) and sink_factor > 0):
-        raise ValueError(f"sink_factor must be a positive number, got {sink_factor}.")
-    if not 0 < sink_share <= 1:
-        raise ValueError(f"sink_share must lie in (0, 1], got {sink_share}.")
+    if settings.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {settings.max_new_tokens}.")
+    if not (math.isfinite(settings.sink_factor) and settings.sink_factor > 0):
+        raise ValueError(f"sink_factor must be a positive number, got {settings.sink_factor}.")
+    if not 0 < settings.sink_share <= 1:
+        raise ValueError(f"sink_share must lie in (0, 1], got {settings.sink_share}.")
     steerable_attentions(vlm, "The probe")
     for name, config in {**getattr(model, "peft_config", {}), **getattr(vlm.model, "peft_config", {})}.items():
         if getattr(config, "is_prompt_learning", False):
@@ -223,29 +245,27 @@ def _look(vlm: VisionLanguageModel, inputs: dict[str, Any], num_tokens: int) -> 
         observed(vlm, observer),
     ):
         logits = vlm.model(**{**inputs, "use_cache": False, "logits_to_keep": num_tokens}).logits[0]
-    norm, head = getattr(vlm.text_model, "norm", None), vlm.model.get_output_embeddings()  # type: ignore[operator]
+    model: Any = vlm.model
+    norm, head = getattr(vlm.text_model, "norm", None), model.get_output_embeddings()
     lens = None if norm is None or head is None else logit_lens(hidden_states, norm, head)
     return _Seen(logits, observer.masses, branches, lens)
 
 
 def _record(
     name: str,
-    acting: list[str],
+    adapters: list[str],
     seen: _Seen,
     base_logits: torch.Tensor,
     token_ids: list[int],
-    sink_factor: float,
-    sink_share: float,
+    settings: _Settings,
 ) -> ForwardRecord:
-    attention = [
-        _attention(layer_idx, masses, sink_factor, sink_share) for layer_idx, masses in sorted(seen.masses.items())
-    ]
-    text_tokens = [max(position) for position in zip(*(layer.text_tokens for layer in attention))]
+    attention = [_attention(layer_idx, masses, settings) for layer_idx, masses in sorted(seen.masses.items())]
+    text_tokens = most_text_tokens(attention)
     mean_mass = mean_over_layers([layer.visual_mass for layer in attention])
     first_choices = seen.logits.argmax(-1).tolist()
     return ForwardRecord(
         name=name,
-        adapters=acting,
+        adapters=adapters,
         attention=attention,
         mean_decay=fit_power_law(text_tokens, mean_mass),
         mean_dilution=fit_dilution(text_tokens, mean_mass),
@@ -255,11 +275,11 @@ def _record(
     )
 
 
-def _attention(layer_idx: int, masses: Masses, sink_factor: float, sink_share: float) -> LayerAttention:
+def _attention(layer_idx: int, masses: Masses, settings: _Settings) -> LayerAttention:
     visual_mass: list[float] = numbers(masses.visual.mean(1))
     text_mass: list[float] = numbers(masses.text.mean(1))
     text_tokens: list[int] = masses.text_tokens.tolist()
-    sinks = find_sinks(masses.per_token, sink_factor, sink_share)
+    sinks = find_sinks(masses.per_token, settings.sink_factor, settings.sink_share)
     return LayerAttention(
         layer_idx=layer_idx,
         visual_mass=visual_mass,

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from peft_pvm.cli.app import app
-from peft_pvm.cli.lists import separated
+from peft_pvm.cli.options import separated
 from peft_pvm.integrations.lmms_eval.report import curves, draw, score_rows, tables
 from peft_pvm.plotting import as_png
 

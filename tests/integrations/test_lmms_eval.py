@@ -303,7 +303,7 @@ def test_why_the_papers_tasks_are_not_repeated(folder: Path, tmp_path: Path):
 
 def test_each_seed_is_a_run_and_the_familys_own_settings_hold(folder: Path, tmp_path: Path):
     """Of two tokens no answer would be right: what the task has for the model of that name is one."""
-    from peft_pvm.integrations.lmms_eval.lengths import evaluate_lengths
+    from peft_pvm.integrations.lmms_eval.lengths import Settings, evaluate_lengths
 
     settings = {"qwen3_vl": {"max_new_tokens": 1, "do_sample": True, "temperature": 2.0}, "default": {}}
     save_task(
@@ -313,28 +313,29 @@ def test_each_seed_is_a_run_and_the_familys_own_settings_hold(folder: Path, tmp_
         model_specific_generation_kwargs=settings,
     )
     model_args = f"pretrained={folder / 'qwen3_vl'},{MODEL_ARGS['qwen3_vl']}"
+    folder_of_tasks = str(tmp_path / "tasks")
     result = evaluate_lengths(
-        "qwen3_vl", model_args, [TASK], [512], seeds=[0, 1], include_path=str(tmp_path / "tasks"), device="cpu"
+        Settings("qwen3_vl", model_args, [TASK], [512], seeds=[0, 1], include_path=folder_of_tasks, device="cpu")
     )
     first, second = (row["value"] for row in result["scores"])
     assert 0 < first != second > 0
 
 
 def test_what_is_not_known_is_refused(folder: Path):
-    from peft_pvm.integrations.lmms_eval.lengths import evaluate_lengths
+    from peft_pvm.integrations.lmms_eval.lengths import Settings, evaluate_lengths
 
     with pytest.raises(ValueError, match="but must be one of qwen3_vl"):
-        evaluate_lengths("peft_pvm_qwen3_vl", "pretrained=x", [TASK], [0])
+        evaluate_lengths(Settings("peft_pvm_qwen3_vl", "pretrained=x", [TASK], [0]))
     with pytest.raises(ValueError, match=r"has no tasks \['nothing'\]"):
-        evaluate_lengths("qwen3_vl", "pretrained=x", ["nothing"], [0])
+        evaluate_lengths(Settings("qwen3_vl", "pretrained=x", ["nothing"], [0]))
     with pytest.raises(ValueError, match="must be 0 or more"):
-        evaluate_lengths("qwen3_vl", "pretrained=x", [TASK], [-1, 0])
+        evaluate_lengths(Settings("qwen3_vl", "pretrained=x", [TASK], [-1, 0]))
     with pytest.raises(ValueError, match=r"give the folder as \./base"):
-        evaluate_lengths("qwen3_vl", "pretrained=x", [TASK], [0], ["base"])
+        evaluate_lengths(Settings("qwen3_vl", "pretrained=x", [TASK], [0], ["base"]))
     with pytest.raises(ValueError, match="nowhere"):
-        evaluate_lengths("qwen3_vl", "pretrained=x", [TASK], [0], [f"{PVM}+{folder / 'nowhere'}"])
+        evaluate_lengths(Settings("qwen3_vl", "pretrained=x", [TASK], [0], [f"{PVM}+{folder / 'nowhere'}"]))
     for name, option in (("adapter", "--adapter"), ("distractor_tokens", "--lengths")):
         with pytest.raises(ValueError, match=f"holds {name}=, but that is set here: give .*{option}"):
-            evaluate_lengths("qwen3_vl", f"pretrained=x,{name}=1", [TASK], [0])
+            evaluate_lengths(Settings("qwen3_vl", f"pretrained=x,{name}=1", [TASK], [0]))
     with pytest.raises(ValueError, match="is 'x', but must be name=value"):
-        evaluate_lengths("qwen3_vl", "x", [TASK], [0])
+        evaluate_lengths(Settings("qwen3_vl", "x", [TASK], [0]))

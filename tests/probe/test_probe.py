@@ -19,8 +19,7 @@ from peft_pvm import DIPEConfig, PVMConfig, attached
 from peft_pvm.attention.dispatch import ConfigView
 from peft_pvm.families import find_vlm
 from peft_pvm.probe import probe
-from peft_pvm.probe.answer import extended
-from peft_pvm.probe.grid import visual_grids
+from peft_pvm.probe.inputs import extended, visual_grids
 from peft_pvm.probe.observers import AttentionObserver, layers_observed
 from peft_pvm.tuners.active import acting_adapters, only
 from peft_pvm.tuners.base import VisualTunerLayer

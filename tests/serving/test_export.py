@@ -15,7 +15,7 @@ from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, PVMConfig
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.vllm import export_vllm
-from peft_pvm.integrations.vllm.served import ARCHITECTURE, configs_of
+from peft_pvm.integrations.vllm.export import ARCHITECTURE, configs_of
 
 
 pytest.importorskip("matplotlib", reason="the command line needs the extra `lab`")

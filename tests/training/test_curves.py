@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from peft_pvm import plotting
 from peft_pvm.cli.app import app
-from peft_pvm.curves import draw_curves, read_log
+from peft_pvm.integrations.curves import draw_curves, read_log
 
 
 LOG = [
@@ -27,7 +27,9 @@ LOG = [
 
 def test_what_is_drawn(monkeypatch: pytest.MonkeyPatch):
     figures = []
-    monkeypatch.setattr("peft_pvm.curves.as_png", lambda figure: figures.append(figure) or plotting.as_png(figure))
+    monkeypatch.setattr(
+        "peft_pvm.integrations.curves.as_png", lambda figure: figures.append(figure) or plotting.as_png(figure)
+    )
     assert draw_curves(LOG).startswith(b"\x89PNG")
     drawn = [
         {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}

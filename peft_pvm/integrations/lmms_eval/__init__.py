@@ -5,7 +5,6 @@ lmms-eval finds the models by itself, through the entry point `lmms_eval.models`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 
@@ -17,7 +16,7 @@ SEPARATOR = "+"  # of adapters in one argument; a comma would end the argument, 
 
 def tasks_folder() -> str:
     """The folder to give to lmms-eval as `--include_path`; `python -m peft_pvm.integrations.lmms_eval` prints it."""
-    return os.fspath(files(__package__) / "tasks")  # type: ignore[call-overload]
+    return str(files(__package__) / "tasks")
 
 
 def separate(adapter: str | Sequence[str]) -> list[str]:

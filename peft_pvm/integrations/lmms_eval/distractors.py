@@ -58,10 +58,10 @@ class Distractors:
     """Draws texts of one length, a different one for each document.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The tokenizer of the model.
         tokens: How many tokens each text has.
         paragraphs: What texts are put together from.
-        seed: Decides, with the document, which paragraphs come in which order.
+        seed: Together with the document, it decides which paragraphs come in which order.
 
     Raises:
         ValueError: `tokens` is no positive number.

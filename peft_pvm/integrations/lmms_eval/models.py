@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 from ...loading import load_adapters
 from . import MISSING, TESTED, separate
@@ -38,7 +38,10 @@ PREFIX = "peft_pvm_"
 SIMPLE = "_simple"
 
 
-class WithAdapters:
+Base: Any = object  # for mypy: at run time one of lmms-eval's models stands behind the class in the order of methods
+
+
+class WithAdapters(Base):
     """What is added to a model of lmms-eval. Every other argument is the model's own.
 
     Args:
@@ -46,10 +49,10 @@ class WithAdapters:
             All act. A folder with a `+` in its name goes into a sequence only.
         distractor_tokens: Put text of so many tokens behind the last image of each document; 0 for none.
         distractor_file: Text file that it is made of; by default Python's help topics.
-        distractor_seed: Decides, with the document, which paragraphs come in which order.
+        distractor_seed: Together with the document, it decides which paragraphs come in which order.
 
     Attributes:
-        distractor_counts: Of each request that text was put into, how many tokens it was.
+        distractor_counts: How many tokens of text were put into each request that got any.
 
     Raises:
         FileNotFoundError: There is no `distractor_file`.
@@ -102,10 +105,10 @@ class WithAdapters:
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         """Answer requests, with text put into them if there is to be some."""
-        if self._distractors is None:
-            return super().generate_until(requests)  # type: ignore[misc]
+        if (distractors := self._distractors) is None:
+            return super().generate_until(requests)
         self.distractor_counts = []
-        answers = super().generate_until([self._with_distractor(request) for request in requests])  # type: ignore[misc]
+        answers = super().generate_until([self._with_distractor(request, distractors) for request in requests])
         counts = self.distractor_counts
         span = f", of {min(counts)} to {max(counts)} tokens" if counts else ""
         logger.info(f"Text was put behind the image in {len(counts)} of {len(requests)} requests{span}.")
@@ -114,12 +117,12 @@ class WithAdapters:
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
         """Weigh given answers. Raises NotImplementedError if text is to be put into requests."""
         self._refuse_distractors("loglikelihood")
-        return super().loglikelihood(requests)  # type: ignore[misc]
+        return super().loglikelihood(requests)
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
         """Answer over several rounds. Raises NotImplementedError if text is to be put into requests."""
         self._refuse_distractors("generate_until_multi_round")
-        return super().generate_until_multi_round(requests)  # type: ignore[misc]
+        return super().generate_until_multi_round(requests)
 
     def _refuse_distractors(self, kind: str) -> None:
         if self._distractors is not None:
@@ -127,13 +130,14 @@ class WithAdapters:
                 f"distractor_tokens works on tasks of the output type generate_until, but this one asks for {kind}."
             )
 
-    def _with_distractor(self, request: Any) -> Any:
+    def _with_distractor(self, request: Any, distractors: Distractors) -> Any:
         changed = copy.copy(request)
         if self.is_simple:
             context, generation, to_visual, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
             if to_visual(doc):
-                context = into_context(context, self._draw(to_visual.__self__, doc, f"{task}/{split}/{doc_id}"))
+                text = self._draw(distractors, to_visual.__self__, doc, f"{task}/{split}/{doc_id}")
+                context = into_context(context, text)
             changed.arguments = context, generation, to_visual, doc_id, task, split
             return changed
         context, to_messages, generation, doc_id, task, split = request.args
@@ -142,13 +146,13 @@ class WithAdapters:
             messages = to_messages(doc)
             if not has_visuals(messages):
                 return messages
-            return into_messages(messages, self._draw(to_messages.__self__, doc, f"{task}/{split}/{doc_id}"))
+            text = self._draw(distractors, to_messages.__self__, doc, f"{task}/{split}/{doc_id}")
+            return into_messages(messages, text)
 
         changed.arguments = context, messages_with_text, generation, doc_id, task, split
         return changed
 
-    def _draw(self, task: Any, doc: Any, document: str) -> str:
-        distractors = cast(Distractors, self._distractors)  # nobody draws without
+    def _draw(self, distractors: Distractors, task: Any, doc: Any, document: str) -> str:
         text = distractors.draw(document, answers_of(task, doc))
         self.distractor_counts.append(distractors.count(text))
         return text
@@ -167,7 +171,7 @@ def manifests() -> list[ModelManifest]:
 
 
 @functools.cache
-def model_class(name: str, simple: bool = False) -> type:
+def model_class(name: str, simple: bool = False) -> type[Any]:
     """A model of lmms-eval with what `WithAdapters` adds.
 
     Args:

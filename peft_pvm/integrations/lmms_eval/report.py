@@ -25,7 +25,7 @@ def score_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
     """The numbers among lmms-eval's results.
 
     Args:
-        results: By task: `metric,filter` and `metric_stderr,filter`, beside names and counts.
+        results: For each task, `metric,filter` and `metric_stderr,filter`, beside names and counts.
 
     Returns:
         Rows of `task`, `metric`, `value` and `stderr`.

@@ -1,7 +1,6 @@
 """Serving with vLLM: its plugin, found by the entry point `vllm.general_plugins`, and what makes a folder for it."""
 
-from .export import export_vllm
-from .served import ARCHITECTURE
+from .export import ARCHITECTURE, export_vllm
 
 
 __all__ = ["export_vllm", "register"]

@@ -1,24 +1,29 @@
-"""A folder that vLLM serves, made of a base model and adapters."""
+"""A folder that vLLM serves, made of a base model and adapters, and what its config says of the adapters."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+
+from peft import PeftConfig
 
 from ...adapter_file import PEFT_PREFIX, read_config
 from ...base_checkpoint import BaseCheckpoint
+from ...checks import layer_list
 from ...methods.dipe import DIPEConfig
 from ...pvm import PVMConfig
 from ...pvm.checkpoints import check_shapes
 from ...pvm.files import read_adapter
 from ...pvm.merging import Tensors
 from ...text import quoted
-from .served import ARCHITECTURE, FIELD, fields_of
 
 
 BASES = ("qwen3_vl",)  # by `model_type`
+ARCHITECTURE = "PeftPVMQwen3VLForConditionalGeneration"
+FIELD = "peft_pvm"  # of the text config, where the adapters stand by method
+LEFT_OUT = ("base_model_name_or_path", "revision")  # where an adapter was trained may be a private path
 
 
 def export_vllm(
@@ -59,11 +64,14 @@ def export_vllm(
             branch = _pvm_weights(adapter, checkpoint, accept_causal)
         elif isinstance(config, DIPEConfig):
             num_layers = checkpoint.config["text_config"]["num_hidden_layers"]
-            if beyond := [index for index in cast(list[int], config.layers_to_transform or []) if index >= num_layers]:
+            chosen = [] if config.layers_to_transform is None else layer_list(config, "None")
+            if beyond := [index for index in chosen if index >= num_layers]:
                 raise ValueError(f"{adapter} acts on layers {quoted(beyond)}, but {base} has {num_layers} layers.")
         else:
             raise NotImplementedError(f"{adapter} is an adapter of {config.method}. For vLLM there are PVM and DIPE.")
-        by_method[config.method] = fields_of(config)
+        by_method[config.method] = {
+            name: value for name, value in config.to_dict().items() if value is not None and name not in LEFT_OUT
+        }
     if not by_method:
         raise ValueError("No adapter is given. To serve the base alone, vLLM takes it as it is.")
     content = checkpoint.config
@@ -87,3 +95,15 @@ def _pvm_weights(adapter: str | os.PathLike, base: BaseCheckpoint, accept_causal
         )
     check_shapes(adapter, tensors, [], config, base.config)
     return {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def configs_of(text_config: Any) -> tuple[PVMConfig | None, DIPEConfig | None]:
+    """The adapters' configurations, as `export_vllm` wrote them into a text config."""
+    by_method = getattr(text_config, FIELD)
+    found = [PeftConfig.from_peft_type(**by_method[name]) if name in by_method else None for name in ("pvm", "dipe")]
+    return found[0], found[1]
+
+
+def acts_on(dipe: DIPEConfig, layer_idx: int) -> bool:
+    """Whether DIPE acts on a decoder layer of Qwen3-VL, which all rotate queries and keys."""
+    return dipe.layers_to_transform is None or layer_idx in layer_list(dipe, "None")

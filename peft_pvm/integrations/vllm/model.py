@@ -1,9 +1,9 @@
 """Qwen3-VL with PVM and DIPE, for vLLM.
 
 PVM's branch is a second attention layer beside a decoder layer's own. Its keys and values lie in vLLM's paged cache,
-of every token, but those of text are hidden (`widening.py`): so they are batched, chunked, cached with a prefix and
+of every token, but those of text are hidden (`encoding.py`): so they are batched, chunked, cached with a prefix and
 freed as any others are. DIPE makes the heads of the decoder's own attention twice as wide. Which tokens are visual,
-and their anchors, come with the positions (`labels.py`).
+and their anchors, come with the positions.
 
 Under tensor parallelism every rank computes the whole branch, which is small, and nothing is exchanged for it.
 """
@@ -26,9 +26,8 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from ...pvm import PVMConfig
 from ...pvm.branch import Branch, fresh_weights
 from ...pvm.config import BranchShape, weight_name
-from .labels import attach_labels, detach_labels
-from .served import acts_on, configs_of
-from .widening import anchored_across_modalities, supported_width, visual_keys_only
+from .encoding import anchored_across_modalities, attach_labels, detach_labels, supported_width, visual_keys_only
+from .export import acts_on, configs_of
 
 
 VERSIONS = ("0.32.", "0.33.")  # of vLLM: the first was run, the files that this builds on are the same in the second
@@ -243,15 +242,9 @@ def refuse_what_breaks(vllm_config: VllmConfig, has_anchors: bool) -> None:
         raise NotImplementedError(
             f"PVM and DIPE stand on the insides of vLLM {' and '.join(VERSIONS)}, but this is {vllm.__version__}."
         )
-    parallel = vllm_config.parallel_config
-    if (
-        max(
-            parallel.pipeline_parallel_size,
-            parallel.decode_context_parallel_size,
-            parallel.prefill_context_parallel_size,
-        )
-        > 1
-    ):
+    config = vllm_config.parallel_config
+    sizes = config.pipeline_parallel_size, config.decode_context_parallel_size, config.prefill_context_parallel_size
+    if max(sizes) > 1:
         raise NotImplementedError("PVM and DIPE in vLLM know tensor parallelism only: neither pipeline nor context.")
     if vllm_config.speculative_config is not None:
         raise NotImplementedError("PVM and DIPE in vLLM do not work with speculative decoding: leave it out.")

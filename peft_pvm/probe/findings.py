@@ -1,4 +1,4 @@
-"""What a probe found: plain numbers that can be saved, read back and shown again."""
+"""What a probe found: plain numbers that can be written, read back and shown again."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..data_file import holding, read_json
-from ..extras import require
-from ..replacing import replacing
-from .decay import Dilution, PowerLaw, rounded
+from .measures import Dilution, PowerLaw, mean_over_layers, rounded
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 FORMAT_VERSION = 1
-NEEDED_TO_DRAW = ("lab", "matplotlib")  # the extra, and the module
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,14 @@ class LayerAttention:
     Attributes:
         layer_idx: The decoder layer.
         visual_mass: What reaches the visual tokens, a number in [0, 1] for each generated token.
-        lowest_head: The same for the head in which it is smallest.
-        highest_head: The same for the head in which it is largest.
+        lowest_head: `visual_mass` of the head in which it is smallest.
+        highest_head: `visual_mass` of the head in which it is largest.
         text_to_visual: Attention to text over attention to visual tokens. `None` where nothing reaches these.
         text_tokens: How many non-visual tokens the query sees.
         sinks: The visual tokens that draw mass whatever the query, counted from the first visual token.
-        sink_mass: What reaches them.
-        decay: Of `visual_mass` with `text_tokens`.
-        dilution: The same.
+        sink_mass: The attention that reaches the sinks.
+        decay: The power law of `visual_mass` over `text_tokens`.
+        dilution: The dilution law of the same numbers.
     """
 
     layer_idx: int
@@ -61,10 +60,10 @@ class ForwardRecord:
 
     Attributes:
         name: "base", "adapters" (as the model stands), or "only" and an adapter's name.
-        adapters: Those that acted.
-        attention: Of every layer that has softmax attention.
-        mean_decay: Of the visual mass averaged over layers, with the `text_tokens` of the layer that sees most.
-        mean_dilution: The same.
+        adapters: The adapters that were active.
+        attention: Where each layer that has softmax attention looked.
+        mean_decay: The power law of `mean_mass` over the `text_tokens` of the layer that sees most.
+        mean_dilution: The dilution law of the same numbers.
         lens: For each layer, KL(final prediction || the layer's) at each generated token, in nats. `None`: the text
             model has no final norm that could be applied.
         kl_to_base: KL(this || base) of the prediction of each generated token, in nats; of the base itself 0.
@@ -118,8 +117,8 @@ class BranchRecord:
         gate: The learned scalar that the branch is multiplied by.
         relative_update: Norm of what it adds over the norm of the residual stream that it reads, for each generated
             token.
-        retrieval: By generated token, for the chosen ones, its cross-attention over the visual tokens, averaged over
-            heads; adds up to 1.
+        retrieval: For each chosen token, the branch's cross-attention over the visual tokens, averaged over heads. It
+            adds up to 1.
     """
 
     adapter: str
@@ -130,25 +129,8 @@ class BranchRecord:
 
 
 @dataclass(frozen=True)
-class ProbeResult:
-    """What `probe` found. Every number is rounded to six significant digits.
-
-    Attributes:
-        model_name: The model.
-        prompt: As given.
-        environment: Versions and device.
-        settings: What the probe was asked for, and how the model computes.
-        num_prompt_tokens: Length of the prompt.
-        num_visual_tokens: Visual tokens among them.
-        grids: Rows and columns of visual tokens, for each image, where they are known; otherwise empty.
-        token_ids: What was generated.
-        tokens: The same as text.
-        unobserved_layers: Decoder layers without softmax attention, which have no weights to record.
-        forwards: The base first.
-        adapters: All that are attached.
-        branches: Of the PVM adapters that act.
-        images: PNG files of what was looked at, for the report.
-    """
+class Findings:
+    """The numbers of a `ProbeResult`, which explains the fields."""
 
     model_name: str
     prompt: str
@@ -175,42 +157,6 @@ class ProbeResult:
         """The generated tokens whose retrieval was kept."""
         return sorted({token for branch in self.branches for token in branch.retrieval})
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        """Write `probe.json`, the pictures and `report.html`, all or none. The same result gives the same bytes.
-
-        Args:
-            folder: Made if it is not there; files of the same name are overwritten.
-
-        Returns:
-            The path of the report.
-
-        Raises:
-            ImportError: matplotlib is not installed. All but the pictures and the report is written by then: `load`
-                reads it where matplotlib is.
-        """
-        from .html import report
-
-        missing = None
-        try:
-            require(*NEEDED_TO_DRAW)
-        except ImportError as error:
-            missing = error
-        else:
-            from .plots import draw
-
-            pictures = draw(self)
-        with replacing(folder, entry="probe.json") as staged:
-            for number, image in enumerate(self.images):
-                (staged / f"image-{number}.png").write_bytes(image)
-            (staged / "probe.json").write_text(self.to_json(), encoding="utf-8", newline="\n")
-            if missing is None:
-                for picture in pictures:
-                    (staged / f"{picture.name}.png").write_bytes(picture.png)
-                (staged / "report.html").write_text(report(self, pictures), encoding="utf-8", newline="\n")
-        if missing is not None:
-            raise ImportError(f"{folder} has the numbers, but neither pictures nor report. {missing}") from missing
-        return Path(folder) / "report.html"
-
     def to_json(self) -> str:
         """All numbers, without the images."""
         content = asdict(self)
@@ -219,8 +165,8 @@ class ProbeResult:
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> ProbeResult:
-        """Read back what `save` wrote.
+    def load(cls, folder: str | os.PathLike) -> Self:
+        """Read back what `ProbeResult.save` wrote.
 
         Args:
             folder: The folder.
@@ -246,6 +192,11 @@ class ProbeResult:
             return cls(**content, images=images)
 
 
+def most_text_tokens(attention: list[LayerAttention]) -> list[int]:
+    """How many non-visual tokens each query sees in the layer that sees most."""
+    return [max(position) for position in zip(*(layer.text_tokens for layer in attention))]
+
+
 def _forward(content: Mapping[str, Any]) -> ForwardRecord:
     attention = [LayerAttention(**{**layer, **_laws(layer, "")}) for layer in content["attention"]]
     return ForwardRecord(**{**content, **_laws(content, "mean_"), "attention": attention})
@@ -262,18 +213,3 @@ def _laws(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def _branch(content: Mapping[str, Any]) -> BranchRecord:
     retrieval = {int(token): weights for token, weights in content["retrieval"].items()}
     return BranchRecord(**{**content, "retrieval": retrieval})
-
-
-def mean_over_layers(by_layer: list[list[float]]) -> list[float]:
-    """The mean of each position over layers."""
-    return [rounded(sum(position) / len(position)) for position in zip(*by_layer)]
-
-
-def numbers(tensor: torch.Tensor) -> Any:
-    """A tensor as (nested) lists of rounded numbers."""
-    values = tensor.tolist()
-    return _rounded_all(values)
-
-
-def _rounded_all(values: Any) -> Any:
-    return [_rounded_all(value) for value in values] if isinstance(values, list) else rounded(values)

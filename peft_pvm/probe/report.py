@@ -1,18 +1,22 @@
-"""A probe's result as one page that needs nothing else: pictures inside, no script, nothing loaded from outside."""
+"""A probe's result as a folder: its numbers, its pictures, and one page that needs nothing else.
+
+The pictures are inside the page. It has no script, and loads nothing from outside.
+"""
 
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from .decay import Dilution, PowerLaw
-from .result import ForwardRecord, ProbeResult
-
-
-if TYPE_CHECKING:
-    from .plots import Picture
+from ..extras import require
+from ..replacing import replacing
+from .findings import Findings
+from .measures import Dilution, PowerLaw
+from .plots import Picture, draw
 
 
 STYLE = """
@@ -27,16 +31,61 @@ figure { margin: 0 }
 """
 
 
-def report(result: ProbeResult, pictures: Sequence[Picture]) -> str:
-    """The page.
+@dataclass(frozen=True)
+class ProbeResult(Findings):
+    """What `probe` found. Every number is rounded to six significant digits.
 
-    Args:
-        result: What was found.
-        pictures: As `draw` makes them of it.
-
-    Returns:
-        A whole HTML document.
+    Attributes:
+        model_name: The model.
+        prompt: The prompt, as it was given.
+        environment: Versions and device.
+        settings: The arguments of the probe, and how the model computes.
+        num_prompt_tokens: Length of the prompt.
+        num_visual_tokens: Visual tokens among them.
+        grids: Rows and columns of visual tokens, for each image, where they are known; otherwise empty.
+        token_ids: The generated tokens.
+        tokens: The generated tokens as text.
+        unobserved_layers: Decoder layers without softmax attention, which have no weights to record.
+        forwards: What each forward showed; the base is the first.
+        adapters: All attached adapters.
+        branches: The branches of the PVM adapters that act.
+        images: PNG files of the images in the prompt, for the report.
     """
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `probe.json`, the pictures and `report.html`, all or none. The same result gives the same bytes.
+
+        Args:
+            folder: Made if it is not there; files of the same name are overwritten.
+
+        Returns:
+            The path of the report.
+
+        Raises:
+            ImportError: matplotlib is not installed. All but the pictures and the report is written by then: `load`
+                reads it where matplotlib is.
+        """
+        files = {f"image-{number}.png": image for number, image in enumerate(self.images)}
+        files["probe.json"] = self.to_json().encode()
+        missing = None
+        try:
+            require("lab", "matplotlib")
+        except ImportError as error:
+            missing = error
+        else:
+            pictures = draw(self)
+            files |= {f"{picture.name}.png": picture.png for picture in pictures}
+            files["report.html"] = page(self, pictures).encode()
+        with replacing(folder, entry="probe.json") as staged:
+            for name, content in files.items():
+                (staged / name).write_bytes(content)
+        if missing is not None:
+            raise ImportError(f"{folder} has the numbers, but neither pictures nor report. {missing}") from missing
+        return Path(folder) / "report.html"
+
+
+def page(result: Findings, pictures: Sequence[Picture]) -> str:
+    """The page, a whole HTML document, with the pictures that `draw` makes of a result."""
     sections = [_summary(result), _looked_at(result), _forwards(result), _adapters(result)]
     sections += [_figure(picture) for picture in pictures]
     sections += [_tokens(result), _setting(result)]
@@ -51,7 +100,7 @@ def report(result: ProbeResult, pictures: Sequence[Picture]) -> str:
     )
 
 
-def _summary(result: ProbeResult) -> str:
+def _summary(result: Findings) -> str:
     answer = "".join(result.tokens)
     text = (
         f"{result.num_prompt_tokens} prompt tokens, {result.num_visual_tokens} of them visual; "
@@ -66,14 +115,14 @@ def _summary(result: ProbeResult) -> str:
     )
 
 
-def _looked_at(result: ProbeResult) -> str:
+def _looked_at(result: Findings) -> str:
     return "\n".join(
         f'<figure><img alt="Image {number + 1} of the prompt" src="{_inlined(image)}"></figure>'
         for number, image in enumerate(result.images)
     )
 
 
-def _forwards(result: ProbeResult) -> str:
+def _forwards(result: Findings) -> str:
     rows = [
         (
             forward.name,
@@ -81,7 +130,7 @@ def _forwards(result: ProbeResult) -> str:
             f"{forward.mean_mass_without_sinks[0]:.3g} → {forward.mean_mass_without_sinks[-1]:.3g}",
             _exponent(forward.mean_decay),
             _tokens_to_half(forward.mean_dilution),
-            _mean_divergence(forward),
+            _mean(forward.kl_to_base),
             f"{forward.agreement:.0%}",
         )
         for forward in result.forwards
@@ -119,16 +168,16 @@ def _tokens_to_half(law: Dilution | None) -> str:
     return f"{law.a:.3g}" if law.r_squared is None else f"{law.a:.3g}, R² {law.r_squared:.2f}"
 
 
-def _mean_divergence(forward: ForwardRecord) -> str:
-    return f"{sum(forward.kl_to_base) / len(forward.kl_to_base):.3g}"
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.3g}"
 
 
-def _adapters(result: ProbeResult) -> str:
+def _adapters(result: Findings) -> str:
     if not result.adapters:
         return ""
     rows = []
     for adapter in result.adapters:
-        alone = "" if adapter.kl_alone is None else f"{sum(adapter.kl_alone) / len(adapter.kl_alone):.3g}"
+        alone = "" if adapter.kl_alone is None else _mean(adapter.kl_alone)
         gates = ", ".join(
             f"{branch.gate:.3g} (layer {branch.layer_idx})"
             for branch in result.branches
@@ -146,7 +195,7 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def _tokens(result: ProbeResult) -> str:
+def _tokens(result: Findings) -> str:
     rows = [
         (str(number), repr(token), *(f"{forward.mean_mass[number]:.3g}" for forward in result.forwards))
         for number, token in enumerate(result.tokens)
@@ -155,7 +204,7 @@ def _tokens(result: ProbeResult) -> str:
     return f"<h2>Token by token</h2>\n{_table(header, rows)}"
 
 
-def _setting(result: ProbeResult) -> str:
+def _setting(result: Findings) -> str:
     rows = [(name, str(value)) for name, value in (*result.settings.items(), *result.environment.items())]
     return f"<h2>Settings and versions</h2>\n{_table(('Name', 'Value'), rows)}"
 
