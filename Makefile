@@ -13,9 +13,9 @@ FOLDERS ?= 20000
 TORCH ?= torch==2.13.0
 PYTEST = pytest -n $(WORKERS) -q
 GPU_TESTS = tests/test_five_properties.py tests/test_generation.py tests/test_turns.py tests/test_combinations.py \
-	tests/test_decoding_step.py tests/test_eviction.py tests/dipe/test_oracle.py tests/dipe/test_parity.py \
-	tests/dipe/test_anchored.py tests/tdrs/test_oracle.py tests/pvm/test_parity.py tests/pvm/test_training.py \
-	tests/pvm/test_memory.py tests/pvm/test_adapters_by_row.py
+	tests/test_decoding_step.py tests/tokens/test_eviction.py tests/methods/dipe/test_oracle.py tests/methods/dipe/test_parity.py \
+	tests/methods/dipe/test_anchored.py tests/methods/tdrs/test_oracle.py tests/methods/pvm/test_parity.py tests/methods/pvm/test_training.py \
+	tests/methods/pvm/test_memory.py tests/methods/pvm/test_adapters_by_row.py
 
 SHELL = bash -o pipefail
 
@@ -47,7 +47,7 @@ test-newest:
 # What the methods compute, on a GPU: in an environment of the reader's, since ours hold a torch for the CPU.
 test-gpu:
 	PEFT_PVM_TEST_DEVICE=cuda $(PYTHON) -m $(PYTEST) $(GPU_TESTS)
-	$(PYTHON) -m $(PYTEST) tests/test_on_cuda.py tests/tdrs/test_triton_kernel.py
+	$(PYTHON) -m $(PYTEST) tests/test_on_cuda.py tests/methods/tdrs/test_triton_kernel.py
 
 # Damaged adapter folders, ten minutes of them.
 fuzz: $(VENV)/.installed

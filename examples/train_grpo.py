@@ -19,7 +19,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 import peft_pvm.demo.processor  # noqa: F401  lets AutoProcessor load the lab's tiny model, which these scripts can train
-from peft_pvm.families import find_vlm
 from peft_pvm.integrations.trl import (
     GazeCallback,
     accuracy_reward,
@@ -29,7 +28,8 @@ from peft_pvm.integrations.trl import (
     save_parts,
     shard_decoder_layers,
 )
-from peft_pvm.pvm.files import read_adapter
+from peft_pvm.methods.pvm.files import read_adapter
+from peft_pvm.tokens.families import find_vlm
 
 
 @dataclass

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from peft_pvm.data_file import holding
 from peft_pvm.demo.train import Recipe
-from peft_pvm.replacing import write_file
+from peft_pvm.folders.data_file import holding
+from peft_pvm.folders.replacing import write_file
 
 
 class CheckpointFile:

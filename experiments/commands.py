@@ -14,7 +14,7 @@ from peft_pvm.cli.options import LARGEST_SEED, MANY, new_file, new_folder, one_o
 from peft_pvm.cli.refusals import Commands, reading
 from peft_pvm.demo.recall import recall
 from peft_pvm.demo.tiny_vlm import SHIPPED, save_tiny_vlm
-from peft_pvm.terminal import say
+from peft_pvm.utils.terminal import say
 
 from .base import new_tiny_vlm, train_base
 from .limits import load_for_limits, show_limits

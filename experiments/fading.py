@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from peft_pvm.demo.mosaic import FIRST_QUERY, NUM_CELLS, Split, make_questions
-from peft_pvm.families import find_vlm
 from peft_pvm.probe.observers import AttentionObserver, branches_observed, observed
+from peft_pvm.tokens.families import find_vlm
 
 
 NUM_DIALOGUE = 2 * NUM_CELLS - 1  # tokens: the questions, and the answers between them

@@ -11,13 +11,13 @@ import torch
 from peft import PeftConfig, PeftModel
 from rich.table import Table
 
-from peft_pvm.context import VisualContext
 from peft_pvm.demo.mosaic import FIRST_QUERY, IMAGE_LENGTH, NUM_CELLS, Split, make_questions
 from peft_pvm.demo.recall import TOKENS_PER_FORWARD
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
-from peft_pvm.pvm import PVMConfig
-from peft_pvm.pvm.layer import PVMLayer
-from peft_pvm.terminal import Terminal, progress_bar
+from peft_pvm.methods.pvm import PVMConfig
+from peft_pvm.methods.pvm.layer import PVMLayer
+from peft_pvm.tokens.context import VisualContext
+from peft_pvm.utils.terminal import Terminal, progress_bar
 
 from .fading import NUM_DIALOGUE
 

@@ -13,8 +13,8 @@ from peft_pvm.demo.mosaic import NUM_CELLS
 from peft_pvm.demo.recall import recall
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.methods.tdrs import TDRSConfig
-from peft_pvm.terminal import Terminal
-from peft_pvm.tuners.attached import attached
+from peft_pvm.tuners.active import attached
+from peft_pvm.utils.terminal import Terminal
 
 
 LENGTHS = (128, 256, 512)

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 
 from peft_pvm.demo.mosaic import NUM_CELLS
-from peft_pvm.plotting import as_png, line_look, logarithmic, new_figure, styled
-from peft_pvm.replacing import write_file
+from peft_pvm.folders.replacing import write_file
+from peft_pvm.utils.plotting import as_png, line_look, logarithmic, new_figure, styled
 
 from .claims import claims
 from .methods import METHODS

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from peft_pvm.data_file import holding, read_json, write_json
 from peft_pvm.demo.mosaic import NUM_CELLS
 from peft_pvm.demo.recall import recall, transcription
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.demo.train import Recipe, train_adapter
 from peft_pvm.env import environment
-from peft_pvm.replacing import replacing
+from peft_pvm.folders.data_file import holding, read_json, write_json
+from peft_pvm.folders.replacing import replacing
 
 from .base import fingerprint
 from .checkpoint import CheckpointFile

@@ -15,10 +15,10 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from peft_pvm.demo.mosaic import CHANNELS, IMAGE, NUM_BYTES, PATCH_SIZE, TEMPORAL_PATCH_SIZE, VISION_END, VISION_START
 from peft_pvm.demo.tiny_vlm import tiny_vlm_config
-from peft_pvm.families import find_vlm
-from peft_pvm.pvm import PVMConfig
-from peft_pvm.terminal import Terminal, progress_bar
+from peft_pvm.methods.pvm import PVMConfig
+from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tuners.active import base_of
+from peft_pvm.utils.terminal import Terminal, progress_bar
 
 
 Size = Literal["tiny", "middle"]

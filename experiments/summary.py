@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pvm.data_file import holding, read_json
 from peft_pvm.demo.mosaic import NUM_CELLS
 from peft_pvm.demo.recall import Accuracy
+from peft_pvm.folders.data_file import holding, read_json
 
 from .methods import METHODS
 from .runs import MAIN_RECIPE

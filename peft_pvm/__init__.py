@@ -1,11 +1,11 @@
 """Adapters that keep vision-language models looking at the image. Importing registers their types with PEFT."""
 
 from . import methods
-from .loading import add_adapters, load_adapters, save_adapter
 from .methods import *  # noqa: F403  # configurations and tuners
-from .pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint
-from .registry import extend_peft, register
-from .tuners.attached import attached
+from .methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint
+from .tuners.active import attached
+from .tuners.loading import add_adapters, load_adapters, save_adapter
+from .tuners.registry import extend_peft, register
 from .versions import check_versions
 
 

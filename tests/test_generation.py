@@ -30,7 +30,7 @@ from peft import PeftModel
 from tiny_vlms import EOS, FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from peft_pvm.tap import Tap
+from peft_pvm.tokens.tap import Tap
 from peft_pvm.versions import CACHE
 
 

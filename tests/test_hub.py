@@ -25,7 +25,7 @@ from methods_under_test import METHODS, give_weight
 from peft import PeftModel, get_peft_model
 from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, PVMConfig, hotswap_adapter
-from peft_pvm.adapter_file import inspect_adapter
+from peft_pvm.folders.adapter_file import inspect_adapter
 
 family = FAMILIES[{family!r}]
 inputs = family.inputs(family.build(), "t4 i t3 i t6", "t7 i t5")

@@ -14,7 +14,7 @@ from methods_under_test import METHODS
 from tiny_vlms import FAMILIES
 from torch import nn
 
-from peft_pvm.families import find_vlm
+from peft_pvm.tokens.families import find_vlm
 
 
 class Interruption(Exception):

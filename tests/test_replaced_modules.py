@@ -13,7 +13,7 @@ from tiny_vlms import FAMILIES
 from torch import nn
 
 from peft_pvm import PVMConfig
-from peft_pvm.families import find_vlm
+from peft_pvm.tokens.families import find_vlm
 
 
 class Fused(nn.Module):

@@ -17,17 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from methods.pvm.test_checkpoints import GOLDEN, write_checkpoint
 from methods_under_test import METHODS
 from peft import PeftConfig
-from pvm.test_checkpoints import GOLDEN, write_checkpoint
 from safetensors.torch import load_file
 from tiny_vlms import FAMILIES
 
 from peft_pvm import convert_reference_checkpoint, export_reference_checkpoint
-from peft_pvm.base_checkpoint import BaseCheckpoint
+from peft_pvm.folders.base_checkpoint import BaseCheckpoint
+from peft_pvm.folders.replacing import write_file
 from peft_pvm.integrations.vllm import export_vllm
-from peft_pvm.pvm.files import merge_adapters
-from peft_pvm.replacing import write_file
+from peft_pvm.methods.pvm.files import merge_adapters
 
 
 KINDS = {"old": 1, "new": 2}

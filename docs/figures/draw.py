@@ -21,8 +21,8 @@ from matplotlib.path import Path
 from experiments.summary import Results
 from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS
 from peft_pvm.methods.tdrs.weights import Floor, distance_boost, semantic_position
-from peft_pvm.plotting import COLOURS, logarithmic, new_figure, styled
-from peft_pvm.positions import PADDING, modalities, run_anchors, run_starts
+from peft_pvm.tokens.positions import PADDING, modalities, run_anchors, run_starts
+from peft_pvm.utils.plotting import COLOURS, logarithmic, new_figure, styled
 
 
 FIGURES = pathlib.Path(__file__).parent

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..context import VisualContext
-from ..visibility import Visibility
+from ..tokens.context import VisualContext
+from ..tokens.visibility import Visibility
 
 
 WIDEST_FOR_FLASH = 256  # channels a head

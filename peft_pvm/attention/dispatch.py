@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..context import CONTEXT, VisualContext, dropped_keywords
-from ..families import VisionLanguageModel
-from ..peft_internals import attn_implementation
+from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
+from ..tokens.families import VisionLanguageModel
+from ..utils.peft_internals import attn_implementation
 from .call import AttentionCall, Output, base_kernel
 
 

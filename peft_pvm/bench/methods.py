@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from .. import methods
-from ..families import find_vlm
-from ..loading import add_adapters
-from ..pvm import PVMConfig
-from .naive import make_naive
+from ..attention.reference import ReferenceStages
+from ..methods.pvm import PVMConfig
+from ..methods.pvm.layer import PVMLayer
+from ..methods.pvm.reference import PlainBranch
+from ..tokens.context import CONTEXT, VisualContext
+from ..tokens.families import find_vlm
+from ..tuners.loading import add_adapters
 
 
 PAPER_SHARE = 3 / 36  # of the decoder layers have a branch
@@ -70,3 +73,18 @@ def _rows() -> Iterator[tuple[str, Method]]:
 
 
 METHODS = dict(_rows())
+
+
+def make_naive(model: nn.Module) -> None:
+    """Have the adapters on a model work naively, for good."""
+    for layer in model.modules():
+        if isinstance(layer, PVMLayer):
+            for name, branches in layer.pvm_branches.items():
+                layer.pvm_branches[name] = [PlainBranch(**vars(branch)) for branch in branches]
+
+    def replace_stages(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = cast(VisualContext, kwargs[CONTEXT])
+        for layer_idx, stages in context.stages.items():
+            context.stages[layer_idx] = ReferenceStages(stages.stages, stages.adapters)
+
+    find_vlm(model).text_model.register_forward_pre_hook(replace_stages, with_kwargs=True)

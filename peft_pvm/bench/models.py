@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.initialization import no_init_weights
 
-from ..families import find_vlm
-from ..pvm.config import BranchShape
+from ..methods.pvm.config import BranchShape
+from ..tokens.families import find_vlm
 from .methods import pvm_config
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..plotting import line_look, logarithmic, new_figure, styled
-from ..terminal import Terminal
+from ..utils.plotting import line_look, logarithmic, new_figure, styled
+from ..utils.terminal import Terminal
 from .methods import METHODS
 from .models import footprint
 

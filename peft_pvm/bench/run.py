@@ -16,9 +16,9 @@ from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 
 from ..attention.call import AttentionCall
-from ..context import CONTEXT, VisualContext
-from ..families import find_vlm
-from ..tap import VISUAL_MASK
+from ..tokens.context import CONTEXT, VisualContext
+from ..tokens.families import find_vlm
+from ..tokens.tap import VISUAL_MASK
 from ..versions import CACHE
 from .meters import describe_machine, free_bytes, import_seconds, peak_bytes, seconds
 from .methods import METHODS, pvm_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..extras import require
+from ..utils.extras import require
 
 
 def main() -> None:

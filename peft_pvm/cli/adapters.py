@@ -10,14 +10,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..adapter_file import Inspection, inspect_adapter, read_config
+from ..folders.adapter_file import Inspection, inspect_adapter, read_config
+from ..folders.writing import write_card
 from ..integrations.vllm import export_vllm as write_for_vllm
-from ..pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint
-from ..pvm.files import merge_adapters
-from ..pvm.merging import CombinationType
-from ..terminal import Terminal, say
-from ..text import plain, quoted
-from ..writing import write_card
+from ..methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint
+from ..methods.pvm.files import merge_adapters
+from ..methods.pvm.merging import CombinationType
+from ..utils.terminal import Terminal, say
+from ..utils.text import plain, quoted
 from .options import finite_number, new_folder, one_of, separated
 from .refusals import reading
 

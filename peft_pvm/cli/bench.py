@@ -14,12 +14,12 @@ from ..bench.methods import METHODS
 from ..bench.models import PRESETS, build_random, load
 from ..bench.report import draw, print_tables, show_scale
 from ..bench.run import Settings, measure
-from ..data_file import holding, read_json, write_json
-from ..extras import require
-from ..families import find_vlm
-from ..plotting import as_png
-from ..replacing import write_file
-from ..terminal import Terminal
+from ..folders.data_file import holding, read_json, write_json
+from ..folders.replacing import write_file
+from ..tokens.families import find_vlm
+from ..utils.extras import require
+from ..utils.plotting import as_png
+from ..utils.terminal import Terminal
 from .options import (
     DTYPES,
     LARGEST_SEED,

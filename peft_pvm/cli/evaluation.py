@@ -15,19 +15,19 @@ from rich.progress import Progress, TaskID
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..attention.dispatch import steerable_attentions
-from ..data_file import write_json
-from ..extras import require
-from ..families import find_vlm
+from ..folders.data_file import write_json
+from ..folders.replacing import write_file
 from ..integrations.curves import draw_curves, read_log
 from ..integrations.lmms_eval import report, tasks_folder
-from ..loading import load_adapters
-from ..plotting import as_png
+from ..methods.pvm import PVMConfig
 from ..probe import ProbeResult, build_inputs, picture_of
 from ..probe import probe as probe_model
 from ..probe.run import check_retrieval
-from ..pvm import PVMConfig
-from ..replacing import write_file
-from ..terminal import Terminal, say
+from ..tokens.families import find_vlm
+from ..tuners.loading import load_adapters
+from ..utils.extras import require
+from ..utils.plotting import as_png
+from ..utils.terminal import Terminal, say
 from .options import (
     DTYPES,
     LARGEST_SEED,

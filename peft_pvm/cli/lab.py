@@ -11,8 +11,8 @@ from ..demo.comparison import compare, load_models, run_demo
 from ..demo.mosaic import Split
 from ..demo.processor import save_as_folder
 from ..demo.tiny_vlm import SHIPPED, load_tiny_vlm
-from ..extras import require
-from ..terminal import say
+from ..utils.extras import require
+from ..utils.terminal import say
 from .options import LARGEST_SEED, MANY, new_folder
 from .refusals import Commands, reading
 

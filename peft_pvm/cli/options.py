@@ -18,7 +18,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
-from ..adapter_file import AdapterFile, inspect_adapter
+from ..folders.adapter_file import AdapterFile, inspect_adapter
 from ..tuners.base import VisualConfig
 from .refusals import reading
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from typer import Abort, BadParameter
 from typer.core import TyperGroup
 
-from ..terminal import say
-from ..text import LONGEST
+from ..utils.terminal import say
+from ..utils.text import LONGEST
 
 
 CommandLineError: Any = BadParameter.__mro__[2]  # whose public name depends on typer's version

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL.Image import fromarray
 
-from ..replacing import replacing
+from ..folders.replacing import replacing
 from . import mosaic
 from .processor import cell_token, digit_token
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..methods import METHODS, PVMConfig
-from ..terminal import Terminal
-from ..tuners.attached import attached
+from ..tuners.active import attached
+from ..utils.terminal import Terminal
 from .mosaic import NUM_CELLS
 from .recall import Accuracy, recall
 from .tiny_vlm import load_tiny_vlm

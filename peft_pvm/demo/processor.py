@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..base_checkpoint import CONFIG, weight_files
-from ..replacing import replacing
+from ..folders.base_checkpoint import CONFIG, weight_files
+from ..folders.replacing import replacing
 from . import mosaic
 
 

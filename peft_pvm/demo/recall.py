@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, StoppingCriteriaList
 
-from ..terminal import progress_bar
+from ..utils.terminal import progress_bar
 from .mosaic import (
     FIRST_QUERY,
     IMAGE_LENGTH,

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from ..data_file import holding
-from ..replacing import write_file
+from ..folders.data_file import holding
+from ..folders.replacing import write_file
 from . import mosaic
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
-from ..terminal import progress_bar
+from ..utils.terminal import progress_bar
 from .mosaic import IMAGE, IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcriptions
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..data_file import holding, read_json
-from ..plotting import as_png, line_look, new_figure, styled
+from ..folders.data_file import holding, read_json
+from ..utils.plotting import as_png, line_look, new_figure, styled
 
 
 STATE = "trainer_state.json"  # in a checkpoint of transformers' Trainer, and where `save_state` puts it

@@ -28,15 +28,14 @@ from transformers import (
 )
 from trl.data_utils import prepare_multimodal_messages
 
-from ..adapter_file import PEFT_PREFIX
-from ..base_checkpoint import CONFIG, weight_files
-from ..families import find_vlm
+from ..folders.adapter_file import PEFT_PREFIX
+from ..folders.base_checkpoint import CONFIG, weight_files
+from ..folders.replacing import replacing
+from ..folders.writing import write_adapter
 from ..probe.observers import AttentionObserver, branches_observed, observed, undisturbed, visual_mask
-from ..replacing import replacing
-from ..saving import check_whole
+from ..tokens.families import find_vlm, without_wrappers
 from ..tuners.active import base_of
-from ..wrappers import without_wrappers
-from ..writing import write_adapter
+from ..tuners.saving import check_whole
 from .curves import VISUAL_MASS, branch_key
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..pvm import PVMConfig, PVMModel, hotswap_adapter
 from ..tuners.attention_method import AttentionMethod
 from ..tuners.base import VisualConfig
 from .dipe import DIPEConfig, DIPEModel
+from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .tdrs import TDRSConfig, TDRSModel
 from .vaf import VAFConfig, VAFModel
 

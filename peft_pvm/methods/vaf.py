@@ -9,8 +9,8 @@ import torch
 
 from ..attention.call import AttentionCall
 from ..attention.stages import KeyScale, Stage
-from ..checks import setting
 from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
+from ..utils.checks import setting
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data_file import holding, read_json
+from ..folders.data_file import holding, read_json
 from .measures import Dilution, PowerLaw, mean_over_layers, rounded
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import ModelOutput
 
-from ..families import VisionLanguageModel
+from ..tokens.families import VisionLanguageModel
 
 
 if TYPE_CHECKING:

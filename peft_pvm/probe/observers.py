@@ -12,11 +12,11 @@ from torch import nn
 
 from ..attention.call import AttentionCall
 from ..attention.dispatch import SteeringHandle, steerable_attentions
-from ..context import CONTEXT, VisualContext
-from ..families import VisionLanguageModel
-from ..positions import placeholder_mask
-from ..pvm.layer import PVMLayer
-from ..tap import Tap
+from ..methods.pvm.layer import PVMLayer
+from ..tokens.context import CONTEXT, VisualContext
+from ..tokens.families import VisionLanguageModel
+from ..tokens.positions import placeholder_mask
+from ..tokens.tap import Tap
 from ..versions import modalities_in
 
 

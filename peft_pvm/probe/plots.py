@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plotting import as_png, line_look, logarithmic, new_figure, styled
+from ..utils.plotting import as_png, line_look, logarithmic, new_figure, styled
 from .findings import BranchRecord, Findings, ForwardRecord, most_text_tokens
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from ..extras import require
-from ..replacing import replacing
+from ..folders.replacing import replacing
+from ..utils.extras import require
 from .findings import Findings
 from .measures import Dilution, PowerLaw
 from .plots import Picture, draw

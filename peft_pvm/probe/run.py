@@ -13,7 +13,7 @@ from torch import nn
 
 from ..attention.dispatch import steerable_attentions
 from ..env import environment
-from ..families import VisionLanguageModel, find_vlm
+from ..tokens.families import VisionLanguageModel, find_vlm
 from ..tuners.active import acting_adapters, base_of, only
 from .findings import AdapterRecord, BranchRecord, ForwardRecord, LayerAttention, most_text_tokens
 from .inputs import Progress, extended, generate, visual_grids

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..adapter_file import FORMAT_VERSION, SAFETENSORS_WEIGHTS_NAME
 from ..attention.dispatch import SteeringHandle, steerable_attentions
 from ..attention.rotation import ROTARY_FUNCTIONS, has_rotary_function
 from ..attention.stages import LayerStages, Stage
-from ..checks import layer_list, setting
-from ..context import CONTEXT, VisualContext, dropped_keywords
-from ..families import VisionLanguageModel
-from ..text import quoted
-from ..writing import written_whole
+from ..folders.adapter_file import FORMAT_VERSION, SAFETENSORS_WEIGHTS_NAME
+from ..folders.writing import written_whole
+from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
+from ..tokens.families import VisionLanguageModel
+from ..utils.checks import layer_list, setting
+from ..utils.text import quoted
 from .base import VisualConfig, VisualTuner, VisualTunerLayer
 
 

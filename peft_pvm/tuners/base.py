@@ -15,17 +15,16 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..adapter_file import FORMAT_VERSION, PEFT_PREFIX, AdapterFile, SavedConfig
-from ..checks import check, check_settings, is_text
-from ..families import VisionLanguageModel, find_vlm
-from ..incoming import INCOMING, NOTHING, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
-from ..names import check_adapter_name
-from ..peft_internals import forget_adapters, held_by, loads_adapters_itself
-from ..tap import Tap
-from ..text import quoted
+from ..folders.adapter_file import FORMAT_VERSION, PEFT_PREFIX, AdapterFile, SavedConfig
+from ..folders.incoming import INCOMING, NOTHING, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
+from ..folders.writing import write_card, written_whole
+from ..tokens.families import VisionLanguageModel, find_vlm, plain_name, unwrapped, without_wrappers
+from ..tokens.tap import Tap
+from ..utils.checks import check, check_settings, is_text
+from ..utils.peft_internals import forget_adapters, held_by, loads_adapters_itself
+from ..utils.text import quoted
 from ..versions import LOADS_MODULES_TO_SAVE
-from ..wrappers import plain_name, unwrapped, without_wrappers
-from ..writing import write_card, written_whole
+from .names import check_adapter_name
 
 
 @dataclass

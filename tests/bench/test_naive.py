@@ -9,9 +9,9 @@ from methods_under_test import METHODS, Combination
 from tiny_vlms import FAMILIES
 from transformers import DynamicCache
 
-from peft_pvm.bench.naive import make_naive
-from peft_pvm.pvm.layer import PVMLayer
-from peft_pvm.pvm.reference import PlainBranch
+from peft_pvm.bench.methods import make_naive
+from peft_pvm.methods.pvm.layer import PVMLayer
+from peft_pvm.methods.pvm.reference import PlainBranch
 from peft_pvm.versions import CACHE
 
 

@@ -10,7 +10,7 @@ from experiments.fading import retrieved_mass, visual_mass
 from peft_pvm import DIPEConfig, PVMConfig, attached
 from peft_pvm.demo.mosaic import FIRST_QUERY, make_questions
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
-from peft_pvm.pvm.layer import PVMLayer
+from peft_pvm.methods.pvm.layer import PVMLayer
 
 
 @pytest.mark.parametrize("configs", [[], [DIPEConfig()]])

@@ -12,7 +12,7 @@ from peft_pvm import PVMConfig
 from peft_pvm.demo.mosaic import FIRST_QUERY, make_questions
 from peft_pvm.demo.recall import recall
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
-from peft_pvm.families import find_vlm
+from peft_pvm.tokens.families import find_vlm
 
 
 LENGTH = 700  # long enough for many wrong answers, and for several forwards

@@ -21,7 +21,7 @@ from peft_pvm.demo.mosaic import make_questions
 from peft_pvm.demo.recall import recall
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.demo.train import target_logits
-from peft_pvm.pvm.model import strided_layers
+from peft_pvm.methods.pvm.model import strided_layers
 
 
 REPOSITORY = Path(__file__).parents[2]

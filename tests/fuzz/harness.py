@@ -30,10 +30,10 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, hotswap_adapter
-from peft_pvm.adapter_file import inspect_adapter
-from peft_pvm.pvm.files import merge_adapters
-from peft_pvm.text import LONGEST
-from peft_pvm.writing import card_text, read_results
+from peft_pvm.folders.adapter_file import inspect_adapter
+from peft_pvm.folders.writing import card_text, read_results
+from peft_pvm.methods.pvm.files import merge_adapters
+from peft_pvm.utils.text import LONGEST
 
 from .mutations import MUTATIONS, read_config
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from peft_pvm.cli.app import app
 from peft_pvm.cli.options import separated
 from peft_pvm.integrations.lmms_eval.report import curves, draw, score_rows, tables
-from peft_pvm.plotting import as_png
+from peft_pvm.utils.plotting import as_png
 
 
 def row(adapter: str, length: int, value: float, seed: int = 0, metric: str = "accuracy", stderr: float | None = 0.01):

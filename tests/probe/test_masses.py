@@ -9,9 +9,9 @@ from methods_under_test import METHODS, Method
 from tiny_vlms import FAMILIES, GEMMA4_SHARED, TinyVLM
 
 from peft_pvm.attention.call import AttentionCall
-from peft_pvm.families import find_vlm
 from peft_pvm.probe.measures import find_sinks
 from peft_pvm.probe.observers import AttentionObserver, observed
+from peft_pvm.tokens.families import find_vlm
 
 
 CONVERSATION = "t4 i t3 i t6"

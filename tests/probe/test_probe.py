@@ -17,10 +17,10 @@ from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig, attached
 from peft_pvm.attention.dispatch import ConfigView
-from peft_pvm.families import find_vlm
 from peft_pvm.probe import probe
 from peft_pvm.probe.inputs import extended, visual_grids
 from peft_pvm.probe.observers import AttentionObserver, layers_observed
+from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tuners.active import acting_adapters, only
 from peft_pvm.tuners.base import VisualTunerLayer
 from peft_pvm.versions import CACHE

@@ -12,9 +12,9 @@ pytest.importorskip("matplotlib", reason="pictures need the extra `lab`")
 
 from typer.testing import CliRunner
 
-from peft_pvm import plotting
 from peft_pvm.cli.app import app
 from peft_pvm.integrations.curves import draw_curves, read_log
+from peft_pvm.utils import plotting
 
 
 LOG = [

@@ -13,8 +13,8 @@ from training_runs import script
 from transformers import Trainer, TrainingArguments
 from trl import ModelConfig
 
-from peft_pvm.families import find_vlm
 from peft_pvm.integrations.trl import save_parts
+from peft_pvm.tokens.families import find_vlm
 
 
 @pytest.mark.parametrize("learns", ["lora", "base"])

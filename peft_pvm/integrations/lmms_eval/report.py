@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ...plotting import line_look, new_figure, styled
+from ...utils.plotting import line_look, new_figure, styled
 from . import SEPARATOR
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ...positions import PADDING, modalities, run_anchors, run_starts
+from ...tokens.positions import PADDING, modalities, run_anchors, run_starts
 
 
 POSITION_BITS, ANCHOR_SHIFT = 30, 32

@@ -9,15 +9,15 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ...adapter_file import PEFT_PREFIX, read_config
-from ...base_checkpoint import BaseCheckpoint
-from ...checks import layer_list
+from ...folders.adapter_file import PEFT_PREFIX, read_config
+from ...folders.base_checkpoint import BaseCheckpoint
 from ...methods.dipe import DIPEConfig
-from ...pvm import PVMConfig
-from ...pvm.checkpoints import check_shapes
-from ...pvm.files import read_adapter
-from ...pvm.merging import Tensors
-from ...text import quoted
+from ...methods.pvm import PVMConfig
+from ...methods.pvm.checkpoints import check_shapes
+from ...methods.pvm.files import read_adapter
+from ...methods.pvm.merging import Tensors
+from ...utils.checks import layer_list
+from ...utils.text import quoted
 
 
 BASES = ("qwen3_vl",)  # by `model_type`

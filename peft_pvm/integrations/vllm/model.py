@@ -23,9 +23,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
-from ...pvm import PVMConfig
-from ...pvm.branch import Branch, fresh_weights
-from ...pvm.config import BranchShape, weight_name
+from ...methods.pvm import PVMConfig
+from ...methods.pvm.branch import Branch, fresh_weights
+from ...methods.pvm.config import BranchShape, weight_name
 from .encoding import anchored_across_modalities, attach_labels, detach_labels, supported_width, visual_keys_only
 from .export import acts_on, configs_of
 

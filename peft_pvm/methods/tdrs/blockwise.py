@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...attention.call import records_gradients
-from ...visibility import Visibility
+from ...tokens.visibility import Visibility
 from .weights import LOG2_E, Steps, distance_boost, semantic_position
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ...attention.stages import Stage, Weights
-from ...checks import setting
-from ...context import VisualContext
+from ...tokens.context import VisualContext
 from ...tuners.attention_method import AttentionMethod, SteeredLayer
+from ...utils.checks import setting
 from .reweighting import Reweighting, keep_positions
 from .weights import Floor
 

@@ -13,7 +13,7 @@ from torch import nn
 from ...attention.call import AttentionCall, Output, records_gradients
 from ...attention.reference import products
 from ...attention.rotation import Tables, between, inverse, rotate, rotation_tables
-from ...context import VisualContext
+from ...tokens.context import VisualContext
 from .blockwise import Inputs, blockwise_attention
 from .reference import reweighted
 from .weights import Steps

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from ...checks import is_number
+from ...utils.checks import is_number
 
 
 LOG2_E = math.log2(math.e)

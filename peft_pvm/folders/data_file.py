@@ -1,0 +1,64 @@
+"""Files of data: read with errors that name the file, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..utils.text import plain
+from .replacing import write_file
+
+
+LONGEST_FILE = 64 * 2**20  # bytes
+OF_ADAPTERS = 8 * 2**20  # bytes of a configuration, or of results beside it
+
+
+def read_json(path: str | os.PathLike, limit: int = LONGEST_FILE) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: The file.
+        limit: How many bytes it may have. Parsed, they take many times as much memory.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+        ValueError: It is too long, not JSON or too deeply nested.
+    """
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    where = plain(os.fspath(path), 200)
+    if len(content) > limit:
+        raise ValueError(f"{where} is longer than {limit:,} bytes, which no such file has. It may be damaged.")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{where} is damaged or not JSON: it is nested too deeply.") from None
+    except ValueError as error:  # also text in another encoding
+        raise ValueError(f"{where} is damaged or not JSON: {plain(error, 200)}") from error
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write a JSON file. An older one stays as it is until the new one is whole."""
+    write_file(path, json.dumps(content, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def holding(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """While the content of a file is taken apart: say in words that it is not what it should be.
+
+    Args:
+        path: The file or folder.
+        what: What it should hold, for the error.
+
+    Raises:
+        ValueError: The content has another structure.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} does not hold {what} ({type(error).__name__}: {error}).") from error

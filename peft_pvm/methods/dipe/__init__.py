@@ -1,9 +1,0 @@
-"""DIPE: the distance between text and image does not grow."""
-
-from ...tuners.attention_method import attention_tuner
-from .config import DIPEConfig
-
-
-__all__ = ["DIPEConfig", "DIPEModel"]
-
-DIPEModel = attention_tuner(DIPEConfig)

@@ -1,0 +1,184 @@
+"""Checkpoints of the authors' own PVM code, to adapters and back.
+
+Theirs hold the whole model, with the branch's weights under `model.language_model.layers.N.pvm_block.` and two fields
+in the text config, `pvm_hidden_size` and `pvm_layers`. They are read shard by shard.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ...folders.adapter_file import PEFT_PREFIX
+from ...folders.base_checkpoint import BaseCheckpoint, opened
+from ...folders.writing import write_adapter, written_whole
+from ...utils.text import listed, plain
+from .config import BranchShape, PVMConfig, weight_name
+from .files import read_adapter
+from .merging import Tensors
+
+
+BRANCH = ".pvm_block."  # in the name of every weight of the branch
+FIELDS = ("pvm_hidden_size", "pvm_layers")
+AUTHORS_NAMES = {
+    "gate": "gate_alpha",
+    "text_reducer": "text_reducer.weight",
+    "vision_reducer": "vision_reducer.weight",
+    "output_expander": "output_expander.weight",
+    "input_norm": "input_norm.weight",
+    "post_attn_norm": "post_attn_norm.weight",
+    **{name: f"cross_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
+    **{name: f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+AUTHORS_KEY = re.compile(r"(?P<layer>model\.language_model\.layers\.(?P<layer_idx>\d+))\.pvm_block\.(?P<name>.+)")
+
+
+def convert_reference_checkpoint(
+    source: str | os.PathLike, output_dir: str | os.PathLike, base_dir: str | os.PathLike | None = None
+) -> Path:
+    """Make an adapter of a checkpoint of the authors' PVM code.
+
+    The adapter has `memory_visibility="sample"`, which is theirs; its tensors keep their dtype. A checkpoint of their
+    second stage, in which the language model was trained along with PVM, needs its own base: `base_dir` writes it.
+
+    Args:
+        source: Folder or Hub id of the checkpoint, sharded or not.
+        output_dir: Folder for the adapter.
+        base_dir: Folder for the model without the branch; `None`: not written.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        FileNotFoundError: There is no safetensors checkpoint.
+        ValueError: It holds no PVM branch, or not one as its config says.
+    """
+    checkpoint = BaseCheckpoint(source)
+    content = checkpoint.config
+    text = content["text_config"]
+    if missing := [name for name in FIELDS if name not in text]:
+        raise ValueError(f"The text_config of {source} has no {', '.join(missing)}: it is no checkpoint of PVM.")
+    config = PVMConfig(r=text["pvm_hidden_size"], layers_to_transform=text["pvm_layers"], memory_visibility="sample")
+    config.base_model_name_or_path = str(content.get("_name_or_path") or "") or None
+    tensors: Tensors = {}
+    stray = []
+    for shard in checkpoint.shards:
+        with opened(shard) as file:
+            for key in file.keys():  # noqa: SIM118
+                if BRANCH not in key:
+                    continue
+                match = AUTHORS_KEY.fullmatch(key)
+                names = [name for name, theirs in AUTHORS_NAMES.items() if match and theirs == match["name"]]
+                if match is None or not names:
+                    stray.append(key)
+                else:
+                    tensors[f"{PEFT_PREFIX}{match['layer']}.pvm.pvm_{names[0]}.weight"] = file.get_tensor(key)
+    config.mlp_ratio = _mlp_ratio(tensors, config.r, text)
+    check_shapes(source, tensors, stray, config, content)
+    with written_whole(output_dir) as staged:
+        write_adapter(staged, config, tensors)
+        if base_dir is not None:
+            checkpoint.copy_without(base_dir, {**content, "text_config": _without(text, FIELDS)}, BRANCH)
+    return Path(output_dir)
+
+
+def export_reference_checkpoint(
+    adapter: str | os.PathLike, base: str | os.PathLike, output_dir: str | os.PathLike
+) -> Path:
+    """Make a checkpoint for the authors' PVM code of an adapter and its base model.
+
+    Their code lets every token of a sample see every image of it. An adapter with `memory_visibility="causal"`
+    computes the same there for one image in front of the text, and something else where images come later.
+
+    Args:
+        adapter: Folder or Hub id of the adapter.
+        base: Folder or Hub id of the base model.
+        output_dir: Folder for the checkpoint: the base's shards as they are, one more for the branch.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        FileNotFoundError: The base has no safetensors checkpoint.
+        ValueError: Not a PVM adapter, one that their code does not know, or one that does not fit the base.
+    """
+    config, tensors = read_adapter(adapter)
+    other = {
+        "branches": config.branches is not None,
+        "memory_source": config.memory_source != "embeddings",
+        "modules_to_save": bool(config.modules_to_save),
+    }
+    if any(other.values()):
+        raise ValueError(f"The authors' code knows nothing like the adapter's {[k for k in other if other[k]]}.")
+    checkpoint = BaseCheckpoint(base)
+    content = checkpoint.config
+    if config.mlp_ratio is not None and _mlp_ratio(tensors, config.r, content["text_config"]) is not None:
+        raise ValueError(
+            f"The authors' code takes the base's ratio, not the adapter's mlp_ratio of {config.mlp_ratio}."
+        )
+    check_shapes(adapter, tensors, [], config, content)
+    content["text_config"].update(pvm_hidden_size=config.r, pvm_layers=config.layer_indices)
+    branch = {}
+    for key, tensor in tensors.items():
+        layer, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".pvm.pvm_")
+        branch[f"{layer}.pvm_block.{AUTHORS_NAMES[name.removesuffix('.weight')]}"] = tensor
+    return checkpoint.copy(output_dir, content, branch)
+
+
+def _mlp_ratio(tensors: Tensors, r: int, text: dict[str, Any]) -> float | None:
+    """The ratio of the branch's MLP, where it is not the base's."""
+    widths = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(".pvm_up_proj.weight")}
+    base_ratio = text["intermediate_size"] / text["hidden_size"]
+    return None if len(widths) != 1 or widths == {int(r * base_ratio)} else widths.pop() / r
+
+
+def check_shapes(
+    source: str | os.PathLike, tensors: Tensors, stray: list[str], config: PVMConfig, content: dict[str, Any]
+) -> None:
+    """Compare the tensors of an adapter with what its configuration means on a base model.
+
+    Args:
+        source: Where they are from, for the message.
+        tensors: By their keys in the adapter's file.
+        stray: Other things that were found there.
+        config: The adapter's configuration.
+        content: What the base's `config.json` holds.
+
+    Raises:
+        ValueError: They are not the same.
+    """
+    text_config = _text_config(content)
+    problems = [f"{key} is none of the branch's weights" for key in stray]
+    if max(config.layer_indices) >= text_config.num_hidden_layers:
+        problems.append(f"layers {config.layer_indices} are named, but there are only {text_config.num_hidden_layers}")
+    needed = {}
+    for number, part in enumerate(config.parts()):
+        for name, shape in BranchShape.of(part, text_config).weights().items():
+            needed.update(
+                {(layer_idx, f"{weight_name(name, number)}.weight"): shape for layer_idx in part.layer_indices}
+            )
+    found = {}
+    for key, tensor in tensors.items():
+        layer, _, name = key.rpartition(".pvm.")
+        found[int(layer.rpartition(".")[2]), name] = tuple(tensor.shape)
+    for (layer_idx, name), shape in needed.items():
+        if found.get((layer_idx, name)) != shape:
+            had = found.get((layer_idx, name), "missing")
+            problems.append(f"{name} of layer {layer_idx} is {had}, but must be of shape {shape}")
+    problems += [f"layer {layer_idx} has {name}, but no branch" for layer_idx, name in found.keys() - needed.keys()]
+    if problems:
+        raise ValueError(f"{plain(source, 200)} does not hold the PVM branch that it speaks of: {listed(problems)}")
+
+
+def _text_config(content: dict[str, Any]) -> Any:
+    other = _without(content, ("model_type", "text_config"))
+    text = _without(content["text_config"], FIELDS)
+    return AutoConfig.for_model(content["model_type"], **other, text_config=text).get_text_config()
+
+
+def _without(content: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in fields}

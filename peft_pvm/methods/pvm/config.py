@@ -1,0 +1,325 @@
+"""The configuration of a PVM adapter, and the sizes of its branches that follow from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+
+from ...folders.adapter_file import PEFT_PREFIX
+from ...tuners.base import VisualConfig
+from ...utils.checks import check, is_int, is_number, is_text, layer_list
+from ...utils.text import quoted
+
+
+MEMORY_VISIBILITY = ("causal", "sample")
+MEMORY_SOURCE = ("embeddings", "hidden_states")
+WIDEST = 2**20  # what a branch can be; a file that asks for more is damaged
+MOST_BRANCHES = MOST_MODULES = 64  # of one adapter
+BRANCH_FIELDS = ("r", "layers_to_transform", "memory_visibility", "memory_source", "mlp_ratio")
+
+# The sizes of each weight of a branch, by name, in the order of the state dict. "hidden" is one size for a base model,
+# the others are each branch's own.
+SIZES: dict[str, tuple[str | int, ...]] = {
+    "text_reducer": ("r", "hidden"),
+    "vision_reducer": ("r", "hidden"),
+    "input_norm": ("r",),
+    "q_proj": ("r", "r"),
+    "k_proj": ("keys", "r"),
+    "v_proj": ("keys", "r"),
+    "o_proj": ("r", "r"),
+    "q_norm": ("head",),
+    "k_norm": ("head",),
+    "post_attn_norm": ("r",),
+    "gate_proj": ("mlp", "r"),
+    "up_proj": ("mlp", "r"),
+    "down_proj": ("r", "mlp"),
+    "output_expander": ("hidden", "r"),
+    "gate": (1,),
+}
+WEIGHTS = tuple(SIZES)
+
+
+def weight_name(name: str, number: int = 0) -> str:
+    """What a weight of an adapter's branch of this number is called in the layer and in the adapter's file."""
+    return f"pvm_{name}_{number}" if number else f"pvm_{name}"
+
+
+@dataclass
+class PVMConfig(VisualConfig):
+    """Configuration of PVM (Persistent Visual Memory), arXiv 2605.00814.
+
+    PVM adds a small trainable branch beside the FFN of a few decoder layers. Every text token looks up the raw visual
+    embeddings there by cross-attention without positions, so the distance to the image does not matter.
+
+    Args:
+        r: Width of the branch, a multiple of the base model's head size. The paper takes 512 (1024 and 2048 did
+            worse).
+        layers_to_transform: The decoder layers that get a branch: "strided" or a list of indices (or one).
+            "strided" is the paper's set for Qwen3-VL-4B (5, 11, 17) and Qwen3-VL-8B (8, 16, 24), and on other models
+            three layers at 2/9, 4/9 and 6/9 of the depth.
+        init_gate: Initial value of the scalar that scales the branch. 0 leaves the model's output as it is, and
+            learns: only the gate has a gradient in the first step, everything from the second step on.
+        memory_visibility: Which visual tokens a text token may look up. "causal": those before it, which keeps cached
+            decoding equal to the full forward over several turns and hides later images from earlier answers.
+            "sample": all of its sample, also later ones, as in the authors' code.
+        memory_source: What is looked up. "embeddings": what the vision tower wrote into the input embeddings.
+            "hidden_states": the hidden states of the visual tokens at the same layer, the paper's ablation, which did
+            far worse than no branch at all (33.4 against 59.4; the paper does not say which states, this is our
+            reading).
+        mlp_ratio: Width of the branch's MLP, as a multiple of `r`. `None` takes the base model's ratio.
+        modules_to_save: Modules of the base model that are trained and saved along with the adapter.
+        branches: Of an adapter that was put together from several ("cat" of `add_weighted_adapter`): what each branch
+            is made with, as dicts of `r`, `layers_to_transform` (indices), `memory_visibility`, `memory_source` and
+            `mlp_ratio`. The adapter's own `r` is then their sum, and its layers are all of theirs; the other three say
+            nothing. `None`: one branch.
+        lineage: Set on attaching, do not choose it: a hash of the adapter's initial weights, which training on and
+            loading keep. Adapters of one lineage can be averaged.
+        format_version: Of the saved adapter: leave it.
+        init_weights: Whether to initialise so that training can start from the unchanged model: the gate as
+            `init_gate` says, all matrices from N(0, initializer_range) of the base. `False` also draws the gate, from
+            N(0, 1), so that the branch acts at once: for tests.
+
+    Raises:
+        ValueError: A value that is not among the choices. Whether `r` and the layers fit the base model is checked on
+            attaching.
+    """
+
+    method: ClassVar[str] = "pvm"
+    title: ClassVar[str] = "PVM: Persistent Visual Memory"
+    summary: ClassVar[str] = (
+        "A small trainable branch beside the FFN of a few decoder layers. Every text token looks up the raw visual "
+        "embeddings there by cross-attention without positions, so the distance to the image does not matter."
+    )
+    paper: ClassVar[str] = "2605.00814"
+
+    r: int = field(
+        default=512, metadata={"help": "Width of the branch; must be a multiple of the base model's head size."}
+    )
+    layers_to_transform: list[int] | int | Literal["strided"] = field(
+        default="strided",
+        metadata={
+            "help": "Indices of the decoder layers that get a branch, or 'strided': the paper's layers for "
+            "Qwen3-VL-4B and -8B, on other models three layers at 2/9, 4/9 and 6/9 of the depth."
+        },
+    )
+    init_gate: float = field(
+        default=0.0,
+        metadata={"help": "Initial value of the scalar that scales the branch; 0 leaves the model's output as it is."},
+    )
+    memory_visibility: Literal["causal", "sample"] = field(
+        default="causal",
+        metadata={
+            "help": "Which visual tokens a text token may look up: 'causal', those before it, or 'sample', all of its "
+            "sample, also later ones (as in the authors' code)."
+        },
+    )
+    memory_source: Literal["embeddings", "hidden_states"] = field(
+        default="embeddings",
+        metadata={
+            "help": "What is looked up: 'embeddings', the vision tower's output as it enters the text model, or "
+            "'hidden_states', the visual tokens' hidden states at the same layer (the paper's ablation)."
+        },
+    )
+    mlp_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Width of the branch's MLP as a multiple of r; None takes the base model's ratio."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules of the base model that are trained and saved along with the adapter."},
+    )
+    branches: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "What each branch of an adapter is made with that was put together from several."},
+    )
+    lineage: str | None = field(
+        default=None,
+        metadata={"help": "Hash of the initial weights, set on attaching. Adapters of one lineage can be averaged."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "True starts training from the unchanged model; False also draws the gate at random, for tests."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.branches is not None:
+            self._take_from_branches()
+        check(self, "r", is_int(self.r) and 0 < self.r <= WIDEST, f"an integer from 1 to {WIDEST}")
+        if self.layers_to_transform != "strided":
+            self.layers_to_transform = layer_list(self, "'strided'")
+        check(self, "init_gate", is_number(self.init_gate), "a number that fits fp16")
+        check(self, "init_weights", isinstance(self.init_weights, bool), "True or False")
+        modules = self.modules_to_save
+        valid = isinstance(modules, (list, tuple)) and len(modules) <= MOST_MODULES
+        valid = valid and all(is_text(name, 200) and name for name in modules or ())
+        check(self, "modules_to_save", modules is None or valid, "a list of module names or None")
+        check(self, "memory_visibility", self.memory_visibility in MEMORY_VISIBILITY, f"one of {MEMORY_VISIBILITY}")
+        check(self, "memory_source", self.memory_source in MEMORY_SOURCE, f"one of {MEMORY_SOURCE}")
+        ratio = self.mlp_ratio
+        check(self, "mlp_ratio", ratio is None or (is_number(ratio) and ratio > 0), "a positive number or None")
+        valid = self.lineage is None or (is_text(self.lineage) and bool(re.fullmatch("[0-9a-f]{16}", self.lineage)))
+        check(self, "lineage", valid, "a hash of 16 hexadecimal digits or None")
+
+    def _take_from_branches(self) -> None:
+        branches: Any = self.branches
+        valid = isinstance(branches, list) and 0 < len(branches) <= MOST_BRANCHES
+        valid = valid and all(isinstance(fields, dict) and fields.keys() == set(BRANCH_FIELDS) for fields in branches)
+        check(self, "branches", valid, f"None or a list of up to {MOST_BRANCHES} dicts of {', '.join(BRANCH_FIELDS)}")
+        parts = self.parts()
+        check(self, "branches", all(part.layers_to_transform != "strided" for part in parts), "given by layer indices")
+        self.r = sum(part.r for part in parts)
+        self.layers_to_transform = sorted({layer_idx for part in parts for layer_idx in part.layer_indices})
+
+    def parts(self) -> list[PVMConfig]:
+        """The configuration of each branch."""
+        if self.branches is None:
+            return [self]
+        parts = [PVMConfig(**fields) for fields in self.branches]
+        for part in parts:
+            part.init_gate, part.init_weights = self.init_gate, self.init_weights
+        return parts
+
+    @property
+    def layer_indices(self) -> list[int]:
+        """`layers_to_transform`, once it is known for the base model.
+
+        Raises:
+            ValueError: It still says "strided".
+        """
+        check(self, "layers_to_transform", isinstance(self.layers_to_transform, list), "resolved on a base model")
+        return cast(list[int], self.layers_to_transform)
+
+    def misfits(self, header: Mapping[str, torch.Tensor]) -> list[str]:
+        parts = self.parts()
+        needed = {
+            f".layers.{layer_idx}.pvm.{weight_name(name, number)}.weight": (name, number)
+            for number, part in enumerate(parts)
+            for layer_idx in part.layer_indices
+            for name in WEIGHTS
+        }
+        own = {key: key[key.rindex(".layers.") :] for key in header if ".layers." in key and ".pvm.pvm_" in key}
+        prefixes = {key.removesuffix(end) for key, end in own.items()}
+        problems = [f"its layers have different names, {quoted(sorted(prefixes))}"] if len(prefixes) > 1 else []
+        sizes: dict[tuple[str | int, int], int] = {}
+        for number, part in enumerate(parts):
+            sizes |= {("r", number): part.r, (1, number): 1}
+        for key, tensor in header.items():
+            if key not in own:
+                if not any(f"{saved}." in key.removeprefix(PEFT_PREFIX) for saved in self.modules_to_save or ()):
+                    problems.append(f"{key} is not PVM's, and modules_to_save does not name it")
+            elif own[key] not in needed:
+                problems.append(f"its configuration knows nothing of {key}")
+            elif not tensor.is_floating_point():
+                problems.append(f"{key} holds {tensor.dtype}, not floating-point numbers")
+            else:
+                name, number = needed[own[key]]
+                wanted = [(size, 0 if size == "hidden" else number) for size in SIZES[name]]
+                shape = [sizes.setdefault(size, length) for size, length in zip(wanted, tensor.shape)]
+                if shape != list(tensor.shape) or len(wanted) != tensor.dim():
+                    problems.append(f"{key} has shape {tuple(tensor.shape)}, which does not go with the others")
+        return problems + [f"it lacks {end}" for end in sorted(needed.keys() - own.values())]
+
+    def gates(self, tensors: Mapping[str, torch.Tensor]) -> list[dict[int, float]]:
+        gates = []
+        for number, part in enumerate(self.parts()):
+            name = f".pvm.{weight_name('gate', number)}.weight"
+            found = {key.rpartition(".layers.")[2]: tensor for key, tensor in tensors.items() if key.endswith(name)}
+            gates.append({layer_idx: float(found[f"{layer_idx}{name}"]) for layer_idx in part.layer_indices})
+        return gates
+
+
+@dataclass(frozen=True)
+class BranchShape:
+    """The sizes of a branch, derived from the base model's.
+
+    Attributes:
+        hidden_size: Width of the residual stream, D.
+        r: Width of the branch.
+        head_dim: Size of a head, the base model's.
+        num_heads: `r / head_dim`.
+        num_key_value_heads: `num_heads` by the base's grouping ratio, at least 1, a divisor of `num_heads`.
+        intermediate_size: Width of the branch's MLP.
+        hidden_act: The base's activation function, by name.
+        eps: The base's norm epsilon.
+        initializer_range: Standard deviation of fresh matrices.
+    """
+
+    hidden_size: int
+    r: int
+    head_dim: int
+    num_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    hidden_act: str
+    eps: float
+    initializer_range: float
+
+    @classmethod
+    def of(cls, config: PVMConfig, text_config: Any) -> BranchShape:
+        """The shape that `config` asks for on a base model with `text_config`.
+
+        Raises:
+            ValueError: `config.r` is not a multiple of the head size, the MLP would have no width or an absurd one, or
+                `text_config` lacks what the sizes come from.
+        """
+        base_heads = text_config.num_attention_heads
+        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // base_heads
+        if config.r % head_dim:
+            raise ValueError(
+                f"PVMConfig.r is {config.r}, but must be a multiple of the base model's head size {head_dim}: "
+                f"{head_dim}, {2 * head_dim}, {3 * head_dim}, ..."
+            )
+        num_heads = config.r // head_dim
+        base_groups = base_heads // (getattr(text_config, "num_key_value_heads", None) or base_heads)
+        num_key_value_heads = max(1, num_heads // base_groups)
+        while num_heads % num_key_value_heads:
+            num_key_value_heads -= 1
+        ratio = config.mlp_ratio
+        if ratio is None:
+            ratio = (
+                _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio") / text_config.hidden_size
+            )
+        if not 1 <= int(config.r * ratio) <= WIDEST:
+            raise ValueError(
+                f"PVMConfig.mlp_ratio is {ratio}, which makes the branch's MLP {int(config.r * ratio)} wide at "
+                f"r={config.r}, but it must be 1 to {WIDEST} wide."
+            )
+        return cls(
+            hidden_size=text_config.hidden_size,
+            r=config.r,
+            head_dim=head_dim,
+            num_heads=num_heads,
+            num_key_value_heads=num_key_value_heads,
+            intermediate_size=int(config.r * ratio),
+            hidden_act=_first(text_config, "hidden_act", "hidden_activation"),
+            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"),
+            initializer_range=text_config.initializer_range,
+        )
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight, by name."""
+        sizes: dict[str | int, int] = {
+            "r": self.r,
+            "hidden": self.hidden_size,
+            "keys": self.num_key_value_heads * self.head_dim,
+            "head": self.head_dim,
+            "mlp": self.intermediate_size,
+            1: 1,
+        }
+        return {name: tuple(sizes[size] for size in wanted) for name, wanted in SIZES.items()}
+
+
+def _first(text_config: Any, *names: str, hint: str = "") -> Any:
+    for name in names:
+        if (value := getattr(text_config, name, None)) is not None:
+            return value
+    raise ValueError(
+        f"{type(text_config).__name__} has none of {', '.join(names)}, which PVM's sizes come from{hint}."
+    )

@@ -1,0 +1,199 @@
+"""The PVM branches of one decoder layer."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ...tokens.by_row import this_thread
+from ...tokens.context import CONTEXT, VisualContext, dropped_keywords
+from ...tokens.families import VisionLanguageModel
+from ...tuners.base import VisualTunerLayer
+from ...utils.peft_internals import execution_device
+from .branch import Branch, fresh_weights
+from .config import WEIGHTS, BranchShape, PVMConfig, weight_name
+
+
+class PVMLayer(VisualTunerLayer):
+    """A cross-attention branch from the text tokens of one decoder layer to the visual memory.
+
+    With `x` the residual stream after self-attention, the layer's output becomes `x + FFN(norm(x)) + PVM(x, memory)`,
+    where PVM is exactly 0 at visual positions and in rows without images (arXiv 2605.00814, section 3).
+
+    Every weight is held once per adapter, keyed by the adapter's name.
+
+    Args:
+        vlm: The model's parts.
+        layer_idx: Index of the decoder layer to stand beside.
+    """
+
+    adapter_layer_names = tuple(weight_name(name) for name in WEIGHTS)
+    other_param_names = ("configs", "pvm_branches")
+
+    def __init__(self, vlm: VisionLanguageModel, layer_idx: int):
+        super().__init__(vlm)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        # One for each adapter, or those that it was put together from: the weights above, seen by branch.
+        self.pvm_branches: dict[str, list[Branch]] = {}
+        self.layer_idx = layer_idx
+        self._decoder_layer = (vlm.layers[layer_idx],)  # in a tuple: it is no submodule
+        # What the hooks of one forward hand on, by thread: a server may run several conversations on one model. The
+        # decoder layer itself holds all of it until it adds up its output: nothing outlives it, however it ends.
+        self._in_flight: dict[int, dict[str, weakref.ref[Any]]] = {}
+
+    def update_layer(self, adapter_name: str, config: PVMConfig, text_config: Any) -> None:
+        """Add an adapter, freshly initialised.
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration.
+            text_config: The base model's, which the sizes come from.
+        """
+        branches = []
+        for number, part in enumerate(config.parts()):
+            if self.layer_idx not in part.layer_indices:
+                continue
+            shape = BranchShape.of(part, text_config)
+            weights = fresh_weights(part, shape)
+            for name, module in weights.items():
+                self._weights(weight_name(name, number))[adapter_name] = module
+            branches.append(Branch(part, shape, self.layer_idx, self._cast_input_dtype, **weights))
+        self.pvm_branches[adapter_name] = branches
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _weights(self, name: str) -> nn.ModuleDict:
+        """A weight of all adapters. PEFT wants it flat, so that those of further branches have names of their own."""
+        if not hasattr(self, name):
+            setattr(self, name, nn.ModuleDict())
+            self.adapter_layer_names = (*self.adapter_layer_names, name)
+        return cast(nn.ModuleDict, getattr(self, name))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The dtype of the FFN's norm: unlike the matrices it is never quantised.
+        decoder_layer = self.decoder_layer
+        norm = self.vlm.block.norm(decoder_layer)
+        reference = next(itertools.chain(norm.parameters(), decoder_layer.parameters()))
+        device = device or reference.device
+        if device.type == "meta":  # the base's weights are on the disk, and accelerate brings them to where they run
+            device = execution_device(norm)
+        for name in self.adapter_layer_names:
+            weights = getattr(self, name)
+            if adapter_name not in weights:
+                continue
+            if any(parameter.device.type == "meta" for parameter in weights[adapter_name].parameters()):
+                continue  # low_cpu_mem_usage: the weights come later
+            weights[adapter_name].to(device, dtype=reference.dtype)  # in place
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name, branches in self.pvm_branches.items():  # what caches kept of the old weights goes with the old ones
+            self.pvm_branches[name] = [replace(branch) for branch in branches]
+
+    @property
+    def decoder_layer(self) -> nn.Module:
+        """The layer that it stands beside."""
+        return self._decoder_layer[0]
+
+    def new_hooks(self) -> list[Any]:
+        layer, block = self.decoder_layer, self.vlm.block
+        mixer = block.token_mixer(layer)
+        hooks = [
+            self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True),
+            mixer.register_forward_pre_hook(self._take_context, with_kwargs=True),
+            block.norm(layer).register_forward_pre_hook(self._take_residual),
+            getattr(layer, block.ffn_end).register_forward_hook(self._add_branch),
+        ]
+        if block.is_parallel:
+            hooks.append(mixer.register_forward_hook(self._take_attention))
+        return hooks
+
+    def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = kwargs.get(CONTEXT)
+        if context is not None and self.acting(context.adapter_names):
+            context.check()
+            context.await_layer(self.layer_idx, branches_missed)
+
+    # The other hooks run within the forward of the decoder layer, also when gradient checkpointing runs it again: in
+    # this order, but in a parallel block the norm comes first.
+
+    def _take_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = kwargs.get(CONTEXT)
+        if context is not None:
+            self._hand_on("context", context)
+        elif self.acting():
+            raise dropped_keywords([self.layer_idx], type(self.decoder_layer).__name__)
+
+    def _take_residual(self, module: nn.Module, args: tuple) -> None:
+        self._hand_on("residual", args[0])
+
+    def _take_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
+        # Parallel block: the stream after attention exists only as a sum that the layer forms at its end.
+        self._hand_on("attention", output[0] if isinstance(output, tuple) else output)
+
+    def _hand_on(self, name: str, thing: Any) -> None:
+        self._in_flight.setdefault(this_thread(), {})[name] = weakref.ref(thing)
+
+    def _add_branch(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        handed = {name: reference() for name, reference in self._in_flight.pop(this_thread(), {}).items()}
+        context, hidden_states = handed.get("context"), handed.get("residual")
+        if self.vlm.block.is_parallel and hidden_states is not None:
+            attention = handed.get("attention")
+            hidden_states = None if attention is None else hidden_states + attention
+        if context is None or hidden_states is None or self.disable_adapters:
+            return None  # if the branch was to act, it is missed when the forward ends
+        update = self(hidden_states, context)
+        context.reached(self.layer_idx, branches_missed)
+        if update is None:
+            return None
+        if isinstance(output, tuple):  # a mixture of experts may return its router's logits as well
+            return (output[0] + update.view_as(output[0]), *output[1:])
+        return output + update.view_as(output)
+
+    def forward(self, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
+        """The sum of the active adapters' branches, or of each row's own adapter.
+
+        Args:
+            hidden_states: The residual stream after self-attention, `(batch, seq_len, hidden_size)`.
+            context: What this forward knows about visual tokens.
+
+        Returns:
+            `(batch, seq_len, hidden_size)` in the dtype of `hidden_states`, exactly 0 at visual tokens and in rows
+            without images; `None` if nothing is to be added.
+        """
+        context = context.tail(hidden_states.shape[1])
+        total = None
+        for adapter in self.acting(context.adapter_names):
+            context.check()
+            for branch in self.pvm_branches[adapter]:
+                update = branch.update(hidden_states, context)
+                if update is None:
+                    continue
+                if context.adapter_names is not None:
+                    update = torch.where(rows_of(adapter, context), update, 0)
+                total = update if total is None else total + update
+        return total
+
+
+def rows_of(adapter_name: str, context: VisualContext) -> torch.Tensor:
+    """The rows on which an adapter acts, where each has its own, `(batch, 1, 1)`, bool."""
+
+    def compare() -> torch.Tensor:
+        chosen = [name == adapter_name for name in context.adapter_names or ()]
+        return torch.tensor(chosen, device=context.device)[:, None, None]
+
+    return context.derived(("rows", adapter_name), compare)
+
+
+def branches_missed(layers: list[int], model: str) -> NotImplementedError:
+    """The error for decoder layers in which a branch was to act and did not."""
+    return NotImplementedError(
+        f"PVM did not act in decoder layers {layers} of {model}: a layer, or its attention, norm or FFN, was "
+        "replaced after the adapter was attached (by fused kernels, for instance), or was not called. Replace "
+        "modules first and attach the adapter then."
+    )

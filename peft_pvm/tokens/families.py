@@ -1,0 +1,348 @@
+"""Where each family of vision-language models keeps what the tuners need: a special case of a model is a row here."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from ..utils.peft_internals import is_tuner_child
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """How a decoder layer is put together around its FFN.
+
+    Attributes:
+        ffn_norm: The submodule whose *input* is the residual stream after self-attention. `None` for a parallel block,
+            where FFN and attention read the same normed input: there that stream is layer input + attention output.
+        ffn_end: The submodule whose *output* is what the FFN adds to the residual stream.
+        token_mixers: The submodules that mix tokens; a layer has one of them.
+    """
+
+    ffn_norm: str | None = "post_attention_layernorm"
+    ffn_end: str = "mlp"
+    token_mixers: tuple[str, ...] = ("self_attn", "linear_attn")
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether FFN and attention read the same normed input."""
+        return self.ffn_norm is None
+
+    @property
+    def norm_name(self) -> str:
+        """The norm before the FFN."""
+        return self.ffn_norm or "input_layernorm"
+
+    @property
+    def looked_for(self) -> str:
+        return f"{' or '.join(self.token_mixers)}, {self.norm_name} and {self.ffn_end}"
+
+    def fits(self, layer: nn.Module) -> bool:
+        names = dict(layer.named_children())
+        mixer = any(name in names for name in self.token_mixers)
+        return mixer and self.norm_name in names and self.ffn_end in names
+
+    def norm(self, layer: nn.Module) -> nn.Module:
+        """The norm before the FFN of `layer`."""
+        return getattr(layer, self.norm_name)
+
+    def token_mixer(self, layer: nn.Module) -> nn.Module:
+        """The attention module of `layer`."""
+        return next(getattr(layer, name) for name in self.token_mixers if hasattr(layer, name))
+
+
+PRE_NORM = DecoderBlock()
+PRE_NORM_CHILDREN = {*PRE_NORM.token_mixers, "input_layernorm", PRE_NORM.ffn_norm, PRE_NORM.ffn_end}
+SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_layernorm")
+
+# By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. What is not listed must be of
+# exactly the common pre-norm shape.
+BLOCKS: dict[str, DecoderBlock] = {
+    "cohere": DecoderBlock(ffn_norm=None),
+    "cohere2": DecoderBlock(ffn_norm=None),
+    "gemma2": SANDWICH,
+    "gemma3_text": SANDWICH,
+    "gemma4_text": SANDWICH,
+    "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
+    "llama4_text": DecoderBlock(ffn_end="feed_forward"),
+}
+
+
+# By the text model's `model_type`: which attention modules rotate queries and keys by position. Elsewhere those
+# do whose `use_rope` does not say otherwise.
+ROTATES: dict[str, Callable[[nn.Module], bool]] = {
+    "cohere2": lambda attention: attention.sliding_window is not None,
+}
+
+
+@dataclass(frozen=True)
+class VLMFamily:
+    """What differs between families above the decoder layer.
+
+    Attributes:
+        placeholders: For each modality, the config fields that hold the ids of its placeholder tokens.
+    """
+
+    placeholders: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"image": ("image_token_id",), "video": ("video_token_id",)}
+    )
+
+
+# The frames of a video use the placeholder of images.
+_GLM = VLMFamily(placeholders={"image": ("image_token_id",), "video": ("image_token_id",)})
+
+# By the model's `model_type`: the families that the tests cover.
+FAMILIES: dict[str, VLMFamily] = {
+    "aya_vision": VLMFamily(),
+    "deepseek_vl": VLMFamily(),
+    "gemma3": VLMFamily(),
+    "gemma4": VLMFamily(),
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "idefics3": VLMFamily(),
+    "internvl": VLMFamily(),
+    "llama4": VLMFamily(),
+    "llava": VLMFamily(),
+    "llava_next": VLMFamily(),
+    "llava_onevision": VLMFamily(),
+    "mistral3": VLMFamily(),
+    "paligemma": VLMFamily(),
+    "qwen2_5_vl": VLMFamily(),
+    "qwen2_vl": VLMFamily(),
+    "qwen3_5": VLMFamily(),
+    "qwen3_vl": VLMFamily(),
+    "qwen3_vl_moe": VLMFamily(),
+    "smolvlm": VLMFamily(),
+}
+
+
+@dataclass(frozen=True)
+class VisionLanguageModel:
+    """A model with its parts found.
+
+    Attributes:
+        model: The model itself.
+        multimodal: The module that takes `input_ids` together with pixel values and calls the text model.
+        text_model: The decoder stack (`layers`, `embed_tokens`).
+        text_model_name: Its name inside the model.
+        block: The shape of the decoder layers.
+        placeholder_ids: For each modality, its placeholder token ids.
+    """
+
+    model: nn.Module
+    multimodal: nn.Module
+    text_model: nn.Module
+    text_model_name: str
+    block: DecoderBlock
+    placeholder_ids: Mapping[str, tuple[int, ...]]
+
+    @property
+    def text_config(self) -> Any:
+        """The text model's config."""
+        return self.text_model.config
+
+    @property
+    def rotary(self) -> nn.Module | None:
+        """The module that turns positions into rotations, where the text model has one."""
+        return getattr(self.text_model, "rotary_emb", None)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, inside whatever others wrapped them in."""
+        stack: Any = self.text_model.layers
+        return [unwrapped(layer) for layer in stack]
+
+    @property
+    def self_attentions(self) -> dict[int, nn.Module]:
+        """By layer index, the self-attention modules. Layers of linear attention, which has no scores, have none."""
+        by_layer = {layer_idx: getattr(layer, "self_attn", None) for layer_idx, layer in enumerate(self.layers)}
+        return {layer_idx: unwrapped(module) for layer_idx, module in by_layer.items() if module is not None}
+
+    def rotates(self, attention: nn.Module) -> bool:
+        """Whether an attention module rotates queries and keys by their positions."""
+        rotates = ROTATES.get(self.text_config.model_type, lambda module: bool(getattr(module, "use_rope", True)))
+        return rotates(attention)
+
+    def layer_type(self, layer_idx: int) -> str | None:
+        """The type of a layer, for a rotary embedding that tells types apart."""
+        layer_types = getattr(self.text_config, "layer_types", None)
+        return None if layer_types is None else layer_types[layer_idx]
+
+    def index_of(self, layer: nn.Module) -> int:
+        """The index of a decoder layer."""
+        return next(layer_idx for layer_idx, other in enumerate(self.layers) if other is layer)
+
+    def layer_name(self, layer_idx: int) -> str:
+        """The full name of a decoder layer inside the model."""
+        stack: Any = self.text_model.layers
+        return look_inside(f"{self.text_model_name}.layers.{layer_idx}".removeprefix("."), stack[layer_idx])[0]
+
+
+def find_vlm(model: nn.Module) -> VisionLanguageModel:
+    """Find the parts of a vision-language model.
+
+    Families in `FAMILIES` are known and tested. Any other model is taken if it has the common shape: a config with an
+    image placeholder id, one module that takes `pixel_values`, below it one text model, whose decoder layers are
+    pre-norm blocks.
+
+    Args:
+        model: A transformers model, not wrapped by PEFT.
+
+    Raises:
+        ValueError: The model is of another shape; the message names the model, what it has and what was looked for.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model is already a PeftModel. Attach to what it wraps: get_peft_model(model.get_base_model(), "
+            "config), or peft_pvm.add_adapters(model.get_base_model(), ...) for adapters of several types."
+        )
+    placeholder_ids = _find_placeholder_ids(model)
+    modules = dict(model.named_modules())
+    text_model_name = _find_text_model(model, modules)
+    multimodal = _nearest_multimodal(modules, text_model_name)
+    if multimodal is None:
+        raise _refusal(
+            model,
+            f"no module above its text model {text_model_name!r} takes pixel values",
+            "a module whose forward takes input_ids and pixel_values and which calls the text model",
+        )
+    text_model = modules[text_model_name]
+    block = _check_layers(model, text_model)
+    return VisionLanguageModel(model, multimodal, text_model, text_model_name, block, placeholder_ids)
+
+
+def _refusal(model: nn.Module, found: str, looked_for: str) -> ValueError:
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    return ValueError(
+        f"{type(model).__name__} (model_type {model_type!r}) is not a vision-language model that peft_pvm can "
+        f"attach to: {found}. Looked for {looked_for}. Families known by name: {', '.join(sorted(FAMILIES))}; a "
+        "model of the same shape works without being listed, any other needs a row in peft_pvm/tokens/families.py."
+    )
+
+
+def _find_placeholder_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    config = getattr(model, "config", None)
+    family = FAMILIES.get(getattr(config, "model_type", ""), VLMFamily())
+    placeholder_ids = {}
+    for modality, fields in family.placeholders.items():
+        ids = (getattr(config, name, None) for name in fields)
+        placeholder_ids[modality] = tuple(token_id for token_id in ids if token_id is not None)
+    if not placeholder_ids["image"]:
+        looked_for = " or ".join(f"config.{name}" for name in family.placeholders["image"])
+        raise _refusal(model, "its config names no image placeholder token", looked_for)
+    return placeholder_ids
+
+
+def _find_text_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    """The name of the one decoder stack."""
+    text_models = [
+        name
+        for name, module in modules.items()
+        if unwrapped(module) is module  # a wrapper has the attributes of what it wraps
+        and isinstance(getattr(module, "layers", None), nn.ModuleList)
+        and hasattr(module, "embed_tokens")
+    ]
+    if len(text_models) != 1:
+        raise _refusal(
+            model, f"it holds {len(text_models)} text models {text_models}", "one module with layers and embed_tokens"
+        )
+    return text_models[0]
+
+
+def _nearest_multimodal(modules: Mapping[str, nn.Module], text_model_name: str) -> nn.Module | None:
+    name = text_model_name
+    while name:
+        name = name.rpartition(".")[0]
+        parameters = inspect.signature(type(modules[name]).forward).parameters
+        if "input_ids" in parameters and "pixel_values" in parameters:
+            return modules[name]
+    return None
+
+
+def _check_layers(model: nn.Module, text_model: Any) -> DecoderBlock:
+    """The shape of the decoder layers, if all of them have it."""
+    text_type = getattr(text_model.config, "model_type", "")
+    is_listed = text_type in BLOCKS
+    block = BLOCKS.get(text_type, PRE_NORM)
+    for layer_idx, layer in enumerate(map(unwrapped, text_model.layers)):
+        if hasattr(layer, "cross_attn"):
+            raise _refusal(
+                model,
+                f"its decoder layer {layer_idx} ({type(layer).__name__}) looks at the image by cross-attention, so "
+                "that no image token stands among the text tokens whose distance could grow",
+                "image tokens in the sequence that self-attention reads",
+            )
+        children = {name for name, child in layer.named_children() if not is_tuner_child(child)}
+        # Norms in unknown places change where the branch belongs, so an unlisted layer must have no other children.
+        if not block.fits(layer) or (not is_listed and not children <= PRE_NORM_CHILDREN):
+            looked_for = f"a decoder layer with {block.looked_for}"
+            raise _refusal(
+                model,
+                f"decoder layer {layer_idx} ({type(layer).__name__} of text model type {text_type!r}) holds "
+                f"{sorted(children)}",
+                looked_for if is_listed else f"{looked_for} and no other norm",
+            )
+    if getattr(text_model.config, "residual_multiplier", 1) != 1:
+        raise _refusal(
+            model,
+            f"its text model (type {text_type!r}) scales what its layers add to the residual stream",
+            "a text model without residual_multiplier",
+        )
+    return block
+
+
+# Where a wrapper keeps what it wraps: FSDP 1, activation checkpointing and offloading, torch.compile.
+WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+DISTRIBUTED = "module."  # before all names of a model in DistributedDataParallel
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or tensor as if nothing were wrapped.
+
+    Example:
+        >>> plain_name("module.layers.0._checkpoint_wrapped_module.mlp"), plain_name("_orig_mod")
+        ('layers.0.mlp', '')
+    """
+    return ".".join(part for part in name.removeprefix(DISTRIBUTED).split(".") if part not in WRAPPED)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What a module wraps, or itself."""
+    return look_inside("", module)[1]
+
+
+def look_inside(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """What a module wraps, however often, and its name; for a module that wraps nothing, both as given."""
+    for key in WRAPPED:
+        if (inner := module._modules.get(key)) is not None:
+            return look_inside(f"{name}.{key}".removeprefix("."), inner)
+    return name, module
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether a model, or anything inside it, is wrapped."""
+    return any(unwrapped(module) is not module for module in model.modules())
+
+
+@contextlib.contextmanager
+def without_wrappers(model: nn.Module) -> Iterator[None]:
+    """Take the wrappers inside a model away for the length of a block, so that all has its plain name."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and unwrapped(child) is not child
+    ]
+    try:
+        for parent, name, child in wrapped:
+            parent._modules[name] = unwrapped(child)
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child

@@ -1,0 +1,321 @@
+"""What a batch of conversations remembers of its tokens from one forward to the next. It rides on the KV cache."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from .positions import EMPTY_SLOT, PADDING, TEXT
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """The contiguous runs of tokens of one modality in every conversation. Never changed, only replaced.
+
+    Attributes:
+        starts: Where each run's first token stands in the KV cache, `(batch, num_runs)`, int64, `EMPTY_SLOT` where a
+            row has fewer runs. Padding belongs to no run.
+        anchors: That token's position, as the rotary embedding is given it, on the first axis, as `starts`.
+        modalities: The run's modality, as `starts`.
+        open_anchor: The anchor of the last run, which goes on until the modality changes, `(batch,)`, int64.
+        open_modality: Its modality, `(batch,)`, int64, `PADDING` without a run.
+        last_start: The largest of `starts`, -1 without any.
+        awaits_text: Whether the next text token starts a run in some row.
+    """
+
+    starts: torch.Tensor
+    anchors: torch.Tensor
+    modalities: torch.Tensor
+    open_anchor: torch.Tensor
+    open_modality: torch.Tensor
+    last_start: int
+    awaits_text: bool
+
+    @staticmethod
+    def of(starts: torch.Tensor, anchors: torch.Tensor, modalities: torch.Tensor) -> Runs:
+        """A table with these runs. Waits for the device."""
+        if starts.shape[1] == 0:
+            none = torch.full_like(starts[:, :1].sum(1), PADDING)
+            return Runs(starts, anchors, modalities, none, none, EMPTY_SLOT, True)
+        last = starts.argmax(1, keepdim=True)
+        modality = torch.where(starts.gather(1, last) >= 0, modalities.gather(1, last), PADDING).squeeze(1)
+        return Runs(
+            starts,
+            anchors,
+            modalities,
+            anchors.gather(1, last).squeeze(1),
+            modality,
+            int(starts.max()),
+            bool((modality != TEXT).any()),
+        )
+
+    @staticmethod
+    def none(batch_size: int, device: torch.device) -> Runs:
+        """The table of a batch without any token yet."""
+        nothing = torch.empty(batch_size, 0, dtype=torch.long, device=device)
+        return Runs.of(nothing, nothing, nothing)
+
+    def extended(self, starts: torch.Tensor, anchors: torch.Tensor, modalities: torch.Tensor) -> Runs:
+        """The table with more runs at its end, given as the attributes are."""
+        if starts.shape[1] == 0:
+            return self
+        return Runs.of(
+            torch.cat([self.starts, starts], 1),
+            torch.cat([self.anchors, anchors], 1),
+            torch.cat([self.modalities, modalities], 1),
+        )
+
+    def cropped(self, length: int) -> Runs:
+        """The table of a cache that was cut to its first `length` positions."""
+        if length > self.last_start:
+            return self
+        return Runs.of(torch.where(self.starts < length, self.starts, EMPTY_SLOT), self.anchors, self.modalities)
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Runs:
+        """The table with `function` applied to every tensor; the first axis of each is the batch."""
+        return Runs(
+            function(self.starts),
+            function(self.anchors),
+            function(self.modalities),
+            function(self.open_anchor),
+            function(self.open_modality),
+            self.last_start,
+            self.awaits_text,
+        )
+
+
+@dataclass(eq=False)
+class VisualMemory:
+    """The tokens read so far by a batch of conversations, as far as adapters need them.
+
+    A memory is never changed by later tokens: reading more makes a new memory, so a forward that still needs the old
+    one (gradient checkpointing, a copied cache) keeps it. Only `hidden_states` and `projections` fill up, with values
+    that are functions of the memory itself.
+
+    Attributes:
+        embeddings: What the vision tower wrote into `inputs_embeds`, `(batch, num_visual, hidden_size)`, detached,
+            zero where there is no token. `num_visual` is 0 before the first image.
+        slots: Positions of these tokens in the KV cache, `(batch, num_visual)`, int64, `EMPTY_SLOT` where there is
+            none.
+        last_slot: The largest slot, -1 without images.
+        is_dense: Whether no slot is empty.
+        hidden_states: By layer index, the hidden states of these tokens at that layer, shaped as `embeddings`.
+        projections: Keys and values that branches made from these tokens, `(batch, heads, num_projected, head_dim)`
+            each, by a weak reference to the branch. The last tokens may not be projected yet.
+        runs: Where the modality changes, for text and visual tokens alike. `None` before the first token.
+        kept: What adapters keep of every token in the cache, by name, `(batch, length, axes)`, int64.
+    """
+
+    embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
+    slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    last_slot: int = EMPTY_SLOT
+    is_dense: bool = True
+    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+    projections: dict[weakref.ref[Any], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    runs: Runs | None = None
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    _replicas: dict[torch.device, VisualMemory] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no visual token in any row."""
+        return self.slots.shape[1] == 0
+
+    def keep_projections(self, branch: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep the keys and values that a branch made, and forget those of branches that are gone."""
+        for reference in [reference for reference in self.projections if reference() is None]:
+            del self.projections[reference]
+        self.projections[weakref.ref(branch)] = (keys, values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VisualMemory:
+        return self.mapped(lambda tensor: copy.deepcopy(tensor, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "projections": {}}  # the process that unpickles it has other branches
+
+    def extended(self, embeddings: torch.Tensor, slots: torch.Tensor) -> VisualMemory:
+        """The memory with more visual tokens at its end.
+
+        Args:
+            embeddings: `(batch, num_new, hidden_size)`.
+            slots: `(batch, num_new)`, `EMPTY_SLOT` where a row has fewer tokens.
+        """
+        embeddings = embeddings.detach()
+        last_slot, is_dense = int(slots.max()), bool((slots >= 0).all())
+        if self.is_empty:
+            return replace(self, embeddings=embeddings, slots=slots, last_slot=last_slot, is_dense=is_dense)
+        return replace(
+            self,
+            embeddings=torch.cat([self.embeddings, embeddings], 1),
+            slots=torch.cat([self.slots, slots], 1),
+            last_slot=max(self.last_slot, last_slot),
+            is_dense=self.is_dense and is_dense,
+            hidden_states=dict(self.hidden_states),
+            projections=dict(self.projections),
+        )
+
+    def cropped(self, length: int) -> VisualMemory:
+        """The memory of a cache that was cut to its first `length` positions."""
+        memory = self
+        if memory.runs is not None and length <= memory.runs.last_start:
+            memory = replace(memory, runs=memory.runs.cropped(length))
+        if any(length < tensor.shape[1] for tensor in memory.kept.values()):
+            memory = replace(memory, kept={name: tensor[:, :length] for name, tensor in memory.kept.items()})
+        if length > memory.last_slot:
+            return memory
+        kept = (memory.slots >= 0) & (memory.slots < length)
+        if not bool(kept.any()):
+            return VisualMemory(runs=memory.runs, kept=memory.kept)
+        slots = torch.where(kept, memory.slots, EMPTY_SLOT)
+        return replace(
+            memory,
+            slots=slots,
+            last_slot=int(slots.max()),
+            is_dense=False,
+            hidden_states=dict(memory.hidden_states),
+            projections=dict(memory.projections),
+        )
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> VisualMemory:
+        """The memory with `function` applied to every tensor; the first axis of each is the batch."""
+        return replace(
+            self,
+            embeddings=self.embeddings if self.is_empty else function(self.embeddings),
+            slots=self.slots if self.is_empty else function(self.slots),
+            hidden_states={key: function(tensor) for key, tensor in self.hidden_states.items()},
+            projections={key: (function(keys), function(values)) for key, (keys, values) in self.projections.items()},
+            runs=None if self.runs is None else self.runs.mapped(function),
+            kept={name: function(tensor) for name, tensor in self.kept.items()},
+        )
+
+    def to(self, device: torch.device) -> VisualMemory:
+        """The memory on another device; it is copied once, then found again."""
+        if self.slots.device == device or (self.is_empty and not self.kept):
+            return self
+        if device not in self._replicas:
+            # What fills up is shared: a layer and its branches stay on their device.
+            self._replicas[device] = replace(
+                self,
+                embeddings=self.embeddings.to(device),
+                slots=self.slots.to(device),
+                runs=None if self.runs is None else self.runs.mapped(lambda tensor: tensor.to(device)),
+                kept={name: tensor.to(device) for name, tensor in self.kept.items()},
+            )
+        return self._replicas[device]
+
+
+@dataclass(frozen=True, eq=False)
+class Coverage:
+    """What of a KV cache its memory covers.
+
+    Attributes:
+        num_tokens: How many tokens were read, an int or, for a static cache, a tensor.
+        num_keys: The length of the cache after the last of them, likewise. More in the cache came without the tap.
+        is_evicted: Whether some layer has lost keys during a forward, so that keys no longer belong to tokens in turn.
+    """
+
+    num_tokens: int | torch.Tensor = 0
+    num_keys: int | torch.Tensor = 0
+    is_evicted: bool = False
+
+
+class _FollowedByMemory(Cache):
+    """Mixed into a cache's class: what the cache does to its rows happens to the memory that rides on it."""
+
+    visual_memory: VisualMemory
+    visual_coverage: Coverage
+
+    def __reduce__(self):
+        return _restored, (type(self).__bases__[1], dict(self.__dict__))
+
+    def _map_memory(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.visual_memory = self.visual_memory.mapped(function)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        super().reorder_cache(beam_idx)
+        self._map_memory(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int):
+        super().batch_repeat_interleave(repeats)
+        self._map_memory(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        super().batch_select_indices(indices)
+        self._map_memory(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def reset(self):
+        super().reset()
+        self.visual_memory, self.visual_coverage = VisualMemory(), Coverage()
+
+
+@functools.cache
+def _followed(cache_class: type) -> type[Cache]:
+    return type(cache_class.__name__, (_FollowedByMemory, cache_class), {"__module__": cache_class.__module__})
+
+
+def _restored(cache_class: type, state: dict[str, Any]) -> Cache:
+    cache = object.__new__(_followed(cache_class))
+    cache.__dict__.update(state)
+    return cache
+
+
+def attach_memory(cache: Cache, memory: VisualMemory, coverage: Coverage) -> None:
+    """Put `memory` on `cache`, where it shares the cache's life: copies, beams, row selection, reset.
+
+    Args:
+        cache: The cache.
+        memory: What is remembered of its tokens.
+        coverage: Which tokens these are.
+    """
+    if not isinstance(cache, _FollowedByMemory):
+        cache.__class__ = _followed(type(cache))  # type: ignore[arg-type]
+    cache.visual_memory, cache.visual_coverage = memory, coverage
+
+
+def memory_of(cache: Cache | None) -> VisualMemory | None:
+    """The memory riding on `cache`, `None` if there is none."""
+    return getattr(cache, "visual_memory", None)
+
+
+def coverage_of(cache: Cache | None) -> Coverage:
+    """What of `cache` its memory covers."""
+    return getattr(cache, "visual_coverage", Coverage())
+
+
+def keys_by_layer(cache: Cache | None) -> list[int | None]:
+    """How many keys each layer of a cache holds. `None`: the layer keeps none yet, or has room for a fixed number."""
+    return [_num_keys(layer) for layer in getattr(cache, "layers", ())]
+
+
+def has_lost_keys(cache: Cache, keys_before: list[int | None], seq_len: int) -> bool:
+    """Whether keys were taken out of a cache while a forward ran.
+
+    Args:
+        cache: The cache after the forward.
+        keys_before: What `keys_by_layer` said before it.
+        seq_len: How many tokens the forward read.
+    """
+    for layer_idx, num_keys in enumerate(keys_by_layer(cache)):
+        if num_keys is None:
+            continue
+        layer = cache.layers[layer_idx]
+        expected = seq_len + ((keys_before[layer_idx] or 0) if layer_idx < len(keys_before) else 0)
+        if layer.is_sliding:
+            expected = min(expected, layer.sliding_window - 1)
+        if num_keys < expected:
+            return True
+    return False
+
+
+def _num_keys(layer: Any) -> int | None:
+    if layer.is_compileable or getattr(layer, "keys", None) is None:
+        return None
+    # A layer with a sliding window counts all tokens; one that quantises holds only its last keys as they are.
+    return layer.keys.shape[-2] if layer.is_sliding else layer.get_seq_length()

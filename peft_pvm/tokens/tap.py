@@ -1,0 +1,304 @@
+"""The tap: hooks that tell every layer of a vision-language model which tokens are visual.
+
+A hook on the multimodal module notes, from `input_ids` and the features that come with them, which tokens are visual,
+and sends a `VisualContext` along as a keyword argument. A hook on the text model completes it with what the vision
+tower wrote into `inputs_embeds` and with what the KV cache remembers. Nothing is kept on a module, so two
+conversations, two forwards before one backward, beams and re-used caches cannot get into each other's way.
+
+Where the tap cannot know what is visual, it says so in the context. An active adapter raises that; with the adapter
+disabled the base goes its own way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import Cache
+
+from ..utils.peft_internals import check_model_kwargs, held_by, is_tuner_child
+from ..versions import cache_in, caches_in, modalities_in, paged_inputs
+from .by_row import AdaptersByRow, this_thread
+from .context import CONTEXT, VisualContext
+from .families import VisionLanguageModel
+from .memory import Coverage, VisualMemory, attach_memory, coverage_of, has_lost_keys, keys_by_layer, memory_of
+from .positions import placeholder_mask
+
+
+VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
+ATTRIBUTE = "_visual_tap"  # of the text model, on which its tap stands
+
+
+class Tap:
+    """The hooks of one model, shared by all tuners on it.
+
+    Args:
+        vlm: The model's parts.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel):
+        self.vlm = vlm
+        self._handles = [
+            vlm.multimodal.register_forward_pre_hook(self._note_inputs, with_kwargs=True),
+            vlm.text_model.register_forward_pre_hook(self._complete_context, with_kwargs=True),
+            vlm.text_model.register_forward_hook(self._end_forward, with_kwargs=True),
+        ]
+        if vlm.rotary is not None:
+            self._handles.append(vlm.rotary.register_forward_pre_hook(self._note_positions, with_kwargs=True))
+        # Of the forward that is running, by thread, for the rotary embedding, which is given no keyword arguments. The
+        # forward itself holds the context: nothing outlives it, however it ends.
+        self._in_flight: dict[int, weakref.ref[VisualContext]] = {}
+        self.by_row = AdaptersByRow()
+        self._has_warned = False
+        # On this one model, set aside until the tap is removed. The forward refuses packed rows too, but
+        # generate_batch works in a thread of its own and would only log that. And generate refuses keywords that it
+        # does not know.
+        self._shadows = {
+            "init_continuous_batching": self._init_continuous_batching,
+            "_validate_model_kwargs": self._validate_model_kwargs,
+        }
+        vlm.model.__dict__.update(self._shadows)
+
+    @staticmethod
+    def on(vlm: VisionLanguageModel) -> Tap:
+        """The tap of a model, attached now if there is none yet."""
+        tap = vlm.text_model.__dict__.get(ATTRIBUTE)
+        if tap is None:
+            tap = vlm.text_model.__dict__[ATTRIBUTE] = Tap(vlm)
+        return tap
+
+    @staticmethod
+    @contextlib.contextmanager
+    def lent_to(vlm: VisionLanguageModel) -> Iterator[Tap]:
+        """The tap of a model, for the length of a block: one that was not there before is removed."""
+        was_there = ATTRIBUTE in vlm.text_model.__dict__
+        tap = Tap.on(vlm)
+        try:
+            yield tap
+        finally:
+            if not was_there:
+                tap.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        for name in self._shadows:
+            del self.vlm.model.__dict__[name]
+        del self.vlm.text_model.__dict__[ATTRIBUTE]
+
+    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.vlm.model
+        if self._has_active_adapter():
+            raise NotImplementedError(f"generate_batch and paged continuous batching {PACKED_REFUSAL}")
+        return type(model).init_continuous_batching(model, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        known = {name: value for name, value in model_kwargs.items() if name != VISUAL_MASK}
+        check_model_kwargs(self.vlm.model, known)
+
+    def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        inputs = _by_name(module, args, kwargs)
+        given_mask = kwargs.pop(VISUAL_MASK, None)
+        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
+            context = _context_of_own_embeds(given_mask, inputs["inputs_embeds"])
+        else:
+            context = self._context_of_ids(inputs)
+        context.attention_mask = inputs.get("attention_mask")
+        return args, {**kwargs, CONTEXT: context}
+
+    def _context_of_ids(self, inputs: dict[str, Any]) -> VisualContext:
+        """The usual case: `input_ids`, and features for the placeholders among them."""
+        context = VisualContext(None)
+        for modality in modalities_in(inputs):  # a placeholder id without features is text: a model may sample one
+            token_ids = self.vlm.placeholder_ids[modality]
+            mask = placeholder_mask(inputs["input_ids"], token_ids)
+            if not bool(mask.any()):
+                context.refusal = ValueError(
+                    f"This forward brings {modality} features, but none of the placeholder ids that "
+                    f"{type(self.vlm.model).__name__}'s config names for them ({token_ids}) is among input_ids. "
+                    "If this model uses another token, it needs a row in peft_pvm/tokens/families.py."
+                )
+            context.visual_mask = mask if context.visual_mask is None else context.visual_mask | mask
+        self._warn_of_missing_features(inputs)
+        return context
+
+    def _warn_of_missing_features(self, inputs: dict[str, Any]) -> None:
+        """Warn, once for this model, of a prompt in which placeholders stand for images that it does not bring."""
+        input_ids, cache = inputs.get("input_ids"), cache_in(inputs)
+        # A placeholder that was sampled is text, and a step of decoding does not wait for the device.
+        if torch.compiler.is_compiling() or self._has_warned or input_ids is None or input_ids.shape[1] == 1:
+            return
+        if cache is not None and bool(cache.get_seq_length() > 0):
+            return
+        given = {token_id for modality in modalities_in(inputs) for token_id in self.vlm.placeholder_ids[modality]}
+        missing = {token_id for ids in self.vlm.placeholder_ids.values() for token_id in ids} - given
+        if not bool(placeholder_mask(input_ids, sorted(missing)).any()) or not self._has_active_adapter():
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"This prompt has placeholder tokens ({sorted(missing)}) for images or videos, but no pixels came with "
+            f"it. {type(self.vlm.model).__name__} and the adapter take them for text. Pass all that the processor "
+            "returns, pixel_values included.",
+            stacklevel=2,
+        )
+
+    def _has_active_adapter(self) -> bool:
+        return any(_is_active(module) for module in self.vlm.model.modules())
+
+    def _complete_context(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        inputs = _by_name(module, args, kwargs)
+        inputs_embeds, cache = inputs.get("inputs_embeds"), cache_in(inputs)
+        given_mask = kwargs.pop(VISUAL_MASK, None)
+        context = kwargs.get(CONTEXT)
+        if inputs_embeds is None:  # text alone: nothing to read but the shape
+            context = context or VisualContext(None)
+            inputs_embeds = torch.empty(*inputs["input_ids"].shape, 0, device=inputs["input_ids"].device)
+        elif context is None:  # the text model is called by itself
+            context = _context_of_own_embeds(given_mask, inputs_embeds)
+        if context.attention_mask is None:
+            context.attention_mask = inputs.get("attention_mask")
+
+        num_keys = 0 if cache is None else _length_of(cache)
+        try:
+            _refuse_copied(module)
+            _refuse_packed(inputs, num_keys)
+            memory, coverage = _remembered(cache, num_keys, inputs_embeds.shape[1])
+        except (NotImplementedError, ValueError) as refusal:
+            context.refusal = refusal.with_traceback(None)  # whose frames hold the context
+        if context.refusal is None:
+            context.read(inputs_embeds, memory, coverage)
+            context.keys_before = keys_by_layer(cache)
+        context.adapter_names = self.by_row.names(len(inputs_embeds))
+        self._in_flight[this_thread()] = weakref.ref(context)
+        return args, {**kwargs, CONTEXT: context}
+
+    def _note_positions(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        in_flight = self._in_flight.get(this_thread())
+        context = None if in_flight is None else in_flight()
+        if context is not None:
+            context.note_positions(_by_name(module, args, kwargs)["position_ids"])
+
+    def _end_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Put the memory on the cache, which may be one that the text model made itself."""
+        self._in_flight.pop(this_thread(), None)
+        context = kwargs[CONTEXT]
+        missed = context.missed(type(self.vlm.model).__name__)
+        # An adapter whose decoder layer was replaced left the model with it, and cannot be switched off any more.
+        if missed is not None and self._has_active_adapter():
+            raise missed
+        if context.refusal is not None:
+            return
+        num_tokens = context.past_length + context.seq_len
+        given = cache_in(_by_name(module, args, kwargs))
+        for cache in caches_in(output) or ([] if given is None else [given]):
+            is_evicted = context.is_evicted or has_lost_keys(cache, context.keys_before, context.seq_len)
+            # A static cache counts in place, and is not asked.
+            num_keys = num_tokens if cache.is_compileable else _length_of(cache)
+            attach_memory(cache, context.memory, Coverage(num_tokens, num_keys, is_evicted))
+
+
+def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All inputs of a forward by name, positional ones included."""
+    if not args:
+        return kwargs
+    return {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
+
+
+def _is_active(module: nn.Module) -> bool:
+    if not isinstance(module, BaseTunerLayer) or not is_tuner_child(module) or module.disable_adapters:
+        return False
+    return bool(set(module.active_adapters) & held_by(module))
+
+
+def _context_of_own_embeds(visual_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> VisualContext:
+    """The context of a forward whose caller has merged the features in, and has to say where."""
+    shape = tuple(inputs_embeds.shape[:2])
+    context = VisualContext(None)
+    if visual_mask is None:
+        context.refusal = ValueError(
+            "With inputs_embeds instead of input_ids, the adapter cannot know which tokens are visual. Pass "
+            f"{VISUAL_MASK}, a bool tensor of shape {shape} that is True at the positions where image or video "
+            "features stand (all False for text alone)."
+        )
+    elif not isinstance(visual_mask, torch.Tensor) or visual_mask.dtype != torch.bool or visual_mask.shape != shape:
+        given = getattr(visual_mask, "dtype", type(visual_mask).__name__)
+        context.refusal = ValueError(
+            f"{VISUAL_MASK} must be a bool tensor of shape {shape}, as inputs_embeds has it; got {given} of shape "
+            f"{tuple(getattr(visual_mask, 'shape', ()))}."
+        )
+    else:
+        context.visual_mask = visual_mask
+    return context
+
+
+def _length_of(cache: Cache) -> int | torch.Tensor:
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor) and not cache.is_compileable:
+        return int(length)  # crop leaves a tensor in transformers 5.16
+    return length
+
+
+def _refuse_packed(inputs: dict[str, Any], num_keys: int | torch.Tensor) -> None:
+    packed = paged_inputs(inputs)
+    positions = inputs.get("position_ids")
+    fresh = isinstance(num_keys, int) and num_keys == 0
+    if positions is not None and fresh and inputs.get("attention_mask") is None:
+        # transformers takes positions that start again, without an attention mask, for packed rows. Of several axes,
+        # the first is that of text, or of time, and grows along the row as well.
+        axis = positions if positions.dim() == 2 else positions[0]
+        if bool((axis.diff(dim=-1) < 0).any()):
+            packed.append("position_ids that start again")
+    if packed:
+        raise NotImplementedError(f"This forward ({', '.join(packed)} given) {PACKED_REFUSAL}")
+
+
+PACKED_REFUSAL = (
+    "would put several conversations into one row, where the adapter could not tell their images apart. Use generate "
+    "with a padded batch, or take the adapter off with unload()."
+)
+
+
+def _refuse_copied(text_model: nn.Module) -> None:
+    if getattr(text_model, "_is_replica", False):
+        raise NotImplementedError(
+            "torch.nn.DataParallel runs copies of the model with the hooks of the original, so that the adapter would "
+            "compute with the original's weights. Use DistributedDataParallel (launch the script with torchrun or "
+            "accelerate), or a single device (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
+def _remembered(cache: Cache | None, num_keys: int | torch.Tensor, seq_len: int) -> tuple[VisualMemory, Coverage]:
+    """The memory that `cache` carries and what it covers, brought up to date with the cache's length."""
+    memory, coverage = memory_of(cache), coverage_of(cache)
+    unread = 0
+    # To learn the length of a static cache is to wait for the device: decoding a token does not ask.
+    if memory is None or isinstance(num_keys, int) or seq_len > 1:
+        unread = int(num_keys - coverage.num_keys)
+    if unread > 0:
+        raise ValueError(
+            f"{unread} tokens of this KV cache were computed without the adapter knowing which of them are visual (it "
+            "was not attached yet, or they came as inputs_embeds without visual_mask). Start with a new cache."
+        )
+    if memory is None or (isinstance(num_keys, int) and num_keys == 0):
+        return VisualMemory(), Coverage()
+    if not isinstance(num_keys, int):  # a static cache never shrinks
+        return memory, Coverage(num_keys, num_keys)
+    if coverage.is_evicted:
+        if unread < 0:
+            raise ValueError(
+                f"{-unread} keys were cropped from a KV cache that had lost others during a forward (to kvpress or "
+                "another compression of the cache), so that nobody can know which images are left. Do not crop such a "
+                "cache; start with a new one."
+            )
+        return memory, coverage
+    return memory.cropped(num_keys), Coverage(num_keys, num_keys)

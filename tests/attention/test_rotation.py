@@ -1,0 +1,37 @@
+"""Rotations by the model's own functions, on every family: they add up, keep lengths and can be undone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from forwards import TOLERANCE, difference
+from tiny_vlms import TinyVLM
+
+from peft_pvm.attention.rotation import between, inverse, rotate, rotation_tables, unit
+from peft_pvm.tokens.families import find_vlm
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_rotations(family: TinyVLM, factor: float):
+    """Also where the rotary embedding multiplies attention by a factor, as YaRN does."""
+    vlm = find_vlm(family.build())
+    rotary = vlm.rotary
+    for name in [name for name in vars(rotary) if name.endswith("attention_scaling")]:
+        setattr(rotary, name, factor)
+    generator = torch.Generator().manual_seed(0)
+    axes = 3 if "mrope_section" in vlm.text_config.rope_parameters else 1
+    one, other = (torch.randint(-50, 50, (2, 5, axes), generator=generator) for _ in range(2))
+    for layer_idx, attention in vlm.self_attentions.items():
+        if not vlm.rotates(attention):
+            continue
+        states = torch.randn(2, 4, 5, attention.head_dim, generator=generator)
+        layer_type = vlm.layer_type(layer_idx)
+        by_one, by_other, by_both = (rotation_tables(rotary, p, layer_type) for p in (one, other, one + other))
+        turned = rotate(attention, states, unit(by_one))
+        assert difference(turned, states) > 0.1
+        assert difference(turned.norm(dim=-1), states.norm(dim=-1)) < TOLERANCE
+        assert difference(rotate(attention, turned, unit(by_other)), rotate(attention, states, unit(by_both))) < 1e-4
+        assert difference(rotate(attention, rotate(attention, states, by_one), inverse(by_one)), states) < TOLERANCE
+        tail = rotate(attention, states[:, :, -2:], between(unit(by_one), -2, None))
+        assert difference(tail, turned[:, :, -2:]) < TOLERANCE
+        assert rotate(attention, states.bfloat16(), by_one).dtype == torch.bfloat16

@@ -1,0 +1,271 @@
+"""DIPE and T-DRS as adapters: attached, saved, loaded, switched and taken off like any other."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from forwards import difference, logits
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_vlms import FAMILIES, TinyVLM
+
+from peft_pvm import DIPEConfig, TDRSConfig
+
+
+ROWS = ("t4 i t3 i t6", "t7 i t5")
+SHIPPED = Path(__file__).parents[2] / "adapters"
+CONFIGS: dict[str, Callable[[], PeftConfig]] = {
+    "dipe": lambda: DIPEConfig(layers_to_transform=[1]),
+    "tdrs": lambda: TDRSConfig(sd_strength=2.0, dc_floor=0.2, layers_to_transform=[1]),
+}
+
+
+@pytest.fixture
+def llava() -> TinyVLM:
+    return FAMILIES["llava"]
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request) -> PeftConfig:
+    return CONFIGS[request.param]()
+
+
+@pytest.mark.parametrize("name", ["dipe", "t-drs"])
+@pytest.mark.parametrize("loader", ["PeftModel", "load_adapter"])
+def test_shipped_adapters_fit_every_family(family: TinyVLM, name: str, loader: str):
+    model = family.build()
+    inputs = family.inputs(model, *ROWS)
+    base = logits(model, inputs)
+    if loader == "PeftModel":
+        loaded = PeftModel.from_pretrained(model, SHIPPED / name)
+    else:
+        model.load_adapter(SHIPPED / name)
+        loaded = model
+    fresh = {"dipe": DIPEConfig, "t-drs": TDRSConfig}[name]()
+    assert torch.equal(logits(loaded, inputs), logits(get_peft_model(family.build(), fresh), inputs))
+    assert difference(logits(loaded, inputs), base) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dipe", "t-drs"])
+def test_shipped_files_are_what_saving_writes(name: str, tmp_path: Path):
+    fresh = {"dipe": DIPEConfig, "t-drs": TDRSConfig}[name](inference_mode=True)
+    fresh.save_pretrained(tmp_path)
+    headers = []
+    for folder in (SHIPPED / name, tmp_path):
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            headers.append((list(file.keys()), file.metadata()))
+    assert headers[0] == headers[1]
+    shipped, saved = (json.loads((each / "adapter_config.json").read_text()) for each in (SHIPPED / name, tmp_path))
+    assert {**shipped, "peft_version": ""} == {**saved, "peft_version": ""}
+    card = ModelCard.load(SHIPPED / name / "README.md")
+    assert card.data.library_name == "peft"
+    assert "import peft_pvm" in card.text
+
+
+@pytest.mark.parametrize("writer", ["PeftModel", "transformers"])
+def test_round_trip(llava: TinyVLM, config: PeftConfig, writer: str, tmp_path: Path):
+    model = llava.build()
+    inputs = llava.inputs(model, *ROWS)
+    if writer == "PeftModel":
+        attached = get_peft_model(model, config)
+    else:
+        model.add_adapter(config)
+        attached = model
+    expected = logits(attached, inputs)
+    attached.save_pretrained(tmp_path)
+
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= {f.name for f in tmp_path.iterdir()}
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        assert list(file.keys()) == []
+        assert file.metadata() == {"format": "pt", "method": config.method, "version": "1"}
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.tags == ["peft-pvm", config.method]
+    assert "`layers_to_transform` | `[1]`" in card.text
+
+    for low_cpu_mem_usage in (False, True):
+        again = PeftModel.from_pretrained(llava.build(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(again, inputs), expected)
+    again = llava.build()
+    again.load_adapter(tmp_path)
+    assert torch.equal(logits(again, inputs), expected)
+
+
+def test_a_card_is_written_again(llava: TinyVLM, tmp_path: Path):
+    """With what is saved now, after another adapter and after PEFT has been at it."""
+    get_peft_model(llava.build(), DIPEConfig()).save_pretrained(tmp_path)
+    for strength in (1.0, 3.0, 3.0):
+        get_peft_model(llava.build(), TDRSConfig(sd_strength=strength)).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "`sd_strength` | `3.0`" in card.text
+    assert card.text.count("# T-DRS") == 1
+    assert card.data.tags == ["peft-pvm", "tdrs"]
+    assert not card.data.base_model
+
+
+def test_a_card_of_ones_own_is_kept(llava: TinyVLM, config: PeftConfig, tmp_path: Path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    get_peft_model(llava.build(), config).save_pretrained(tmp_path)
+    assert "# Mine" in (tmp_path / "README.md").read_text()
+
+
+def test_peft_sees_it_as_any_adapter(llava: TinyVLM, config: PeftConfig, capsys):
+    model = get_peft_model(llava.build(), config, adapter_name="mine")
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith("trainable params: 0 || all params: 176,064 || trainable%: 0.0000")
+    status = get_model_status(model)
+    assert status.peft_types == {"mine": config.peft_type.value}
+    assert (status.available_adapters, status.active_adapters, status.enabled) == (["mine"], ["mine"], True)
+    assert (status.trainable_params, status.total_params, status.num_adapter_layers) == (0, 176_064, 1)
+    (layer,) = get_layer_status(model)
+    assert layer.module_type == type(model.base_model).tuner_layer_cls.__name__
+
+
+def test_switching_and_deleting(llava: TinyVLM, config: PeftConfig):
+    model = llava.build()
+    inputs = llava.inputs(model, *ROWS)
+    base = logits(model, inputs)
+    model = get_peft_model(model, config, adapter_name="one")
+    other = type(config)(layers_to_transform=[0, 2])
+    model.add_adapter("two", other)
+    one = logits(model, inputs)
+    model.set_adapter("two")
+    two = logits(model, inputs)
+    assert difference(one, two) > 1e-3
+    model.base_model.set_adapter(["one", "two"])
+    both = logits(model, inputs)
+    assert difference(both, one) > 1e-3
+    assert difference(both, two) > 1e-3
+    if isinstance(config, DIPEConfig):
+        on_all = get_peft_model(llava.build(), DIPEConfig(layers_to_transform=[0, 1, 2]))
+        assert torch.equal(both, logits(on_all, inputs))
+    model.delete_adapter("one")
+    assert torch.equal(logits(model, inputs), two)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), base)
+    assert torch.equal(logits(model.unload(), inputs), base)
+
+
+def test_a_deepcopied_model_is_its_own(llava: TinyVLM, config: PeftConfig):
+    model = llava.build()
+    inputs = llava.inputs(model, *ROWS)
+    base = logits(model, inputs)
+    model = get_peft_model(model, config)
+    on = logits(model, inputs)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, inputs), on)
+    assert torch.equal(logits(twin.unload(), inputs), base)
+    assert torch.equal(logits(model, inputs), on)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(model.unload(), inputs), base)
+    assert torch.equal(logits(twin, inputs), on)
+
+
+def test_what_needs_weights_is_refused(llava: TinyVLM, config: PeftConfig):
+    model = get_peft_model(llava.build(), config).eval()
+    inputs = llava.inputs(model.get_base_model(), "t4 i t3", "t5")
+    before = logits(model, inputs)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(NotImplementedError, match="no weight of the base model can express"):
+            merge()
+    with pytest.raises(NotImplementedError, match="no weights to combine"):
+        model.base_model.add_weighted_adapter(["default"], [0.5], "half")
+    assert torch.equal(logits(model, inputs), before)
+
+
+def test_lora_stays_trainable_beside_it(llava: TinyVLM, config: PeftConfig):
+    lora = get_peft_model(llava.build(), LoraConfig(target_modules=["q_proj"]), "lora")
+    trainable = [name for name, parameter in lora.named_parameters() if parameter.requires_grad]
+    get_peft_model(lora.get_base_model(), config, "mine")
+    assert trainable
+    assert [name for name, parameter in lora.named_parameters() if parameter.requires_grad] == trainable
+
+
+def _with_tensors(folder: Path) -> None:
+    save_file({"base_model.model.x": torch.ones(1)}, folder / "adapter_model.safetensors")
+
+
+def _as_pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({}, folder / "adapter_model.bin")
+
+
+def _damaged(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+
+
+def _set_layers(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "layers_to_transform": [99]}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "complaint"),
+    [
+        (_with_tensors, ValueError, "base_model.model.x belongs to nothing in this model"),
+        (_as_pickle, FileNotFoundError, "read from safetensors files only"),
+        (_damaged, ValueError, "damaged or not a safetensors file"),
+        (_set_layers, ValueError, r"names layers \[99\], but on LlavaForConditionalGeneration the method can act on"),
+    ],
+    ids=["tensors", "pickle", "damaged", "layers"],
+)
+def test_a_wrong_file_leaves_the_model_as_it_was(
+    llava: TinyVLM, config: PeftConfig, tmp_path: Path, spoil, error, complaint: str
+):
+    config.save_pretrained(tmp_path)
+    spoil(tmp_path)
+    model = llava.build()
+    inputs = llava.inputs(model, *ROWS)
+    base, names = logits(model, inputs), [name for name, _ in model.named_modules()]
+    for load in (lambda: PeftModel.from_pretrained(model, tmp_path), lambda: model.load_adapter(tmp_path)):
+        with pytest.raises(error, match=complaint):
+            load()
+        assert [name for name, _ in model.named_modules()] == names
+        assert torch.equal(logits(model, inputs), base)
+        assert type(model.model.language_model.layers[0].self_attn.config).__name__ == "LlamaConfig"
+        assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        (DIPEConfig, {"layers_to_transform": []}),
+        (DIPEConfig, {"layers_to_transform": [0, 0]}),
+        (TDRSConfig, {"layers_to_transform": -1}),
+        (TDRSConfig, {"form": "both"}),
+        (TDRSConfig, {"pairs": "none"}),
+        (TDRSConfig, {"kernel": "cuda"}),
+        (TDRSConfig, {"sd_strength": -1.0}),
+        (TDRSConfig, {"dc_strength": float("nan")}),
+        (TDRSConfig, {"dc_floor": 0.0}),
+        (TDRSConfig, {"dc_floor": 1.0}),
+        (TDRSConfig, {"re_floor": "min"}),
+        (TDRSConfig, {"re_floor": "0*min"}),
+        (TDRSConfig, {"re_floor": None}),
+    ],
+)
+def test_wrong_fields_are_refused(cls: type[PeftConfig], fields: dict):
+    (name,) = fields
+    with pytest.raises(ValueError, match=rf"{cls.__name__}\.{name} is .*, but must be"):
+        cls(**fields)
+
+
+def test_changing_the_kernel_is_followed(llava: TinyVLM, config: PeftConfig):
+    """`set_attn_implementation` on a model that is already steered."""
+    model = llava.build(attn_implementation="sdpa")
+    inputs = llava.inputs(model, *ROWS)
+    attached = get_peft_model(model, config)
+    real = inputs["attention_mask"].bool()
+    on = logits(attached, inputs)[real]
+    model.set_attn_implementation("eager")
+    with attached.disable_adapter():
+        eager = logits(attached, inputs)
+    assert difference(logits(attached, inputs)[real], on) < 1e-5
+    assert torch.equal(logits(attached.unload(), inputs), eager)
+    assert model.config.get_text_config()._attn_implementation == "eager"
