@@ -18,7 +18,7 @@ from peft import inject_adapter_in_model, set_peft_model_state_dict
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-import peft_pvm.demo.processor  # noqa: F401  lets AutoProcessor load the lab's tiny model, which these scripts can train
+import peft_pvm.demo.for_trainers  # noqa: F401  lets AutoProcessor load the lab's tiny model, which these scripts can train
 from peft_pvm.integrations.trl import (
     GazeCallback,
     accuracy_reward,
@@ -28,7 +28,7 @@ from peft_pvm.integrations.trl import (
     save_parts,
     shard_decoder_layers,
 )
-from peft_pvm.methods.pvm.files import read_adapter
+from peft_pvm.methods.pvm.checkpoints import read_adapter
 from peft_pvm.tokens.families import find_vlm
 
 

@@ -14,7 +14,7 @@ import datasets
 from transformers import AutoProcessor
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
-import peft_pvm.demo.processor  # noqa: F401  lets AutoProcessor load the lab's tiny model, which these scripts can train
+import peft_pvm.demo.for_trainers  # noqa: F401  lets AutoProcessor load the lab's tiny model, which these scripts can train
 from peft_pvm import PVMConfig
 from peft_pvm.integrations.trl import GazeCallback, chat_inputs, last_answer, shard_decoder_layers
 

@@ -11,7 +11,7 @@ from peft.utils import CONFIG_NAME
 from peft_pvm.demo.mosaic import NUM_CELLS, load_material
 from peft_pvm.folders.replacing import replacing
 from peft_pvm.folders.writing import CARD_NAME
-from peft_pvm.tuners.loading import save_adapter
+from peft_pvm.tuners.saving import save_adapter
 
 from .runs import RECIPES, load_method
 from .summary import Entry, Results

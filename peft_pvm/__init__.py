@@ -4,9 +4,9 @@ from . import methods
 from .methods import *  # noqa: F403  # configurations and tuners
 from .methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint
 from .tuners.active import attached
-from .tuners.loading import add_adapters, load_adapters, save_adapter
 from .tuners.registry import extend_peft, register
-from .versions import check_versions
+from .tuners.saving import add_adapters, load_adapters, save_adapter
+from .utils.packages import check_versions
 
 
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from .versions import supported_ranges
+from .utils.packages import supported_ranges
 
 
 PACKAGES = ("peft-pvm", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface-hub", "trl", "vllm")

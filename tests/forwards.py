@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from tiny_vlms import VOCAB, TinyVLM
 
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 TOLERANCE = 1e-5  # between logits that another order of the same sums gives

@@ -11,7 +11,7 @@ import yaml
 from tiny_vlms import MROPE, QWEN_VISION, SIGLIP, TEXT
 
 from peft_pvm.demo import mosaic
-from peft_pvm.demo.processor import CHAT_TEMPLATE, cell_token, digit_token, tiny_vlm_processor
+from peft_pvm.demo.for_trainers import CHAT_TEMPLATE, cell_token, digit_token, tiny_vlm_processor
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm, tiny_vlm_config
 
 

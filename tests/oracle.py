@@ -16,7 +16,7 @@ from tiny_vlms import IMAGE, VIDEO
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from peft_pvm.methods.tdrs.reference import reweighted
+from peft_pvm.methods.tdrs.weights import reweighted
 
 
 NEIGHBOURS = {"cohere", "cohere2", "glm4v_text", "llama4_text"}  # text models that rotate neighbouring channels

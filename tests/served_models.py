@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.video_utils import VideoMetadata
 
+from peft_pvm.demo.for_trainers import tiny_vlm_processor
 from peft_pvm.demo.mosaic import CHANNELS, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
-from peft_pvm.demo.processor import tiny_vlm_processor
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.vllm import export_vllm
 

@@ -17,7 +17,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 from transformers import DynamicCache, StaticCache
 
 from peft_pvm import TDRSConfig
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")

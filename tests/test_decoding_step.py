@@ -11,7 +11,7 @@ from tiny_vlms import FAMILIES, REPRESENTATIVE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 COMPILED = {

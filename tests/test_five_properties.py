@@ -12,7 +12,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 MIXED_BATCH = ("t4 i t3 i t6", "t7 i t5", "t9")  # two images, one, none

@@ -31,7 +31,7 @@ from tiny_vlms import EOS, FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from peft_pvm.tokens.tap import Tap
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from methods_under_test import METHODS
 from tiny_vlms import FAMILIES
 from transformers import DynamicCache
 
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -7,7 +7,7 @@ from forwards import GENERATE, TOLERANCE, difference, in_double, logits
 from methods_under_test import Combination, Method
 from tiny_vlms import FAMILIES, TinyVLM
 
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 # What the user says, and the name of the cache's argument: the older one works on all supported versions.

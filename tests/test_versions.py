@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from peft_pvm import versions
-from peft_pvm.versions import CACHE, SUPPORTED, cache_in, caches_in, check_versions, modalities_in, paged_inputs
+from peft_pvm.utils.packages import CACHE, SUPPORTED, cache_in, caches_in, check_versions, modalities_in, paged_inputs
 
 
 REPOSITORY = Path(__file__).parents[1]

@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 for package in ("trl", "datasets", "math_verify", "sklearn"):
     pytest.importorskip(package, reason="training needs the extras `train` and `lab`")
 
-from peft_pvm.demo.chats import make_chats, write_chats  # noqa: E402
-from peft_pvm.demo.processor import save_as_folder  # noqa: E402
+from peft_pvm.demo.for_trainers import (  # noqa: E402
+    make_chats,
+    save_as_folder,
+    write_chats,
+)
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm  # noqa: E402
 
 

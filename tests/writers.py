@@ -27,7 +27,7 @@ from peft_pvm import convert_reference_checkpoint, export_reference_checkpoint
 from peft_pvm.folders.base_checkpoint import BaseCheckpoint
 from peft_pvm.folders.replacing import write_file
 from peft_pvm.integrations.vllm import export_vllm
-from peft_pvm.methods.pvm.files import merge_adapters
+from peft_pvm.methods.pvm.checkpoints import merge_adapters
 
 
 KINDS = {"old": 1, "new": 2}

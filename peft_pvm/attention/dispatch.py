@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ..tokens.families import VisionLanguageModel
-from ..utils.peft_internals import attn_implementation
+from ..utils.packages import attn_implementation
 from .call import AttentionCall, Output, base_kernel
 
 

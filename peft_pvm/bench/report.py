@@ -12,8 +12,7 @@ from rich.table import Table
 
 from ..utils.plotting import line_look, logarithmic, new_figure, styled
 from ..utils.terminal import Terminal
-from .methods import METHODS
-from .models import footprint
+from .models import METHODS, footprint
 
 
 if TYPE_CHECKING:

@@ -19,10 +19,9 @@ from ..attention.call import AttentionCall
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import find_vlm
 from ..tokens.tap import VISUAL_MASK
-from ..versions import CACHE
+from ..utils.packages import CACHE
 from .meters import describe_machine, free_bytes, import_seconds, peak_bytes, seconds
-from .methods import METHODS, pvm_config
-from .models import structural_copy
+from .models import METHODS, pvm_config, structural_copy
 
 
 Result = TypeVar("Result")

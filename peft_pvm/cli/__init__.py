@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..utils.extras import require
+from ..utils.packages import require
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ from rich.text import Text
 from ..folders.adapter_file import Inspection, inspect_adapter, read_config
 from ..folders.writing import write_card
 from ..integrations.vllm import export_vllm as write_for_vllm
-from ..methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint
-from ..methods.pvm.files import merge_adapters
+from ..methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint, merge_adapters
 from ..methods.pvm.merging import CombinationType
 from ..utils.terminal import Terminal, say
 from ..utils.text import plain, quoted

@@ -10,14 +10,13 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from ..bench.methods import METHODS
-from ..bench.models import PRESETS, build_random, load
+from ..bench.models import METHODS, PRESETS, build_random, load
 from ..bench.report import draw, print_tables, show_scale
 from ..bench.run import Settings, measure
 from ..folders.data_file import holding, read_json, write_json
 from ..folders.replacing import write_file
 from ..tokens.families import find_vlm
-from ..utils.extras import require
+from ..utils.packages import require
 from ..utils.plotting import as_png
 from ..utils.terminal import Terminal
 from .options import (

@@ -17,15 +17,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ..attention.dispatch import steerable_attentions
 from ..folders.data_file import write_json
 from ..folders.replacing import write_file
-from ..integrations.curves import draw_curves, read_log
 from ..integrations.lmms_eval import report, tasks_folder
+from ..integrations.trl import draw_curves, read_log
 from ..methods.pvm import PVMConfig
 from ..probe import ProbeResult, build_inputs, picture_of
 from ..probe import probe as probe_model
 from ..probe.run import check_retrieval
 from ..tokens.families import find_vlm
-from ..tuners.loading import load_adapters
-from ..utils.extras import require
+from ..tuners.saving import load_adapters
+from ..utils.packages import require
 from ..utils.plotting import as_png
 from ..utils.terminal import Terminal, say
 from .options import (

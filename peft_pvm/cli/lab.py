@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..demo.comparison import compare, load_models, run_demo
+from ..demo.for_trainers import save_as_folder
 from ..demo.mosaic import Split
-from ..demo.processor import save_as_folder
+from ..demo.recall import compare, load_models, run_demo
 from ..demo.tiny_vlm import SHIPPED, load_tiny_vlm
-from ..utils.extras import require
+from ..utils.packages import require
 from ..utils.terminal import say
 from .options import LARGEST_SEED, MANY, new_folder
 from .refusals import Commands, reading
@@ -81,7 +81,7 @@ def chats(
 ) -> None:
     """Write questions on mosaics as a data set of chats with images."""
     require("train", "datasets", "PIL")
-    from ..demo.chats import make_chats, write_chats
+    from ..demo.for_trainers import make_chats, write_chats
 
     write_chats(make_chats(form, rows, max_length, split, seed), out)
     say(out)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from ..utils.peft_internals import adapter_parts, base_name, is_tuner_child
+from ..utils.packages import adapter_parts, base_name, is_tuner_child
 from ..utils.text import listed, quoted
 from .adapter_file import PEFT_PREFIX, AdapterFile, flaws, misfits
 

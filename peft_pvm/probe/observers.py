@@ -17,7 +17,7 @@ from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import VisionLanguageModel
 from ..tokens.positions import placeholder_mask
 from ..tokens.tap import Tap
-from ..versions import modalities_in
+from ..utils.packages import modalities_in
 
 
 @dataclass(frozen=True, eq=False)

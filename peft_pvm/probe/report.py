@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 from ..folders.replacing import replacing
-from ..utils.extras import require
+from ..utils.packages import require
 from .findings import Findings
 from .measures import Dilution, PowerLaw
 from .plots import Picture, draw

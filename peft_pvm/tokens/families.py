@@ -11,7 +11,12 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..utils.peft_internals import is_tuner_child
+from ..utils.packages import is_tuner_child
+
+
+# Where a wrapper keeps what it wraps: FSDP 1, activation checkpointing and offloading, torch.compile.
+WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+DISTRIBUTED = "module."  # before all names of a model in DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -295,11 +300,6 @@ def _check_layers(model: nn.Module, text_model: Any) -> DecoderBlock:
             "a text model without residual_multiplier",
         )
     return block
-
-
-# Where a wrapper keeps what it wraps: FSDP 1, activation checkpointing and offloading, torch.compile.
-WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-DISTRIBUTED = "module."  # before all names of a model in DistributedDataParallel
 
 
 def plain_name(name: str) -> str:

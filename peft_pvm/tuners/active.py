@@ -1,4 +1,4 @@
-"""Which adapters of a model act, whatever their type, and letting only some of them act for a while."""
+"""Which adapters of a model act, whatever their type, and having others act for the length of a block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from ..utils.peft_internals import adapter_layers, held_by
+from ..utils.packages import adapter_layers, held_by
 from ..utils.text import quoted
 from .base import VisualConfig, VisualTuner, VisualTunerLayer
 

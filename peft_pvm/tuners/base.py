@@ -21,9 +21,8 @@ from ..folders.writing import write_card, written_whole
 from ..tokens.families import VisionLanguageModel, find_vlm, plain_name, unwrapped, without_wrappers
 from ..tokens.tap import Tap
 from ..utils.checks import check, check_settings, is_text
-from ..utils.peft_internals import forget_adapters, held_by, loads_adapters_itself
+from ..utils.packages import LOADS_MODULES_TO_SAVE, forget_adapters, held_by, loads_adapters_itself
 from ..utils.text import quoted
-from ..versions import LOADS_MODULES_TO_SAVE
 from .names import check_adapter_name
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..utils.peft_internals import is_tuner_child
+from ..utils.packages import is_tuner_child
 
 
 FORM = re.compile(r"[\w-]+")

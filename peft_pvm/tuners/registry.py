@@ -23,7 +23,7 @@ from ..folders.data_file import OF_ADAPTERS, read_json
 from ..folders.incoming import INCOMING, NOTHING, Incoming, fitted, loading
 from ..folders.replacing import settle
 from ..folders.writing import write_card
-from ..utils.peft_internals import ASKS_TUNER_FOR_NAMES, add_peft_type, conversion_of, hub_arguments
+from ..utils.packages import ASKS_TUNER_FOR_NAMES, add_peft_type, conversion_of, hub_arguments
 from ..utils.text import plain
 from .attention_method import AttentionMethod, attention_tuner
 from .base import VisualConfig, VisualTuner

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .extras import require
+from .packages import require
 
 
 if TYPE_CHECKING:

@@ -25,8 +25,15 @@ from typer.testing import CliRunner
 from peft_pvm.bench import methods
 from peft_pvm.bench import run as bench_run
 from peft_pvm.bench.meters import free_bytes, peak_bytes, seconds
-from peft_pvm.bench.methods import METHODS, pvm_config
-from peft_pvm.bench.models import PRESETS, build_random, fill_at_random, footprint, structural_copy
+from peft_pvm.bench.models import (
+    METHODS,
+    PRESETS,
+    build_random,
+    fill_at_random,
+    footprint,
+    pvm_config,
+    structural_copy,
+)
 from peft_pvm.bench.report import print_tables, ratios
 from peft_pvm.bench.run import Runner, Settings, measure
 from peft_pvm.cli.app import app

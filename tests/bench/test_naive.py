@@ -9,10 +9,10 @@ from methods_under_test import METHODS, Combination
 from tiny_vlms import FAMILIES
 from transformers import DynamicCache
 
-from peft_pvm.bench.methods import make_naive
+from peft_pvm.bench.models import make_naive
+from peft_pvm.methods.pvm.branch import PlainBranch
 from peft_pvm.methods.pvm.layer import PVMLayer
-from peft_pvm.methods.pvm.reference import PlainBranch
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")

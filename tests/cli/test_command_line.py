@@ -35,7 +35,7 @@ from typer.testing import CliRunner
 from experiments.commands import app as experiments_app
 from peft_pvm.cli import refusals
 from peft_pvm.cli.app import app
-from peft_pvm.demo.processor import save_as_folder
+from peft_pvm.demo.for_trainers import save_as_folder
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.folders.data_file import write_json
 

@@ -15,8 +15,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from peft_pvm.cli.app import app  # noqa: E402
 from peft_pvm.demo import mosaic  # noqa: E402
-from peft_pvm.demo.chats import make_chats, write_chats  # noqa: E402
-from peft_pvm.demo.processor import TinyVLMProcessor, save_as_folder, tiny_vlm_processor  # noqa: E402
+from peft_pvm.demo.for_trainers import TinyVLMProcessor, make_chats, save_as_folder, tiny_vlm_processor, write_chats  # noqa: E402  # noqa: E402
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm  # noqa: E402
 
 

@@ -21,8 +21,7 @@ from typer.testing import CliRunner
 
 from experiments.commands import app as experiments_app
 from peft_pvm.cli.app import app
-from peft_pvm.demo.chats import make_chats
-from peft_pvm.demo.processor import save_as_folder
+from peft_pvm.demo.for_trainers import make_chats, save_as_folder
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from peft_pvm.folders import replacing as module
-from peft_pvm.folders.locks import Lock
-from peft_pvm.folders.replacing import AREA, replacing, settle, write_file
+from peft_pvm.folders.replacing import AREA, Lock, replacing, settle, write_file
 
 
 TESTS = Path(__file__).parents[1]

@@ -217,7 +217,7 @@ def test_no_foreign_code_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("peft_pvm.utils.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("peft_pvm.utils.packages.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == (
@@ -227,7 +227,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_a_command_lacks_is_said_before_its_work(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("peft_pvm.utils.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("peft_pvm.utils.packages.find_spec", lambda name: None)
     done = run(folder, "nowhere")
     assert done.exit_code == 1
     assert "This needs matplotlib and pillow, which the extra 'lab' brings" in done.stderr

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_pvm.integrations.vllm.encoding import attach_labels, detach_labels
+from peft_pvm.integrations.vllm.export import attach_labels, detach_labels
 
 
 @settings(max_examples=200, deadline=None)

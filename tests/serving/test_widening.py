@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_pvm.integrations.vllm.encoding import (
+from peft_pvm.integrations.vllm.export import (
     anchored_across_modalities,
     supported_width,
     visual_keys_only,

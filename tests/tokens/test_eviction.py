@@ -13,7 +13,7 @@ from methods_under_test import METHODS, Combination, Method
 from tiny_vlms import FAMILIES, TinyVLM
 from transformers import DynamicCache
 
-from peft_pvm.versions import CACHE, cache_in
+from peft_pvm.utils.packages import CACHE, cache_in
 
 
 ONE_IMAGE, TWO_IMAGES = "t4 i t9", "t4 i t3 i t5"

@@ -11,7 +11,7 @@ from methods_under_test import Combination, Method
 from tiny_vlms import IMAGE, VIDEO, TinyVLM
 from transformers import StaticCache
 
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 MESSAGE = "no pixels came with it"

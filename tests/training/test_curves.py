@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="pictures need the extra `lab`")
 from typer.testing import CliRunner
 
 from peft_pvm.cli.app import app
-from peft_pvm.integrations.curves import draw_curves, read_log
+from peft_pvm.integrations.trl import draw_curves, read_log
 from peft_pvm.utils import plotting
 
 
@@ -28,7 +28,7 @@ LOG = [
 def test_what_is_drawn(monkeypatch: pytest.MonkeyPatch):
     figures = []
     monkeypatch.setattr(
-        "peft_pvm.integrations.curves.as_png", lambda figure: figures.append(figure) or plotting.as_png(figure)
+        "peft_pvm.integrations.trl.as_png", lambda figure: figures.append(figure) or plotting.as_png(figure)
     )
     assert draw_curves(LOG).startswith(b"\x89PNG")
     drawn = [

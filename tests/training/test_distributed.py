@@ -19,7 +19,7 @@ from training_runs import EXAMPLES, adapter_weights, arguments, by_rank, run
 from transformers import AutoModelForImageTextToText
 
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
-from peft_pvm.integrations.curves import read_log
+from peft_pvm.integrations.trl import read_log
 
 
 TESTS = Path(__file__).parents[1]

@@ -13,9 +13,8 @@ from peft import LoraConfig, get_peft_model
 from training_runs import EXAMPLES, run, script
 
 from peft_pvm import DIPEConfig, PVMConfig, attached
-from peft_pvm.demo.chats import make_chats
+from peft_pvm.demo.for_trainers import make_chats, tiny_vlm_processor
 from peft_pvm.demo.mosaic import IMAGE
-from peft_pvm.demo.processor import tiny_vlm_processor
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.trl import (
     accuracy_reward,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from ...tuners.loading import load_adapters
+from ...tuners.saving import load_adapters
 from . import MISSING, TESTED, separate
 
 

@@ -26,8 +26,15 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from ...methods.pvm import PVMConfig
 from ...methods.pvm.branch import Branch, fresh_weights
 from ...methods.pvm.config import BranchShape, weight_name
-from .encoding import anchored_across_modalities, attach_labels, detach_labels, supported_width, visual_keys_only
-from .export import acts_on, configs_of
+from .export import (
+    acts_on,
+    anchored_across_modalities,
+    attach_labels,
+    configs_of,
+    detach_labels,
+    supported_width,
+    visual_keys_only,
+)
 
 
 VERSIONS = ("0.32.", "0.33.")  # of vLLM: the first was run, the files that this builds on are the same in the second

@@ -1,7 +1,7 @@
 """PVM, Persistent Visual Memory (arXiv 2605.00814): a learnable memory of the image beside the FFN."""
 
+from .checkpoints import hotswap_adapter
 from .config import PVMConfig
-from .files import hotswap_adapter
 from .layer import PVMLayer
 from .model import PVMModel
 

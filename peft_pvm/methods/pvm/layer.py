@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ...tokens.by_row import this_thread
 from ...tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ...tokens.families import VisionLanguageModel
+from ...tokens.tap import this_thread
 from ...tuners.base import VisualTunerLayer
-from ...utils.peft_internals import execution_device
+from ...utils.packages import execution_device
 from .branch import Branch, fresh_weights
 from .config import WEIGHTS, BranchShape, PVMConfig, weight_name
 

@@ -10,11 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ...tokens.by_row import BASE
-from ...tokens.tap import Tap
+from ...tokens.tap import BASE, Tap
 from ...tuners.base import VisualTuner, name_is_taken
 from ...tuners.saving import own_tensors
-from ...utils.peft_internals import saved_along
+from ...utils.packages import saved_along
 from ...utils.text import quoted
 from .config import BranchShape, PVMConfig, weight_name
 from .layer import PVMLayer

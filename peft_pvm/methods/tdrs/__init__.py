@@ -1,7 +1,7 @@
 """T-DRS: attention reweighted by similarity and distance."""
 
 from ...tuners.attention_method import attention_tuner
-from .config import TDRSConfig
+from .method import TDRSConfig
 
 
 __all__ = ["TDRSConfig", "TDRSModel"]

@@ -17,7 +17,7 @@ from peft_pvm.attention.call import AttentionCall
 from peft_pvm.attention.rotation import rotate, rotation_tables, unit
 from peft_pvm.methods.dipe import AnchoredPositions
 from peft_pvm.tokens.context import VisualContext
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")

@@ -14,7 +14,7 @@ from peft_pvm.methods import dipe
 from peft_pvm.methods.dipe import attend_by_modality, runs_of
 from peft_pvm.tokens.memory import Runs
 from peft_pvm.tokens.positions import PADDING, pack, run_starts
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 LAYOUTS = {

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from peft_pvm import DIPEConfig
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 GOLDEN = Path(__file__).parents[2] / "data" / "dipe_qwen25vl.safetensors"

@@ -12,7 +12,7 @@ from methods_under_test import METHODS
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from tiny_vlms import FAMILIES, IMAGE, TinyVLM
 
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 @pytest.fixture

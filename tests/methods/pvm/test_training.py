@@ -13,7 +13,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from peft_pvm import PVMConfig
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")

@@ -20,7 +20,7 @@ from peft_pvm import DIPEConfig, TDRSConfig, attached
 from peft_pvm.methods.tdrs import blockwise, reweighting
 from peft_pvm.methods.tdrs.blockwise import Inputs, blockwise_attention
 from peft_pvm.tokens.visibility import Visibility
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 
 def random_inputs(visibility: Visibility, seed: int = 0, **fields: Any) -> Inputs:
@@ -206,10 +206,10 @@ from pathlib import Path
 import torch.nn.functional as F
 from peft_pvm import TDRSConfig
 from peft_pvm.methods.tdrs.blockwise import Inputs, blockwise_attention
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 from peft_pvm.tokens.visibility import Visibility
 
-from peft_pvm.versions import CACHE
+from peft_pvm.utils.packages import CACHE
 
 def peak():
     '''KiB this program held at most (ru_maxrss would begin with what the process that started it held).'''
