@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib", reason="the command needs the extra `lab`")
 from rich.console import Console
 from typer.testing import CliRunner
 
-from peft_pvm.bench import methods
+from peft_pvm.bench import models
 from peft_pvm.bench import run as bench_run
 from peft_pvm.bench.meters import free_bytes, peak_bytes, seconds
 from peft_pvm.bench.models import (
@@ -156,7 +156,7 @@ def test_every_method_is_measured(name: str):
 
 def test_naive_methods_are_naive(monkeypatch):
     made: list[torch.nn.Module] = []
-    monkeypatch.setattr(methods, "make_naive", made.append)
+    monkeypatch.setattr(models, "make_naive", made.append)
     for name, method in METHODS.items():
         made.clear()
         method.attach(model := build_random("tiny"))

@@ -17,7 +17,7 @@ from tiny_vlms import FAMILIES
 from transformers import DynamicCache
 
 from peft_pvm import DIPEConfig, TDRSConfig, attached
-from peft_pvm.methods.tdrs import blockwise, reweighting
+from peft_pvm.methods.tdrs import blockwise, method
 from peft_pvm.methods.tdrs.blockwise import Inputs, blockwise_attention
 from peft_pvm.tokens.visibility import Visibility
 from peft_pvm.utils.packages import CACHE
@@ -272,9 +272,9 @@ def test_which_kernel_is_chosen(changes: dict[str, Any], takes: bool | type[Exce
     given = {"is_cuda": True, "dtype": torch.float32, "requires_grad": False, "kernel": "auto", **changes}
     tensor = SimpleNamespace(**{name: given[name] for name in ("is_cuda", "dtype", "requires_grad")})
     inputs = SimpleNamespace(query=tensor, key=tensor, value=tensor, dropout=changes.get("dropout", 0.0))
-    monkeypatch.setattr(reweighting, "_has_triton", lambda: changes.get("triton", True))
+    monkeypatch.setattr(method, "_has_triton", lambda: changes.get("triton", True))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: changes.get("compiling", False))
-    weighing = reweighting.Reweighting(TDRSConfig(kernel=given["kernel"]), None, None)
+    weighing = method.Reweighting(TDRSConfig(kernel=given["kernel"]), None, None)
     with torch.set_grad_enabled("no_grad" not in changes):
         if isinstance(takes, bool):
             assert weighing.takes_triton(inputs, changes.get("wants_weights", False)) is takes

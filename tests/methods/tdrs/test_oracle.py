@@ -13,7 +13,7 @@ from peft import get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import TDRSConfig, attached
-from peft_pvm.methods.tdrs import blockwise, reweighting
+from peft_pvm.methods.tdrs import blockwise, method
 from peft_pvm.methods.tdrs.weights import distance_boost
 from peft_pvm.tokens.visibility import Visibility
 
@@ -91,7 +91,7 @@ WRONG = {
     "another power of distance": (blockwise, "distance_boost", _linear),
     "similarity not shifted": (blockwise, "semantic_position", lambda similarity: similarity),
     "padding counted": (Visibility, "ranks", _in_slots),
-    "rotation left in": (reweighting, "inverse", _no_turn),
+    "rotation left in": (method, "inverse", _no_turn),
 }
 
 

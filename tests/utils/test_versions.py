@@ -15,11 +15,11 @@ from tiny_vlms import FAMILIES
 from transformers import DynamicCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-from peft_pvm import versions
+from peft_pvm.utils import packages
 from peft_pvm.utils.packages import CACHE, SUPPORTED, cache_in, caches_in, check_versions, modalities_in, paged_inputs
 
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("package", SUPPORTED)
@@ -39,12 +39,12 @@ def test_the_tests_run_on_both_ends(package, file, end):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/troubleshooting.md"])
 def test_the_documentation_says_so(page):
-    assert versions.supported_ranges() in " ".join((REPOSITORY / page).read_text().split())
+    assert packages.supported_ranges() in " ".join((REPOSITORY / page).read_text().split())
 
 
 def test_a_bug_report_says_so():
     run = subprocess.run([sys.executable, "-m", "peft_pvm.env"], capture_output=True, text=True, check=True)
-    assert versions.supported_ranges() in run.stdout
+    assert packages.supported_ranges() in run.stdout
 
 
 def test_an_older_version_is_refused():
@@ -62,7 +62,7 @@ def test_a_newer_version_gives_one_warning(newer):
         check_versions({**supported, **newer})
     (warning,) = given
     (package,) = newer
-    assert versions.supported_ranges() in str(warning.message)
+    assert packages.supported_ranges() in str(warning.message)
     assert f"{package} {newer[package]} is installed" in str(warning.message)
 
 
@@ -79,7 +79,7 @@ def test_importing_checks():
     assert "ImportError: peft_pvm supports" in run.stderr
 
 
-@pytest.mark.parametrize("name", versions.CACHE_NAMES)
+@pytest.mark.parametrize("name", packages.CACHE_NAMES)
 def test_a_cache_is_found_by_either_name(name):
     cache = DynamicCache()
     assert cache_in({name: cache, "use_cache": True}) is cache

@@ -11,7 +11,7 @@ from tiny_vlms import FAMILIES
 from torch import nn
 
 from peft_pvm import PVMConfig
-from peft_pvm.utils import peft_internals as internals
+from peft_pvm.utils import packages as internals
 
 
 @pytest.fixture
