@@ -133,7 +133,7 @@ def build_random(
     """
     config = _shape(preset).config(layers)
     with torch.device(device), no_init_weights():
-        model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     fill_at_random(model)
     return model.eval()
 

@@ -19,7 +19,7 @@ from ..attention.call import AttentionCall
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import find_vlm
 from ..tokens.tap import VISUAL_MASK
-from ..utils.packages import CACHE
+from ..utils.packages import CACHE, attn_implementation
 from .meters import describe_machine, free_bytes, import_seconds, peak_bytes, seconds
 from .models import METHODS, pvm_config, structural_copy
 
@@ -206,7 +206,7 @@ def measure(
             "decoder_layers": len(vlm.layers),
             "hidden_size": vlm.text_config.hidden_size,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "attn_implementation": vlm.text_config._attn_implementation,
+            "attn_implementation": attn_implementation(vlm.text_config),
         },
         "settings": asdict(settings),
         "loading": measure_loading(model),

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import ModelOutput
 
 from ..tokens.families import VisionLanguageModel
+from ..utils.packages import next_inputs
 
 
 if TYPE_CHECKING:
@@ -154,6 +154,6 @@ def extended(model: Any, inputs: Mapping[str, Any], token_ids: Sequence[int]) ->
     extras = dict(inputs)
     input_ids = extras.pop("input_ids")
     for _ in token_ids:
-        extras = model._update_model_kwargs_for_generation(ModelOutput(), extras, num_new_tokens=1)
+        extras = next_inputs(model, extras)
     answer = torch.tensor([list(token_ids)], dtype=input_ids.dtype, device=input_ids.device)
     return {**extras, "input_ids": torch.cat([input_ids, answer], 1)}

@@ -15,6 +15,7 @@ from ..attention.dispatch import steerable_attentions
 from ..env import environment
 from ..tokens.families import VisionLanguageModel, find_vlm
 from ..tuners.active import acting_adapters, base_of, only
+from ..utils.packages import attn_implementation
 from .findings import AdapterRecord, BranchRecord, ForwardRecord, LayerAttention, most_text_tokens
 from .inputs import Progress, extended, generate, visual_grids
 from .measures import (
@@ -166,7 +167,7 @@ def _describe(vlm: VisionLanguageModel, inputs: Mapping[str, Any], settings: _Se
             "sink_factor": settings.sink_factor,
             "sink_share": settings.sink_share,
             "generate_kwargs": {name: str(value) for name, value in settings.generate_kwargs.items()},
-            "attn_implementation": vlm.text_config._attn_implementation,
+            "attn_implementation": attn_implementation(vlm.text_config),
             "dtype": str(vlm.model.dtype).removeprefix("torch."),
             "device": str(vlm.model.device),
         },

@@ -186,7 +186,7 @@ class VisualContext:
                 "to know them. Start with a new cache without compression, or disable the adapter."
             )
 
-    def to(self, device, *args, **kwargs) -> VisualContext:
+    def to(self, device: torch.device | str | int, *args: Any, **kwargs: Any) -> VisualContext:
         """The context on another device (accelerate moves the keyword arguments of a dispatched model's modules)."""
         device = torch.device(device)
         if device == self.device:

@@ -232,25 +232,25 @@ class _FollowedByMemory(Cache):
     visual_memory: VisualMemory
     visual_coverage: Coverage
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (type(self).__bases__[1], dict(self.__dict__))
 
     def _map_memory(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.visual_memory = self.visual_memory.mapped(function)
 
-    def reorder_cache(self, beam_idx: torch.LongTensor):
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._map_memory(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
-    def batch_repeat_interleave(self, repeats: int):
+    def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self._map_memory(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
-    def batch_select_indices(self, indices: torch.Tensor):
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self._map_memory(lambda tensor: tensor[indices.to(tensor.device)])
 
-    def reset(self):
+    def reset(self) -> None:
         super().reset()
         self.visual_memory, self.visual_coverage = VisualMemory(), Coverage()
 

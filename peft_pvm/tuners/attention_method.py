@@ -191,8 +191,12 @@ class AttentionMethodTuner(VisualTuner):
 
     method_cls: ClassVar[type[AttentionMethod]]
 
+    def steerable_layers(self) -> list[int]:
+        """The layers that the method can act on: see `AttentionMethod.layers_on`."""
+        return self.method_cls.layers_on(self.vlm)
+
     def resolve(self, config: Any) -> Any:
-        layers = self.method_cls.layers_on(self.vlm)
+        layers = self.steerable_layers()
         wrong = [layer_idx for layer_idx in config.layers_to_transform or () if layer_idx not in layers]
         if wrong:
             raise ValueError(

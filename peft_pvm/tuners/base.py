@@ -41,7 +41,7 @@ class VisualConfig(SavedConfig):
 
     format_version: str = field(default=FORMAT_VERSION, metadata={"help": "Of the saved adapter: leave it."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("base_model_name_or_path", "revision", "task_type", "peft_version"):
             check(self, name, getattr(self, name) is None or is_text(getattr(self, name)), "a name or None")
         check(self, "inference_mode", isinstance(self.inference_mode, bool), "True or False")
@@ -138,13 +138,18 @@ class VisualTuner(BaseTuner):
 
     tuner_layer_cls: type[VisualTunerLayer]
     child_name: str  # the attribute of a base module under which the tuner layer stands
-    vlm: VisionLanguageModel  # the parts of the model, as they were found when an adapter was last attached
+    _found: VisionLanguageModel
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any):
         # Adapters of several types on one model share one table of configs, which PEFT writes to before it asks us.
         if adapter_name in getattr(model, "peft_config", {}):
             raise name_is_taken(adapter_name)
         super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    @property
+    def vlm(self) -> VisionLanguageModel:
+        """The parts of the model, as they were found when an adapter was last attached."""
+        return self._found
 
     def expected_tensors(self, config: VisualConfig, layer: nn.Module) -> dict[str, torch.Tensor]:
         """Every tensor that the adapter has at one base module, on the meta device, by its name in the tuner layer."""
@@ -178,7 +183,7 @@ class VisualTuner(BaseTuner):
         layer.configs[adapter_name] = peft_config
         self.add_adapter_to(layer, adapter_name, peft_config)
 
-    def forward(self, *args: Any, **kwargs: Any):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)  # not model.forward, which would skip the hooks on the model itself
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -194,7 +199,7 @@ class VisualTuner(BaseTuner):
             layer.detach_hooks()
         try:
             check_adapter_name(adapter_name, self.model)
-            self.vlm = find_vlm(self.model)
+            self._found = find_vlm(self.model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.remove_adapter(adapter_name)
@@ -330,7 +335,14 @@ class VisualTuner(BaseTuner):
             self._remove_layers(emptied)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: Collection[str],
+    ) -> dict[str, torch.Tensor]:
         # PEFT would save the tensors of every tuner layer, also another tuner's that is nested below.
         layers = (name for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls))
         own = tuple(f"{plain_name(name)}." for name in layers)
@@ -338,7 +350,9 @@ class VisualTuner(BaseTuner):
         return {key: tensor for key, tensor in plain.items() if key.startswith(own)}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         with without_wrappers(model):
             state_dict = fitted(model, adapter_name, state_dict)
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
