@@ -15,7 +15,6 @@ multiply or add up. `Positions`, `Weights` and `GroupWeights` are done by one ad
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
@@ -261,8 +260,10 @@ class LayerStages:
                 "with set_adapter, or give them different layers_to_transform."
             )
         # By name within a kind, so that sums and products are rounded alike in whatever order adapters come.
-        known = [(other.order, name) for other, name in zip(self.stages, self.adapters)]
-        place = bisect.bisect_right(known, (stage.order, adapter_name))
+        place = 0
+        for other, other_name in zip(self.stages, self.adapters):
+            same_kind = other.order == stage.order
+            place += other.order < stage.order or (same_kind and other_name <= adapter_name)
         self.stages.insert(place, stage)
         self.adapters.insert(place, adapter_name)
 
