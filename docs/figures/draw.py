@@ -1,16 +1,21 @@
-"""The drawn figures of docs/concepts.md, as SVG beside this file: `make generate`.
+"""The drawn figures of the docs, as SVG beside this file, and the table of files in docs/design.md: `make generate`.
 
 Nothing in them is drawn by eye that can be computed: DIPE's distances and T-DRS's factors come from the functions that
-the adapters use, measured curves from the JSON in `experiments/results/`. The same code gives the same bytes.
+the adapters use, measured curves from the JSON in `experiments/results/`, arrows between rooms from the imports, and
+what a file holds from its docstring. The same code gives the same bytes.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import pathlib
+import re
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
+import networkx as nx
 import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -23,12 +28,33 @@ from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS
 from peft_pvm.methods.tdrs.weights import Floor, distance_boost, semantic_position
 from peft_pvm.tokens.positions import PADDING, modalities, run_anchors, run_starts
 from peft_pvm.utils.plotting import COLOURS, logarithmic, new_figure, styled
+from tests.test_rooms import PACKAGE, House, Module
 
 
 FIGURES = pathlib.Path(__file__).parent
-RESULTS = Results(FIGURES.parents[1] / "experiments" / "results")
+REPOSITORY = FIGURES.parents[1]
+RESULTS = Results(REPOSITORY / "experiments" / "results")
 BLACK, ORANGE, BLUE, GREEN, PINK, SKY, _ = COLOURS
 TEXT_FILL, IMAGE_FILL, PVM_FILL, BASE_FILL = "#E8E8E8", "#F6C9A8", "#BFDDF0", "#F4F4F4"
+
+# By room: where it stands from left to right, and what it is for. Which floor it is on follows from the imports.
+ROOMS = {
+    "experiments": (5.0, "the lab, not in the wheel"),
+    "cli": (5.0, "peft-pvm"),
+    "integrations": (1.5, "lmms-eval, vLLM, TRL"),
+    "bench": (5.0, "time and memory"),
+    "probe": (1.5, "how much it looks"),
+    "": (5.0, "the public names"),
+    "demo": (8.5, "task and tiny model"),
+    "methods": (5.0, "PVM, DIPE, T-DRS, ..."),
+    "tuners": (5.0, "the side that PEFT sees"),
+    "attention": (3.7, "calls, stages, kernels"),
+    "tokens": (3.7, "what a forward knows"),
+    "folders": (7.2, "saved adapters"),
+    "env": (0.7, "bug reports"),
+    "utils": (5.0, "for every room"),
+}
+TABLE_OF_FILES = re.compile(r"(<!-- files:[^>]*-->\n).*?(<!-- files end -->)", re.DOTALL)
 
 
 def as_svg(figure: Figure) -> str:
@@ -37,6 +63,22 @@ def as_svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "peft-pvm", "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
     return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
+
+
+def _box(
+    axes: Any, x: float, y: float, text: str, fill: str, width: float = 3.0, height: float = 0.95, edge: str = "-"
+) -> None:
+    style = "round,pad=0.02,rounding_size=0.2"
+    corner = (x - width / 2, y)
+    axes.add_patch(
+        FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=fill, edgecolor="#555555", linestyle=edge)
+    )
+    axes.text(x, y + height / 2, text, ha="center", va="center", fontsize=8)
+
+
+def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], colour: str = "#333333") -> None:
+    style = dict(arrowstyle="-|>", color=colour, shrinkA=0, shrinkB=0, linewidth=1.1)
+    axes.annotate("", xy=end, xytext=start, arrowprops=style)
 
 
 @styled
@@ -69,16 +111,11 @@ def pvm() -> str:
     layer.set(xlim=(0, 12.4), ylim=(0, 11.2), title="a decoder layer with PVM")
     layer.set_axis_off()
 
-    def box(x: float, y: float, text: str, fill: str, width: float = 3.0, height: float = 0.95) -> None:
-        style = "round,pad=0.02,rounding_size=0.2"
-        layer.add_patch(
-            FancyBboxPatch((x - width / 2, y), width, height, boxstyle=style, facecolor=fill, edgecolor="#555555")
-        )
-        layer.text(x, y + height / 2, text, ha="center", va="center", fontsize=8)
+    def box(*args: Any, **kwargs: Any) -> None:
+        _box(layer, *args, **kwargs)
 
-    def arrow(start: tuple[float, float], end: tuple[float, float], colour: str = "#333333") -> None:
-        style = dict(arrowstyle="-|>", color=colour, shrinkA=0, shrinkB=0, linewidth=1.1)
-        layer.annotate("", xy=end, xytext=start, arrowprops=style)
+    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+        _arrow(layer, start, end)
 
     def line(*points: tuple[float, float]) -> None:
         layer.plot(*zip(*points), color="#333333", linewidth=1.1, solid_capstyle="round")
@@ -236,7 +273,74 @@ def t_drs() -> str:
     return as_svg(figure)
 
 
-DRAWN: dict[str, Callable[[], str]] = {"fading": fading, "pvm": pvm, "dipe": dipe, "t-drs": t_drs}
+def imported_rooms() -> nx.DiGraph:
+    """Which room imports which, `experiments` beside those of the package."""
+    house = House(PACKAGE)
+    graph = house.rooms.copy()
+    for module in House(REPOSITORY / "experiments").modules.values():
+        for name in module.imports("experiments"):
+            package, _, rest = name.partition(".")
+            if package == house.package:
+                room = rest.partition(".")[0]
+                graph.add_edge("experiments", room if room in house.rooms else "")
+    return graph
+
+
+def floors(graph: nx.DiGraph) -> dict[str, int]:
+    """By room, how many rooms there are on the longest way down from it."""
+    found: dict[str, int] = {}
+    for room in reversed(list(nx.topological_sort(graph))):
+        found[room] = max((found[other] + 1 for other in graph.successors(room)), default=0)
+    return found
+
+
+@styled
+def rooms() -> str:
+    """The rooms on their floors. Arrows are imports, without those that a longer way of arrows says as well."""
+    graph = imported_rooms()
+    floor = floors(graph)
+    step, height, width = 1.6, 1.0, 2.7
+    figure, axes = new_figure(5.8)
+    house = axes[0][0]
+    house.set(xlim=(-0.75, 9.95), ylim=(-0.1, max(floor.values()) * step + height + 0.1))
+    house.set_axis_off()
+    for start, end in sorted(nx.transitive_reduction(graph).edges):
+        start_x, end_x = ROOMS[start][0], ROOMS[end][0]
+        aside = max(-1.1, min(1.1, (end_x - start_x) / 3))  # arrows that part leave a box at different places
+        _arrow(house, (start_x + aside, floor[start] * step), (end_x - aside, floor[end] * step + height))
+    for room, (x, purpose) in ROOMS.items():
+        is_folder = bool(room) and (PACKAGE / room).is_dir()
+        name = f"{room}/" if is_folder or room == "experiments" else f"{room or '__init__'}.py"
+        fill, edge = {"methods": (PVM_FILL, "-"), "experiments": (TEXT_FILL, "--")}.get(room, (BASE_FILL, "-"))
+        _box(house, x, floor[room] * step, f"{name}\n{purpose}", fill, width, height, edge)
+    return as_svg(figure)
+
+
+def table_of_files() -> str:
+    """Every file, from the top floor down, with the first paragraph of its docstring."""
+    package, floor = House(PACKAGE), floors(imported_rooms())
+    rows = ["| File | What it holds |", "|---|---|"]
+    for room in sorted(package.rooms, key=lambda room: (-floor[room], room)):
+        own = (module for module in package.modules.values() if module.room == room)
+        rows += [_row(module, module.path.relative_to(PACKAGE)) for module in own]
+    lab = House(REPOSITORY / "experiments").modules.values()
+    rows += [_row(module, module.path.relative_to(REPOSITORY)) for module in lab]
+    return "\n".join(rows)
+
+
+def _row(module: Module, place: pathlib.Path) -> str:
+    is_folder = module.path.name == "__init__.py" and len(place.parts) > 1
+    name = f"**`{place.parent}/`**" if is_folder else f"`{place}`"
+    said = " ".join((ast.get_docstring(module.tree) or "").partition("\n\n")[0].split())
+    return f"| {name} | {said.replace('|', chr(92) + '|')} |"
+
+
+def with_table(page: str) -> str:
+    """docs/design.md with the table of files as it is now."""
+    return TABLE_OF_FILES.sub(lambda found: f"{found[1]}\n{table_of_files()}\n\n{found[2]}", page)
+
+
+DRAWN: dict[str, Callable[[], str]] = {"fading": fading, "pvm": pvm, "dipe": dipe, "t-drs": t_drs, "rooms": rooms}
 
 
 if __name__ == "__main__":
@@ -244,3 +348,6 @@ if __name__ == "__main__":
         path = FIGURES / f"{name}.svg"
         path.write_text(draw())
         print(path)
+    design = FIGURES.parent / "design.md"
+    design.write_text(with_table(design.read_text()))
+    print(design)

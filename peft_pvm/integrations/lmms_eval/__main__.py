@@ -1,3 +1,5 @@
+"""`python -m peft_pvm.integrations.lmms_eval` prints the folder of the tasks."""
+
 from . import tasks_folder
 
 
