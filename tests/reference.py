@@ -1,4 +1,4 @@
-"""What docs/api/ documents, found in the package."""
+"""What docs/api/ and the pages of methods document, found in the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pages import REPOSITORY
 
 IDENTIFIERS = [
     identifier
-    for page in (REPOSITORY / "docs" / "api").glob("*.md")
+    for folder in ("api", "methods")
+    for page in (REPOSITORY / "docs" / folder).glob("*.md")
     for identifier in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
 ]
 

@@ -31,6 +31,14 @@ def test_each_test_that_is_named_is_there(page: Path):
     assert functions <= FUNCTIONS
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "docs/how-to/new-method.md"])
+def test_each_file_that_is_named_is_there(page: str):
+    quoted = re.findall(r"`([\w./]+/[\w./]*)`", (REPOSITORY / page).read_text())
+    named = {name for name in quoted if "my" not in name}  # what a reader is going to write
+    roots = [REPOSITORY, REPOSITORY / "peft_pvm"]
+    assert {name for name in named if not any((root / name).exists() for root in roots)} == set()
+
+
 def said(page: str, pattern: str) -> list[int]:
     """The numbers that a page gives, by a pattern with one group."""
     return [int(number.replace(",", "")) for number in re.findall(pattern, (REPOSITORY / page).read_text())]

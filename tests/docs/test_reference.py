@@ -8,6 +8,7 @@ import importlib.metadata
 import pkgutil
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -63,17 +64,31 @@ def pinned(package: str) -> bool:
     return f"{package}=={importlib.metadata.version(package)}\n" in (REPOSITORY / "constraints.txt").read_text()
 
 
-@pytest.mark.skipif(not pinned("matplotlib"), reason="other versions of matplotlib draw other bytes")
-def test_figures_are_what_their_code_draws():
+@pytest.fixture(scope="module")
+def drawing() -> ModuleType:
     sys.path.insert(0, str(DOCS / "figures"))
-    from draw import DRAWN
+    try:
+        return importlib.import_module("draw")
+    finally:
+        sys.path.pop(0)
 
-    sys.path.pop(0)
-    assert {path.stem for path in DOCS.rglob("*.svg")} == set(DRAWN)
-    for name, draw in DRAWN.items():
+
+@pytest.mark.skipif(not pinned("matplotlib"), reason="other versions of matplotlib draw other bytes")
+def test_figures_are_what_their_code_draws(drawing: ModuleType):
+    assert {path.stem for path in DOCS.rglob("*.svg")} == set(drawing.DRAWN)
+    for name, draw in drawing.DRAWN.items():
         drawn = draw()
         assert drawn == (DOCS / "figures" / f"{name}.svg").read_text(), f"{name}.svg: run `make generate`"
         assert len(drawn) < 100_000
+
+
+def test_the_table_of_files_is_what_their_docstrings_say(drawing: ModuleType):
+    page = (DOCS / "design.md").read_text()
+    files = [*drawing.PACKAGE.rglob("*.py"), *(REPOSITORY / "experiments").glob("*.py")]
+    rows = [row.split(" | ") for row in drawing.table_of_files().splitlines()[2:]]
+    assert len(rows) == len(files)
+    assert [name for name, said in rows if len(said) < 10] == [], "files without a docstring"
+    assert drawing.with_table(page) == page, "run `make generate`"
 
 
 @pytest.mark.skipif(not pinned("typer"), reason="other versions of typer write other pages")
