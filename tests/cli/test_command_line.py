@@ -278,7 +278,7 @@ for called, arguments, packages in calls:
     assert f"This needs {packages}, which the extra" in done.stderr, done.stderr
     assert "pip install '.[" in done.stderr and done.exit_code == 1, done
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ADAPTER.parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ADAPTER.parents[1])
     assert done.returncode == 0, done.stderr
 
 

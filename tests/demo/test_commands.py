@@ -7,6 +7,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from peft_pvm.cli.lab import app
+from peft_pvm.methods import METHODS
 
 
 def run(*arguments: object) -> str:
@@ -19,7 +20,7 @@ def test_demo(tmp_path: Path):
     output = run("demo", "--steps", 2, "--rows", 1, "--out", tmp_path)
     assert "training 221,763 of" in output
     header = next(line for line in output.splitlines() if "DIPE" in line)
-    assert [name.strip() for name in header.strip("┃").split("┃")[1:]] == ["base", "PVM", "DIPE", "T-DRS"]
-    rows = [line for line in output.splitlines() if line.count("±") == 4]
+    assert [name.strip() for name in header.strip("┃").split("┃")[1:]] == ["base", *(row.name for row in METHODS)]
+    rows = [line for line in output.splitlines() if line.count("±") == 1 + len(METHODS)]
     assert [int(row.strip("│").split("│")[0]) for row in rows] == [0, 64, 128, 256, 512, 1024, 2048]
     assert (tmp_path / "adapter_model.safetensors").is_file()
