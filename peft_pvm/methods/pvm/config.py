@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 
 from ...folders.adapter_file import PEFT_PREFIX
 from ...tuners.base import VisualConfig
-from ...utils.checks import check, is_int, is_number, is_text, layer_list
+from ...utils.checks import check, check_settings, is_int, is_number, is_text, layer_list, setting
 from ...utils.text import quoted
 
 
@@ -46,6 +46,11 @@ WEIGHTS = tuple(SIZES)
 def weight_name(name: str, number: int = 0) -> str:
     """What a weight of an adapter's branch of this number is called in the layer and in the adapter's file."""
     return f"pvm_{name}_{number}" if number else f"pvm_{name}"
+
+
+def _is_list_of_modules(names: Any) -> bool:
+    is_list = isinstance(names, (list, tuple)) and len(names) <= MOST_MODULES
+    return is_list and all(is_text(name, 200) and name for name in names)
 
 
 @dataclass
@@ -96,76 +101,69 @@ class PVMConfig(VisualConfig):
     )
     paper: ClassVar[str] = "2605.00814"
 
-    r: int = field(
-        default=512, metadata={"help": "Width of the branch; must be a multiple of the base model's head size."}
+    r: int = setting(
+        512,
+        "Width of the branch; must be a multiple of the base model's head size.",
+        valid=lambda r: is_int(r) and 0 < r <= WIDEST,
+        accepted=f"an integer from 1 to {WIDEST}",
     )
-    layers_to_transform: list[int] | int | Literal["strided"] = field(
-        default="strided",
-        metadata={
-            "help": "Indices of the decoder layers that get a branch, or 'strided': the paper's layers for "
-            "Qwen3-VL-4B and -8B, on other models three layers at 2/9, 4/9 and 6/9 of the depth."
-        },
+    layers_to_transform: list[int] | int | Literal["strided"] = setting(
+        "strided",
+        "Indices of the decoder layers that get a branch, or 'strided': the paper's layers for Qwen3-VL-4B and -8B, "
+        "on other models three layers at 2/9, 4/9 and 6/9 of the depth.",
     )
-    init_gate: float = field(
-        default=0.0,
-        metadata={"help": "Initial value of the scalar that scales the branch; 0 leaves the model's output as it is."},
+    init_gate: float = setting(
+        0.0,
+        "Initial value of the scalar that scales the branch; 0 leaves the model's output as it is.",
+        valid=is_number,
+        accepted="a number that fits fp16",
     )
-    memory_visibility: Literal["causal", "sample"] = field(
-        default="causal",
-        metadata={
-            "help": "Which visual tokens a text token may look up: 'causal', those before it, or 'sample', all of its "
-            "sample, also later ones (as in the authors' code)."
-        },
+    memory_visibility: Literal["causal", "sample"] = setting(
+        "causal",
+        "Which visual tokens a text token may look up: 'causal', those before it, or 'sample', all of its sample, "
+        "also later ones (as in the authors' code).",
+        among=MEMORY_VISIBILITY,
     )
-    memory_source: Literal["embeddings", "hidden_states"] = field(
-        default="embeddings",
-        metadata={
-            "help": "What is looked up: 'embeddings', the vision tower's output as it enters the text model, or "
-            "'hidden_states', the visual tokens' hidden states at the same layer (the paper's ablation)."
-        },
+    memory_source: Literal["embeddings", "hidden_states"] = setting(
+        "embeddings",
+        "What is looked up: 'embeddings', the vision tower's output as it enters the text model, or 'hidden_states', "
+        "the visual tokens' hidden states at the same layer (the paper's ablation).",
+        among=MEMORY_SOURCE,
     )
-    mlp_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Width of the branch's MLP as a multiple of r; None takes the base model's ratio."},
+    mlp_ratio: float | None = setting(
+        None,
+        "Width of the branch's MLP as a multiple of r; None takes the base model's ratio.",
+        valid=lambda ratio: ratio is None or (is_number(ratio) and ratio > 0),
+        accepted="a positive number or None",
     )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules of the base model that are trained and saved along with the adapter."},
+    modules_to_save: list[str] | None = setting(
+        None,
+        "Modules of the base model that are trained and saved along with the adapter.",
+        valid=lambda names: names is None or _is_list_of_modules(names),
+        accepted="a list of module names or None",
     )
-    branches: list[dict[str, Any]] | None = field(
-        default=None,
-        metadata={"help": "What each branch of an adapter is made with that was put together from several."},
+    branches: list[dict[str, Any]] | None = setting(
+        None, "What each branch of an adapter is made with that was put together from several."
     )
-    lineage: str | None = field(
-        default=None,
-        metadata={"help": "Hash of the initial weights, set on attaching. Adapters of one lineage can be averaged."},
+    lineage: str | None = setting(
+        None,
+        "Hash of the initial weights, set on attaching. Adapters of one lineage can be averaged.",
+        valid=lambda lineage: lineage is None or (is_text(lineage) and bool(re.fullmatch("[0-9a-f]{16}", lineage))),
+        accepted="a hash of 16 hexadecimal digits or None",
     )
-    init_weights: bool = field(
-        default=True,
-        metadata={
-            "help": "True starts training from the unchanged model; False also draws the gate at random, for tests."
-        },
+    init_weights: bool = setting(
+        True,
+        "True starts training from the unchanged model; False also draws the gate at random, for tests.",
+        valid=lambda value: isinstance(value, bool),
+        accepted="True or False",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.branches is not None:
             self._take_from_branches()
-        check(self, "r", is_int(self.r) and 0 < self.r <= WIDEST, f"an integer from 1 to {WIDEST}")
         if self.layers_to_transform != "strided":
             self.layers_to_transform = layer_list(self, "'strided'")
-        check(self, "init_gate", is_number(self.init_gate), "a number that fits fp16")
-        check(self, "init_weights", isinstance(self.init_weights, bool), "True or False")
-        modules = self.modules_to_save
-        valid = isinstance(modules, (list, tuple)) and len(modules) <= MOST_MODULES
-        valid = valid and all(is_text(name, 200) and name for name in modules or ())
-        check(self, "modules_to_save", modules is None or valid, "a list of module names or None")
-        check(self, "memory_visibility", self.memory_visibility in MEMORY_VISIBILITY, f"one of {MEMORY_VISIBILITY}")
-        check(self, "memory_source", self.memory_source in MEMORY_SOURCE, f"one of {MEMORY_SOURCE}")
-        ratio = self.mlp_ratio
-        check(self, "mlp_ratio", ratio is None or (is_number(ratio) and ratio > 0), "a positive number or None")
-        valid = self.lineage is None or (is_text(self.lineage) and bool(re.fullmatch("[0-9a-f]{16}", self.lineage)))
-        check(self, "lineage", valid, "a hash of 16 hexadecimal digits or None")
 
     def _take_from_branches(self) -> None:
         branches: Any = self.branches
@@ -176,6 +174,7 @@ class PVMConfig(VisualConfig):
         check(self, "branches", all(part.layers_to_transform != "strided" for part in parts), "given by layer indices")
         self.r = sum(part.r for part in parts)
         self.layers_to_transform = sorted({layer_idx for part in parts for layer_idx in part.layer_indices})
+        check_settings(self)
 
     def parts(self) -> list[PVMConfig]:
         """The configuration of each branch."""
