@@ -225,7 +225,7 @@ def test_what_fills_up_belongs_to_one_memory(start: int):
 
 
 def test_what_filled_up_is_handed_on():
-    """To what a memory with more tokens, or with fewer of them, still holds. Nothing of an image that is gone stays."""
+    """To a memory with more tokens, or with fewer. Nothing of images that are gone stays."""
     bank, branch = Bank.random(2), Branch()
     memory = bank.extended(VisualMemory(), 0, 13)
     memory.hidden_states[0] = states = torch.ones(1)
