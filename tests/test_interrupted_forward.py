@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from forwards import logits
+from forwards import length_of, logits, prefill
 from methods_under_test import METHODS
 from tiny_vlms import FAMILIES
 from torch import nn
 
 from peft_pvm.tokens.families import find_vlm
+from peft_pvm.utils.packages import CACHE
 
 
 class Interruption(Exception):
@@ -92,3 +93,24 @@ def test_nothing_outlives_it(name: str, method: str, in_training: bool, place: s
     assert [reference() for reference in seen if reference() is not None] == []
     base.eval()
     assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("method", ["pvm", "pvm-hidden-states", "tdrs-inter+dipe+pvm"])
+def test_its_image_is_not_taken_for_the_next_one(method: str):
+    """The cache had no image yet, is cropped to what it held, and goes on with an image of the same size."""
+    family, conversation = FAMILIES["llava"], "t6 i t5"
+    model = METHODS[method].attach(family.build())
+    start = 6
+    first = family.inputs(model.get_base_model(), conversation, start=start)
+    second = {**first, "pixel_values": first["pixel_values"].flip(-1)}
+
+    cache = prefill(family, model, conversation, stop=start)
+    interrupted(model, {**first, CACHE: cache, "use_cache": True}, "behind the last branch", Interruption)
+    assert cache.get_seq_length() == length_of(family, model, conversation)
+    cache.crop(start - cache.get_seq_length())
+    found = logits(model, second, **{CACHE: cache}, use_cache=True)
+
+    fresh = prefill(family, model, conversation, stop=start)
+    assert torch.equal(found, logits(model, second, **{CACHE: fresh}, use_cache=True))
+    other = prefill(family, model, conversation, stop=start)
+    assert not torch.equal(found, logits(model, first, **{CACHE: other}, use_cache=True))

@@ -294,6 +294,8 @@ class VisualContext:
         return self.derived("text behind images", self._find_text_behind_images)
 
     def _find_text_behind_images(self) -> torch.Tensor:
+        if self.memory.is_empty:
+            return torch.zeros(self.batch_size, self.seq_len, dtype=torch.bool, device=self.device)
         if self.visual_mask is None:  # whatever is in memory stands before these tokens
             return (self.memory.slots >= 0).any(1, keepdim=True).expand(self.batch_size, self.seq_len)
         slots = torch.arange(self.seq_len, device=self.device) + self.past_length
@@ -310,6 +312,8 @@ class VisualContext:
         """
 
         def compare() -> torch.Tensor:
+            if self.memory.is_empty:
+                return torch.zeros(self.batch_size, num_keys, dtype=torch.bool, device=self.device)
             slots = torch.arange(num_keys, device=self.device) + self.first_key(num_keys)
             return (slots < self._first_slots()) & (self.memory.slots >= 0).any(1, keepdim=True)
 

@@ -149,12 +149,12 @@ class VisualMemory:
         """
         embeddings = embeddings.detach()
         last_slot, is_dense = int(slots.max()), bool((slots >= 0).all())
-        if self.is_empty:
-            return replace(self, embeddings=embeddings, slots=slots, last_slot=last_slot, is_dense=is_dense)
+        if not self.is_empty:
+            embeddings, slots = torch.cat([self.embeddings, embeddings], 1), torch.cat([self.slots, slots], 1)
         return replace(
             self,
-            embeddings=torch.cat([self.embeddings, embeddings], 1),
-            slots=torch.cat([self.slots, slots], 1),
+            embeddings=embeddings,
+            slots=slots,
             last_slot=max(self.last_slot, last_slot),
             is_dense=self.is_dense and is_dense,
             hidden_states=dict(self.hidden_states),

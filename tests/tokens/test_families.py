@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import tiny_vlms
 import torch
@@ -174,7 +172,7 @@ def test_layers_without_rotation_of_an_unlisted_model():
     """SmolLM3 says by `use_rope` which layers rotate."""
     text = T.SmolLM3Config(**tiny_vlms.TEXT, no_rope_layers=[1, 0, 1], layer_types=["full_attention"] * 3)
     model = _llava_over(text)
-    assert get_peft_model(model, DIPEConfig()).base_model.steerable_layers() == [0, 2]
+    assert DIPEConfig.layers_on(get_peft_model(model, DIPEConfig()).base_model.vlm) == [0, 2]
 
 
 @pytest.mark.parametrize("config", [DIPEConfig(), TDRSConfig()], ids=["dipe", "tdrs"])
@@ -210,12 +208,3 @@ def test_positions_that_nobody_asked_for_are_missed(config: PeftConfig):
     text_model.__dict__["rotary_emb"] = rotary.forward  # past the hooks
     with pytest.raises(NotImplementedError, match="did not call its rotary_emb"):
         model(**family.inputs(model.get_base_model(), "t4 i t6"))
-
-
-def test_a_config_set_while_steered_is_kept():
-    model = tiny_vlms.FAMILIES["llava"].build()
-    attached = get_peft_model(model, DIPEConfig())
-    attention = model.model.language_model.layers[1].self_attn
-    attention.config = mine = copy.deepcopy(attention.config.config)
-    attached.unload()
-    assert attention.config is mine

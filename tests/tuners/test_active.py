@@ -1,4 +1,4 @@
-"""`attached`: adapters for the length of a block, leaving no trace."""
+"""Which adapters act, and others for the length of a block: `only`, `restored` and `attached` leave no trace."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, attached
 from peft_pvm.attention.dispatch import ConfigView
+from peft_pvm.tuners.active import acting_adapters, activate, base_of, only, restored
+from peft_pvm.tuners.base import VisualTunerLayer
+from peft_pvm.utils.packages import adapter_layers
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5")
@@ -36,6 +39,168 @@ def state(model: torch.nn.Module) -> dict:
 def _config_of(module: torch.nn.Module):
     """The config itself, also where an adapter has put a view in front of it."""
     return module.config.config if isinstance(module.config, ConfigView) else module.config
+
+
+# ---- of adapters that are there
+
+
+NAMES = ["lora", "pvm", "dipe", "tdrs"]
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """A base with an adapter of each type, one of which is saved along with a module; all act, PVM is trainable."""
+    base = FAMILIES["llava"].build()
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for name, config in zip(NAMES, (lora, PVMConfig(r=32, init_weights=False), DIPEConfig(), TDRSConfig())):
+            get_peft_model(base, config, name)
+    activate(base, NAMES, trainable=False)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad = "pvm_gate" in name or "embed_tokens" in name
+    return base.eval()
+
+
+def what_acts(model: torch.nn.Module) -> list[tuple[list[str], bool]]:
+    return [(list(layer.active_adapters), layer.disable_adapters) for layer in adapter_layers(model)]
+
+
+def trainable(model: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_base_of():
+    base = FAMILIES["llava"].build()
+    assert base_of(base) is base
+    wrapped = METHODS["pvm"].attach(base)
+    assert base_of(wrapped) is base
+    assert base_of(PeftModel(wrapped, LoraConfig(target_modules=["q_proj"]), "lora")) is base
+
+
+def test_acting_adapters(model: torch.nn.Module):
+    assert acting_adapters(FAMILIES["llava"].build()) == []
+    assert acting_adapters(model) == NAMES
+    activate(model, ["tdrs", "lora"])
+    assert acting_adapters(model) == ["lora", "tdrs"], "in the order in which they were attached"
+    for layer in adapter_layers(model):
+        if not isinstance(layer, VisualTunerLayer):
+            layer.enable_adapters(False)
+    assert acting_adapters(model) == ["tdrs"]
+    activate(model, [])
+    assert acting_adapters(model) == []
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_activate(model: torch.nn.Module, trains: bool):
+    """Also what was disabled; and no others."""
+    for layer in adapter_layers(model):
+        layer.enable_adapters(False)
+    activate(model, ["pvm", "dipe"], trainable=trains)
+    assert acting_adapters(model) == ["pvm", "dipe"]
+    learns = {name for name in trainable(model) if "pvm_" in name or "lora_" in name}
+    assert learns == {name for name, _ in model.named_parameters() if "pvm_" in name and trains}
+
+
+def disable_all(model: torch.nn.Module) -> None:
+    for layer in adapter_layers(model):
+        layer.enable_adapters(False)
+
+
+CHANGES = {
+    "other adapters": lambda model: activate(model, ["lora"]),
+    "none": lambda model: activate(model, []),
+    "disabled": disable_all,
+    "disabled and others": lambda model: (activate(model, ["dipe", "pvm"], trainable=False), disable_all(model)),
+    "all trainable": lambda model: model.requires_grad_(True),
+    "frozen": lambda model: model.requires_grad_(False),
+}
+
+
+UNCHANGED = {("disabled", "disabled"), ("none", "none")}
+
+
+@pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("beforehand", ["all", "disabled", "none"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_restored(model: torch.nn.Module, change: str, beforehand: str, error: type[BaseException] | None):
+    """Whatever the block does, and however it ends."""
+    with torch.no_grad():
+        if beforehand == "disabled":
+            disable_all(model)
+        elif beforehand == "none":
+            learns = trainable(model)
+            activate(model, [])
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = name in learns
+    acts, learns = what_acts(model), trainable(model)
+    assert learns
+    with contextlib.nullcontext() if error is None else pytest.raises(error), restored(model) as acting:
+        assert list(acting) == adapter_layers(model)
+        assert list(acting.values()) == [[] if disabled else active for active, disabled in acts]
+        CHANGES[change](model)
+        assert (what_acts(model), trainable(model)) != (acts, learns) or (change, beforehand) in UNCHANGED
+        if error is not None:
+            raise error
+    assert what_acts(model) == acts
+    assert trainable(model) == learns
+
+
+def test_restored_leaves_what_the_block_brings(model: torch.nn.Module):
+    acts = what_acts(model)
+    with restored(model):
+        activate(model, [])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            get_peft_model(model, LoraConfig(target_modules=["v_proj"]), "new")
+    assert acting_adapters(model) == [*NAMES, "new"]
+    assert [state for state in what_acts(model) if state[0] != ["new"]] == acts
+    assert any("lora_A.new" in name for name in trainable(model))
+
+
+@pytest.mark.parametrize("names", [[], ["pvm"], ["dipe", "lora"], NAMES, ["unknown"], ["unknown", "tdrs"]], ids=str)
+def test_only_some_go_on_acting(model: torch.nn.Module, names: list[str]):
+    """As if the others were not there."""
+    inputs = FAMILIES["llava"].inputs(model, *ROWS)
+    acts, learns, all_act = what_acts(model), trainable(model), logits(model, inputs)
+    with restored(model):
+        activate(model, names)
+        if not set(names) & set(NAMES):
+            disable_all(model)
+        expected = logits(model, inputs)
+    with only(model, names):
+        assert acting_adapters(model) == [name for name in NAMES if name in names]
+        assert torch.equal(logits(model, inputs), expected)
+    assert (what_acts(model), trainable(model)) == (acts, learns)
+    assert torch.equal(logits(model, inputs), all_act)
+    if names != NAMES:
+        assert difference(expected, all_act) > 1e-4
+
+
+def test_only_begins_nothing(model: torch.nn.Module):
+    activate(model, ["pvm"])
+    for layer in adapter_layers(model):
+        if isinstance(layer, VisualTunerLayer) and "dipe" in layer.configs:
+            layer.set_adapter(["dipe"])
+            layer.enable_adapters(False)
+    before = what_acts(model)
+    for names in (NAMES, ["dipe"], ["tdrs", "pvm"]):
+        with only(model, names):
+            assert acting_adapters(model) == [name for name in ("pvm",) if name in names]
+        assert what_acts(model) == before
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_only_ends_with_an_exception(model: torch.nn.Module, error: type[BaseException]):
+    before = what_acts(model), trainable(model)
+    acted = []
+    with pytest.raises(error), only(model, ["lora", "dipe"]), only(model, ["dipe", "pvm"]):
+        raise error(acted.append(acting_adapters(model)))
+    assert acted == [["dipe"]]
+    assert (what_acts(model), trainable(model)) == before
+
+
+# ---- of adapters for a block
 
 
 def test_on_a_plain_model(family):

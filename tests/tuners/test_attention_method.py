@@ -1,22 +1,33 @@
-"""DIPE and T-DRS as adapters: attached, saved, loaded, switched and taken off like any other."""
+"""A method is one class, and an adapter like any other: attached, saved, loaded, switched and taken off."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from forwards import difference, logits
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_layer_status, get_model_status, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, TDRSConfig
+from peft_pvm.attention.stages import Bias, KeyScale, Stage, Values
+from peft_pvm.tokens.context import VisualContext
+from peft_pvm.tokens.families import find_vlm
+from peft_pvm.tokens.memory import memory_of
+from peft_pvm.tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
+from peft_pvm.tuners.registry import register
+from peft_pvm.utils.packages import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5")
@@ -269,3 +280,181 @@ def test_changing_the_kernel_is_followed(llava: TinyVLM, config: PeftConfig):
     assert difference(logits(attached, inputs)[real], on) < 1e-5
     assert torch.equal(logits(attached.unload(), inputs), eager)
     assert model.config.get_text_config()._attn_implementation == "eager"
+
+
+# ---- a class is a whole method
+
+
+STAGES: dict[str, Callable[[], Stage | Sequence[Stage]]] = {
+    "none": lambda: (),
+    "an empty list": lambda: [],
+    "one": lambda: KeyScale(lambda call: torch.where(call.visual_keys, 1.5, 1.0)),
+    "several": lambda: [
+        Bias(lambda call: torch.where(call.visual_keys, 0.7, 0.0)),
+        Values(lambda call: torch.where(call.visual_keys, 0.5, 1.0)),
+    ],
+}
+asked_for: list[int] = []  # the layers that `FromTestsConfig` was asked for
+
+
+@dataclass
+class FromTestsConfig(AttentionMethod):
+    """Does what the tests ask
+    for (Somebody et al., arXiv:2401.01234).
+
+    And this is a second paragraph, with another number (arXiv 2402.56789).
+    """
+
+    method: ClassVar[str] = "fromtests"
+
+    kind: str = "one"
+
+    def stages(self, layer: SteeredLayer) -> Stage | Sequence[Stage]:
+        asked_for.append(layer.layer_idx)
+        return STAGES[self.kind]()
+
+    def default_layers(self, layers: list[int]) -> list[int]:
+        return layers[1:]
+
+    @classmethod
+    def start_forward(cls, context: VisualContext) -> None:
+        context.keeps["from tests"] = lambda context: context.position_ids
+
+
+register(FromTestsConfig)
+
+
+def test_cards_say_what_the_docstring_says():
+    """Its first paragraph, without the number of the paper."""
+
+    class PlainConfig(AttentionMethod):
+        """Has no paper."""
+
+    class SilentConfig(AttentionMethod):
+        pass
+
+    class LoudConfig(AttentionMethod):
+        """Says otherwise (arXiv 2401.01234)."""
+
+        title, summary, paper = "LOUD", "Its own words.", "2409.99999"
+
+    class LouderConfig(LoudConfig):
+        """What it inherits is said already."""
+
+    said = {cls: (cls.title, cls.summary, cls.paper) for cls in (FromTestsConfig, PlainConfig, LoudConfig)}
+    assert list(said.values()) == [
+        ("FromTests", "Does what the tests ask for (Somebody et al., arXiv:2401.01234).", "2401.01234"),
+        ("Plain", "Has no paper.", ""),
+        ("LOUD", "Its own words.", "2409.99999"),
+    ]
+    assert (SilentConfig.title, SilentConfig.paper) == ("Silent", "")
+    assert LouderConfig.summary == LoudConfig.summary
+
+
+def test_the_number_of_the_paper_is_no_part_of_the_summary():
+    class NumberedConfig(AttentionMethod):
+        """Moves keys (arXiv 2401.01234) to where they were."""
+
+    assert NumberedConfig.summary == "Moves keys to where they were."
+    assert NumberedConfig.paper == "2401.01234"
+
+
+def test_the_tuner_is_made_of_the_class():
+    tuner = attention_tuner(FromTestsConfig)
+    assert attention_tuner(FromTestsConfig) is tuner
+    assert tuner.__name__ == "FromTestsModel"
+    assert tuner.tuner_layer_cls.__name__ == "FromTestsLayer"
+    assert tuner.tuner_layer_cls.method_cls is tuner.method_cls is FromTestsConfig
+    assert (tuner.child_name, tuner.prefix) == ("fromtests", "fromtests_")
+    assert tuner.__module__ == __name__
+    assert "FromTestsConfig()" in tuner.__doc__
+    assert attention_tuner(DIPEConfig) is not tuner
+
+
+def test_to_register_again_changes_nothing():
+    members, tuner = list(PeftType), PEFT_TYPE_TO_TUNER_MAPPING[PeftType.FROMTESTS]
+    register(FromTestsConfig)
+    assert list(PeftType) == members
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.FROMTESTS] is FromTestsConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.FROMTESTS] is tuner is attention_tuner(FromTestsConfig)
+
+    @dataclass
+    class OtherConfig(AttentionMethod):
+        """Another of the same name."""
+
+        method: ClassVar[str] = "fromtests"
+
+    with pytest.raises(RuntimeError, match="PEFT already has a method 'FROMTESTS'"):
+        register(OtherConfig)
+    assert list(PeftType) == members
+
+
+@pytest.mark.parametrize("kind", ["none", "an empty list"])
+def test_a_method_without_a_stage_leaves_the_base_as_it_is(llava: TinyVLM, kind: str):
+    model = llava.build()
+    inputs = llava.inputs(model, *ROWS)
+    expected = logits(model, inputs)
+    assert torch.equal(logits(get_peft_model(model, FromTestsConfig(kind=kind)), inputs), expected)
+
+
+def test_several_stages_are_several_adapters_with_one_each(llava: TinyVLM, monkeypatch: pytest.MonkeyPatch):
+    bias, values = STAGES["several"]()
+    monkeypatch.setitem(STAGES, "bias", lambda: bias)
+    monkeypatch.setitem(STAGES, "values", lambda: [values])
+    inputs = llava.inputs(llava.build(), *ROWS)
+    together = logits(get_peft_model(llava.build(), FromTestsConfig(kind="several")), inputs)
+    model = get_peft_model(llava.build(), FromTestsConfig(kind="bias"), "a")
+    model.add_adapter("b", FromTestsConfig(kind="values"))
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        assert difference(logits(model, inputs), together) > 1e-3
+    model.base_model.set_adapter(["b", "a"])
+    assert torch.equal(logits(model, inputs), together)
+
+
+@pytest.mark.parametrize(
+    ("layers_to_transform", "expected"), [(None, [1, 2]), (0, [0]), ([2, 0], [0, 2]), ([0, 1, 2], [0, 1, 2])]
+)
+def test_stages_are_asked_for_by_layer_in_every_forward(llava: TinyVLM, layers_to_transform, expected: list[int]):
+    """`None` is the method's own choice of layers."""
+    config = FromTestsConfig(layers_to_transform=layers_to_transform)
+    model = get_peft_model(llava.build(), config)
+    inputs = llava.inputs(model.get_base_model(), *ROWS)
+    asked_for.clear()
+    for forward in (1, 2):
+        logits(model, inputs)
+        assert asked_for == expected * forward
+    with model.disable_adapter():
+        logits(model, inputs)
+    assert asked_for == expected * 2
+
+
+def test_layers_without_a_stage_are_not_awaited(llava: TinyVLM):
+    """A method that does nothing in a layer does not mind that the layer is left out."""
+    for kind in ("none", "one"):
+        model = get_peft_model(llava.build(), FromTestsConfig(kind=kind, layers_to_transform=[1]))
+        base = model.get_base_model()
+        del base.model.language_model.layers[1]
+        with pytest.raises(NotImplementedError, match="do not pass") if kind == "one" else contextlib.nullcontext():
+            logits(model, llava.inputs(base, "t4 i t3"), use_cache=False)
+
+
+def test_a_forward_keeps_what_the_method_needs_also_while_it_is_off(llava: TinyVLM):
+    model = get_peft_model(llava.build(), FromTestsConfig())
+    inputs = llava.inputs(model.get_base_model(), "t4 i t3")
+    with model.disable_adapter(), torch.no_grad():
+        memory = memory_of(model(**inputs, use_cache=True)[CACHE])
+    assert memory.kept["from tests"][..., 0].tolist() == inputs["position_ids"].tolist()
+
+
+def test_a_layer_knows_its_rotary_embedding():
+    """Where it rotates by one."""
+    for name in ("llava", "gemma3", "llama4"):
+        vlm = find_vlm(FAMILIES[name].build_anyway())
+        layers = attention_tuner(FromTestsConfig).tuner_layer_cls(vlm).layers
+        assert sorted(layers) == [layer.layer_idx for layer in layers.values()] == sorted(vlm.self_attentions)
+        for layer_idx, layer in layers.items():
+            rotates = vlm.rotates(vlm.self_attentions[layer_idx])
+            assert layer.rotary is (vlm.rotary if rotates else None)
+            assert layer.layer_type == vlm.layer_type(layer_idx)
+    assert any(layer.rotary is None for layer in layers.values()), "of Llama 4, some layers do not rotate"

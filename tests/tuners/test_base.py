@@ -1,0 +1,270 @@
+"""What the tuners share: hooks that are put on once, one search of the model, names, and taking off again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from forwards import difference, logits
+from peft import LoraConfig, get_peft_model
+from tiny_vlms import FAMILIES, TinyVLM
+from torch import nn
+from transformers import PreTrainedModel
+
+import peft_pvm.tuners.base as base_module
+from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
+from peft_pvm.attention.dispatch import ConfigView
+from peft_pvm.tokens.families import find_vlm
+from peft_pvm.tokens.tap import Tap
+from peft_pvm.tuners.base import VisualTunerLayer
+
+
+ROWS = ("t4 i t3 i t6", "t7 i t5")
+CONFIGS = {
+    "pvm": lambda **fields: PVMConfig(**{"r": 32, "init_weights": False, "layers_to_transform": [0, 1, 2], **fields}),
+    "dipe": DIPEConfig,
+    "tdrs": TDRSConfig,
+}
+
+
+@pytest.fixture
+def llava() -> TinyVLM:
+    return FAMILIES["llava"]
+
+
+@pytest.fixture(params=CONFIGS)
+def kind(request) -> str:
+    return request.param
+
+
+def hooks_of(model: nn.Module) -> dict[str, tuple[int, int, str]]:
+    """By module of the base, how many hooks it has, and of what type its config is: what a layer joins itself to."""
+    ours = {inner for layer in layers_of(model) for inner in layer.modules()}
+    return {
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks), type(getattr(m, "config", None)).__name__)
+        for name, m in model.named_modules()
+        if m not in ours
+    }
+
+
+def layers_of(model: nn.Module) -> list[VisualTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, VisualTunerLayer)]
+
+
+def own_config(module: nn.Module) -> object:
+    """A module's config, also where an adapter has put a view in front of it."""
+    return module.config.config if isinstance(module.config, ConfigView) else module.config
+
+
+def as_it_is(model: PreTrainedModel) -> dict:
+    """The very modules, parameters, hooks and attributes of a model without adapters."""
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "parameters": {name: id(parameter) for name, parameter in model.named_parameters()},
+        "configs": {name: id(own_config(m)) for name, m in model.named_modules() if hasattr(m, "config")},
+        "hooks": hooks_of(model),
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+    }
+
+
+# ---- hooks
+
+
+def test_hooks_are_put_on_once(llava: TinyVLM, kind: str):
+    model = llava.build()
+    with Tap.lent_to(find_vlm(model)):
+        tap_alone = hooks_of(model)
+    get_peft_model(model, CONFIGS[kind]())
+    layers, on = layers_of(model), hooks_of(model)
+    assert on != tap_alone
+    for layer in layers:
+        layer.attach_hooks()
+    assert hooks_of(model) == on
+    for _ in range(2):
+        for layer in layers:
+            layer.detach_hooks()
+        assert hooks_of(model) == tap_alone
+    for layer in layers:
+        layer.attach_hooks()
+    assert hooks_of(model) == on
+
+
+def test_a_second_adapter_brings_no_more_hooks(llava: TinyVLM, kind: str):
+    model = get_peft_model(llava.build(), CONFIGS[kind](), "one")
+    inputs = llava.inputs(model.get_base_model(), *ROWS)
+    expected = logits(model.eval(), inputs)  # transformers puts hooks of its own on in the first forward
+    on = hooks_of(model)
+    for name in ("two", "three"):
+        model.add_adapter(name, CONFIGS[kind]())
+        assert hooks_of(model) == on
+    assert torch.equal(logits(model.eval(), inputs), expected)
+    for name in ("two", "three"):
+        model.delete_adapter(name)
+    assert hooks_of(model) == on
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_the_tap_comes_first_and_goes_last(llava: TinyVLM):
+    """Hooks run in the order in which they were put on, and those of adapters read what it notes."""
+    model = llava.build()
+    text_model = model.model.language_model
+    tuners = [get_peft_model(model, CONFIGS[kind](), kind).base_model for kind in CONFIGS]
+    tap = text_model.__dict__["_visual_tap"]
+    first = next(iter(text_model._forward_pre_hooks.values()))
+    assert first.__self__ is tap
+    for tuner in tuners:
+        assert text_model.__dict__.get("_visual_tap") is tap
+        tuner.unload()
+    assert "_visual_tap" not in text_model.__dict__
+    assert not text_model._forward_pre_hooks
+
+
+# ---- the model is searched once
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The models whose parts a tuner has looked for."""
+    found: list[nn.Module] = []
+    search = base_module.find_vlm
+
+    def find_vlm(model: nn.Module):
+        found.append(model)
+        return search(model)
+
+    monkeypatch.setattr(base_module, "find_vlm", find_vlm)
+    return found
+
+
+def test_a_model_is_searched_once_for_an_adapter(llava: TinyVLM, kind: str, searched: list[nn.Module]):
+    """However many layers it gets. `find_vlm` walks over all modules, of which a large model has thousands."""
+    base = llava.build()
+    model = get_peft_model(base, CONFIGS[kind](), "one")
+    assert searched == [base]
+    assert len(layers_of(model)) == (3 if kind == "pvm" else 1)
+    assert {id(layer.vlm) for layer in layers_of(model)} == {id(model.base_model.vlm)}
+    model.add_adapter("two", CONFIGS[kind]())
+    assert searched == [base] * 2
+    logits(model, llava.inputs(base, "t4 i t3"))
+    model.set_adapter("two")
+    model.delete_adapter("one")
+    model.unload()
+    assert searched == [base] * 2
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("first", CONFIGS)
+def test_a_taken_name_is_refused_and_changes_nothing(llava: TinyVLM, first: str, kind: str):
+    """By whatever way the second comes, and of whatever type the first is."""
+    model = get_peft_model(llava.build(), CONFIGS[first](), "mine").eval()
+    base = model.get_base_model()
+    inputs = llava.inputs(base, *ROWS)
+    expected, before, configs = logits(model, inputs), as_it_is(base), dict(base.peft_config)
+    config = CONFIGS[kind]()
+    ways = [lambda: get_peft_model(base, config, "mine")]
+    if kind == first:
+        ways.append(lambda: model.base_model.inject_adapter(base, "mine"))
+    for attach in ways:
+        with pytest.raises(ValueError, match="An adapter 'mine' is already attached to this model"):
+            attach()
+        assert as_it_is(base) == before
+        assert base.peft_config == configs
+        assert torch.equal(logits(model, inputs), expected)
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_others(llava: TinyVLM, kind: str):
+    model = get_peft_model(llava.build(), CONFIGS[kind](), "mine").eval()
+    base = model.get_base_model()
+    inputs = llava.inputs(base, *ROWS)
+    expected, before = logits(model, inputs), as_it_is(base)
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        model.add_adapter("other", CONFIGS[kind](layers_to_transform=[99]))
+    assert as_it_is(base) == before
+    assert list(base.peft_config) == ["mine"]
+    assert torch.equal(logits(model.eval(), inputs), expected)
+
+
+# ---- taking off
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_unload_gives_the_very_modules(name: str, kind: str):
+    family = FAMILIES[name]
+    base = family.build()
+    inputs = family.inputs(base, *ROWS)
+    expected, before = logits(base, inputs), as_it_is(base)
+    model = get_peft_model(base, CONFIGS[kind](), "one")
+    model.add_adapter("two", CONFIGS[kind](layers_to_transform=[1]))
+    assert difference(logits(model.eval(), inputs), expected) > 1e-4
+    unloaded = model.unload()
+    assert unloaded is base
+    assert as_it_is(base) == before
+    assert not hasattr(base, "peft_config")
+    assert torch.equal(logits(base, inputs), expected)
+
+
+def test_unload_gives_back_what_modules_to_save_wrapped(llava: TinyVLM):
+    base = llava.build()
+    before = as_it_is(base)
+    get_peft_model(base, PVMConfig(r=32, modules_to_save=["lm_head"])).unload()
+    assert as_it_is(base) == before
+
+
+def test_unload_leaves_the_adapters_of_others(llava: TinyVLM, kind: str):
+    base = llava.build()
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    get_peft_model(base, lora, "lora")
+    before = as_it_is(base)
+    model = get_peft_model(base, CONFIGS[kind](), "mine")
+    model.unload()
+    after = as_it_is(base)
+    assert {**after, "attributes": None} == {**before, "attributes": None}
+    assert list(base.peft_config) == ["lora"]
+
+
+def test_remove_adapter_takes_the_layers_that_hold_no_other(llava: TinyVLM):
+    base = llava.build()
+    before = as_it_is(base)
+    tuner = get_peft_model(base, CONFIGS["pvm"](layers_to_transform=[0, 1]), "one").base_model
+    tuner.peft_config["two"] = CONFIGS["pvm"](layers_to_transform=[1, 2])
+    tuner.inject_adapter(base, "two")
+
+    def held() -> list[list[str]]:
+        return [sorted(layer.pvm.configs) if hasattr(layer, "pvm") else [] for layer in tuner.vlm.layers]
+
+    assert held() == [["one"], ["one", "two"], ["two"]]
+    tuner.remove_adapter("one")
+    assert held() == [[], ["two"], ["two"]]
+    assert list(tuner.peft_config) == ["two"]
+    tuner.remove_adapter("nobody")
+    assert held() == [[], ["two"], ["two"]]
+    tuner.remove_adapter("two")
+    assert held() == [[], [], []]
+    assert {**as_it_is(base), "attributes": None} == {**before, "attributes": None}
+
+
+# ---- a layer
+
+
+def test_which_adapters_act(llava: TinyVLM, kind: str):
+    model = get_peft_model(llava.build(), CONFIGS[kind](), "one")
+    model.add_adapter("two", CONFIGS[kind]())
+    (layer, *_) = layers_of(model)
+    assert layer.acting() == ["one"]
+    assert layer.acting(["two", "unknown", "one", "two"]) == ["two", "one"], "each once, in the order of the names"
+    model.base_model.set_adapter(["two", "one"])
+    assert layer.acting() == ["two", "one"]
+    with model.disable_adapter():
+        assert layer.acting() == layer.acting(["two"]) == []
+
+
+def test_a_layer_wraps_nothing_and_merges_into_nothing(llava: TinyVLM, kind: str):
+    model = get_peft_model(llava.build(), CONFIGS[kind]())
+    (layer, *_) = layers_of(model)
+    assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match="stands beside the base's modules and wraps none"):
+        layer.get_base_layer()
+    for merge in (layer.merge, layer.unmerge, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="no weight of the base model can express"):
+            merge()
