@@ -177,6 +177,21 @@ def test_only_some_go_on_acting(model: torch.nn.Module, names: list[str]):
         assert difference(expected, all_act) > 1e-4
 
 
+def test_only_chooses_among_the_adapters_of_a_layer():
+    family = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(family.build(), "one")
+    model.add_adapter("two", PVMConfig(r=32, init_weights=False))
+    inputs = family.inputs(model.get_base_model(), *ROWS)
+    model.set_adapter("two")
+    expected = logits(model.eval(), inputs)
+    model.base_model.set_adapter(["one", "two"])
+    both = logits(model, inputs)
+    with only(model.get_base_model(), ["two"]):
+        assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, inputs), both)
+    assert difference(both, expected) > 1e-3
+
+
 def test_only_begins_nothing(model: torch.nn.Module):
     activate(model, ["pvm"])
     for layer in adapter_layers(model):

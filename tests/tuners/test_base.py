@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from forwards import difference, logits
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from tiny_vlms import FAMILIES, TinyVLM
 from torch import nn
 from transformers import PreTrainedModel
@@ -171,6 +172,39 @@ def test_a_taken_name_is_refused_and_changes_nothing(llava: TinyVLM, first: str,
         assert as_it_is(base) == before
         assert base.peft_config == configs
         assert torch.equal(logits(model, inputs), expected)
+
+
+def test_the_config_of_a_taken_name_stays(llava: TinyVLM, kind: str):
+    """PEFT writes the new one into its table before it asks."""
+    tuner = get_peft_model(llava.build(), CONFIGS[kind](), "mine").base_model
+    config = tuner.peft_config["mine"]
+    tuner.peft_config["mine"] = CONFIGS[kind](layers_to_transform=[1])
+    with pytest.raises(ValueError, match="An adapter 'mine' is already attached to this model"):
+        tuner.inject_adapter(tuner.model, "mine")
+    assert tuner.peft_config["mine"] is config
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_half_an_adapter_is_taken_off_again(llava: TinyVLM, kind: str, beside: bool, monkeypatch: pytest.MonkeyPatch):
+    """Whatever goes wrong after some layers have theirs."""
+    base = llava.build()
+    if beside:
+        get_peft_model(base, CONFIGS[kind](), "mine")
+    before, configs = as_it_is(base), list(getattr(base, "peft_config", {}))
+    tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[kind.upper()]
+    create, created = tuner_cls._create_and_replace, []
+
+    def fail_at_the_last(self, *args, **kwargs):
+        create(self, *args, **kwargs)
+        created.append(1)
+        if len(created) == (3 if kind == "pvm" else 1):
+            raise MemoryError
+
+    monkeypatch.setattr(tuner_cls, "_create_and_replace", fail_at_the_last)
+    with pytest.raises(MemoryError):
+        inject_adapter_in_model(CONFIGS[kind](), base, "other")
+    assert as_it_is(base) == before
+    assert list(getattr(base, "peft_config", {})) == configs
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_others(llava: TinyVLM, kind: str):
