@@ -55,6 +55,6 @@ class Method:
 METHODS = (
     Method("PVM", PVMConfig, PVMModel, text_alone="untouched", plain_matrices=0),
     Method("DIPE", DIPEConfig),
-    Method("T-DRS", TDRSConfig, text_alone="changed", plain_matrices=9),
+    Method("T-DRS", TDRSConfig, text_alone="changed", plain_matrices=12),
     Method("VAF", VAFConfig),
 )
