@@ -17,13 +17,13 @@ from peft_pvm.demo.tiny_vlm import SHIPPED, save_tiny_vlm
 from peft_pvm.utils.terminal import say
 
 from .base import new_tiny_vlm, train_base
-from .limits import load_for_limits, show_limits
+from .export import export_adapter
 from .methods import METHODS
-from .readings import compare_readings
+from .pvm_limits import load_for_limits, show_limits
 from .report import write_report
 from .runs import MAIN_RECIPE, RECIPES, evaluate_method, plan, train_method
-from .shipping import export_adapter
 from .step_time import Size, show_step_time
+from .tdrs_readings import compare_readings
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

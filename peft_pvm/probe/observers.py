@@ -21,7 +21,7 @@ from ..utils.packages import modalities_in
 
 
 @dataclass(frozen=True, eq=False)
-class Masses:
+class AttentionMass:
     """Where the last queries of one layer look.
 
     Attributes:
@@ -52,14 +52,14 @@ class AttentionObserver:
 
     def __init__(self, num_queries: int):
         self.num_queries = num_queries
-        self.masses: dict[int, Masses] = {}
+        self.masses: dict[int, AttentionMass] = {}
 
     def __call__(self, call: AttentionCall) -> None:
         visual_keys = call.context.visual_keys(call.key.shape[2])[0]
         each = nn.functional.one_hot(visual_keys.nonzero().squeeze(1), len(visual_keys)).bool()
         groups = torch.cat([torch.stack([visual_keys, ~visual_keys]), each])
         reached = torch.cat([self._reached(call, part) for part in groups.split(call.value.shape[-1])], -1)
-        self.masses[call.module.layer_idx] = Masses(
+        self.masses[call.module.layer_idx] = AttentionMass(
             reached[..., 0], reached[..., 1], reached[..., 2:].mean(1), self._text_tokens(call, visual_keys)
         )
 

@@ -29,9 +29,9 @@ from .measures import (
     rounded,
 )
 from .observers import (
+    AttentionMass,
     AttentionObserver,
     BranchTrace,
-    Masses,
     branches_observed,
     layers_observed,
     observed,
@@ -233,7 +233,7 @@ class _Seen:
     """What one forward showed of the last tokens: logits `(num_tokens, vocab_size)`, and what was observed."""
 
     logits: torch.Tensor
-    masses: dict[int, Masses]
+    masses: dict[int, AttentionMass]
     branches: dict[tuple[str, int], BranchTrace]
     lens: list[torch.Tensor] | None
 
@@ -276,7 +276,7 @@ def _record(
     )
 
 
-def _attention(layer_idx: int, masses: Masses, settings: _Settings) -> LayerAttention:
+def _attention(layer_idx: int, masses: AttentionMass, settings: _Settings) -> LayerAttention:
     visual_mass: list[float] = numbers(masses.visual.mean(1))
     text_mass: list[float] = numbers(masses.text.mean(1))
     text_tokens: list[int] = masses.text_tokens.tolist()

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from experiments import limits
 from experiments.commands import app
-from experiments.readings import READINGS
 from experiments.runs import MAIN_RECIPE, RECIPES
+from experiments.tdrs_readings import READINGS
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.demo.train import Recipe
 

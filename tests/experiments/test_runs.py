@@ -13,9 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from experiments.base import fingerprint
+from experiments.export import export_adapter
 from experiments.methods import METHODS, PVM_PARAMETERS, STRIDED, Method, attach, trained_parameters
 from experiments.runs import MAIN_RECIPE, RECIPES, evaluate_method, load_method, plan, run_folder, train_method
-from experiments.shipping import export_adapter
 from experiments.summary import Results
 from peft_pvm.demo.mosaic import make_questions
 from peft_pvm.demo.recall import recall

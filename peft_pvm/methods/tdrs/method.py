@@ -160,16 +160,16 @@ class Reweighting:
             inter = call.visual_queries, call.visual_keys
         content_query, content_key = self.contents(call)
         inputs = Inputs(
-            query,
-            key,
-            call.value,
-            content_query,
-            content_key,
-            call.visibility,
-            inter,
-            call.scaling,
-            call.kwargs.get("softcap"),
-            call.kwargs.get("dropout", 0.0),
+            query=query,
+            key=key,
+            value=call.value,
+            content_query=content_query,
+            content_key=content_key,
+            visibility=call.visibility,
+            inter=inter,
+            scaling=call.scaling,
+            softcap=call.kwargs.get("softcap"),
+            dropout=call.kwargs.get("dropout", 0.0),
         )
         if self.takes_triton(inputs, call.wants_weights):
             from .triton_kernel import triton_attention

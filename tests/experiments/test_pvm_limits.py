@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 from experiments.fading import retrieved_mass
-from experiments.limits import ask, probe_accuracy
+from experiments.pvm_limits import ask, probe_accuracy
 from peft_pvm import PVMConfig
 from peft_pvm.demo.mosaic import FIRST_QUERY, make_questions
 from peft_pvm.demo.recall import recall
