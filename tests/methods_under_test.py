@@ -11,7 +11,7 @@ import environment  # noqa: F401  # its settings act before PEFT is imported
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from peft_pvm import PVMConfig, TDRSConfig
+from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
 from peft_pvm.methods import METHODS as PACKAGED
 
 
@@ -84,7 +84,7 @@ class Combination:
     text_alone: Literal["untouched", "equal", "changed"]
 
     def attach(self, model: torch.nn.Module) -> Together:
-        return Together(model, **{name: METHODS[name] for name in self.methods}).eval()
+        return Together(model, **{name: {**PARTS, **METHODS}[name] for name in self.methods}).eval()
 
 
 def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
@@ -116,5 +116,9 @@ METHODS: dict[str, Method | Combination] = {
         text_alone="equal",
     ),
     "dipe+tdrs": Combination(("dipe", "tdrs"), text_alone="changed"),
-    "tdrs-inter+dipe+pvm": Combination(("tdrs-inter", "dipe", "pvm"), text_alone="equal"),
+    "tdrs-inter+dipe+pvm": Combination(("tdrs-inter", "dipe-limited", "pvm"), text_alone="equal"),
+}
+# What is tested as a part of combinations alone.
+PARTS = {
+    "dipe-limited": Method(config=lambda **fields: DIPEConfig(**{"max_distance": 2, **fields}), text_alone="equal")
 }

@@ -36,8 +36,8 @@ class Tokens:
     visual: torch.Tensor
     real: torch.Tensor
 
-    def anchors(self) -> torch.Tensor:
-        """The first coordinate of the first token of each token's run, on all axes."""
+    def anchors(self, max_distance: int = 0) -> torch.Tensor:
+        """The first coordinate of the first token of each token's run, or up to so many more, on all axes."""
         anchors = self.positions.clone()
         for row in range(anchors.shape[0]):
             modality = None
@@ -46,7 +46,9 @@ class Tokens:
                     continue
                 if self.visual[row, token].item() != modality:
                     modality, anchor = self.visual[row, token].item(), self.positions[row, token, 0]
-                anchors[row, token] = anchor
+                anchors[row, token] = anchor + max_distance
+                if max_distance:
+                    anchors[row, token] = torch.minimum(self.positions[row, token], anchors[row, token])
         return anchors
 
     def distances(self) -> torch.Tensor:
@@ -89,12 +91,12 @@ def to_complex(states: torch.Tensor, frequencies: int, model_type: str) -> tuple
     return torch.complex(rotated[..., :frequencies].contiguous(), rotated[..., frequencies:].contiguous()), rest
 
 
-def oracle_attention(text_model: Any, tokens: Tokens, dipe: bool, tdrs: Any, scale: Scale | None):
+def oracle_attention(text_model: Any, tokens: Tokens, dipe: int | None, tdrs: Any, scale: Scale | None):
     def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         own = angles(module, text_model, tokens.positions)
-        anchored = angles(module, text_model, tokens.anchors())
+        anchored = angles(module, text_model, tokens.anchors(dipe or 0))
         turn, turn_anchored = (torch.polar(torch.ones_like(a), a)[:, None] for a in (own, anchored))
         query_turned, query_rest = to_complex(query, own.shape[-1], text_model.config.model_type)
         key_turned, key_rest = to_complex(key, own.shape[-1], text_model.config.model_type)
@@ -105,7 +107,7 @@ def oracle_attention(text_model: Any, tokens: Tokens, dipe: bool, tdrs: Any, sca
 
         scores = product(content_query * turn, content_key * turn)
         inter = (tokens.visual[:, :, None] != tokens.visual[:, None, :])[:, None]
-        if dipe:
+        if dipe is not None:
             scores = torch.where(inter, product(content_query * turn_anchored, content_key * turn), scores)
         if scale is not None:
             scores = scores * scale(tokens, module.layer_idx)[:, None]
@@ -130,14 +132,14 @@ def oracle_attention(text_model: Any, tokens: Tokens, dipe: bool, tdrs: Any, sca
 
 @contextlib.contextmanager
 def oracle(
-    model: Any, inputs: dict[str, torch.Tensor], dipe: bool = False, tdrs: Any = None, scale: Scale | None = None
+    model: Any, inputs: dict[str, torch.Tensor], dipe: int | None = None, tdrs: Any = None, scale: Scale | None = None
 ) -> Iterator[Any]:
     """The model in float64, computing as the oracle does for these inputs, which must be one whole forward.
 
     Args:
         model: The model.
         inputs: What it will be given.
-        dipe: Whether DIPE acts.
+        dipe: The `max_distance` of DIPE. `None`: it does not act.
         tdrs: The configuration of T-DRS. `None`: it does not act.
         scale: What the scores of a layer are multiplied by, `(batch, seq_len, seq_len)`.
     """

@@ -13,10 +13,15 @@ from ..attention.call import AttentionCall, Output, records_gradients
 from ..attention.reference import products
 from ..attention.rotation import Tables, between, rotate, rotation_tables, unit
 from ..attention.stages import Positions, Stage
+from ..tokens.context import VisualContext
 from ..tokens.families import VisionLanguageModel
 from ..tokens.memory import Runs
 from ..tokens.positions import VISUAL
 from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
+from ..utils.checks import is_int, setting
+
+
+FARTHEST = 2**24  # positions: no context is longer
 
 
 @dataclass
@@ -28,9 +33,13 @@ class DIPEConfig(AttentionMethod):
     Pairs of one modality, and keys, keep their positions.
 
     The paper trains with DIPE from pretraining on. On a model that was trained without, it is a zero-shot change of
-    positions: measure it.
+    positions: measure it. With `max_distance`, which is not the paper's, the query moves on with its run for so many
+    positions and stays there: up to that distance the model is the base's, and beyond it the image stays as far away
+    as the model has learnt to read.
 
     Args:
+        max_distance: How many positions a query moves on from where its run begins, 0 or more. 0 or `None`: not at
+            all, as in the paper.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all that rotate queries and
             keys by position.
         format_version: Of the saved adapter: leave it.
@@ -47,6 +56,13 @@ class DIPEConfig(AttentionMethod):
     paper: ClassVar[str] = "2603.10863"
     rotates: ClassVar[bool] = True
 
+    max_distance: int | None = setting(
+        0,
+        "How many positions a query moves on from where its run begins; 0 or None: not at all, as in the paper.",
+        valid=lambda value: value is None or (is_int(value) and 0 <= value <= FARTHEST),
+        accepted=f"None or an integer from 0 to {FARTHEST}",
+    )
+
     @classmethod
     def layers_on(cls, vlm: VisionLanguageModel) -> list[int]:
         """The layers that rotate queries and keys: not those of linear attention, nor some of Llama 4 and Cohere 2."""
@@ -61,7 +77,8 @@ class DIPEConfig(AttentionMethod):
 
     def stages(self, layer: SteeredLayer) -> Stage:
         """Anchored positions for pairs of different modality."""
-        return AnchoredPositions(cast(nn.Module, layer.rotary), layer.layer_type)  # layers_on made sure of it
+        rotary = cast(nn.Module, layer.rotary)  # layers_on made sure of it
+        return AnchoredPositions(rotary, layer.layer_type, self.max_distance or 0)
 
 
 @dataclass(frozen=True)
@@ -69,21 +86,35 @@ class AnchoredPositions(Positions):
     """The positions by which one layer makes its scores (arXiv 2603.10863).
 
     With `R` the rotation by position, `p` the positions, and the anchor of a token the position of the first token of
-    the contiguous run of one modality that holds it::
+    the contiguous run of one modality that holds it, or up to `max_distance` more on each axis::
 
-        score(i, j) = R(p_i) q_i . R(p_j) k_j * scaling          if i and j are of one modality
-                      R(anchor_i) q_i . R(p_j) k_j * scaling     otherwise
+        a_i = min(p_i, anchor_i + max_distance)
+        score(i, j) = R(p_i) q_i . R(p_j) k_j * scaling     if i and j are of one modality
+                      R(a_i) q_i . R(p_j) k_j * scaling     otherwise
 
     Args:
         rotary: The text model's rotary embedding.
         layer_type: The layer's type, for a rotary embedding that tells types apart.
+        max_distance: How many positions a query moves on with its run.
     """
 
     rotary: nn.Module
     layer_type: str | None
+    max_distance: int = 0
 
     def acts_on(self, call: AttentionCall) -> bool:
-        return not call.context.memory.is_empty  # with text alone there is one modality
+        context = call.context
+        if context.memory.is_empty:  # with text alone there is one modality
+            return False
+        # A step of decoding does not wait for the device, and comes out as the base's to rounding alone.
+        if not self.max_distance or context.seq_len == 1:
+            return True
+        return context.derived(("dipe reaches", self.max_distance), lambda: self._is_reached(context))
+
+    def _is_reached(self, context: VisualContext) -> bool:
+        """Whether a token of this forward is farther from its anchor. Waits for the device."""
+        position_ids, anchors = context.noted()
+        return bool((position_ids > anchors.unsqueeze(-1) + self.max_distance).any())
 
     def reference(self, call: AttentionCall) -> torch.Tensor:
         own, anchored = products(call.query, call.key), products(self.anchored_query(call), call.key)
@@ -164,9 +195,12 @@ class AnchoredPositions(Positions):
 
         def turn() -> Tables:
             position_ids, anchors = call.context.noted()
-            return unit(rotation_tables(self.rotary, anchors.unsqueeze(-1) - position_ids, self.layer_type))
+            reached = anchors.unsqueeze(-1) + self.max_distance
+            if self.max_distance:
+                reached = torch.minimum(position_ids, reached)
+            return unit(rotation_tables(self.rotary, reached - position_ids, self.layer_type))
 
-        tables = call.context.derived(("dipe", self.layer_type), turn)
+        tables = call.context.derived(("dipe", self.layer_type, self.max_distance), turn)
         return rotate(call.module, call.query, between(tables, -call.query.shape[2], None))
 
 

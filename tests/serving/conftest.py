@@ -28,7 +28,7 @@ def save_branches(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    DIPEConfig(layers_to_transform=[0, 2, 3]).save_pretrained(folder / "dipe-some-layers")
+    DIPEConfig(layers_to_transform=[0, 2, 3], max_distance=3).save_pretrained(folder / "dipe-some-layers")
     return {
         "pvm": SHIPPED / "pvm-tiny-vlm",
         "dipe": SHIPPED / "dipe",

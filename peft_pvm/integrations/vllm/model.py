@@ -129,10 +129,12 @@ class AnchoredAttention(nn.Module):
     Args:
         base: The attention that vLLM made, whose modules are taken over.
         cache_config: vLLM's.
+        max_distance: DIPE's.
     """
 
-    def __init__(self, base: Any, cache_config: CacheConfig):
+    def __init__(self, base: Any, cache_config: CacheConfig, max_distance: int):
         super().__init__()
+        self.max_distance = max_distance
         self.qkv_proj, self.o_proj = base.qkv_proj, base.o_proj
         self.q_norm, self.k_norm, self.rotary_emb = base.q_norm, base.k_norm, base.rotary_emb
         self.head_dim, self.sizes = base.head_dim, [base.q_size, base.kv_size, base.kv_size]
@@ -147,8 +149,10 @@ class AnchoredAttention(nn.Module):
         projected, _ = self.qkv_proj(hidden_states)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected.split(self.sizes, -1))
         query, key = self.q_norm(query).flatten(1), self.k_norm(key).flatten(1)
-        anchors = tokens.anchors.expand_as(tokens.positions)
-        anchored, _ = self.rotary_emb(anchors, query.clone(), key.clone())  # kernels may rotate in place
+        reached = (tokens.anchors + self.max_distance).expand_as(tokens.positions)
+        if self.max_distance:
+            reached = torch.minimum(tokens.positions, reached)
+        anchored, _ = self.rotary_emb(reached, query.clone(), key.clone())  # kernels may rotate in place
         query, key = self.rotary_emb(tokens.positions, query, key)
         query, anchored, key = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, anchored, key))
         wide = anchored_across_modalities(query, anchored, key, value, tokens.visual_mask, self.attn.head_size)
@@ -170,7 +174,7 @@ class DecoderLayer(qwen3_vl.Qwen3VLDecoderLayer):
             like = self.self_attn.attn
             self.pvm = PagedBranches(pvm, config, layer_idx, like, cache_config, f"{prefix}.pvm")
         if dipe is not None and acts_on(dipe, layer_idx):
-            self.self_attn = AnchoredAttention(self.self_attn, cache_config)
+            self.self_attn = AnchoredAttention(self.self_attn, cache_config, dipe.max_distance or 0)
 
     def forward(
         self, positions: Tokens, hidden_states: torch.Tensor, residual: torch.Tensor | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from environment import on_a_cpu
-from forwards import TOLERANCE, difference, in_double, logits
+from forwards import TOLERANCE, difference, in_double, logits, prompt_and_step
 from oracle import oracle
 from peft import LoraConfig, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
@@ -23,14 +23,14 @@ from peft_pvm.utils.packages import CACHE
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 
 
-def agrees_with_the_oracle(family: TinyVLM, build=None, tolerance: float = 2e-5) -> bool:
+def agrees_with_the_oracle(family: TinyVLM, build=None, max_distance: int = 0, tolerance: float = 2e-5) -> bool:
     build = build or family.build
     model = build()
     inputs = family.inputs(model, *BATCH)
     real = inputs["attention_mask"].bool()
-    with oracle(build(), inputs, dipe=True) as reference:
+    with oracle(build(), inputs, dipe=max_distance) as reference:
         expected = logits(reference, in_double(inputs))[real]
-    with attached(model, DIPEConfig()):
+    with attached(model, DIPEConfig(max_distance=max_distance)):
         return difference(logits(model, inputs)[real].double(), expected) < tolerance
 
 
@@ -48,7 +48,7 @@ def test_gradients_equal_the_oracles(family: TinyVLM):
             if parameter.requires_grad:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.1)
         if kind == "oracle":
-            with oracle(model, inputs, dipe=True) as reference:
+            with oracle(model, inputs, dipe=0) as reference:
                 reference(**in_double(inputs)).logits[real].square().mean().backward()
         else:
             get_peft_model(model, DIPEConfig(), "dipe")
@@ -110,6 +110,90 @@ def test_wrong_variants_are_noticed(name: str, variant: str | None, monkeypatch)
     if variant is not None:
         monkeypatch.setattr(*WRONG[variant])
     assert agrees_with_the_oracle(FAMILIES[name]) == (variant is None)
+
+
+def _reaching(reach):
+    """Queries turned to where `reach` says, from positions and anchors of all axes and the distance."""
+
+    def anchored_query(positions: AnchoredPositions, call: AttentionCall) -> torch.Tensor:
+        position_ids, anchors = call.context.noted()
+        reached = reach(position_ids, anchors.unsqueeze(-1).expand_as(position_ids), positions.max_distance)
+        tables = unit(rotation_tables(positions.rotary, reached - position_ids, positions.layer_type))
+        return rotate(call.module, call.query, tables)
+
+    return anchored_query
+
+
+def _on_one_axis(own: torch.Tensor, anchors: torch.Tensor, limit: int) -> torch.Tensor:
+    reached = torch.minimum(own, anchors + limit)
+    return torch.cat([reached[..., :1], own[..., 1:]], -1)
+
+
+def _on_keys(positions: AnchoredPositions, call: AttentionCall):
+    """Between modalities, the key stands up to so far behind where its run began, and the query where it is."""
+    position_ids, anchors = call.context.noted()
+    reached = torch.minimum(position_ids, anchors.unsqueeze(-1) + positions.max_distance)
+    tables = unit(rotation_tables(positions.rotary, reached - position_ids, positions.layer_type))
+    anchored = rotate(call.module, call.key, tables)
+    visual_queries, visual_keys = call.visual_queries[:, None, :, None], call.visual_keys[:, None, :, None]
+    in_text, in_visual = call.query.masked_fill(visual_queries, 0), call.query.masked_fill(~visual_queries, 0)
+    by_text, by_visual = torch.where(visual_keys, anchored, call.key), torch.where(visual_keys, call.key, anchored)
+    return torch.cat([in_text, in_visual], -1), torch.cat([by_text, by_visual], -1)
+
+
+WRONG_LIMITS = {
+    "as it is": ("anchored_query", _reaching(lambda own, anchors, limit: torch.minimum(own, anchors + limit))),
+    "one too far": ("anchored_query", _reaching(lambda own, anchors, limit: torch.minimum(own, anchors + limit + 1))),
+    "one too near": ("anchored_query", _reaching(lambda own, anchors, limit: torch.minimum(own, anchors + limit - 1))),
+    "always the distance": ("anchored_query", _reaching(lambda own, anchors, limit: anchors + limit)),
+    "on the first axis": ("anchored_query", _reaching(_on_one_axis)),
+    "on keys": ("widen", _on_keys),
+}
+
+
+@pytest.mark.parametrize("variant", WRONG_LIMITS)
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_wrong_limits_are_noticed(name: str, variant: str, monkeypatch):
+    family = FAMILIES[name]
+    monkeypatch.setattr(AnchoredPositions, *WRONG_LIMITS[variant])
+    is_right = variant == "as it is" or (variant == "on the first axis" and name == "llava")  # which has one
+    assert agrees_with_the_oracle(family, max_distance=3) == is_right
+
+
+def test_up_to_its_distance_the_model_is_the_bases(family: TinyVLM):
+    """In a prefill to the bit, since it is known there that nothing is farther; in decoding to rounding."""
+    model = family.build()
+    inputs = family.inputs(model, *BATCH)
+    prompt, step = prompt_and_step(family, model, "t4 i t9")
+    results = []
+    for configs in ([], [DIPEConfig(max_distance=100)]):
+        with attached(model, *configs):
+            cache = DynamicCache(config=model.config.get_text_config())
+            logits(model, prompt, **{CACHE: cache}, use_cache=True)
+            results.append((logits(model, inputs), logits(model, step, **{CACHE: cache}, use_cache=True)))
+    (base, base_step), (limited, limited_step) = results
+    real = inputs["attention_mask"].bool()
+    assert torch.equal(limited[real], base[real])
+    assert difference(limited_step, base_step) < TOLERANCE
+
+
+@pytest.mark.parametrize("max_distance", [0, None])
+def test_no_distance_is_the_papers_form(max_distance: int | None):
+    family = FAMILIES["qwen3_vl"]
+    model = family.build()
+    inputs = family.inputs(model, *BATCH)
+    with attached(model, DIPEConfig()):
+        expected = logits(model, inputs)
+    with attached(model, DIPEConfig(max_distance=max_distance)):
+        assert torch.equal(logits(model, inputs), expected)
+
+
+def test_two_distances_in_one_layer_are_refused():
+    model = FAMILIES["llava"].build()
+    inputs = FAMILIES["llava"].inputs(model, *BATCH)
+    refusal = pytest.raises(ValueError, match="both decide the positions of attention in decoder layer 0")
+    with attached(model, DIPEConfig(max_distance=2), DIPEConfig(max_distance=3)), refusal:
+        logits(model, inputs)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 TOLERANCE = 2e-5
 
 
-@pytest.mark.parametrize("dipe", [False, True], ids=["base", "dipe"])
-def test_forward(family: TinyVLM, dipe: bool):
+@pytest.mark.parametrize("dipe", [None, 0, 3], ids=["base", "dipe", "limited"])
+def test_forward(family: TinyVLM, dipe: int | None):
     """Without DIPE, this shows that the oracle is one."""
     model = family.build()
     inputs = family.inputs(model, *BATCH)
@@ -24,8 +24,9 @@ def test_forward(family: TinyVLM, dipe: bool):
     base = logits(model, inputs)[real]
     with oracle(family.build(), inputs, dipe) as reference:
         expected = logits(reference, in_double(inputs))[real]
-    computed = logits(get_peft_model(model, DIPEConfig()), inputs)[real] if dipe else base
-    if dipe:
+    computed = base
+    if dipe is not None:
+        computed = logits(get_peft_model(model, DIPEConfig(max_distance=dipe)), inputs)[real]
         assert difference(expected, base.double()) > 1000 * TOLERANCE
     assert difference(computed.double(), expected) < TOLERANCE
 
@@ -38,7 +39,7 @@ def test_padding_belongs_to_no_run(family: TinyVLM):
     after = int(((ids == IMAGE) | (ids == VIDEO)).nonzero().max()) + 1
     inputs["attention_mask"][0, after : after + 2] = 0
     real = inputs["attention_mask"].bool()
-    with oracle(family.build(), inputs, dipe=True) as reference:
+    with oracle(family.build(), inputs, dipe=0) as reference:
         expected = logits(reference, in_double(inputs))[real]
     computed = logits(get_peft_model(model, DIPEConfig()), inputs)[real]
     assert difference(computed.double(), expected) < TOLERANCE
