@@ -84,7 +84,7 @@ class Combination:
     text_alone: Literal["untouched", "equal", "changed"]
 
     def attach(self, model: torch.nn.Module) -> Together:
-        return Together(model, **{name: {**PARTS, **METHODS}[name] for name in self.methods}).eval()
+        return Together(model, **{name: METHODS[name] for name in self.methods}).eval()
 
 
 def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
@@ -111,14 +111,11 @@ METHODS: dict[str, Method | Combination] = {
         for row in PACKAGED
         if not row.needs_training
     },
+    "dipe-limited": Method(config=lambda **fields: DIPEConfig(**{"max_distance": 1, **fields}), text_alone="equal"),
     "tdrs-inter": Method(
         config=lambda **fields: TDRSConfig(**{"pairs": "inter", "dc_floor": 0.1, "re_floor": 0.2, **fields}),
         text_alone="equal",
     ),
     "dipe+tdrs": Combination(("dipe", "tdrs"), text_alone="changed"),
-    "tdrs-inter+dipe+pvm": Combination(("tdrs-inter", "dipe-limited", "pvm"), text_alone="equal"),
-}
-# What is tested as a part of combinations alone.
-PARTS = {
-    "dipe-limited": Method(config=lambda **fields: DIPEConfig(**{"max_distance": 2, **fields}), text_alone="equal")
+    "tdrs-inter+dipe+pvm": Combination(("tdrs-inter", "dipe", "pvm"), text_alone="equal"),
 }

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from experiments import limits
+from experiments import pvm_limits
 from experiments.commands import app
 from experiments.runs import MAIN_RECIPE, RECIPES
 from experiments.tdrs_readings import READINGS
@@ -35,7 +35,7 @@ def test_readings():
 
 
 def test_limits(monkeypatch):
-    monkeypatch.setattr(limits, "LENGTHS", (16, 64))
+    monkeypatch.setattr(pvm_limits, "LENGTHS", (16, 64))
     adapter = REPOSITORY / "adapters" / "pvm-tiny-vlm"
     rows = [line.strip("│").split("│") for line in run("limits", adapter, "--rows", 4).splitlines() if "│" in line]
     assert [row[0].strip() for row in rows] == [
