@@ -100,6 +100,10 @@ def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
                     parameter.copy_((0.5 if "pvm_gate." in name else 1.0) + 0.1 * noise)
 
 
+# By name: the methods without parameters, and all. A test that is about methods in general runs over these.
+STEERING = tuple(row.config.method for row in PACKAGED if not row.needs_training)
+PUBLISHED = ("pvm", *STEERING)
+
 METHODS: dict[str, Method | Combination] = {
     "pvm": Method(config=lambda **fields: PVMConfig(**{"r": 32, **fields}), activate=give_weight),
     "pvm-hidden-states": Method(

@@ -11,12 +11,14 @@ from tiny_vlms import FAMILIES, REPRESENTATIVE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
+from peft_pvm.tokens.families import find_vlm
 from peft_pvm.utils.packages import CACHE
 
 
 COMPILED = {
     "pvm": METHODS["pvm"],
     "dipe": METHODS["dipe"],
+    "vaf": METHODS["vaf"],
     "pvm+dipe": Combination(("pvm", "dipe"), text_alone="equal"),
 }
 # By name, of aten. The last: a tensor made of Python numbers, which is copied to the device.
@@ -107,16 +109,18 @@ def test_a_step_waits_for_nothing(name: str, method: Method | Combination):
     assert watched_step(FAMILIES[name], model, 64).waits == base_waits
 
 
-# What a step allocates for every token that the cache has room for, in numbers a head and layer: PVM nothing, DIPE the
-# scores of one token and what is made of them. A vector for every token would be 16 numbers or more.
-A_TOKEN = {"pvm": 0, "dipe": 8}
+# What a step allocates for every token that the cache has room for, in numbers a head and layer: PVM nothing, DIPE and
+# VAF the scores of one token and what is made of them. A vector for every token would be 16 numbers or more.
+A_TOKEN = {"pvm": 0, "dipe": 8, "vaf": 8}
 
 
 @pytest.mark.parametrize("method", A_TOKEN)
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
 def test_a_step_allocates_no_vector_for_a_token_of_the_context(name: str, method: str):
     family = FAMILIES[name]
-    model = METHODS[method].attach(family.build(attn_implementation="sdpa"))
+    base = family.build(attn_implementation="sdpa")
+    every_layer = {"layers_to_transform": list(range(len(find_vlm(base).layers)))}
+    model = METHODS[method].attach(base, **every_layer)
     short, long = (watched_step(family, model, length).allocated for length in (512, 4096))
     with model.disable_adapter():
         base_short, base_long = (watched_step(family, model, length).allocated for length in (512, 4096))

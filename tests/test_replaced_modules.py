@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from forwards import TOLERANCE, difference, logits
-from methods_under_test import METHODS, Combination, Method, give_weight
+from methods_under_test import METHODS, STEERING, Combination, Method, give_weight
 from peft import LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
 from tiny_vlms import FAMILIES
 from torch import nn
@@ -66,7 +66,7 @@ def test_a_replaced_decoder_layer_is_noticed():
     assert torch.equal(logits(model.unload(), inputs), logits(family.build(), inputs))
 
 
-@pytest.mark.parametrize("method", ["dipe", "tdrs"])
+@pytest.mark.parametrize("method", STEERING)
 def test_replaced_attention_is_noticed(method: str):
     family = FAMILIES["qwen3_vl"]
     model = METHODS[method].attach(family.build())

@@ -127,6 +127,42 @@ class AttentionCall:
         """
         return replace(self, value=value).attend()[0]
 
+    def row_scores(self, *queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The scores of single queries, scaled, before the mask. The keys are read once, and not copied.
+
+        Args:
+            queries: `(batch, heads, 1, head_dim)` each.
+
+        Returns:
+            `(batch, kv_heads, heads / kv_heads, num_keys)` for each of them.
+        """
+        by_kv_head = [query.reshape(len(query), self.key.shape[1], -1, query.shape[-1]) for query in queries]
+        rows = torch.cat(by_kv_head, 2) if len(queries) > 1 else by_kv_head[0]
+        return (rows @ self.key.transpose(2, 3) * self.scaling).chunk(len(queries), 2)
+
+    def attend_row(self, scores: torch.Tensor) -> Output:
+        """What the attention function returns for a single query, given its scores. The cache is read, and not copied.
+
+        Args:
+            scores: As `row_scores` gives them, changed or not.
+        """
+        value, softcap = self.value, self.kwargs.get("softcap")
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.reshape(len(scores), -1, 1, scores.shape[-1])  # all heads, as masks have them
+        mask, bias = self.visibility.mask(), self.visibility.bias()
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = F.softmax(scores, -1).to(value.dtype)
+        if dropout := self.kwargs.get("dropout", 0.0):
+            weights = F.dropout(weights, dropout, self.module.training)
+        by_kv_head = weights.reshape(len(weights), value.shape[1], -1, weights.shape[-1])
+        output = (by_kv_head @ value).reshape(len(weights), 1, -1, value.shape[-1])
+        return output, weights if self.kernel == "eager" or self.wants_weights else None
+
     def run_kernel(self, scaling: float | None = None) -> Output:
         """The kernel's own output for these queries, keys and values.
 

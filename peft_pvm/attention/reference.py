@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .call import AttentionCall, Output
 from .stages import Bias, GroupWeights, KeyScale, LayerStages, Positions, Values, Weights, text_rows
@@ -16,7 +15,10 @@ LOWEST = torch.finfo(torch.float32).min / 2
 
 @dataclass
 class ReferenceStages(LayerStages):
-    """What adapters do to the attention of one layer, step by step as `stages.py` defines it, in fp32 at least."""
+    """What adapters do to the attention of one layer, step by step as `stages.py` defines it, in fp32 at least.
+
+    Without dropout.
+    """
 
     def attend(self, call: AttentionCall) -> Output:
         """See `LayerStages.attend`."""
@@ -46,7 +48,6 @@ class ReferenceStages(LayerStages):
         by_value = weights
         for values in self._of_kind(Values):
             by_value = by_value * _by_pair(call, values, 1)
-        weights = F.dropout(weights, call.kwargs.get("dropout", 0.0), call.module.training)
         output = by_value.to(call.value.dtype) @ repeated(call.value, call.query.shape[1])
         return output.transpose(1, 2).contiguous(), weights.to(call.value.dtype)
 

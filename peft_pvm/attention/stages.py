@@ -92,11 +92,15 @@ class _Scale(_ByKey):
         """The call with something multiplied by `(batch or 1, 1, num_keys, 1)`."""
         raise NotImplementedError
 
+    def changed(self, call: AttentionCall, later: Later, factors: torch.Tensor) -> Output:
+        """What the attention function returns, with factors of `(batch or 1, num_keys)` in all rows."""
+        return later(self.scaled(call, factors[:, None, :, None]))
+
     def attend_rows(self, call: AttentionCall, later: Later, rows: torch.Tensor | None) -> Output:
         factors = self.of_keys(call)
         if rows is not None and rows.shape[1] == 1:  # of a single query the factors can say themselves whose they are
             factors, rows = torch.where(rows, factors, 1), None
-        output, weights = later(self.scaled(call, factors[:, None, :, None]))
+        output, weights = self.changed(call, later, factors)
         if rows is None:
             return output, weights
         plain_output, plain_weights = later(call)
@@ -107,9 +111,19 @@ class _Scale(_ByKey):
 
 
 class KeyScale(_Scale):
-    """Scores of some keys multiplied by a factor: keys times that factor, on any kernel."""
+    """Scores of some keys multiplied by a factor: keys times that factor, on any kernel.
+
+    A step of decoding multiplies its row of scores instead, so that it does not copy the cache's keys. Where another
+    stage comes later, it does copy them.
+    """
 
     order = 0
+
+    def changed(self, call: AttentionCall, later: Later, factors: torch.Tensor) -> Output:
+        if call.query.shape[2] > 1 or later.stages:
+            return super().changed(call, later, factors)
+        (scores,) = call.row_scores(call.query)
+        return call.attend_row(scores * factors[:, None, None].to(scores.dtype))
 
     def scaled(self, call: AttentionCall, factors: torch.Tensor) -> AttentionCall:
         return replace(call, key=call.key * factors.to(call.key.dtype))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..attention.call import AttentionCall, Output, records_gradients
@@ -158,27 +157,9 @@ class AnchoredPositions(Positions):
         return torch.cat([to_text, to_visual], -1), torch.cat(split, -1)
 
     def _attend_once(self, call: AttentionCall) -> Output:
-        """A single query: two rows of scores and a choice between them, so that the cache is read and not copied."""
-        key, value = call.key, call.value
-        kv_heads, num_keys = key.shape[1:3]
-        rows = torch.cat([_by_kv_head(call.query, kv_heads), _by_kv_head(self.anchored_query(call), kv_heads)], 2)
-        same, cross = (rows @ key.transpose(2, 3) * call.scaling).chunk(2, 2)
-        scores = torch.where(self._of_one_modality(call), same, cross).float()
-        softcap = call.kwargs.get("softcap")
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.reshape(scores.shape[0], -1, 1, num_keys)  # all heads, as masks have them
-        visibility = call.visibility
-        mask, bias = visibility.mask(), visibility.bias()
-        if bias is not None:
-            scores = scores + bias
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = F.softmax(scores, -1).to(value.dtype)
-        if dropout := call.kwargs.get("dropout", 0.0):
-            weights = F.dropout(weights, dropout, call.module.training)
-        output = (_by_kv_head(weights, kv_heads) @ value).reshape(weights.shape[0], 1, -1, value.shape[-1])
-        return output, weights if call.kernel == "eager" or call.wants_weights else None
+        """A single query: two rows of scores and a choice between them."""
+        same, cross = call.row_scores(call.query, self.anchored_query(call))
+        return call.attend_row(torch.where(self._of_one_modality(call), same, cross))
 
     @staticmethod
     def _of_one_modality(call: AttentionCall) -> torch.Tensor:
@@ -202,11 +183,6 @@ class AnchoredPositions(Positions):
 
         tables = call.context.derived(("dipe", self.layer_type, self.max_distance), turn)
         return rotate(call.module, call.query, between(tables, -call.query.shape[2], None))
-
-
-def _by_kv_head(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """`(batch, heads, 1, ...)` to `(batch, kv_heads, heads / kv_heads, ...)`."""
-    return tensor.reshape(tensor.shape[0], kv_heads, -1, tensor.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_vlms import FAMILIES, TinyVLM
 
-from peft_pvm import DIPEConfig, TDRSConfig
+from peft_pvm import DIPEConfig, TDRSConfig, VAFConfig
 from peft_pvm.attention.stages import Bias, KeyScale, Stage, Values
 from peft_pvm.tokens.context import VisualContext
 from peft_pvm.tokens.families import find_vlm
@@ -35,6 +35,7 @@ SHIPPED = Path(__file__).parents[2] / "adapters"
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "dipe": lambda: DIPEConfig(layers_to_transform=[1]),
     "tdrs": lambda: TDRSConfig(sd_strength=2.0, dc_floor=0.2, layers_to_transform=[1]),
+    "vaf": lambda: VAFConfig(visual=2.0, layers_to_transform=[1]),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from forwards import difference, logits
-from methods_under_test import METHODS, give_weight
+from methods_under_test import METHODS, PUBLISHED, give_weight
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny_vlms import FAMILIES, TinyVLM
@@ -18,7 +18,7 @@ from peft_pvm.tuners.names import adapter_names
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5")
-METHODS_HERE = ("pvm", "dipe", "tdrs")
+METHODS_HERE = PUBLISHED
 OF_CONTAINERS = (
     "train",
     "eval",
@@ -112,7 +112,7 @@ def test_works_in_full(tiny: TinyVLM, name_of_method: str, names: tuple[str, str
     base = tiny.build()
     inputs = tiny.inputs(base, *ROWS)
     bare = logits(base, inputs)
-    fields = {"pvm": {}, "dipe": {"layers_to_transform": [0]}, "tdrs": {"layers_to_transform": [0]}}[name_of_method]
+    fields = {} if name_of_method == "pvm" else {"layers_to_transform": [0]}
     expected = {}
     for seed, name in enumerate(names):
         alone = method.attach(tiny.build(), name, **(fields if seed else {}))

@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from tiny_vlms import FAMILIES
 
 import peft_pvm
-from peft_pvm import DIPEConfig, PVMConfig, PVMModel, TDRSConfig
+from peft_pvm import PVMConfig, PVMModel
 from peft_pvm.methods import METHODS
 from peft_pvm.tuners.registry import extend_peft, register, with_cards
 
@@ -28,7 +28,7 @@ def test_is_a_real_member():
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.PVM] == "pvm_"
 
 
-@pytest.mark.parametrize("config", [PVMConfig(), DIPEConfig(), TDRSConfig()], ids=["pvm", "dipe", "tdrs"])
+@pytest.mark.parametrize("config", [row.config() for row in METHODS], ids=[row.name for row in METHODS])
 def test_mixed_models_are_refused(config: PeftConfig):
     """PEFT keeps its own list of what PeftMixedModel takes."""
     with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
