@@ -41,7 +41,7 @@ class DIPEConfig(AttentionMethod):
             all, as in the paper.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all that rotate queries and
             keys by position.
-        format_version: Of the saved adapter: leave it.
+        format_version: The format of the saved adapter. Do not change it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
 

@@ -32,7 +32,7 @@ class VAFConfig(AttentionMethod):
         before: What scores of text before the first image are multiplied by, above 0.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the paper's 9 to 14 of 32
             layers, and the same part of other depths.
-        format_version: Of the saved adapter: leave it.
+        format_version: The format of the saved adapter. Do not change it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
 

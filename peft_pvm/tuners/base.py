@@ -34,12 +34,14 @@ class VisualConfig(SavedConfig):
     to read. It is not a field: which layers is said by `layers_to_transform`.
 
     Args:
-        format_version: Of the saved adapter: leave it.
+        format_version: The format of the saved adapter. Do not change it.
     """
 
     target_modules = cast(tuple[str, ...], ())  # without annotations, which would make them fields
 
-    format_version: str = field(default=FORMAT_VERSION, metadata={"help": "Of the saved adapter: leave it."})
+    format_version: str = field(
+        default=FORMAT_VERSION, metadata={"help": "The format of the saved adapter. Do not change it."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("base_model_name_or_path", "revision", "task_type", "peft_version"):

@@ -83,7 +83,7 @@ class PVMConfig(VisualConfig):
             nothing. `None`: one branch.
         lineage: Set on attaching, do not choose it: a hash of the adapter's initial weights, which training on and
             loading keep. Adapters of one lineage can be averaged.
-        format_version: Of the saved adapter: leave it.
+        format_version: The format of the saved adapter. Do not change it.
         init_weights: Whether to initialise so that training can start from the unchanged model: the gate as
             `init_gate` says, all matrices from N(0, initializer_range) of the base. `False` also draws the gate, from
             N(0, 1), so that the branch acts at once: for tests.

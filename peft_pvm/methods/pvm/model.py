@@ -48,7 +48,7 @@ class PVMModel(VisualTuner):
     """Attaches PVM (Persistent Visual Memory) to a vision-language model. Source: arXiv 2605.00814.
 
     Every chosen decoder layer gets a child `pvm` beside the base's modules, joined to them by hooks: no base parameter
-    changes its name, and `unload()` gives back the very model.
+    changes its name, and `unload()` gives back the model as it was.
 
     Args:
         model: A vision-language model from transformers.

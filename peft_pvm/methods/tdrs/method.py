@@ -51,7 +51,7 @@ class TDRSConfig(AttentionMethod):
         kernel: "auto" takes the Triton kernel on CUDA where no gradients or weights are asked for, and else works
             blockwise in PyTorch; "blockwise" and "triton" insist.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all with self-attention.
-        format_version: Of the saved adapter: leave it.
+        format_version: The format of the saved adapter. Do not change it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
 
     Raises:

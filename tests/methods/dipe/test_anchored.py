@@ -160,8 +160,16 @@ def test_wrong_limits_are_noticed(name: str, variant: str, monkeypatch):
     assert agrees_with_the_oracle(family, max_distance=3) == is_right
 
 
-def test_up_to_its_distance_the_model_is_the_bases(family: TinyVLM):
-    """In a prefill to the bit, since it is known there that nothing is farther; in decoding to rounding."""
+def test_up_to_its_distance_the_model_is_the_bases(family: TinyVLM, monkeypatch):
+    """In a prefill to the bit, since it is known there that nothing is farther, so that no query is turned; in decoding
+    to rounding."""
+    turned, anchored_query = [], AnchoredPositions.anchored_query
+
+    def noted(positions: AnchoredPositions, call: AttentionCall) -> torch.Tensor:
+        turned.append(call.query.shape[2])
+        return anchored_query(positions, call)
+
+    monkeypatch.setattr(AnchoredPositions, "anchored_query", noted)
     model = family.build()
     inputs = family.inputs(model, *BATCH)
     prompt, step = prompt_and_step(family, model, "t4 i t9")
@@ -174,6 +182,7 @@ def test_up_to_its_distance_the_model_is_the_bases(family: TinyVLM):
     (base, base_step), (limited, limited_step) = results
     real = inputs["attention_mask"].bool()
     assert torch.equal(limited[real], base[real])
+    assert set(turned) == {1}
     assert difference(limited_step, base_step) < TOLERANCE
 
 
