@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from ..folders.incoming import INCOMING, NOTHING, bare, base_tensors, check_modu
 from ..folders.writing import write_card, written_whole
 from ..tokens.families import VisionLanguageModel, find_vlm, plain_name, unwrapped, without_wrappers
 from ..tokens.tap import Tap
-from ..utils.checks import check, check_settings, is_text
+from ..utils.checks import check, check_settings, is_text, setting
 from ..utils.packages import LOADS_MODULES_TO_SAVE, forget_adapters, held_by, loads_adapters_itself
 from ..utils.text import quoted
 from .names import check_adapter_name
@@ -39,9 +39,7 @@ class VisualConfig(SavedConfig):
 
     target_modules = cast(tuple[str, ...], ())  # without annotations, which would make them fields
 
-    format_version: str = field(
-        default=FORMAT_VERSION, metadata={"help": "The format of the saved adapter. Do not change it."}
-    )
+    format_version: str = setting(FORMAT_VERSION, "The format of the saved adapter. Do not change it.")
 
     def __post_init__(self) -> None:
         for name in ("base_model_name_or_path", "revision", "task_type", "peft_version"):

@@ -71,6 +71,28 @@ def test_wrong_variants_are_noticed(name: str, variant: str | None, monkeypatch)
     assert agrees_with_the_oracle(FAMILIES[name], VAFConfig(visual=1.5, before=0.6)) == (variant is None)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
+def test_gradients_equal_the_oracles(name: str, checkpointed: bool):
+    family, config = FAMILIES[name], VAFConfig(visual=1.5, before=0.6)
+    model = family.build()
+    inputs = family.inputs(model, *BATCH)
+    real = inputs["attention_mask"].bool()
+    scale = factors(config, config.default_layers(VAFConfig.layers_on(find_vlm(model))))
+    with oracle(family.build(), inputs, scale=scale) as reference:
+        reference(**in_double(inputs)).logits[real].square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if "k_proj" in name}
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    with attached(model.train(), config):
+        model(**inputs, use_cache=False).logits[real].square().mean().backward()
+    found = {name: model.get_parameter(name).grad for name in expected}
+    assert max(gradient.abs().max() for gradient in expected.values() if gradient is not None) > 1e-3
+    for parameter, gradient in expected.items():
+        if gradient is not None:
+            assert difference(found[parameter].double(), gradient) < TOLERANCE, parameter
+
+
 def test_its_layers_are_the_papers():
     assert VAFConfig().default_layers(list(range(32))) == [9, 10, 11, 12, 13, 14]
     assert VAFConfig().default_layers(list(range(3))) == [1]

@@ -161,8 +161,7 @@ def test_wrong_limits_are_noticed(name: str, variant: str, monkeypatch):
 
 
 def test_up_to_its_distance_the_model_is_the_bases(family: TinyVLM, monkeypatch):
-    """In a prefill to the bit, since it is known there that nothing is farther, so that no query is turned; in decoding
-    to rounding."""
+    """In a prefill to the bit: nothing is farther, and no query is turned. In decoding to rounding."""
     turned, anchored_query = [], AnchoredPositions.anchored_query
 
     def noted(positions: AnchoredPositions, call: AttentionCall) -> torch.Tensor:
