@@ -58,11 +58,15 @@ def test_half_precision_bases(tiny: TinyVLM, dtype: torch.dtype, autocast_adapte
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+STRONG = {"vaf": {"visual": 4.0}}
+"""Fields for a method whose defaults change less than few bits round."""
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", [*STEERING, "tdrs-inter"])
 def test_half_precision_bases_are_steered(tiny: TinyVLM, name: str, dtype: torch.dtype):
     """As in fp32, to a few times what the base itself loses by the dtype."""
-    fields = {"vaf": {"visual": 4.0}}.get(name, {})  # its default changes less than bfloat16 rounds
+    fields = STRONG.get(name, {})
     exact = METHODS[name].attach(tiny.build(), **fields)
     inputs = tiny.inputs(exact.get_base_model(), *ROWS)
     expected = logits(exact, inputs)
@@ -135,13 +139,14 @@ def test_quantised_bases(tiny: TinyVLM, load_quantised: Callable[[], PreTrainedM
 @pytest.mark.parametrize("name", STEERING)
 def test_quantised_bases_are_steered(tiny: TinyVLM, name: str, load_quantised: Callable[[], PreTrainedModel]):
     """As a plain base with the weights that the few bits stand for."""
-    model = METHODS[name].attach(load_quantised())
+    fields = STRONG.get(name, {})
+    model = METHODS[name].attach(load_quantised(), **fields)
     inputs = tiny.inputs(model.get_base_model(), *ROWS)
     with model.disable_adapter():
         off = logits(model, inputs)
     assert torch.equal(off, logits(load_quantised(), inputs))
     on = logits(model, inputs)
-    plain = METHODS[name].attach(load_quantised().dequantize())
+    plain = METHODS[name].attach(load_quantised().dequantize(), **fields)
     with plain.disable_adapter():
         rounding = difference(logits(plain, inputs), off)
     assert difference(logits(plain, inputs), on) < 2 * rounding < difference(on, off)
