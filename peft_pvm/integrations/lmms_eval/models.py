@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+from ...training.distance import Distractors, check_tokens, has_visuals, into_messages, read_paragraphs
 from ...tuners.saving import load_adapters
 from . import MISSING, TESTED, separate
 
@@ -22,15 +23,7 @@ except ModuleNotFoundError as error:
     raise ImportError(f"{error}. {MISSING}") from error
 from loguru import logger
 
-from .distractors import (
-    Distractors,
-    answers_of,
-    check_tokens,
-    has_visuals,
-    into_context,
-    into_messages,
-    read_paragraphs,
-)
+from .distractors import answers_of, into_context
 
 
 MODELS = ("qwen3_vl", "qwen2_5_vl", "llava_hf")  # names of lmms-eval; each is offered with the prefix

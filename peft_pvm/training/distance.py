@@ -1,0 +1,281 @@
+"""Text between the image and the question, as many tokens of it as are asked for.
+
+The long-context protocol of DIPE, arXiv 2603.10863: a model that answers right after the image may have lost it some
+thousand tokens later.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, Literal, get_args
+
+
+VISUAL = ("image", "video")
+# Of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Kana, Chinese characters.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+UNSPACED += "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+AROUND = 16  # a cut text may become more or fewer tokens than it was cut from: so many lengths are tried on each side
+
+
+def read_paragraphs(path: str | os.PathLike | None = None) -> list[str]:
+    """What distractors are made of: the paragraphs of a text file, or of Python's help topics.
+
+    Args:
+        path: A text file in UTF-8, paragraphs apart by blank lines; `None`: the help topics, English prose of about
+            460,000 characters. Another version of Python may word them otherwise.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds no text.
+    """
+    if path is None:
+        text = "\n\n".join(sorted(set(topics.values())))  # a few topics share one
+    elif Path(path).is_file():
+        text = Path(path).read_text(encoding="utf-8")
+    else:
+        raise FileNotFoundError(f"There is no text file {path} to make distractors of.")
+    paragraphs = [paragraph.strip("\n") for paragraph in re.split(r"\n\s*\n", text)]
+    distinct = list(dict.fromkeys(paragraph for paragraph in paragraphs if paragraph.strip()))
+    if not distinct:
+        raise ValueError(f"{path} holds no text to make distractors of.")
+    return distinct
+
+
+def check_tokens(tokens: Any, name: str = "distractor_tokens") -> None:
+    """Raise ValueError unless a text can have so many tokens; `name` is the argument's, for the message."""
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"{name} is {tokens!r}, but must be a whole number of tokens, 0 for none.")
+
+
+class Distractors:
+    """Draws texts of one length, a different one for each document.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        tokens: How many tokens each text has.
+        paragraphs: What texts are put together from.
+        seed: Together with the document, it decides which paragraphs come in which order.
+
+    Raises:
+        ValueError: `tokens` is no positive number.
+    """
+
+    def __init__(self, tokenizer: Any, tokens: int, paragraphs: Sequence[str], seed: int = 0):
+        check_tokens(tokens)
+        # The text must not open an image or end a turn.
+        reserved = tokenizer.get_added_vocab()
+        self.paragraphs = [text for text in paragraphs if not any(token in text for token in reserved)]
+        self.tokenizer, self.tokens, self.seed = tokenizer, tokens, seed
+
+    def draw(self, document: str, answers: Collection[str] = (), tokens: int | None = None) -> str:
+        """The text for a document: always the same, and for a greater length the same and more.
+
+        It is exactly as many tokens long as asked for, or, where no cut gives that, as near to it as a cut does.
+
+        Args:
+            document: What names the document, such as task, split and number.
+            answers: What must not stand in the text, as words of their own, letter case and line breaks aside;
+                anywhere in it, if they are of a script that puts no spaces between words.
+            tokens: How many tokens the text has. `None`: `tokens` of the class.
+
+        Raises:
+            ValueError: The paragraphs without answers do not suffice.
+        """
+        tokens = self.tokens if tokens is None else tokens
+        given_away = re.compile("|".join(map(_as_words, answers)) or r"(?!)", re.IGNORECASE)
+        ids = self._enough(document, tokens, given_away)
+        if len(ids) < tokens:
+            without = f" in which none of {sorted(answers)} stands" if answers else ""
+            raise ValueError(
+                f"A distractor of {tokens} tokens is asked for, but the text has only {len(ids)}{without}. Give a "
+                "longer one (distractor_file, paragraphs)."
+            )
+        nearest: tuple[int, str] | None = None
+        for step in sorted(range(-AROUND, AROUND + 1), key=abs):
+            text = self._decode(ids[: max(1, tokens + step)])
+            off = abs(self.count(text) - tokens)
+            if (nearest is None or off < nearest[0]) and not given_away.search(text):  # a word cut short may be one
+                nearest = off, text
+            if nearest is not None and nearest[0] == 0:
+                break
+        if nearest is None:
+            raise ValueError(f"No cut after about {tokens} tokens leaves out all of {sorted(answers)}.")
+        return nearest[1]
+
+    def _enough(self, document: str, tokens: int, given_away: re.Pattern[str]) -> list[int]:
+        """Tokens of whole paragraphs, a few more than are wanted if there are so many."""
+        order = list(self.paragraphs)
+        random.Random(f"{self.seed} {document}").shuffle(order)
+        chosen: list[str] = []
+        length = 0
+        for paragraph in order:
+            if given_away.search(paragraph):
+                continue
+            chosen.append(paragraph)
+            length += self.count(paragraph)
+            # Paragraph by paragraph the count is only about right.
+            if length > tokens + AROUND and self.count("\n\n".join(chosen)) > tokens + AROUND:
+                break
+        return self._encode("\n\n".join(chosen))
+
+    def count(self, text: str) -> int:
+        """How many tokens a text is."""
+        return len(self._encode(text))
+
+    def _encode(self, text: str) -> list[int]:
+        # verbose: a text that is cut may well be longer than the tokenizer thinks the model can take.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text.rstrip("\ufffd")  # of a character that was cut in two
+
+
+def has_visuals(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the parts of a chat's messages show an image or a video."""
+    return any(part["type"] in VISUAL for message in messages for part in _parts(message))
+
+
+def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The parts of a message; one that is a text alone has none."""
+    content = message["content"]
+    return [] if isinstance(content, str) else content
+
+
+def into_messages(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Put a text behind the last image or video of a chat.
+
+    Args:
+        messages: Each with `role` and `content`, a list of parts with `type`. At least one part is visual.
+        text: The distractor.
+
+    Returns:
+        New messages.
+
+    Example:
+        >>> content = [{"type": "image", "url": "a.png"}, {"type": "text", "text": "What?"}]
+        >>> (message,) = into_messages([{"role": "user", "content": content}], "...")
+        >>> _, distractor, _ = message["content"]
+        >>> distractor["text"]
+        '...\\n\\n'
+    """
+    changed = [dict(message) for message in messages]
+    number, place = max(
+        (number, place)
+        for number, message in enumerate(messages)
+        for place, part in enumerate(_parts(message))
+        if part["type"] in VISUAL
+    )
+    parts = list(_parts(messages[number]))
+    changed[number]["content"] = [*parts[: place + 1], {"type": "text", "text": f"{text}\n\n"}, *parts[place + 1 :]]
+    return changed
+
+
+Lengths = Literal["uniform", "log-uniform"]
+
+
+class TextBetween:
+    """Puts text between the images and the question of chats, another length in every row. For `datasets.Dataset.map`.
+
+    A question right behind its image does not teach a model to answer from afar.
+
+    Args:
+        tokenizer: The model's tokenizer, or a processor that has one.
+        max_tokens: The most tokens of text.
+        lengths: How their number is drawn, from 0 to `max_tokens`: "uniform", or "log-uniform", which gives as many
+            rows from 15 to 63 tokens as from 255 to 1,023.
+        paragraphs: What texts are put together from, as `read_paragraphs` gives it. `None`: Python's help topics.
+        seed: Together with the number of the row, it decides length and text.
+
+    Raises:
+        ValueError: A number out of its range, or another way to draw.
+
+    Example:
+        >>> data = data.map(TextBetween(processor, 1024), with_indices=True)
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_tokens: int,
+        lengths: Lengths = "uniform",
+        paragraphs: Sequence[str] | None = None,
+        seed: int = 0,
+    ):
+        if lengths not in get_args(Lengths):
+            raise ValueError(f"lengths is {lengths!r}, but must be one of {get_args(Lengths)}.")
+        check_tokens(max_tokens, "max_tokens")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self.distractors = Distractors(tokenizer, max_tokens, paragraphs or read_paragraphs(), seed)
+        self.lengths = lengths
+
+    def __call__(self, example: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """The columns of a row that change.
+
+        Args:
+            example: `messages`, or `prompt` with `completion` or `solution`; its images in `images` or `image`, or in
+                the messages. A row without images stays as it is.
+            index: Its number.
+
+        Raises:
+            ValueError: The row has no chat.
+        """
+        column = "messages" if example.get("messages") else "prompt"
+        messages = example.get(column)
+        if not messages or isinstance(messages, str):
+            raise ValueError(f"Row {index} has no chat: 'messages', or a 'prompt' of messages.")
+        length = self.draw_length(index)
+        is_shown = has_visuals(messages)
+        if not length or not (is_shown or example.get("images") or example.get("image")):
+            return {column: messages}
+        text = self.distractors.draw(str(index), _answers_in(example), length)
+        return {column: into_messages(messages, text) if is_shown else _into_first_question(messages, text)}
+
+    def draw_length(self, index: int) -> int:
+        """How many tokens of text a row gets."""
+        longest, draw = self.distractors.tokens, random.Random(f"{self.distractors.seed} length {index}")
+        if self.lengths == "uniform":
+            return draw.randint(0, longest)
+        return int(math.exp(draw.uniform(0, math.log(longest + 1)))) - 1
+
+
+def _answers_in(example: Mapping[str, Any]) -> list[str]:
+    """What the assistant says in a row, and its solution."""
+    chat = [*(example.get("messages") or []), *(example.get("completion") or [])]
+    said = [_text_of(message["content"]) for message in chat if message["role"] == "assistant"]
+    return [text for text in (*said, example.get("solution") or "") if re.search(r"\w", text)]
+
+
+def _text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _into_first_question(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Put a text at the start of a chat's first question, before which its images are shown."""
+    changed = [dict(message) for message in messages]
+    first = next(message for message in changed if message["role"] == "user")
+    content = first["content"]
+    first["content"] = (
+        f"{text}\n\n{content}" if isinstance(content, str) else [{"type": "text", "text": f"{text}\n\n"}, *content]
+    )
+    return changed
+
+
+def _as_words(answer: str) -> str:
+    """A pattern for an answer that no letter or digit continues; its words may be on two lines.
+
+    Where a script without spaces begins or ends, a word may.
+    """
+    words = r"[^\S\n]*\n?[^\S\n]*".join(map(re.escape, answer.split()))
+    spaced = rf"[^\W{UNSPACED}]"
+    before = "" if re.match(f"[{UNSPACED}]", answer) else f"(?<!{spaced})"
+    after = "" if re.search(f"[{UNSPACED}]$", answer) else f"(?!{spaced})"
+    return f"{before}{words}{after}"
