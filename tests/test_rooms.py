@@ -21,7 +21,7 @@ import pytest
 
 
 PACKAGE = Path(__file__).parents[1] / "peft_pvm"
-MOST_ARROWS, MOST_FLOORS, MOST_MODULES = 60, 8, 89
+MOST_ARROWS, MOST_FLOORS, MOST_MODULES = 60, 8, 92
 MOST_LINES, MOST_PARAMETERS = 60, 7  # of a function
 
 # Which rooms a room may import, from the top of the house to its bottom. "" is the package's own __init__.py.
@@ -29,7 +29,7 @@ TOKENS = {"utils", "tokens"}
 ATTENTION = TOKENS | {"attention"}
 TUNERS = ATTENTION | {"folders", "tuners"}
 METHODS = TUNERS | {"methods"}
-SIDE_ROOMS = METHODS | {"", "env"}  # what integrations, probe, bench and demo stand on
+SIDE_ROOMS = METHODS | {"", "env", "training"}  # what integrations, probe, bench and demo stand on
 ALLOWED = {
     "cli": SIDE_ROOMS | {"integrations", "probe", "bench", "demo"},
     "integrations": SIDE_ROOMS | {"probe"},
@@ -37,6 +37,7 @@ ALLOWED = {
     "bench": SIDE_ROOMS,
     "demo": SIDE_ROOMS,
     "": METHODS,
+    "training": METHODS,
     "env": {"utils", ""},
     "methods": TUNERS,
     "tuners": ATTENTION | {"folders"},
