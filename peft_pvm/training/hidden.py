@@ -203,9 +203,27 @@ class _Steering:
         self.has_states = len(attentions) < len(vlm.layers)
         for layer_idx in set(range(len(vlm.layers))) - attentions.keys():
             mixer = unwrapped(vlm.block.token_mixer(vlm.layers[layer_idx]))
-            hook = _without_images(layer_idx)
+            hook = self._without_images(layer_idx)
             stack.callback(mixer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         weakref.finalize(self, stack.close)
+
+    def _without_images(self, layer_idx: int) -> Callable[..., tuple[tuple, dict[str, Any]] | None]:
+        """A hook for what mixes a layer's tokens by a state: visual tokens are 0, in the rows that hide images."""
+        this = weakref.ref(self)
+
+        def zero(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            context: VisualContext | None = kwargs.get(CONTEXT)
+            if context is None or context.hidden_rows is None or context.steering is not this():
+                return None  # one of several blocks does it
+            context.reached(layer_idx, dropped_keywords)
+            if context.visual_mask is None:
+                return None
+            hidden = (context.visual_mask & context.hidden_rows.unsqueeze(1)).unsqueeze(2)
+            if args:
+                return (args[0].masked_fill(hidden, 0), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": kwargs["hidden_states"].masked_fill(hidden, 0)}
+
+        return zero
 
 
 @contextlib.contextmanager
@@ -241,24 +259,6 @@ def images_hidden(vlm: VisionLanguageModel, rows_of: RowsOf = all_rows) -> Itera
         yield
     finally:
         handle.remove()
-
-
-def _without_images(layer_idx: int) -> Callable[..., tuple[tuple, dict[str, Any]] | None]:
-    """A hook for what mixes the tokens of a layer by a state: visual tokens are 0, in the rows that hide images."""
-
-    def zero(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        context: VisualContext | None = kwargs.get(CONTEXT)
-        if context is None or context.hidden_rows is None:
-            return None
-        context.reached(layer_idx, dropped_keywords)
-        if context.visual_mask is None:
-            return None
-        hidden = (context.visual_mask & context.hidden_rows.unsqueeze(1)).unsqueeze(2)
-        if args:
-            return (args[0].masked_fill(hidden, 0), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].masked_fill(hidden, 0)}
-
-    return zero
 
 
 def _training_loop() -> FrameType | None:
