@@ -12,7 +12,7 @@ from forwards import GENERATE, TOLERANCE, difference, logits
 from methods_under_test import METHODS, Method, Together
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_five_properties import _is_supported, _routes_tokens_together
-from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
+from tiny_vlms import FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
 
 from peft_pvm import PVMConfig, add_adapters
 from peft_pvm.attention.dispatch import ConfigView
@@ -125,6 +125,18 @@ def test_rows_hide_their_images_one_by_one(family: TinyVLM, kernel: str):
     shown = trained_on(model, text)
     with hidden_image(model):
         assert torch.equal(trained_on(model, text), shown)
+
+
+def test_layers_that_compute_the_last_tokens_alone():
+    """Gemma 4 has layers with the keys and values of others, in which visual tokens have no hidden states."""
+    model = in_training(METHODS["pvm"].attach(GEMMA4_SHARED.build(), layers_to_transform=[0, 1, 2, 3]))
+    inputs = {**GEMMA4_SHARED.inputs(model.get_base_model(), *ROWS), "use_cache": False, "logits_to_keep": 3}
+    with hidden_image(model):
+        on = [model(**each).logits for each in (inputs, with_other_pixels(inputs))]
+        with gates_at_zero(model):
+            off = [model(**each).logits for each in (inputs, with_other_pixels(inputs))]
+    assert difference(*on) > 100 * TOLERANCE
+    assert torch.equal(*off)
 
 
 def test_a_left_padded_batch_equals_its_rows_alone(family: TinyVLM):
