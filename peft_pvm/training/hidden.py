@@ -105,12 +105,9 @@ class HiddenImage(TrainerCallback):
         self.steps = steps
         self.share = share
         self.seed = seed
-        self._microstep = 0
         self._block = contextlib.ExitStack()
-
-    def hides(self, step: int) -> bool:
-        """Whether a row may hide its image in an optimizer step, counted from 0."""
-        return step < self.steps or self.share > 0
+        self._loop: FrameType | None = None
+        self._step = self._first = self._stride = 0
 
     def rows(self, step: int, first: int, number: int) -> torch.Tensor:
         """Which rows hide their images in an optimizer step.
@@ -131,42 +128,52 @@ class HiddenImage(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._block.close()  # of a training that ended with an error
+        self._end_step()
         if self.steps or self.share:
             steerable_attentions(learning_vlm(kwargs["model"]), "Hiding images")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._block.close()
-        step = state.global_step
-        if not self.hides(step):
+        self._end_step()
+        if state.global_step >= self.steps and not self.share:
             return
-        self._microstep = 0
-        loop, rows_per_device = _training_loop(), state.train_batch_size or args.train_batch_size
+        rows_per_device = state.train_batch_size or args.train_batch_size
+        self._step, self._loop = state.global_step, _training_loop()
+        self._first, self._stride = args.process_index * rows_per_device, args.world_size * rows_per_device
+        this = weakref.ref(self)  # the model must not keep what trains it
 
         def rows_of(batch_size: int) -> torch.Tensor | None:
-            if not _is_running(loop):  # it ended with an error, of which callbacks are not told
-                return None
-            batches_before = self._microstep * args.world_size + args.process_index
-            return self.rows(step, batches_before * rows_per_device, batch_size)
+            callback = this()
+            return None if callback is None else callback._rows_of(batch_size)
 
         self._block.enter_context(images_hidden(learning_vlm(kwargs["model"]), rows_of))
+
+    def _rows_of(self, batch_size: int) -> torch.Tensor | None:
+        """Which rows of the present batch hide their images."""
+        if not _is_running(self._loop):  # it ended with an error, of which callbacks are not told
+            self._end_step()
+            return None
+        return self.rows(self._step, self._first, batch_size)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._microstep += 1
+        self._first += self._stride
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._block.close()
+        self._end_step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._end_step()
+
+    def _end_step(self) -> None:
         self._block.close()
+        self._loop = None
 
 
 def learning_vlm(model: nn.Module) -> VisionLanguageModel:
