@@ -46,6 +46,7 @@ ROOMS = {
     "probe": (1.5, "how much it looks"),
     "": (5.0, "the public names"),
     "demo": (8.5, "task and tiny model"),
+    "training": (8.5, "recipes for trainers"),
     "methods": (5.0, "PVM, DIPE, T-DRS, ..."),
     "tuners": (5.0, "the side that PEFT sees"),
     "attention": (3.7, "calls, stages, kernels"),

@@ -28,7 +28,7 @@ from ..utils.checks import is_int, is_number
 RowsOf = Callable[[int], torch.Tensor | None]  # of a batch of so many rows, which to choose, `(batch,)`, bool
 
 
-def all_rows(batch_size: int) -> torch.Tensor:
+def _all_rows(batch_size: int) -> torch.Tensor:
     """Every row of a batch."""
     return torch.ones(batch_size, dtype=torch.bool, device="cpu")
 
@@ -64,7 +64,7 @@ def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = 
 
     def rows_of(batch_size: int) -> torch.Tensor:
         if chosen is None:
-            return all_rows(batch_size)
+            return _all_rows(batch_size)
         if chosen.dtype != torch.bool or chosen.shape != (batch_size,):
             raise ValueError(
                 f"rows must be bool, one for each of the {batch_size} rows of the batch; got {chosen.dtype} of shape "
@@ -72,7 +72,7 @@ def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = 
             )
         return chosen
 
-    with images_hidden(learning_vlm(model), rows_of):
+    with images_hidden(_learning_vlm(model), rows_of):
         yield
 
 
@@ -121,7 +121,7 @@ class HiddenImage(TrainerCallback):
             `(number,)`, bool.
         """
         if step < self.steps:
-            return all_rows(number)
+            return _all_rows(number)
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
         return torch.rand(first + number, generator=generator, device="cpu")[first:] < self.share
 
@@ -130,7 +130,7 @@ class HiddenImage(TrainerCallback):
     ) -> None:
         self._end_step()
         if self.steps or self.share:
-            steerable_attentions(learning_vlm(kwargs["model"]), "Hiding images")
+            steerable_attentions(_learning_vlm(kwargs["model"]), "Hiding images")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -147,7 +147,7 @@ class HiddenImage(TrainerCallback):
             callback = this()
             return None if callback is None else callback._rows_of(batch_size)
 
-        self._block.enter_context(images_hidden(learning_vlm(kwargs["model"]), rows_of))
+        self._block.enter_context(images_hidden(_learning_vlm(kwargs["model"]), rows_of))
 
     def _rows_of(self, batch_size: int) -> torch.Tensor | None:
         """Which rows of the present batch hide their images."""
@@ -176,7 +176,7 @@ class HiddenImage(TrainerCallback):
         self._loop = None
 
 
-def learning_vlm(model: nn.Module) -> VisionLanguageModel:
+def _learning_vlm(model: nn.Module) -> VisionLanguageModel:
     """The parts of a model in which something can learn although images are hidden.
 
     Raises:
@@ -234,7 +234,7 @@ class _Steering:
 
 
 @contextlib.contextmanager
-def images_hidden(vlm: VisionLanguageModel, rows_of: RowsOf = all_rows) -> Iterator[None]:
+def images_hidden(vlm: VisionLanguageModel, rows_of: RowsOf = _all_rows) -> Iterator[None]:
     """As `hidden_image`, whatever could learn from it.
 
     Args:
