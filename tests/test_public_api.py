@@ -42,6 +42,7 @@ RENAMED = {  # the new name, and why
 }
 REMOVED = {
     "steer": "SteeringHandle is a handle like that of a hook",
+    "hide_image": "peft_pvm.training.hidden_image, for any model",
     "release": "SteeringHandle.remove",
     "names_by_row": "AdaptersByRow.names",
     "MemoryView": "it is PVM's own, in methods/pvm/branch.py",

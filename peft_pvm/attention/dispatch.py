@@ -21,6 +21,7 @@ from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ..tokens.families import VisionLanguageModel
 from ..utils.packages import attn_implementation
 from .call import AttentionCall, Output, base_kernel
+from .hiding import hidden_from_text
 
 
 PREFIX = "visual|"  # before the kernel's name
@@ -41,7 +42,7 @@ def steered_attention(
     if context is None:
         return base_kernel(kernel, module)(query, key, value, attention_mask, **kwargs)
     context.reached(module.layer_idx, dropped_keywords)
-    call = AttentionCall(module, query, key, value, attention_mask, context, kernel, kwargs)
+    call = hidden_from_text(AttentionCall(module, query, key, value, attention_mask, context, kernel, kwargs))
     output = call.attend()
     for observe in context.observers:
         observe(call)

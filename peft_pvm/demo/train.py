@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
+from ..tokens.families import find_vlm
+from ..training.hidden import images_hidden
+from ..tuners.active import base_of
 from ..utils.terminal import progress_bar
-from .mosaic import IMAGE, IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcriptions
+from .mosaic import IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcriptions
 
 
 TOKENS_PER_STEP = 2048  # larger steps are no faster per token on a CPU, whose cache they leave
@@ -120,7 +124,7 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: Checkpoint | Non
         else:
             length = int(torch.randint(SHORTEST, longest + 1, (), generator=generator))
         if hidden:
-            return hide_image(model, draw_step(step, length, generator, TOKENS_PER_HIDDEN_STEP))
+            return draw_step(step, length, generator, TOKENS_PER_HIDDEN_STEP)
         return draw_step(step, length, generator, long_transcriptions=True)
 
     # A fresh gate is 0, while the residual stream of the tiny model has a root mean square of 5 to 8.
@@ -131,18 +135,7 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: Checkpoint | Non
         {"params": gates, "lr": 10 * recipe.learning_rate, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    fit(model, groups, draw, recipe.hidden_steps + recipe.steps, "Training", checkpoint)
-
-
-def hide_image(model: Any, batch: Batch) -> Batch:
-    """The batch with the image masked out of self-attention; every token keeps its position."""
-    inputs = dict(batch.inputs)
-    names = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
-    # Made beforehand, since the model would take masked tokens for padding and give them no position.
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    inputs["position_ids"], _ = base.model.get_rope_index(**{name: inputs[name] for name in names})
-    inputs["attention_mask"] = (inputs["input_ids"] != IMAGE).long()
-    return Batch(inputs, batch.targets)
+    fit(model, groups, draw, recipe.hidden_steps + recipe.steps, "Training", checkpoint, recipe.hidden_steps)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -182,6 +175,7 @@ def fit(
     steps: int,
     description: str,
     checkpoint: Checkpoint | None = None,
+    hidden_steps: int = 0,
 ) -> None:
     """Train with AdamW: a linear warm-up over a tenth of the steps, then half a cosine down to zero.
 
@@ -192,6 +186,8 @@ def fit(
         steps: Optimizer steps.
         description: What the progress bar says.
         checkpoint: Keeps the state every 100 steps.
+        hidden_steps: In the first so many steps, no text token can attend to an image. Models without PVM are not
+            refused: they are what it is compared with.
 
     Raises:
         ValueError: There are no steps, or the checkpoint is of another training.
@@ -203,6 +199,7 @@ def fit(
     parameters = [parameter for group in groups for parameter in group["params"]]
     warmup = max(1, steps // 10)
     done = 0 if checkpoint is None else checkpoint.load(optimizer)
+    vlm = find_vlm(base_of(model))
     model.train()
     with progress_bar() as bar:
         for step in bar.track(range(done, steps), description=description, total=steps, completed=done):
@@ -212,7 +209,8 @@ def fit(
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = factor * peak
             batch = draw(step)
-            loss = F.cross_entropy(target_logits(model, batch).flatten(0, 1), batch.targets.flatten())
+            with images_hidden(vlm) if step < hidden_steps else contextlib.nullcontext():
+                loss = F.cross_entropy(target_logits(model, batch).flatten(0, 1), batch.targets.flatten())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -57,6 +57,8 @@ class VisualContext:
             tokens, `(batch, seq_len, axes)`, int64.
         stages: By layer index, what adapters do to the attention there.
         observers: Each is called with every `AttentionCall` of this forward, once its output is made.
+        hidden_rows: The rows in which text does not attend to visual tokens, `(batch,)`, bool. `None`: none.
+        steering: What keeps these hidden from text, for as long as this forward is not forgotten.
         awaited: The layers that this forward has still to reach, by what makes the error if it does not.
         adapter_names: Of each row, the adapter that acts on it. `None`: the active ones on all.
         refusal: Why nobody can know what is visual here.
@@ -78,6 +80,8 @@ class VisualContext:
         self.keeps: dict[str, Callable[[VisualContext], torch.Tensor]] = {}
         self.stages: dict[int, Any] = {}
         self.observers: list[Callable[[Any], None]] = []
+        self.hidden_rows: torch.Tensor | None = None
+        self.steering: Any = None
         self.awaited: dict[NotReached, set[int]] = {}
         self.adapter_names: list[str] | None = None
         self.refusal: Exception | None = None
@@ -196,7 +200,7 @@ class VisualContext:
         moved.device = device
         moved._derived = {}
         moved._moved = []
-        for name in ("visual_mask", "visual_positions", "past_length"):
+        for name in ("visual_mask", "visual_positions", "past_length", "hidden_rows"):
             value = getattr(self, name)
             setattr(moved, name, value.to(device) if isinstance(value, torch.Tensor) else value)
         moved._take_positions(self)
@@ -228,6 +232,17 @@ class VisualContext:
         if self.visual_mask is not None:
             cut.visual_mask = self.visual_mask[:, -length:]
         return cut
+
+    def hide_images(self, rows: torch.Tensor, steering: Any) -> None:
+        """Have text not attend to visual tokens in some rows, beside those that already hide them.
+
+        Args:
+            rows: `(batch,)`, bool.
+            steering: What sees to it, to be kept until layers cannot run again.
+        """
+        rows = rows.to(self.device)
+        self.hidden_rows = rows if self.hidden_rows is None else self.hidden_rows | rows
+        self.steering = steering
 
     def await_layer(self, layer_idx: int, not_reached: NotReached) -> None:
         """Have the forward raise an error at its end unless it has `reached` a layer.

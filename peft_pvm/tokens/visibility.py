@@ -24,6 +24,7 @@ class Visibility:
         is_causal: Whether a query sees only keys up to its own, where the mask does not say.
         sliding_window: How many keys up to its own a query sees, where the mask does not say. `None`: all.
         device: Where to build masks.
+        ranked_by: Where padding is looked up, if this mask hides other tokens as well. `None`: here.
     """
 
     attention_mask: Any
@@ -33,6 +34,7 @@ class Visibility:
     is_causal: bool = True
     sliding_window: int | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
+    ranked_by: Visibility | None = None
     _ranks: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -109,6 +111,8 @@ class Visibility:
         Returns:
             `(batch or 1, 1, num_keys)` and `(batch or 1, 1, num_queries)`, int64. Of padding itself: anything.
         """
+        if self.ranked_by is not None:
+            return self.ranked_by.ranks()
         if self._ranks is None:  # asked by every layer
             self._ranks = self._count_ranks()
         return self._ranks

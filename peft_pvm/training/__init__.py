@@ -1,1 +1,7 @@
-"""What trains adapters to look: text between image and question, the image hidden, the layers to sit in."""
+"""What makes adapters learn to look: parts of a recipe, for any trainer and for loops of one's own."""
+
+from .distance import TextBetween, read_paragraphs
+from .hidden import HiddenImage, hidden_image
+
+
+__all__ = ["HiddenImage", "TextBetween", "hidden_image", "read_paragraphs"]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers.trainer
 import yaml
 from forwards import difference
 from peft import PeftModel
@@ -20,6 +21,7 @@ from transformers import AutoModelForImageTextToText
 
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.trl import read_log
+from peft_pvm.training import HiddenImage
 
 
 TESTS = Path(__file__).parents[1]
@@ -77,6 +79,27 @@ def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str,
     alone = adapter_weights(tmp_path / "alone")
     same_tensors(alone, adapter_weights(tmp_path / "out"))
     assert all(tensor.abs() > 1e-3 for key, tensor in alone.items() if key.endswith("pvm_gate.weight")), "it learned"
+
+
+@pytest.mark.parametrize("kind", ["ddp", CHECKPOINTED])
+def test_two_processes_hide_the_images_that_one_does(
+    material: SimpleNamespace, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """In all rows first, and then in half of them. The second process never gets an image."""
+    options = {
+        "dataset_name": material.mixed,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "train_sampling_strategy": "sequential",
+    }
+    fields = {"steps": 1, "share": 0.5}
+    monkeypatch.setenv("HIDDEN_IMAGE", json.dumps(fields))
+    launch(kind, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
+    callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, HiddenImage(**fields)]
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
+    run("sft", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
+    same_curves(tmp_path)
+    same_tensors(adapter_weights(tmp_path / "alone"), adapter_weights(tmp_path / "out"))
 
 
 def same_curves(folder: Path) -> None:

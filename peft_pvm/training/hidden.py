@@ -1,0 +1,284 @@
+"""Training steps in which the image is hidden from attention, so that an adapter beside it is the only way to it.
+
+Where the base still answers right, PVM has nothing to learn. Hiding the image goes to the limit of fading: no text
+token can attend to a visual token, and the answer has to come through PVM. The recipe is ours, not a paper's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer_callback
+
+from ..attention.dispatch import SteeringHandle, steerable_attentions
+from ..methods.pvm.layer import PVMLayer
+from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
+from ..tokens.families import VisionLanguageModel, unwrapped
+from ..tokens.tap import Tap
+from ..utils.checks import is_int, is_number
+
+
+RowsOf = Callable[[int], torch.Tensor | None]  # of a batch of so many rows, which to choose, `(batch,)`, bool
+
+
+def _all_rows(batch_size: int) -> torch.Tensor:
+    """Every row of a batch."""
+    return torch.ones(batch_size, dtype=torch.bool, device="cpu")
+
+
+@contextlib.contextmanager
+def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = None) -> Iterator[None]:
+    """Hide images from text in the training forwards of a block, so that PVM alone can bring them to the answer.
+
+    In these forwards no text token attends to a visual token. What visual tokens attend to, positions, padding and
+    PVM stay as they are. This holds on every attention kernel; flash attention is replaced by sdpa for such a forward.
+    Layers of linear attention carry what they saw in a state, so there visual tokens are 0, and do not see one
+    another either.
+
+    Only forwards of training are changed: those that begin with the model in training mode and with gradients. So
+    evaluation and `generate` see the image. The backward pass may come after the block, also with gradient
+    checkpointing.
+
+    Args:
+        model: A model with an active PVM adapter, also wrapped by PEFT, DistributedDataParallel or FSDP.
+        rows: Which rows of the batch hide their images, `(batch,)`, bool. `None`: all.
+
+    Raises:
+        ValueError: No PVM adapter is active, or the model's attention cannot be reached. In a forward: `rows` is not
+            as long as the batch.
+        NotImplementedError: In a forward: it goes on from a KV cache, in a model with linear attention.
+
+    Example:
+        with hidden_image(model):
+            loss = model(**batch).loss
+        loss.backward()
+    """
+    chosen = None if rows is None else torch.as_tensor(rows)
+
+    def rows_of(batch_size: int) -> torch.Tensor:
+        if chosen is None:
+            return _all_rows(batch_size)
+        if chosen.dtype != torch.bool or chosen.shape != (batch_size,):
+            raise ValueError(
+                f"rows must be bool, one for each of the {batch_size} rows of the batch; got {chosen.dtype} of shape "
+                f"{tuple(chosen.shape)}."
+            )
+        return chosen
+
+    with images_hidden(_learning_vlm(model), rows_of):
+        yield
+
+
+class HiddenImage(TrainerCallback):
+    """Hides images from text in some training steps of transformers' `Trainer` and of TRL's: see `hidden_image`.
+
+    Which rows hide their images is decided by seed, optimizer step and the row's place in the global batch. So it
+    is the same on one process and on several, with accumulated gradients, and in a training that was resumed.
+
+    Args:
+        steps: In the first so many optimizer steps, all rows hide their images.
+        share: Afterwards, this share of all rows does, drawn at random: from 0 to 1.
+        seed: Decides the draws.
+
+    Raises:
+        ValueError: A number out of its range. When training begins: as `hidden_image` does.
+
+    Example:
+        trainer = SFTTrainer(model, args, callbacks=[HiddenImage(steps=100, share=0.75)], ...)
+    """
+
+    def __init__(self, steps: int = 0, share: float = 0.0, seed: int = 0):
+        for name, value, fits, accepted in (
+            ("steps", steps, is_int(steps) and steps >= 0, "an integer from 0 on"),
+            ("share", share, is_number(share) and 0 <= share <= 1, "a number from 0 to 1"),
+            ("seed", seed, is_int(seed) and seed >= 0, "an integer from 0 on"),
+        ):
+            if not fits:
+                raise ValueError(f"HiddenImage.{name} is {value!r}, but must be {accepted}.")
+        self.steps = steps
+        self.share = share
+        self.seed = seed
+        self._block = contextlib.ExitStack()
+        self._loop: FrameType | None = None
+        self._step = self._first = self._stride = 0
+
+    def rows(self, step: int, first: int, number: int) -> torch.Tensor:
+        """Which rows hide their images in an optimizer step.
+
+        Args:
+            step: Its number, from 0.
+            first: The place of the first row in the global batch.
+            number: How many rows.
+
+        Returns:
+            `(number,)`, bool.
+        """
+        if step < self.steps:
+            return _all_rows(number)
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
+        return torch.rand(first + number, generator=generator, device="cpu")[first:] < self.share
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end_step()
+        if self.steps or self.share:
+            steerable_attentions(_learning_vlm(kwargs["model"]), "Hiding images")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end_step()
+        if state.global_step >= self.steps and not self.share:
+            return
+        rows_per_device = state.train_batch_size or args.train_batch_size
+        self._step, self._loop = state.global_step, _training_loop()
+        self._first, self._stride = args.process_index * rows_per_device, args.world_size * rows_per_device
+        this = weakref.ref(self)  # the model must not keep what trains it
+
+        def rows_of(batch_size: int) -> torch.Tensor | None:
+            callback = this()
+            return None if callback is None else callback._rows_of(batch_size)
+
+        self._block.enter_context(images_hidden(_learning_vlm(kwargs["model"]), rows_of))
+
+    def _rows_of(self, batch_size: int) -> torch.Tensor | None:
+        """Which rows of the present batch hide their images."""
+        if not _is_running(self._loop):  # it ended with an error, of which callbacks are not told
+            self._end_step()
+            return None
+        return self.rows(self._step, self._first, batch_size)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first += self._stride
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end_step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end_step()
+
+    def _end_step(self) -> None:
+        self._block.close()
+        self._loop = None
+
+
+def _learning_vlm(model: nn.Module) -> VisionLanguageModel:
+    """The parts of a model in which something can learn although images are hidden.
+
+    Raises:
+        ValueError: No PVM adapter is active.
+    """
+    for layer in model.modules():
+        if isinstance(layer, PVMLayer) and layer.acting():
+            return layer.vlm
+    raise ValueError(
+        "No PVM adapter is active on this model. Where text does not attend to the image, nothing else could bring "
+        "it to the answer, so that nothing would be learnt from it but to guess. Attach an adapter with PVMConfig, or "
+        "activate it with set_adapter."
+    )
+
+
+class _Steering:
+    """Keeps on a model what hides images, as long as anything refers to it: a block, or a forward that began there.
+
+    Layers that are checkpointed run once more in the backward pass, and that may come after the block.
+
+    Args:
+        vlm: The model's parts.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel):
+        attentions = steerable_attentions(vlm, "Hiding images")
+        stack = contextlib.ExitStack()
+        stack.enter_context(Tap.lent_to(vlm))
+        for attention in attentions.values():
+            stack.callback(SteeringHandle(attention).remove)
+        self.has_states = len(attentions) < len(vlm.layers)
+        for layer_idx in set(range(len(vlm.layers))) - attentions.keys():
+            mixer = unwrapped(vlm.block.token_mixer(vlm.layers[layer_idx]))
+            hook = self._without_images(layer_idx)
+            stack.callback(mixer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        weakref.finalize(self, stack.close)
+
+    def _without_images(self, layer_idx: int) -> Callable[..., tuple[tuple, dict[str, Any]] | None]:
+        """A hook for what mixes a layer's tokens by a state: visual tokens are 0, in the rows that hide images."""
+        this = weakref.ref(self)
+
+        def zero(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            context: VisualContext | None = kwargs.get(CONTEXT)
+            if context is None or context.hidden_rows is None or context.steering is not this():
+                return None  # one of several blocks does it
+            context.reached(layer_idx, dropped_keywords)
+            if context.visual_mask is None:
+                return None
+            hidden = (context.visual_mask & context.hidden_rows.unsqueeze(1)).unsqueeze(2)
+            if args:
+                return (args[0].masked_fill(hidden, 0), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": kwargs["hidden_states"].masked_fill(hidden, 0)}
+
+        return zero
+
+
+@contextlib.contextmanager
+def images_hidden(vlm: VisionLanguageModel, rows_of: RowsOf = _all_rows) -> Iterator[None]:
+    """As `hidden_image`, whatever could learn from it.
+
+    Args:
+        vlm: The model's parts.
+        rows_of: Is asked at the start of each forward of training, with the size of its batch, which rows hide their
+            images. `None`: none does.
+    """
+    steering = _Steering(vlm)
+
+    def start_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not (vlm.model.training and torch.is_grad_enabled()):
+            return
+        context: VisualContext = kwargs[CONTEXT]
+        context.check_keys()
+        rows = rows_of(context.batch_size)
+        if rows is None or context.memory.is_empty or not bool(rows.any()):
+            return
+        if steering.has_states and not (isinstance(context.past_length, int) and context.past_length == 0):
+            raise NotImplementedError(
+                "Layers of linear attention carry what they saw in a state, from which an image cannot be taken out "
+                "again. To hide images, train without a KV cache (use_cache=False)."
+            )
+        context.hide_images(rows, steering)
+        for layer_idx in range(len(vlm.layers)):
+            context.await_layer(layer_idx, dropped_keywords)
+
+    handle = vlm.text_model.register_forward_pre_hook(start_forward, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _training_loop() -> FrameType | None:
+    """Whoever runs the training: what called the callback, or the handler that calls all callbacks."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == trainer_callback.__name__:
+        frame = frame.f_back
+    return frame
+
+
+def _is_running(loop: FrameType | None) -> bool:
+    """Whether a function has been called from within it and has not returned: whether it is on this thread's stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not loop:
+        frame = frame.f_back
+    return frame is not None
