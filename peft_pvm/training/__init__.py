@@ -1,0 +1,1 @@
+"""What makes a training work on the user's own model and data."""
