@@ -12,7 +12,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..training.rows import Chat, read_chats
 from ..tuners.saving import load_adapters
-from ..utils.packages import require
 from ..utils.terminal import Terminal
 from .options import DTYPES
 from .refusals import reading
@@ -65,8 +64,7 @@ def load_chats(data: str, split: str, rows: int) -> list[Chat]:
         OSError: There is none.
         ValueError: It holds no chats with images and answers.
     """
-    require("train", "datasets", "PIL")
-    import datasets
+    import datasets  # of the extra `train`
 
     with reading("a data set of chats with images", data):
         return read_chats(datasets.load_dataset(data, split=split, streaming=True), rows)

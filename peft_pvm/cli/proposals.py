@@ -17,6 +17,7 @@ from ..tokens.families import VisionLanguageModel, find_vlm
 from ..training.calibrate import LENGTHS, MAX_DISTANCES, Calibration
 from ..training.calibrate import calibrate as calibrate_model
 from ..training.layers import LayerProposal, propose_layers
+from ..utils.packages import require
 from ..utils.terminal import Terminal, say
 from .loading import LOADED_AS, load_chats, load_model, load_processor, progress_bars
 from .options import LARGEST_SEED, check_device, counted, new_file, one_of, separated, whole_number, without_weights
@@ -48,6 +49,7 @@ def layers(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Propose decoder layers for PVM, from where a model looks at the image before it answers."""
+    require("train", "datasets", "PIL")
     check_device(device)
     vlm = _without_weights(model, attn_implementation)
     if count > len(vlm.layers):
@@ -89,6 +91,7 @@ def calibrate(
     out: Annotated[Path | None, typer.Option(callback=new_file, help="Where to write every loss, as JSON.")] = None,
 ) -> None:
     """Propose `max_distance` for DIPE, from how a model answers after ever more text behind the image."""
+    require("train", "datasets", "PIL")
     tokens = None
     if lengths is not None:
         tokens = separated("--lengths", lengths, whole_number(0), "whole numbers of tokens, such as 0,1024")

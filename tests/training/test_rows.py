@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 
+pytest.importorskip("datasets", reason="rows of the lab are a data set")
 pytest.importorskip("sklearn", reason="the lab needs the extra `lab`")
 
 from PIL import Image
