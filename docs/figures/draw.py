@@ -41,6 +41,7 @@ TEXT_FILL, IMAGE_FILL, PVM_FILL, BASE_FILL = "#E8E8E8", "#F6C9A8", "#BFDDF0", "#
 ROOMS = {
     "experiments": (5.0, "the lab, not in the wheel"),
     "cli": (5.0, "peft-pvm"),
+    "training": (1.5, "from the user's data"),
     "integrations": (1.5, "lmms-eval, vLLM, TRL"),
     "bench": (5.0, "time and memory"),
     "probe": (1.5, "how much it looks"),
