@@ -13,6 +13,7 @@ from torch.nn.functional import log_softmax
 from peft_pvm import DIPEConfig, attached
 from peft_pvm.demo.for_trainers import make_chats, tiny_vlm_processor
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.tokens.families import find_vlm
 from peft_pvm.training import calibrate as module
 from peft_pvm.training.calibrate import NEGLIGIBLE, Answers, Calibration, calibrate, calibrated, measure
 from peft_pvm.training.rows import Chat, Lesson, read_chats
@@ -109,6 +110,19 @@ def test_every_family_can_be_measured(family: TinyVLM):
     assert found[0][0].losses != found[None][0].losses
     assert model.training
     assert not hasattr(model, "peft_config")
+
+
+def test_a_model_in_the_middle_of_training_is_asked_as_it_would_answer():
+    tiny = FAMILIES["qwen3_vl"]
+    model = tiny.build()
+    rows = [{0: Lesson(tiny.prompt(model, "t4 i t9"), 3)}]
+    expected = measure(model, rows, 1, (0,))
+    model.train()
+    for attention in find_vlm(model).self_attentions.values():
+        attention.attention_dropout = 0.5
+    model.model.rope_deltas = deltas = torch.tensor([[7]])  # of somebody's conversation
+    assert measure(model, rows, 1, (0,)) == expected
+    assert model.model.rope_deltas is deltas
 
 
 def test_the_models_own_adapters_go_on_acting():

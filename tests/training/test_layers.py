@@ -107,6 +107,19 @@ def test_every_family_can_be_asked(family: TinyVLM):
     get_peft_model(model, PVMConfig(r=32, layers_to_transform=proposed(shares, depth).layers))
 
 
+def test_a_model_in_the_middle_of_training_is_asked_as_it_would_answer():
+    tiny = FAMILIES["qwen3_vl"]
+    model = tiny.build()
+    lessons = [Lesson(tiny.prompt(model, "t4 i t9"), 3)]
+    expected = visual_shares(model, lessons, 1)
+    model.train()
+    for attention in find_vlm(model).self_attentions.values():
+        attention.attention_dropout = 0.5
+    model.model.rope_deltas = deltas = torch.tensor([[7]])  # of somebody's conversation
+    assert visual_shares(model, lessons, 1) == expected
+    assert model.model.rope_deltas is deltas
+
+
 def test_adapters_do_not_count_and_are_left_as_they_are():
     tiny = FAMILIES["qwen3_vl"]
     lessons = [Lesson(tiny.prompt(tiny.build(), "t4 i t9"), 3)]

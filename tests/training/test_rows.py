@@ -6,11 +6,6 @@ import json
 from typing import Any
 
 import pytest
-
-
-pytest.importorskip("datasets", reason="rows of the lab are a data set")
-pytest.importorskip("sklearn", reason="the lab needs the extra `lab`")
-
 from PIL import Image
 from processors import PROCESSORS
 from tiny_vlms import BOS
@@ -118,6 +113,8 @@ def test_the_answer_stands_behind_what_the_model_is_asked_with(family: str):
 
 
 def test_the_chats_of_the_lab():
+    pytest.importorskip("datasets", reason="chats are a data set")
+    pytest.importorskip("sklearn", reason="the lab needs the extra `lab`")
     processor = tiny_vlm_processor()
     for chat in read_chats(make_chats("messages", 3, 30), 3):
         lesson = teach(processor, chat)
