@@ -10,6 +10,7 @@ from .adapters import card, convert, export_reference, export_vllm, inspect, mer
 from .bench import bench, scale
 from .evaluation import curves, eval_lengths, probe
 from .lab import app as lab
+from .proposals import calibrate, layers
 from .refusals import Commands
 
 
@@ -23,7 +24,21 @@ def describe() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-COMMANDS = probe, bench, scale, eval_lengths, inspect, merge, convert, export_reference, export_vllm, card, curves
+COMMANDS = (
+    probe,
+    layers,
+    calibrate,
+    bench,
+    scale,
+    eval_lengths,
+    inspect,
+    merge,
+    convert,
+    export_reference,
+    export_vllm,
+    card,
+    curves,
+)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(lab, name="lab")

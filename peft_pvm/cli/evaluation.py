@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.progress import Progress, TaskID
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..attention.dispatch import steerable_attentions
 from ..folders.data_file import write_json
@@ -24,12 +19,11 @@ from ..probe import ProbeResult, build_inputs, picture_of
 from ..probe import probe as probe_model
 from ..probe.run import check_retrieval
 from ..tokens.families import find_vlm
-from ..tuners.saving import load_adapters
 from ..utils.packages import require
 from ..utils.plotting import as_png
 from ..utils.terminal import Terminal, say
+from .loading import LOADED_AS, load_model, load_processor, moved, progress_bars
 from .options import (
-    DTYPES,
     LARGEST_SEED,
     MANY,
     check_adapter,
@@ -49,7 +43,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-PROBE_DTYPES = ("auto", *DTYPES)
 BY_LENGTH = "by_length"  # what eval-lengths writes, without extensions
 
 
@@ -65,9 +58,7 @@ def probe(
     ] = None,
     max_new_tokens: Annotated[int, counted("Length of the answer at most.")] = 64,
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option(callback=one_of(PROBE_DTYPES), help=f"One of {', '.join(PROBE_DTYPES)}.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(callback=one_of(LOADED_AS), help=f"One of {', '.join(LOADED_AS)}.")] = "auto",
     attn_implementation: Annotated[str | None, typer.Option(help="The attention kernel, such as sdpa.")] = None,
     sink_factor: Annotated[
         float,
@@ -90,14 +81,14 @@ def probe(
     check_retrieval(retrieval_token, max_new_tokens)
     picture = _open_image(image)
     _check_without_weights(model, adapter or [], attn_implementation, bool(retrieval_token))
-    processor = _load_processor(model)
+    processor = load_processor(model)
     with reading(f"input of a {type(processor).__name__}", image):
         inputs = build_inputs(processor, picture, prompt)
-    loaded = _load(model, adapter or [], device, dtype, attn_implementation)
-    with _progress() as show:
+    loaded = load_model(model, adapter or [], device, dtype, attn_implementation)
+    with progress_bars() as show:
         result = probe_model(
             loaded,
-            {name: _moved(tensor, device, loaded.dtype) for name, tensor in inputs.items()},
+            {name: moved(tensor, device, loaded.dtype) for name, tensor in inputs.items()},
             prompt=prompt,
             decode=processor.tokenizer.decode,
             images=[picture_of(processor, picture)],
@@ -127,15 +118,6 @@ def _check_without_weights(
         raise typer.BadParameter("No --adapter is of PVM, so there is no retrieval.", param_hint=["--retrieval-token"])
 
 
-def _load(model: str, adapters: list[str], device: str, dtype: str, attn_implementation: str | None) -> Any:
-    kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with reading("a model that reads images", model):
-        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **kernel)
-    loaded = loaded.to(torch.device(device)).eval()
-    load_adapters(loaded, adapters)
-    return loaded
-
-
 def _open_image(path: Path) -> Image:
     import PIL.Image
 
@@ -148,32 +130,6 @@ def _open_image(path: Path) -> Image:
             raise typer.BadParameter(
                 f"'{path}' cannot be read as an image: {error}", param_hint=["--image"]
             ) from error
-
-
-def _load_processor(source: str) -> Any:
-    with reading("a processor", source):
-        processor = AutoProcessor.from_pretrained(source)
-    if not hasattr(processor, "image_processor"):
-        raise ValueError(f"The processor of {source} is a {type(processor).__name__}, which takes no images.")
-    return processor
-
-
-def _moved(tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Progress bars on standard error, where they do not mix with what the command prints."""
-    with Progress(console=Terminal(stderr=True), transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(description: str, done: int, total: int) -> None:
-            if description not in tasks:
-                tasks[description] = bars.add_task(description, total=total)
-            bars.update(tasks[description], completed=done)
-
-        yield show
 
 
 def _sentence(result: ProbeResult) -> str:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from experiments.commands import app as experiments_app
 from peft_pvm.cli.app import app
-from peft_pvm.demo.for_trainers import make_chats, save_as_folder
+from peft_pvm.demo.for_trainers import make_chats, save_as_folder, write_chats
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 
@@ -50,6 +50,7 @@ def checkout(hub_cache, tmp_path, monkeypatch) -> Path:
     for name in ("adapters", "examples", "experiments"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     shutil.copytree(REPOSITORY / "adapters" / "pvm-tiny-vlm", tmp_path / "my-pvm")
+    write_chats(make_chats("messages", 2, 0), tmp_path / "my-chats")
     chats = make_chats("prompts", 2)
     chats[0]["images"][0].save(tmp_path / "photo.jpg")
     questions = chats.map(lambda row: {"question": "?", "answer": row["solution"], "image": row["images"][0]})

@@ -19,6 +19,7 @@ MEMORY_VISIBILITY = ("causal", "sample")
 MEMORY_SOURCE = ("embeddings", "hidden_states")
 WIDEST = 2**20  # what a branch can be; a file that asks for more is damaged
 MOST_BRANCHES = MOST_MODULES = 64  # of one adapter
+CHOSEN_LATER = ("strided", "auto")  # layers that depend on the base model, or on it and data
 BRANCH_FIELDS = ("r", "layers_to_transform", "memory_visibility", "memory_source", "mlp_ratio")
 
 # The sizes of each weight of a branch, by name, in the order of the state dict. "hidden" is one size for a base model,
@@ -63,9 +64,10 @@ class PVMConfig(VisualConfig):
     Args:
         r: Width of the branch, a multiple of the base model's head size. The paper takes 512 (1024 and 2048 did
             worse).
-        layers_to_transform: The decoder layers that get a branch: "strided" or a list of indices (or one).
+        layers_to_transform: The decoder layers that get a branch: "strided", "auto" or a list of indices (or one).
             "strided" is the paper's set for Qwen3-VL-4B (5, 11, 17) and Qwen3-VL-8B (8, 16, 24), and on other models
-            three layers at 2/9, 4/9 and 6/9 of the depth.
+            three layers at 2/9, 4/9 and 6/9 of the depth. "auto" stands for layers that are read off the model and
+            some rows of data, by `peft_pvm.training.layers.propose_layers`, before the adapter is attached.
         init_gate: Initial value of the scalar that scales the branch. 0 leaves the model's output as it is, and
             learns: only the gate has a gradient in the first step, everything from the second step on.
         memory_visibility: Which visual tokens a text token may look up. "causal": those before it, which keeps cached
@@ -107,7 +109,7 @@ class PVMConfig(VisualConfig):
         valid=lambda r: is_int(r) and 0 < r <= WIDEST,
         accepted=f"an integer from 1 to {WIDEST}",
     )
-    layers_to_transform: list[int] | int | Literal["strided"] = setting(
+    layers_to_transform: list[int] | int | Literal["strided", "auto"] = setting(
         "strided",
         "Indices of the decoder layers that get a branch, or 'strided': the paper's layers for Qwen3-VL-4B and -8B, "
         "on other models three layers at 2/9, 4/9 and 6/9 of the depth.",
@@ -162,8 +164,8 @@ class PVMConfig(VisualConfig):
         super().__post_init__()
         if self.branches is not None:
             self._take_from_branches()
-        if self.layers_to_transform != "strided":
-            self.layers_to_transform = layer_list(self, "'strided'")
+        if self.layers_to_transform not in CHOSEN_LATER:
+            self.layers_to_transform = layer_list(self, "'strided', 'auto'")
 
     def _take_from_branches(self) -> None:
         branches: Any = self.branches
@@ -171,7 +173,12 @@ class PVMConfig(VisualConfig):
         valid = valid and all(isinstance(fields, dict) and fields.keys() == set(BRANCH_FIELDS) for fields in branches)
         check(self, "branches", valid, f"None or a list of up to {MOST_BRANCHES} dicts of {', '.join(BRANCH_FIELDS)}")
         parts = self.parts()
-        check(self, "branches", all(part.layers_to_transform != "strided" for part in parts), "given by layer indices")
+        check(
+            self,
+            "branches",
+            all(isinstance(part.layers_to_transform, list) for part in parts),
+            "given by layer indices",
+        )
         self.r = sum(part.r for part in parts)
         self.layers_to_transform = sorted({layer_idx for part in parts for layer_idx in part.layer_indices})
         check_settings(self)
@@ -190,7 +197,7 @@ class PVMConfig(VisualConfig):
         """`layers_to_transform`, once it is known for the base model.
 
         Raises:
-            ValueError: It still says "strided".
+            ValueError: It still says "strided" or "auto".
         """
         check(self, "layers_to_transform", isinstance(self.layers_to_transform, list), "resolved on a base model")
         return cast(list[int], self.layers_to_transform)

@@ -148,6 +148,13 @@ class PVMModel(VisualTuner):
             BranchShape.of(part, vlm.text_config)
         if _starts_fresh(config):
             config = copy.copy(config)  # the caller's can be used again, for another adapter or model
+        if config.layers_to_transform == "auto":
+            raise ValueError(
+                "PVMConfig.layers_to_transform is 'auto', but the layers are read off the model and rows of data "
+                "before the adapter is attached: PVMConfig(layers_to_transform=propose_layers(model, processor, "
+                "read_chats(rows, 8)).layers), with propose_layers from peft_pvm.training.layers and read_chats from "
+                "peft_pvm.training.rows."
+            )
         if config.layers_to_transform == "strided":
             config = copy.copy(config)
             config.layers_to_transform = strided_layers(vlm.text_config)

@@ -23,7 +23,7 @@ from peft_pvm.utils.text import LONGEST
         (dict(r=2**40), "PVMConfig.r is 1099511627776, but must be an integer from 1 to 1048576"),
         (dict(r=51.2), "PVMConfig.r is 51.2"),
         (dict(r=True), "PVMConfig.r is True"),
-        (dict(layers_to_transform="all"), "layers_to_transform is 'all', but must be 'strided' or a non-empty list"),
+        (dict(layers_to_transform="all"), "is 'all', but must be 'strided', 'auto' or a non-empty list"),
         (dict(layers_to_transform=[]), r"layers_to_transform is \[\]"),
         (dict(layers_to_transform=[-1]), r"layers_to_transform is \[-1\]"),
         (dict(layers_to_transform=[2, 2]), r"layers_to_transform is \[2, 2\], but must be a list without repetitions"),
