@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
+from peft_pvm.methods.pvm.branch import Gate
+
 
 class MLPBranch(nn.Module):
     """A gated SwiGLU beside the FFN of a decoder layer, where PVM has its branch.
@@ -31,7 +33,7 @@ class MLPBranch(nn.Module):
         self.up_proj = nn.Linear(r, width, bias=False)
         self.down_proj = nn.Linear(width, r, bias=False)
         self.expander = nn.Linear(r, hidden_size, bias=False)
-        self.gate = nn.Parameter(torch.zeros(1))
+        self.gate = Gate(0.0)
         self.eps = eps
         for linear in (self.reducer, self.gate_proj, self.up_proj, self.down_proj, self.expander):
             nn.init.normal_(linear.weight, std=std)
@@ -51,7 +53,7 @@ class MLPBranch(nn.Module):
         latent = self.norm(self.reducer(hidden_states))
         latent = self.down_proj(F.silu(self.gate_proj(latent)) * self.up_proj(latent))
         expanded = self.expander(latent)
-        return self.gate * F.rms_norm(expanded, expanded.shape[-1:], eps=self.eps)
+        return self.gate(F.rms_norm(expanded, expanded.shape[-1:], eps=self.eps))
 
 
 def add_mlp_branches(model: Qwen3VLForConditionalGeneration, layers: list[int], r: int, num_parameters: int) -> None:

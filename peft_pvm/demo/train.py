@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..tokens.families import find_vlm
+from ..training.gates import parameter_groups
 from ..training.hidden import images_hidden
 from ..tuners.active import base_of
 from ..utils.terminal import progress_bar
@@ -46,7 +47,7 @@ class Recipe:
             nine cells). The shortest is 4.
         lengths: How lengths are drawn. "log-uniform": as many from 4 to 64 as from 64 to 1,024. "uniform": mostly
             long ones, where the base is lost. With the image hidden they are always drawn log-uniformly.
-        learning_rate: Its peak; scalars, such as the gate of PVM, learn ten times as fast.
+        learning_rate: Its peak; gates learn ten times as fast.
         seed: Decides the questions.
 
     Raises:
@@ -108,8 +109,7 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: Checkpoint | Non
     Raises:
         ValueError: No parameter requires gradients, or the checkpoint is of another model or recipe.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "No parameter of the model requires gradients. Was the adapter loaded with is_trainable=True?"
         )
@@ -127,14 +127,7 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: Checkpoint | Non
             return draw_step(step, length, generator, TOKENS_PER_HIDDEN_STEP)
         return draw_step(step, length, generator, long_transcriptions=True)
 
-    # A fresh gate is 0, while the residual stream of the tiny model has a root mean square of 5 to 8.
-    gates = [parameter for parameter in trained if parameter.numel() == 1]
-    others = [parameter for parameter in trained if parameter.numel() > 1]
-    groups = [
-        {"params": others, "lr": recipe.learning_rate, "weight_decay": 0.0},
-        {"params": gates, "lr": 10 * recipe.learning_rate, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = parameter_groups(model, recipe.learning_rate)
     fit(model, groups, draw, recipe.hidden_steps + recipe.steps, "Training", checkpoint, recipe.hidden_steps)
 
 

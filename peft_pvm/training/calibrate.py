@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..integrations.lmms_eval.distractors import Distractors, into_messages, read_paragraphs
 from ..methods.dipe import DIPEConfig
 from ..probe.observers import undisturbed
 from ..tokens.families import VisionLanguageModel, find_vlm
 from ..tuners.active import attached, base_of
+from .distance import Distractors, into_messages, read_paragraphs
 from .rows import Chat, Lesson, teach
 
 
@@ -117,9 +117,7 @@ def calibrate(
     drawn = {length: Distractors(processor.tokenizer, length, paragraphs, seed) for length in lengths if length}
 
     def lessons(number: int, chat: Chat) -> dict[int, Lesson]:
-        # A single letter in the text gives nothing away, and no text would be without it.
-        secret = [chat.answer] if len(chat.answer) > 1 else []
-        texts = {length: drawn[length].draw(f"row {number}", secret) if length else "" for length in lengths}
+        texts = {length: drawn[length].draw(f"row {number}", [chat.answer]) if length else "" for length in lengths}
         with_text = {
             length: replace(chat, prompt=into_messages(chat.prompt, text)) if text else chat
             for length, text in texts.items()

@@ -20,6 +20,7 @@ VISUAL = ("image", "video")
 # Of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Kana, Chinese characters.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
 UNSPACED += "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+CHOICE = re.compile(r"\(?[A-Za-z][).:]?")
 AROUND = 16  # a cut text may become more or fewer tokens than it was cut from: so many lengths are tried on each side
 
 
@@ -81,13 +82,15 @@ class Distractors:
         Args:
             document: What names the document, such as task, split and number.
             answers: What must not stand in the text, as words of their own, letter case and line breaks aside;
-                anywhere in it, if they are of a script that puts no spaces between words.
+                anywhere in it, if they are of a script that puts no spaces between words. The letter of a choice,
+                such as "B" or "(b)", gives nothing away, and no text would be without it.
             tokens: How many tokens the text has. `None`: `tokens` of the class.
 
         Raises:
             ValueError: The paragraphs without answers do not suffice.
         """
         tokens = self.tokens if tokens is None else tokens
+        answers = [answer for answer in answers if not CHOICE.fullmatch(answer.strip())]
         given_away = re.compile("|".join(map(_as_words, answers)) or r"(?!)", re.IGNORECASE)
         ids = self._enough(document, tokens, given_away)
         if len(ids) < tokens:

@@ -59,7 +59,7 @@ def test_the_mlp_control_computes_a_gated_branch_beside_the_ffn():
     branch = model.model.language_model.layers[3].mlp.branch
     x = torch.randn(2, 5, 128)
     assert torch.equal(branch(x), torch.zeros_like(x))
-    branch.gate.data.fill_(2.0)
+    branch.gate.weight.data.fill_(2.0)
     latent = branch.norm(branch.reducer(x))
     inner = torch.nn.functional.silu(branch.gate_proj(latent)) * branch.up_proj(latent)
     expanded = branch.expander(branch.down_proj(inner))

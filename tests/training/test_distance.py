@@ -76,6 +76,12 @@ def test_answers_are_left_out(tokenizer, paragraphs: list[str], answer: str):
         assert not pattern.search(distractors.draw(str(document), [answer, "42"]))
 
 
+@pytest.mark.parametrize("letter", ["A", "(a)", "I."])
+def test_the_letter_of_a_choice_gives_nothing_away(tokenizer, paragraphs: list[str], letter: str):
+    distractors = Distractors(tokenizer, 4000, paragraphs)
+    assert distractors.draw("a", [letter, "B"]) == distractors.draw("a")
+
+
 def test_a_word_that_is_cut_short_is_no_answer(tokenizer):
     cut = set()
     for tokens in range(30, 40):
