@@ -61,7 +61,7 @@ def in_order(data: datasets.Dataset, training: SFTConfig, pvm: PVMArguments, pro
     first = data.select([row % len(data) for row in range(pvm.hidden_steps * rows_per_step)])
     if pvm.max_text:
         between = TextBetween(processor, pvm.max_text, pvm.text_lengths, read_paragraphs(pvm.text_file), training.seed)
-        data = data.map(between, with_indices=True, features=data.features)
+        data = between.put_into(data)
     training.train_sampling_strategy = "sequential"
     return datasets.concatenate_datasets([first, data])
 

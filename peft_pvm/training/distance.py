@@ -13,7 +13,11 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 VISUAL = ("image", "video")
@@ -184,7 +188,7 @@ Lengths = Literal["uniform", "log-uniform"]
 
 
 class TextBetween:
-    """Puts text between the images and the question of chats, another length in every row. For `datasets.Dataset.map`.
+    """Puts text between the images and the question of chats, another length in every row.
 
     A question right behind its image does not teach a model to answer from afar.
 
@@ -200,7 +204,7 @@ class TextBetween:
         ValueError: A number out of its range, or another way to draw.
 
     Example:
-        >>> data = data.map(TextBetween(processor, 1024), with_indices=True)
+        >>> data = TextBetween(processor, 1024).put_into(data)
     """
 
     def __init__(
@@ -218,8 +222,25 @@ class TextBetween:
         self.distractors = Distractors(tokenizer, max_tokens, paragraphs or read_paragraphs(), seed)
         self.lengths = lengths
 
+    def put_into(self, data: Dataset) -> Dataset:
+        """A data set with text between. Its images are neither decoded nor written anew.
+
+        Args:
+            data: Rows as `__call__` takes them.
+
+        Raises:
+            ValueError: A row has no chat, or the paragraphs without answers do not suffice.
+        """
+        from datasets import Image, List
+
+        features = data.features
+        undecoded = {"image": Image(decode=False), "images": List(Image(decode=False))}
+        for column in features.keys() & undecoded.keys():
+            data = data.cast_column(column, undecoded[column])
+        return data.map(self, with_indices=True, features=data.features).cast(features)
+
     def __call__(self, example: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """The columns of a row that change.
+        """The columns of a row that change, for `Dataset.map(..., with_indices=True)` and the like.
 
         Args:
             example: `messages`, or `prompt` with `completion` or `solution`; its images in `images` or `image`, or in

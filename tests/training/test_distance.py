@@ -222,6 +222,32 @@ def test_text_goes_between_the_image_and_the_first_question(between: TextBetween
             assert new["content"][:place] + new["content"][place + 1 :] == old["content"]
 
 
+def test_a_data_set_keeps_its_images_as_they_are(tokenizer, paragraphs: list[str], tmp_path):
+    """To the byte: a JPEG that is decoded and written again is another one."""
+    datasets = pytest.importorskip("datasets", reason="needs the extra train")
+    pil = pytest.importorskip("PIL.Image")
+    pil.new("RGB", (9, 9), (200, 30, 10)).save(tmp_path / "a.jpg", quality=30)
+    encoded = (tmp_path / "a.jpg").read_bytes()
+    between = TextBetween(tokenizer, 50, paragraphs=paragraphs)
+    messages = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+    for column, feature in (("images", datasets.List(datasets.Image())), ("image", datasets.Image())):
+        image: Any = {"bytes": encoded, "path": None}
+        rows = [
+            {column: [image] if column == "images" else image, "messages": [question(), answer()]},
+            {column: [] if column == "images" else None, "messages": [question(), answer()]},
+        ] * 4
+        data = datasets.Dataset.from_list(rows, features=datasets.Features({column: feature, "messages": messages}))
+        changed = between.put_into(data)
+        assert changed.features == data.features
+        for index, row in enumerate(rows):
+            assert changed[index]["messages"] == between(row, index)["messages"]
+        undecoded = datasets.Image(decode=False)
+        kept = changed.cast_column(column, datasets.List(undecoded) if column == "images" else undecoded)[column]
+        first = kept[0][0] if column == "images" else kept[0]
+        assert first["bytes"] == encoded
+        assert not kept[1]
+
+
 def test_rows_without_images_stay_as_they_are(between: TextBetween):
     row = {"images": [], "messages": [question(), answer()]}
     assert all(between(row, index) == {"messages": row["messages"]} for index in range(9))
