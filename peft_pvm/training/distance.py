@@ -25,6 +25,7 @@ VISUAL = ("image", "video")
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
 UNSPACED += "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 CHOICE = re.compile(r"\(?[A-Za-z][).:]?")
+SPACED = rf"[^\W{UNSPACED}]"  # a letter or digit of all other scripts
 AROUND = 16  # a cut text may become more or fewer tokens than it was cut from: so many lengths are tried on each side
 
 
@@ -95,7 +96,7 @@ class Distractors:
         """
         tokens = self.tokens if tokens is None else tokens
         answers = [answer for answer in answers if not CHOICE.fullmatch(answer.strip())]
-        given_away = re.compile("|".join(map(_as_words, answers)) or r"(?!)", re.IGNORECASE)
+        given_away = _any_of(answers)
         ids = self._enough(document, tokens, given_away)
         if len(ids) < tokens:
             without = f" in which none of {sorted(answers)} stands" if answers else ""
@@ -293,13 +294,17 @@ def _into_first_question(messages: Sequence[Mapping[str, Any]], text: str) -> li
     return changed
 
 
-def _as_words(answer: str) -> str:
-    """A pattern for an answer that no letter or digit continues; its words may be on two lines.
+def _any_of(answers: Collection[str]) -> re.Pattern[str]:
+    """A pattern for answers that no letter or digit continues; their words may be on two lines.
 
     Where a script without spaces begins or ends, a word may.
     """
-    words = r"[^\S\n]*\n?[^\S\n]*".join(map(re.escape, answer.split()))
-    spaced = rf"[^\W{UNSPACED}]"
-    before = "" if re.match(f"[{UNSPACED}]", answer) else f"(?<!{spaced})"
-    after = "" if re.search(f"[{UNSPACED}]$", answer) else f"(?!{spaced})"
-    return f"{before}{words}{after}"
+    by_ends: dict[tuple[str, str], list[str]] = {}
+    for answer in answers:
+        before = "" if re.match(f"[{UNSPACED}]", answer) else f"(?<!{SPACED})"
+        after = "" if re.search(f"[{UNSPACED}]$", answer) else f"(?!{SPACED})"
+        words = r"[^\S\n]*\n?[^\S\n]*".join(map(re.escape, answer.split()))
+        by_ends.setdefault((before, after), []).append(words)
+    # Python takes long over each mention of the scripts, above all with letter case aside.
+    each = (f"{before}(?i:{'|'.join(words)}){after}" for (before, after), words in by_ends.items())
+    return re.compile("|".join(each) or r"(?!)")
