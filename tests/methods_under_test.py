@@ -126,5 +126,4 @@ METHODS: dict[str, Method | Combination] = {
     ),
     "dipe+tdrs": Combination(("dipe", "tdrs"), text_alone="changed"),
     "tdrs-inter+dipe+pvm": Combination(("tdrs-inter", "dipe", "pvm"), text_alone="equal"),
-    "tdrs-inter+dipe-image+pvm": Combination(("tdrs-inter", "dipe-image", "pvm"), text_alone="equal"),
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocations import Allocations
 from environment import on_a_cpu
 from forwards import TOLERANCE, difference, in_double, logits, prompt_and_step
 from oracle import oracle
 from peft import LoraConfig, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from peft_pvm import DIPEConfig, attached
@@ -244,22 +244,6 @@ def test_bfloat16():
         cache = DynamicCache()
         logits(model, rounded, **{CACHE: cache}, use_cache=True)
         assert cache.layers[0].keys.dtype == torch.bfloat16
-
-
-class Allocations(TorchDispatchMode):
-    """The sizes of all tensors that operations return in storage of their own, in elements."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes: list[tuple[int, str]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.sizes.append((tensor.untyped_storage().nbytes() // tensor.element_size(), str(function)))
-        return result
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
