@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 EMPTY_SLOT = -1  # marks padding in a table of positions
-BEYOND = torch.iinfo(torch.long).max  # a position that no token has
+BEYOND = 2**62  # a position that no token has
 TEXT, VISUAL, PADDING = 0, 1, -1  # the modality of a token
 MULTIMODAL_AXES = 3  # of a rotary embedding that tells time, height and width apart
 
