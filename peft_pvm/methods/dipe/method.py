@@ -16,7 +16,7 @@ from ...tokens.context import VisualContext
 from ...tokens.families import VisionLanguageModel
 from ...tuners.attention_method import AttentionMethod, SteeredLayer
 from ...utils.checks import is_int, setting
-from .parts import attend_by_modality, runs_to_join
+from .parts import attend_by_masks, attend_by_modality, runs_to_join, sums_are_given
 
 
 FARTHEST = 2**24  # positions: no context is longer
@@ -217,6 +217,9 @@ class AnchoredPositions(Positions):
     def attend_alone(self, call: AttentionCall) -> Output:
         if call.query.shape[2] == 1:  # a step of decoding: rows of scores, and a choice between them
             return call.attend_row(self._chosen(call, call.row_scores(*self.meeting(call))))
+        if sums_are_given(call):
+            output = attend_by_masks(call, self.anchored_queries(call), self.members(call))
+            return output.transpose(1, 2).contiguous(), None
         runs = runs_to_join(call, self.by_image)
         if runs is None:
             return super().attend_alone(call)

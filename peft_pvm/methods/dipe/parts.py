@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from ...attention.call import AttentionCall, records_gradients
 from ...tokens.memory import Runs
 from ...tokens.positions import VISUAL
+from ...utils.packages import block_mask, flex_attention_with_sums
+
+
+GIVES_SUMS = ("cuda",)  # devices where compiled flex attention gives the sums of its rows
 
 
 @dataclass(frozen=True)
@@ -117,16 +122,69 @@ def attend_by_modality(
     return torch.cat(outputs, 2)
 
 
+def sums_are_given(call: AttentionCall) -> bool:
+    """Whether `attend_by_masks` can do a call: flex attention on a GPU. On a CPU, transformers compiles it without."""
+    mask, dropout = call.attention_mask, call.kwargs.get("dropout")
+    is_flex = call.kernel == "flex_attention" and isinstance(mask, BlockMask) and call.query.device.type in GIVES_SUMS
+    return (
+        is_flex and not dropout and call.kwargs.get("softcap") is None and not records_gradients(call.query, call.key)
+    )
+
+
+def attend_by_masks(
+    call: AttentionCall, anchored: Sequence[torch.Tensor], members: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Attention by flex attention, once for pairs of one modality and once for each image, every pair in one of them.
+
+    Blocks of pairs that are not of a part are skipped, so that all parts together cost about as much as one attention.
+
+    Args:
+        call: What `sums_are_given` accepts.
+        anchored: Queries rotated by their anchors for each image. The first are visual tokens' for text.
+        members: Which keys are of each image, `(batch, num_keys)`, bool.
+
+    Returns:
+        `(batch, heads, num_queries, value_dim)`, without gradients.
+    """
+    visual_queries, visual_keys, visible = call.visual_queries, call.visual_keys, call.attention_mask.mask_mod
+
+    def own(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return visible(batch, head, query, key) & (visual_queries[batch, query] == visual_keys[batch, key])
+
+    def of_image(keys: torch.Tensor, is_first: bool) -> Callable[..., torch.Tensor]:
+        met_by_text = torch.stack([keys, ~visual_keys & is_first], 1)  # (batch, is the query visual, num_keys)
+
+        def other(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return visible(batch, head, query, key) & met_by_text[batch, visual_queries[batch, query].long(), key]
+
+        return other
+
+    def blocks() -> list[BlockMask]:
+        rules = [own, *(of_image(keys, number == 0) for number, keys in enumerate(members))]
+        return [block_mask(rule, len(call.query), call.query.shape[2], call.key) for rule in rules]
+
+    masks = call.context.derived((id(call.attention_mask), "blocks", len(members)), blocks)
+    return joined(
+        [
+            flex_attention_with_sums(query, call.key, call.value, mask, call.scaling)
+            for query, mask in zip([call.query, *anchored], masks)
+        ]
+    )
+
+
 def joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """The output of attention to all keys, from that to a part of the keys each.
 
     Args:
         parts: Outputs, `(batch, heads, num_queries, value_dim)`, and the logarithms of the sums of their rows of
-            weights before they were divided by them, `(batch, heads, num_queries)`.
+            weights before they were divided by them, `(batch, heads, num_queries)`, -inf for a row without a key.
     """
     (output, log_sum), *others = parts
     dtype = output.dtype
+    least = torch.finfo(log_sum.dtype).min / 4  # two rows without a key have a difference
+    log_sum = log_sum.clamp(min=least)
     for other, other_log_sum in others:
+        other_log_sum = other_log_sum.clamp(min=least)
         share = torch.sigmoid(other_log_sum - log_sum).unsqueeze(-1)
         output = output.to(share.dtype).lerp(other.to(share.dtype), share)
         log_sum = torch.logaddexp(log_sum, other_log_sum)
