@@ -12,10 +12,12 @@ import typer
 from peft_pvm.cli.lab import Rows, Seed
 from peft_pvm.cli.options import LARGEST_SEED, MANY, new_file, new_folder, one_of
 from peft_pvm.cli.refusals import Commands, reading
+from peft_pvm.demo.mosaic import Split
 from peft_pvm.demo.recall import recall
 from peft_pvm.demo.tiny_vlm import SHIPPED, save_tiny_vlm
 from peft_pvm.utils.terminal import say
 
+from .anchors import compare_anchors
 from .base import new_tiny_vlm, train_base
 from .export import export_adapter
 from .methods import METHODS
@@ -139,6 +141,21 @@ def step_time(
 def readings(rows: Rows = 32, seed: Seed = 0) -> None:
     """Test T-DRS on the tiny model under each reading of its paper."""
     compare_readings(rows, seed)
+
+
+@app.command()
+def anchors(
+    out: Annotated[
+        Path, typer.Option(callback=new_file, help="JSON file for the answers; by default the recorded one.")
+    ] = RECORDED / "anchors" / "test.json",
+    split: Annotated[
+        Split, typer.Option(help="Where digits and text come from: validation to choose by, test to report.")
+    ] = "test",
+    rows: Rows = 32,
+    seed: Seed = 0,
+) -> None:
+    """Test DIPE by run and by image on the tiny model: several mosaics, and a chat of several turns."""
+    compare_anchors(rows, split, seed, out)
 
 
 @app.command()

@@ -116,6 +116,10 @@ METHODS: dict[str, Method | Combination] = {
         if not row.needs_training
     },
     "dipe-limited": Method(config=lambda **fields: DIPEConfig(**{"max_distance": 1, **fields}), text_alone="equal"),
+    "dipe-image": Method(
+        config=lambda **fields: DIPEConfig(**{"max_distance": 1, "anchor": "image", "image_gap": 1, **fields}),
+        text_alone="equal",
+    ),
     "tdrs-inter": Method(
         config=lambda **fields: TDRSConfig(**{"pairs": "inter", "dc_floor": 0.1, "re_floor": 0.2, **fields}),
         text_alone="equal",

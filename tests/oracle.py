@@ -16,6 +16,7 @@ from tiny_vlms import IMAGE, VIDEO
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from peft_pvm import DIPEConfig
 from peft_pvm.methods.tdrs.weights import reweighted
 
 
@@ -36,19 +37,52 @@ class Tokens:
     visual: torch.Tensor
     real: torch.Tensor
 
-    def anchors(self, max_distance: int = 0) -> torch.Tensor:
-        """The first coordinate of the first token of each token's run, or up to so many more, on all axes."""
-        anchors = self.positions.clone()
-        for row in range(anchors.shape[0]):
-            modality = None
-            for token in range(anchors.shape[1]):
-                if not self.real[row, token]:
-                    continue
-                if self.visual[row, token].item() != modality:
-                    modality, anchor = self.visual[row, token].item(), self.positions[row, token, 0]
-                anchors[row, token] = anchor + max_distance
-                if max_distance:
-                    anchors[row, token] = torch.minimum(self.positions[row, token], anchors[row, token])
+    def met_from(self, max_distance: int, by_image: tuple[int, int] | None) -> torch.Tensor:
+        """Where each token stands for each token of the other modality, `(batch, seq_len, seq_len, axes)`.
+
+        Args:
+            max_distance: How far a token moves on from its anchor.
+            by_image: The least number of positions of text between two images, and how many images are told apart.
+                `None`: a token has one anchor, the first coordinate of the first token of its run, on all axes.
+        """
+        positions = self.positions.unsqueeze(2).repeat(1, 1, self.positions.shape[1], 1)
+        for row in range(len(positions)):
+            for token in range(positions.shape[1]):
+                if self.real[row, token]:
+                    anchors = torch.tensor(self._anchors_seen_from(row, token, by_image))[:, None] + max_distance
+                    positions[row, token] = (
+                        torch.minimum(anchors, self.positions[row, token]) if max_distance else anchors
+                    )
+        return positions
+
+    def _anchors_seen_from(self, row: int, token: int, by_image: tuple[int, int] | None) -> list[int]:
+        """A token's anchor for every token of the row, from what stands up to it alone."""
+        runs: list[list[int]] = []
+        for other in range(token + 1):
+            if not self.real[row, other]:
+                continue
+            if runs and self.visual[row, other] == self.visual[row, runs[-1][0]]:
+                runs[-1].append(other)
+            else:
+                runs.append([other])
+        begins = [int(self.positions[row, run[0], 0]) for run in runs]
+        anchors = [begins[-1]] * self.positions.shape[1]
+        if by_image is None or self.visual[row, token]:
+            return anchors
+        image_gap, max_images = by_image
+        images: list[list[int]] = []  # of each, its runs
+        for number, run in enumerate(runs):
+            if not self.visual[row, run[0]]:
+                continue
+            is_near = bool(images) and begins[number] - begins[number - 1] < image_gap
+            if images and (is_near or len(images) == max_images):
+                images[-1].append(number)
+            else:
+                images.append([number])
+        for image in images:
+            for number in image:
+                for other in runs[number]:
+                    anchors[other] = begins[image[-1] + 1]
         return anchors
 
     def distances(self) -> torch.Tensor:
@@ -91,13 +125,14 @@ def to_complex(states: torch.Tensor, frequencies: int, model_type: str) -> tuple
     return torch.complex(rotated[..., :frequencies].contiguous(), rotated[..., frequencies:].contiguous()), rest
 
 
-def oracle_attention(text_model: Any, tokens: Tokens, dipe: int | None, tdrs: Any, scale: Scale | None):
+def oracle_attention(text_model: Any, tokens: Tokens, dipe: DIPEConfig | None, tdrs: Any, scale: Scale | None):
+    met_from: list[torch.Tensor] = []  # the same for all layers
+
     def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         own = angles(module, text_model, tokens.positions)
-        anchored = angles(module, text_model, tokens.anchors(dipe or 0))
-        turn, turn_anchored = (torch.polar(torch.ones_like(a), a)[:, None] for a in (own, anchored))
+        turn = torch.polar(torch.ones_like(own), own)[:, None]
         query_turned, query_rest = to_complex(query, own.shape[-1], text_model.config.model_type)
         key_turned, key_rest = to_complex(key, own.shape[-1], text_model.config.model_type)
         content_query, content_key = query_turned / turn, key_turned / turn
@@ -108,7 +143,13 @@ def oracle_attention(text_model: Any, tokens: Tokens, dipe: int | None, tdrs: An
         scores = product(content_query * turn, content_key * turn)
         inter = (tokens.visual[:, :, None] != tokens.visual[:, None, :])[:, None]
         if dipe is not None:
-            scores = torch.where(inter, product(content_query * turn_anchored, content_key * turn), scores)
+            if not met_from:
+                by_image = (dipe.image_gap, dipe.max_images) if dipe.anchor == "image" else None
+                met_from.append(tokens.met_from(dipe.max_distance or 0, by_image))
+            by_pair = angles(module, text_model, met_from[0].flatten(1, 2)).unflatten(1, own.shape[1:2] * 2)
+            turned = content_query.unsqueeze(3) * torch.polar(torch.ones_like(by_pair), by_pair)[:, None]
+            rotated = (turned * (content_key * turn).conj().unsqueeze(2)).real.sum(-1)
+            scores = torch.where(inter, rotated + query_rest @ key_rest.transpose(2, 3), scores)
         if scale is not None:
             scores = scores * scale(tokens, module.layer_idx)[:, None]
         scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -132,14 +173,18 @@ def oracle_attention(text_model: Any, tokens: Tokens, dipe: int | None, tdrs: An
 
 @contextlib.contextmanager
 def oracle(
-    model: Any, inputs: dict[str, torch.Tensor], dipe: int | None = None, tdrs: Any = None, scale: Scale | None = None
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    dipe: DIPEConfig | None = None,
+    tdrs: Any = None,
+    scale: Scale | None = None,
 ) -> Iterator[Any]:
     """The model in float64, computing as the oracle does for these inputs, which must be one whole forward.
 
     Args:
         model: The model.
         inputs: What it will be given.
-        dipe: The `max_distance` of DIPE. `None`: it does not act.
+        dipe: The configuration of DIPE. `None`: it does not act.
         tdrs: The configuration of T-DRS. `None`: it does not act.
         scale: What the scores of a layer are multiplied by, `(batch, seq_len, seq_len)`.
     """

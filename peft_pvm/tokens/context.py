@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -298,6 +298,28 @@ class VisualContext:
         # What is not among the keys (padding, or fallen out of a sliding window) goes to an extra column.
         slots = torch.where((self.memory.slots >= 0) & (slots >= 0), slots, num_keys)
         return mask.scatter_(1, slots, True)[:, :num_keys]
+
+    def images(self, image_gap: int, max_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where images begin, and where the text behind them does: see `Runs.images`."""
+        self.noted()
+        runs = cast(Runs, self.memory.runs)  # there are some once positions are noted
+        return runs.images(image_gap, max_images)
+
+    def image_of_keys(self, num_keys: int, image_gap: int, max_images: int) -> torch.Tensor:
+        """Which image each of the keys that a layer hands to its attention belongs to, if it is of a visual token.
+
+        Args:
+            num_keys: How many keys that are.
+            image_gap: See `images`.
+            max_images: See `images`.
+
+        Returns:
+            `(batch, num_keys)`, int64. Of a text token: anything.
+        """
+        starts, _ = self.images(image_gap, max_images)
+        slots = torch.arange(num_keys, device=self.device) + self.first_key(num_keys)
+        slots = slots.expand(len(starts), -1).contiguous()
+        return (torch.searchsorted(starts, slots, right=True) - 1).clamp(min=0)
 
     @property
     def only_text_behind_images(self) -> bool:

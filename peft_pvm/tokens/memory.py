@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .positions import EMPTY_SLOT, PADDING, TEXT
+from .positions import EMPTY_SLOT, PADDING, TEXT, images_of_runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,7 @@ class Runs:
         open_modality: Its modality, `(batch,)`, int64, `PADDING` without a run.
         last_start: The largest of `starts`, -1 without any.
         awaits_text: Whether the next text token starts a run in some row.
+        known_images: What `images` has returned, by its arguments.
     """
 
     starts: torch.Tensor
@@ -37,6 +38,7 @@ class Runs:
     open_modality: torch.Tensor
     last_start: int
     awaits_text: bool
+    known_images: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(starts: torch.Tensor, anchors: torch.Tensor, modalities: torch.Tensor) -> Runs:
@@ -78,6 +80,13 @@ class Runs:
             return self
         return Runs.of(torch.where(self.starts < length, self.starts, EMPTY_SLOT), self.anchors, self.modalities)
 
+    def images(self, image_gap: int, max_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images that the runs of visual tokens make up: see `images_of_runs`. Waits for the device once."""
+        key = image_gap, max_images
+        if key not in self.known_images:
+            self.known_images[key] = images_of_runs(self.starts, self.anchors, self.modalities, *key)
+        return self.known_images[key]
+
     def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Runs:
         """The table with `function` applied to every tensor; the first axis of each is the batch."""
         return Runs(
@@ -88,6 +97,7 @@ class Runs:
             function(self.open_modality),
             self.last_start,
             self.awaits_text,
+            {key: (function(starts), function(ends)) for key, (starts, ends) in self.known_images.items()},
         )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 
 EMPTY_SLOT = -1  # marks padding in a table of positions
+BEYOND = 2**62  # a position that no token has
 TEXT, VISUAL, PADDING = 0, 1, -1  # the modality of a token
 MULTIMODAL_AXES = 3  # of a rotary embedding that tells time, height and width apart
 
@@ -177,6 +179,43 @@ def run_anchors(starts: torch.Tensor, positions: torch.Tensor, open_anchor: torc
     extended = torch.cat([open_anchor.unsqueeze(1), positions], 1)
     places = torch.arange(1, extended.shape[1], device=positions.device).expand_as(positions)
     return extended.gather(1, torch.where(starts, places, 0).cummax(1).values)
+
+
+def images_of_runs(
+    starts: torch.Tensor, anchors: torch.Tensor, modalities: torch.Tensor, image_gap: int, max_images: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the runs of visual tokens together to images. Waits for the device.
+
+    Args:
+        starts: Where the runs of each row begin, `(batch, num_runs)`, int64, ascending, `EMPTY_SLOT` for no run.
+        anchors: The positions of their first tokens, as `starts`.
+        modalities: `TEXT` or `VISUAL`, in turn in every row, as `starts`.
+        image_gap: Visual runs with fewer positions of text between them belong to one image.
+        max_images: How many images are told apart in a row, 1 or more. Later ones belong to the last of them.
+
+    Returns:
+        Where the first token of each image stands, counted like `starts`, and the position at which the text behind
+        its last run begins: `(batch, num_images)` both, int64, `BEYOND` where there is none.
+
+    Example:
+        >>> starts, anchors = torch.tensor([[0, 4, 5, 9, 40, 44]]), torch.tensor([[0, 2, 3, 5, 36, 38]])
+        >>> images_of_runs(starts, anchors, torch.tensor([[1, 0, 1, 0, 1, 0]]), image_gap=8, max_images=4)
+        (tensor([[ 0, 40]]), tensor([[ 5, 38]]))
+    """
+    order = F.pad(starts, (1, 0), value=EMPTY_SLOT).argsort(1)  # every row begins with a run that is missing
+    starts, anchors, modalities = (
+        F.pad(table, (1, 0), value=EMPTY_SLOT).gather(1, order) for table in (starts, anchors, modalities)
+    )
+    is_visual = (starts >= 0) & (modalities == VISUAL)
+    text_between = anchors.diff(dim=1, prepend=anchors[:, :1])
+    is_first = is_visual & ((text_between >= image_gap) | (is_visual.cumsum(1) == 1))
+    image = torch.where(is_visual, (is_first.cumsum(1) - 1).clamp(max=max_images - 1), EMPTY_SLOT)
+    numbers = torch.arange(max(int(image.max()) + 1, 1), device=image.device)
+    is_of_image = image.unsqueeze(1) == numbers[:, None]  # (batch, num_images, num_runs)
+    ends = F.pad(anchors[:, 1:], (0, 1), value=BEYOND).unsqueeze(1)
+    first = torch.where(is_of_image, starts.unsqueeze(1), BEYOND).amin(2)
+    end = torch.where(is_of_image, ends, EMPTY_SLOT).amax(2)
+    return first, torch.where(first < BEYOND, end, BEYOND)
 
 
 def join_positions(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:

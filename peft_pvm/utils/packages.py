@@ -12,7 +12,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,8 +22,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.integrations.flex_attention import compile_friendly_flex_attention, get_flex_attention_lse_kwargs
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
@@ -241,6 +243,48 @@ def conversion_of(model: Any) -> Mapping[str, str] | None:
 def attn_implementation(config: Any) -> str:
     """The name of the attention kernel that a model runs with. transformers offers only a way to set it."""
     return config._attn_implementation
+
+
+def block_mask(rule: Callable[..., torch.Tensor], batch: int, num_queries: int, key: torch.Tensor) -> BlockMask:
+    """A mask of flex attention, made as transformers makes its own: compiled, without a whole matrix.
+
+    Args:
+        rule: Gives whether a query sees a key, from indices of the batch, the head, the query and the key.
+        batch: How many rows the batch has.
+        num_queries: How many queries there are.
+        key: The keys, `(batch, kv_heads, num_keys, head_dim)`.
+    """
+    return create_block_mask(rule, batch, None, num_queries, key.shape[2], device=key.device, _compile=True)
+
+
+def flex_attention_with_sums(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flex attention as transformers runs it, and the logarithm of each row's sum. torch 2.9 asks for it in a new way.
+
+    Args:
+        query: `(batch, heads, num_queries, head_dim)`.
+        key: `(batch, kv_heads, num_keys, head_dim)`.
+        value: `(batch, kv_heads, num_keys, value_dim)`.
+        mask: Which pairs count.
+        scaling: What products are multiplied by.
+
+    Returns:
+        `(batch, heads, num_queries, value_dim)` and `(batch, heads, num_queries)`.
+    """
+    heads = query.shape[1]
+    if heads & (heads - 1):  # not a power of two
+        key, value = (tensor.repeat_interleave(heads // tensor.shape[1], 1) for tensor in (key, value))
+    output, sums = compile_friendly_flex_attention(
+        query,
+        key,
+        value,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=True,
+        **get_flex_attention_lse_kwargs(True),
+    )
+    return output, getattr(sums, "lse", sums)
 
 
 def check_model_kwargs(model: Any, model_kwargs: dict[str, Any]) -> None:

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from experiments import pvm_limits
+from experiments import anchors, pvm_limits
 from experiments.commands import app
 from experiments.runs import MAIN_RECIPE, RECIPES
 from experiments.tdrs_readings import READINGS
+from peft_pvm.demo.mosaic import FIRST_QUERY, IMAGE_LENGTH, VISION_START
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.demo.train import Recipe
 
@@ -32,6 +34,32 @@ def run(*arguments: object) -> str:
 def test_readings():
     rows = [line for line in run("readings", "--rows", 1).splitlines() if line.count("±") == 3]
     assert [line.strip("│").split("│")[0].strip() for line in rows] == list(READINGS)
+
+
+def test_anchors(tmp_path, monkeypatch):
+    """In a chat, what is right by image is lost by run, also where the base has the answer to the second mosaic."""
+    monkeypatch.setattr(anchors, "LENGTHS", (256,))
+    output = run("anchors", "--rows", 2, "--split", "validation", "--out", tmp_path / "anchors.json")
+    rows = [line.strip("│").split("│")[0].strip() for line in output.splitlines() if line.count("±") == 1]
+    assert rows == list(anchors.ANCHORS) * 4
+    written = json.loads((tmp_path / "anchors.json").read_text())
+    right = {
+        name: sum(forms["chat, about the first mosaic"]["256"]) for name, forms in written["right in each row"].items()
+    }
+    assert right["limited, by image"] > 12 > 8 > right["limited, by run"]
+
+
+def test_a_chat_holds_what_it_says():
+    """Tokens in their order, and the right answers: the tiny model gives them where nothing stands between."""
+    length = 5
+    batch = anchors.make_chat("validation", 3, length, 1, torch.Generator().manual_seed(0))
+    ids = batch.inputs["input_ids"]
+    assert ids.shape == (3, 2 * IMAGE_LENGTH + 3 * length + 2 + 15)
+    assert (ids[:, [0, IMAGE_LENGTH + 2 * length + 2]] == VISION_START).all()
+    asked = batch.inputs["logits_to_keep"]
+    assert torch.equal(ids[:, asked[:-1] + 1], batch.targets[:, :-1])
+    assert (ids[:, asked] >= FIRST_QUERY).all()
+    assert anchors.recall_in_chat(load_tiny_vlm(), 0, 4, 0, "validation", 0).value > 0.9
 
 
 def test_limits(monkeypatch):

@@ -106,6 +106,8 @@ def test_other_methods_bases_and_sizes_are_refused(base: Path, adapters: dict[st
     assert "must be of shape" in refused(adapters["pvm"], tmp_path / "smaller", tmp_path)
     DIPEConfig(layers_to_transform=[6]).save_pretrained(tmp_path / "dipe")
     assert "acts on layers [6], but" in refused(tmp_path / "dipe", base, tmp_path)
+    DIPEConfig(anchor="image", max_distance=3).save_pretrained(tmp_path / "by-image")
+    assert "has anchor='image'" in refused(tmp_path / "by-image", base, tmp_path)
     with pytest.raises(ValueError, match="a second adapter of dipe"):
         export_vllm(base, [adapters["dipe"], adapters["dipe-some-layers"]], tmp_path / "out")
     with pytest.raises(ValueError, match="No adapter is given"):

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from peft_pvm.tokens.memory import Runs
 from peft_pvm.tokens.positions import (
+    BEYOND,
     EMPTY_SLOT,
     PADDING,
     TEXT,
     VISUAL,
     causally_visible,
     gather_rows,
+    images_of_runs,
     modalities,
     pack,
     placeholder_mask,
@@ -124,3 +126,37 @@ def test_anchors_of_a_conversation_in_pieces(conversation: tuple[torch.Tensor, t
     last = [next((kind for kind in reversed(kinds) if kind != PADDING), PADDING) for kinds in modality.tolist()]
     assert runs.open_modality.tolist() == last
     assert runs.awaits_text == any(kind != TEXT for kind in last)
+
+
+@given(st.lists(st.lists(st.integers(1, 4), max_size=7), min_size=1, max_size=3), st.data())
+def test_images_of_runs(rows: list[list[int]], data):
+    """Rows of runs that have these lengths, text and visual in turn, missing runs among them."""
+    image_gap, max_images = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+    table, expected = [], []
+    for lengths in rows:
+        first = data.draw(st.sampled_from([TEXT, VISUAL]))
+        modality = [first if number % 2 == 0 else 1 - first for number in range(len(lengths))]
+        starts = [sum(lengths[:number]) for number in range(len(lengths))]
+        runs = [[start, start + 100, kind] for start, kind in zip(starts, modality)]
+        images: list[list[int]] = []
+        for number, (start, anchor, kind) in enumerate(runs):
+            if kind == VISUAL:
+                end = runs[number + 1][1] if number + 1 < len(runs) else BEYOND
+                is_near = bool(images) and anchor - runs[number - 1][1] < image_gap
+                if images and (is_near or len(images) == max_images):
+                    images[-1][1] = end
+                else:
+                    images.append([start, end])
+        expected.append(images)
+        for place in data.draw(st.lists(st.integers(0, len(runs)), max_size=2)):
+            runs.insert(
+                place, [EMPTY_SLOT, data.draw(st.integers(0, 200)), data.draw(st.sampled_from([TEXT, VISUAL]))]
+            )
+        table.append(runs)
+    width = max(map(len, table))
+    missing = [EMPTY_SLOT, EMPTY_SLOT, PADDING]
+    filled = [runs + [missing] * (width - len(runs)) for runs in table]
+    columns = torch.tensor(filled, dtype=torch.long).reshape(len(rows), width, 3)
+    found = torch.stack(images_of_runs(*columns.unbind(2), image_gap, max_images), 2)
+    num_images = max(1, *map(len, expected))
+    assert found.tolist() == [images + [[BEYOND, BEYOND]] * (num_images - len(images)) for images in expected]

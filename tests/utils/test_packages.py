@@ -97,3 +97,17 @@ def test_the_source_of_a_configuration_is_no_field(tmp_path):
     assert PVMConfig().source is None
     assert config.source.path == str(tmp_path)
     assert not {"source", "_source"} & config.to_dict().keys()
+
+
+@pytest.mark.parametrize("heads", [4, 6])
+def test_flex_attention_gives_the_sums_of_its_rows(heads: int):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, count, 5, 8, generator=generator) for count in (heads, 2, 2))
+    with torch.compiler.set_stance("force_eager"):
+        mask = internals.block_mask(lambda batch, head, query, key: key < query, 1, 5, key)
+        output, sums = internals.flex_attention_with_sums(query, key, value, mask, 0.5)
+    scores = query @ key.repeat_interleave(heads // 2, 1).transpose(2, 3) * 0.5
+    scores = scores.masked_fill(~torch.ones(5, 5).tril(-1).bool(), -torch.inf)
+    assert torch.allclose(sums, scores.logsumexp(-1), atol=1e-5)
+    expected = scores.softmax(-1).nan_to_num() @ value.repeat_interleave(heads // 2, 1)
+    assert torch.allclose(output, expected, atol=1e-5)

@@ -54,7 +54,7 @@ def export_vllm(
 
     Raises:
         FileNotFoundError: The base has no safetensors checkpoint.
-        NotImplementedError: Another base or method, or an adapter that brings modules of the base.
+        NotImplementedError: Another base or method, DIPE by image, or an adapter that brings modules of the base.
         ValueError: Not our adapters, two of one method, or one that does not fit the base.
     """
     checkpoint = BaseCheckpoint(base)
@@ -69,6 +69,10 @@ def export_vllm(
         if isinstance(config, PVMConfig):
             branch = _pvm_weights(adapter, checkpoint, accept_causal)
         elif isinstance(config, DIPEConfig):
+            if config.anchor != "run":
+                raise NotImplementedError(
+                    f"{adapter} has anchor={quoted(config.anchor)}. In vLLM, DIPE knows anchor='run' only."
+                )
             num_layers = checkpoint.config["text_config"]["num_hidden_layers"]
             chosen = [] if config.layers_to_transform is None else layer_list(config, "None")
             if beyond := [index for index in chosen if index >= num_layers]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocations import Allocations
 from environment import on_a_cpu
 from forwards import TOLERANCE, difference, in_double, logits, prompt_and_step
 from oracle import oracle
 from peft import LoraConfig, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from peft_pvm import DIPEConfig, attached
 from peft_pvm.attention.call import AttentionCall
 from peft_pvm.attention.rotation import rotate, rotation_tables, unit
-from peft_pvm.methods.dipe import AnchoredPositions
+from peft_pvm.methods.dipe.method import AnchoredPositions
 from peft_pvm.tokens.context import VisualContext
 from peft_pvm.utils.packages import CACHE
 
@@ -23,15 +23,15 @@ from peft_pvm.utils.packages import CACHE
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 
 
-def agrees_with_the_oracle(family: TinyVLM, build=None, max_distance: int = 0, tolerance: float = 2e-5) -> bool:
-    build = build or family.build
+def agrees_with_the_oracle(family: TinyVLM, build=None, **fields) -> bool:
+    build, config = build or family.build, DIPEConfig(**fields)
     model = build()
     inputs = family.inputs(model, *BATCH)
     real = inputs["attention_mask"].bool()
-    with oracle(build(), inputs, dipe=max_distance) as reference:
+    with oracle(build(), inputs, dipe=config) as reference:
         expected = logits(reference, in_double(inputs))[real]
-    with attached(model, DIPEConfig(max_distance=max_distance)):
-        return difference(logits(model, inputs)[real].double(), expected) < tolerance
+    with attached(model, config):
+        return difference(logits(model, inputs)[real].double(), expected) < 2e-5
 
 
 def test_gradients_equal_the_oracles(family: TinyVLM):
@@ -48,7 +48,7 @@ def test_gradients_equal_the_oracles(family: TinyVLM):
             if parameter.requires_grad:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.1)
         if kind == "oracle":
-            with oracle(model, inputs, dipe=0) as reference:
+            with oracle(model, inputs, dipe=DIPEConfig()) as reference:
                 reference(**in_double(inputs)).logits[real].square().mean().backward()
         else:
             get_peft_model(model, DIPEConfig(), "dipe")
@@ -67,7 +67,7 @@ def test_gradients_equal_the_oracles(family: TinyVLM):
 
 def _no_swap(positions: AnchoredPositions, call: AttentionCall):
     """Visual queries hold their halves in the order of text queries."""
-    query, anchored = call.query, positions.anchored_query(call)
+    query, (anchored,) = call.query, positions.anchored_queries(call)
     visual_keys = call.visual_keys[:, None, :, None]
     split = [call.key.masked_fill(visual_keys, 0), call.key.masked_fill(~visual_keys, 0)]
     return torch.cat([query, anchored], -1), torch.cat(split, -1)
@@ -113,15 +113,14 @@ def test_wrong_variants_are_noticed(name: str, variant: str | None, monkeypatch)
 
 
 def _reaching(reach):
-    """Queries turned to where `reach` says, from positions and anchors of all axes and the distance."""
+    """Queries stand where `reach` says, from positions and anchors of all axes and the distance."""
 
-    def anchored_query(positions: AnchoredPositions, call: AttentionCall) -> torch.Tensor:
-        position_ids, anchors = call.context.noted()
-        reached = reach(position_ids, anchors.unsqueeze(-1).expand_as(position_ids), positions.max_distance)
-        tables = unit(rotation_tables(positions.rotary, reached - position_ids, positions.layer_type))
-        return rotate(call.module, call.query, tables)
+    def reached(positions: AnchoredPositions, context: VisualContext, num_queries: int) -> torch.Tensor:
+        position_ids, anchors = context.noted()
+        found = reach(position_ids, anchors.unsqueeze(-1).expand_as(position_ids), positions.max_distance)
+        return found[:, -num_queries:].unsqueeze(1)
 
-    return anchored_query
+    return reached
 
 
 def _on_one_axis(own: torch.Tensor, anchors: torch.Tensor, limit: int) -> torch.Tensor:
@@ -142,11 +141,11 @@ def _on_keys(positions: AnchoredPositions, call: AttentionCall):
 
 
 WRONG_LIMITS = {
-    "as it is": ("anchored_query", _reaching(lambda own, anchors, limit: torch.minimum(own, anchors + limit))),
-    "one too far": ("anchored_query", _reaching(lambda own, anchors, limit: torch.minimum(own, anchors + limit + 1))),
-    "one too near": ("anchored_query", _reaching(lambda own, anchors, limit: torch.minimum(own, anchors + limit - 1))),
-    "always the distance": ("anchored_query", _reaching(lambda own, anchors, limit: anchors + limit)),
-    "on the first axis": ("anchored_query", _reaching(_on_one_axis)),
+    "as it is": ("reached", _reaching(lambda own, anchors, limit: torch.minimum(own, anchors + limit))),
+    "one too far": ("reached", _reaching(lambda own, anchors, limit: torch.minimum(own, anchors + limit + 1))),
+    "one too near": ("reached", _reaching(lambda own, anchors, limit: torch.minimum(own, anchors + limit - 1))),
+    "always the distance": ("reached", _reaching(lambda own, anchors, limit: anchors + limit)),
+    "on the first axis": ("reached", _reaching(_on_one_axis)),
     "on keys": ("widen", _on_keys),
 }
 
@@ -162,13 +161,13 @@ def test_wrong_limits_are_noticed(name: str, variant: str, monkeypatch):
 
 def test_up_to_its_distance_the_model_is_the_bases(family: TinyVLM, monkeypatch):
     """In a prefill to the bit: nothing is farther, and no query is turned. In decoding to rounding."""
-    turned, anchored_query = [], AnchoredPositions.anchored_query
+    turned, anchored_queries = [], AnchoredPositions.anchored_queries
 
-    def noted(positions: AnchoredPositions, call: AttentionCall) -> torch.Tensor:
+    def noted(positions: AnchoredPositions, call: AttentionCall) -> list[torch.Tensor]:
         turned.append(call.query.shape[2])
-        return anchored_query(positions, call)
+        return anchored_queries(positions, call)
 
-    monkeypatch.setattr(AnchoredPositions, "anchored_query", noted)
+    monkeypatch.setattr(AnchoredPositions, "anchored_queries", noted)
     model = family.build()
     inputs = family.inputs(model, *BATCH)
     prompt, step = prompt_and_step(family, model, "t4 i t9")
@@ -245,22 +244,6 @@ def test_bfloat16():
         cache = DynamicCache()
         logits(model, rounded, **{CACHE: cache}, use_cache=True)
         assert cache.layers[0].keys.dtype == torch.bfloat16
-
-
-class Allocations(TorchDispatchMode):
-    """The sizes of all tensors that operations return in storage of their own, in elements."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes: list[tuple[int, str]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.sizes.append((tensor.untyped_storage().nbytes() // tensor.element_size(), str(function)))
-        return result
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])

@@ -10,8 +10,8 @@ from tiny_vlms import FAMILIES, REPRESENTATIVE
 from transformers import DynamicCache
 
 from peft_pvm import DIPEConfig, attached
-from peft_pvm.methods import dipe
-from peft_pvm.methods.dipe import attend_by_modality, runs_of
+from peft_pvm.methods.dipe import method, parts
+from peft_pvm.methods.dipe.parts import attend_by_modality, runs_of
 from peft_pvm.tokens.memory import Runs
 from peft_pvm.tokens.positions import PADDING, pack, run_starts
 from peft_pvm.utils.packages import CACHE
@@ -49,7 +49,7 @@ def test_equals_whole_matrices(layout: str, kv_heads: int):
     scores = torch.where(visual[:, None, :, None] == visual[:, None, None], same, cross)
     scores = scores.masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf)
     expected = scores.softmax(-1) @ value.double().repeat_interleave(4 // kv_heads, 1)
-    found = attend_by_modality(query, turned, key, value, runs_of(table(layout, layout), length), scaling)
+    found = attend_by_modality(query, [turned], key, value, runs_of(table(layout, layout), length), scaling)
     assert difference(found.double(), expected) < 1e-5
 
 
@@ -68,7 +68,7 @@ def calls(monkeypatch) -> list[int]:
         counted.append(len(runs))
         return attend_by_modality(query, turned, key, value, runs, scaling)
 
-    monkeypatch.setattr(dipe, "attend_by_modality", count)
+    monkeypatch.setattr(method, "attend_by_modality", count)
     return counted
 
 
@@ -81,7 +81,7 @@ def test_equals_the_doubled_width(name: str, rows: list[str], calls: list[int], 
     by_modality = logits(model, inputs)
     assert len(calls) == 3
     assert min(calls) == 5
-    monkeypatch.setattr(dipe, "runs_of", lambda runs, seq_len: None)
+    monkeypatch.setattr(parts, "runs_of", lambda runs, seq_len, by_image: None)
     assert difference(by_modality, logits(model, inputs)) < TOLERANCE
     assert len(calls) == 3
     with model.disable_adapter():

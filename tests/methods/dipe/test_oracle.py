@@ -15,8 +15,8 @@ BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 TOLERANCE = 2e-5
 
 
-@pytest.mark.parametrize("dipe", [None, 0, 3], ids=["base", "dipe", "limited"])
-def test_forward(family: TinyVLM, dipe: int | None):
+@pytest.mark.parametrize("dipe", [None, DIPEConfig(), DIPEConfig(max_distance=3)], ids=["base", "dipe", "limited"])
+def test_forward(family: TinyVLM, dipe: DIPEConfig | None):
     """Without DIPE, this shows that the oracle is one."""
     model = family.build()
     inputs = family.inputs(model, *BATCH)
@@ -26,7 +26,7 @@ def test_forward(family: TinyVLM, dipe: int | None):
         expected = logits(reference, in_double(inputs))[real]
     computed = base
     if dipe is not None:
-        computed = logits(get_peft_model(model, DIPEConfig(max_distance=dipe)), inputs)[real]
+        computed = logits(get_peft_model(model, dipe), inputs)[real]
         assert difference(expected, base.double()) > 1000 * TOLERANCE
     assert difference(computed.double(), expected) < TOLERANCE
 
@@ -39,7 +39,7 @@ def test_padding_belongs_to_no_run(family: TinyVLM):
     after = int(((ids == IMAGE) | (ids == VIDEO)).nonzero().max()) + 1
     inputs["attention_mask"][0, after : after + 2] = 0
     real = inputs["attention_mask"].bool()
-    with oracle(family.build(), inputs, dipe=0) as reference:
+    with oracle(family.build(), inputs, dipe=DIPEConfig()) as reference:
         expected = logits(reference, in_double(inputs))[real]
     computed = logits(get_peft_model(model, DIPEConfig()), inputs)[real]
     assert difference(computed.double(), expected) < TOLERANCE

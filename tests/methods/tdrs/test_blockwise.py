@@ -152,7 +152,7 @@ def test_gradients_through_a_model():
         model = family.build()
         embeddings = model.get_input_embeddings()
         if kind == "oracle":
-            with oracle(model, inputs, dipe=0, tdrs=TDRSConfig()) as reference:
+            with oracle(model, inputs, dipe=DIPEConfig(), tdrs=TDRSConfig()) as reference:
                 reference(**in_double(inputs)).logits.square().mean().backward()
         else:
             with attached(model, DIPEConfig(), TDRSConfig()):

@@ -1,0 +1,236 @@
+"""DIPE: the distance between text and image does not grow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import nn
+
+from ...attention.call import AttentionCall, Output
+from ...attention.reference import products
+from ...attention.rotation import Tables, rotate, rotation_tables, unit
+from ...attention.stages import Positions, Stage
+from ...tokens.context import VisualContext
+from ...tokens.families import VisionLanguageModel
+from ...tuners.attention_method import AttentionMethod, SteeredLayer
+from ...utils.checks import is_int, setting
+from .parts import attend_by_masks, attend_by_modality, runs_to_join, sums_are_given
+
+
+FARTHEST = 2**24  # positions: no context is longer
+
+
+@dataclass
+class DIPEConfig(AttentionMethod):
+    """Configuration of DIPE, arXiv 2603.10863. It has no parameters.
+
+    Scores between tokens of different modality are computed as if the query stood where its contiguous run of text, or
+    of visual tokens, begins. So the distance from generated text to the image stays as it was at its first token.
+    Pairs of one modality, and keys, keep their positions.
+
+    The paper trains with DIPE from pretraining on. On a model that was trained without, it is a zero-shot change of
+    positions: measure it. With `max_distance`, which is not the paper's, the query moves on with its run for so many
+    positions and stays there: up to that distance the model is the base's, and beyond it the image stays as far away
+    as the model has learnt to read.
+
+    In a conversation of several turns, each run of text begins farther away from the images of earlier turns. With
+    `anchor="image"`, which is not the paper's either, text stands at most `max_distance` behind each image.
+
+    Args:
+        max_distance: How many positions a query moves on from where its run begins, 0 or more. 0 or `None`: not at
+            all, as in the paper.
+        anchor: From where a query of text moves on. "run": from where its run begins, as in the paper. "image": from
+            where the text behind each image begins, for the keys of that image.
+        image_gap: With `anchor="image"`, visual runs with fewer positions of text between them count as one image,
+            whose parts keep their distances: tiles, rows, frames of a video, images that are given together. 1: each
+            run is an image.
+        max_images: With `anchor="image"`, how many images are told apart. Later ones count as one with the last of
+            them. Each costs one row of scores in a step of decoding.
+        layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all that rotate queries and
+            keys by position.
+        format_version: The format of the saved adapter. Do not change it.
+        init_weights: Without effect: there are no weights. PEFT expects the field.
+    """
+
+    method: ClassVar[str] = "dipe"
+    title: ClassVar[str] = "DIPE: the distance between text and image does not grow"
+    summary: ClassVar[str] = (
+        "Scores between tokens of different modality are computed as if the query stood where its run of text began. "
+        "The paper trains with it from pretraining on; on a model that was trained without, it is a zero-shot change "
+        "of positions."
+    )
+    paper: ClassVar[str] = "2603.10863"
+    rotates: ClassVar[bool] = True
+
+    max_distance: int | None = setting(
+        0,
+        "How many positions a query moves on from where its run begins; 0 or None: not at all, as in the paper.",
+        valid=lambda value: value is None or (is_int(value) and 0 <= value <= FARTHEST),
+        accepted=f"None or an integer from 0 to {FARTHEST}",
+    )
+    anchor: Literal["run", "image"] = setting(
+        "run",
+        "From where a query of text moves on: 'run', where its run begins, as in the paper; 'image', where the text "
+        "behind each image begins, for the keys of that image.",
+        among=("run", "image"),
+    )
+    image_gap: int = setting(
+        16,
+        "With anchor='image', visual runs with fewer positions of text between them count as one image.",
+        valid=lambda value: is_int(value) and 1 <= value <= FARTHEST,
+        accepted=f"an integer from 1 to {FARTHEST}",
+    )
+    max_images: int = setting(
+        8,
+        "With anchor='image', how many images are told apart; later ones count as one with the last of them.",
+        valid=lambda value: is_int(value) and 1 <= value <= 64,
+        accepted="an integer from 1 to 64",
+    )
+
+    @classmethod
+    def layers_on(cls, vlm: VisionLanguageModel) -> list[int]:
+        """The layers that rotate queries and keys: not those of linear attention, nor some of Llama 4 and Cohere 2."""
+        attentions = vlm.self_attentions
+        layers = [layer_idx for layer_idx in super().layers_on(vlm) if vlm.rotates(attentions[layer_idx])]
+        if vlm.rotary is None or not layers:
+            raise ValueError(
+                f"{type(vlm.model).__name__} has no layer that rotates queries and keys by position (a text model "
+                "with rotary_emb), so DIPE has no distance to hold."
+            )
+        return layers
+
+    def stages(self, layer: SteeredLayer) -> Stage:
+        """Anchored positions for pairs of different modality."""
+        rotary = cast(nn.Module, layer.rotary)  # layers_on made sure of it
+        by_image = (self.image_gap, self.max_images) if self.anchor == "image" else None
+        return AnchoredPositions(rotary, layer.layer_type, self.max_distance or 0, by_image)
+
+
+@dataclass(frozen=True)
+class AnchoredPositions(Positions):
+    """The positions by which one layer makes its scores (arXiv 2603.10863).
+
+    With `R` the rotation by position, `p` the positions, and the anchor of a token the position of the first token of
+    the contiguous run of one modality that holds it, or up to `max_distance` more on each axis::
+
+        a_i = min(p_i, anchor_i + max_distance)
+        score(i, j) = R(p_i) q_i . R(p_j) k_j * scaling     if i and j are of one modality
+                      R(a_i) q_i . R(p_j) k_j * scaling     otherwise
+
+    By image, a text token `i` meets a visual token `j` of an image behind whose last run text begins at `end` with::
+
+        a_ij = min(p_i, min(anchor_i, end_j) + max_distance)
+
+    Args:
+        rotary: The text model's rotary embedding.
+        layer_type: The layer's type, for a rotary embedding that tells types apart.
+        max_distance: How many positions a query moves on with its run.
+        by_image: What is an image, as `VisualContext.images` takes it. `None`: a query has one anchor.
+    """
+
+    rotary: nn.Module
+    layer_type: str | None
+    max_distance: int = 0
+    by_image: tuple[int, int] | None = None
+
+    def acts_on(self, call: AttentionCall) -> bool:
+        context = call.context
+        if context.memory.is_empty:  # with text alone there is one modality
+            return False
+        # A step of decoding does not wait for the device, and comes out as the base's to rounding alone.
+        if not self.max_distance or context.seq_len == 1:
+            return True
+        key = ("dipe reaches", self.max_distance, self.by_image)
+        return context.derived(key, lambda: self._is_reached(context))
+
+    def _is_reached(self, context: VisualContext) -> bool:
+        """Whether a token of this forward is farther from an anchor. Waits for the device."""
+        position_ids, _ = context.noted()
+        return bool((position_ids.unsqueeze(1) > self.reached(context, context.seq_len)).any())
+
+    def reached(self, context: VisualContext, num_queries: int) -> torch.Tensor:
+        """Where the last tokens of a forward stand for the other modality: text for each image, visual tokens for all.
+
+        Returns:
+            `(batch, num_images, num_queries, axes or 1)`, int64.
+        """
+        position_ids, anchors = (tensor[:, -num_queries:].unsqueeze(1) for tensor in context.noted())
+        if self.by_image:
+            _, ends = context.images(*self.by_image)
+            nearest = torch.minimum(anchors, ends.unsqueeze(-1))
+            visual_mask = context.visual_mask
+            is_visual = None if visual_mask is None else visual_mask[:, -num_queries:].unsqueeze(1)
+            anchors = nearest if is_visual is None else torch.where(is_visual, anchors, nearest)
+        reached = anchors.unsqueeze(-1) + self.max_distance
+        return torch.minimum(position_ids, reached) if self.max_distance else reached
+
+    def anchored_queries(self, call: AttentionCall) -> list[torch.Tensor]:
+        """The rotated queries, turned on from their own position to where they stand for each image."""
+        context, num_queries = call.context, call.query.shape[2]
+
+        def turn() -> tuple[Tables, int]:
+            reached = self.reached(context, num_queries)
+            moves = reached - context.noted()[0][:, -num_queries:].unsqueeze(1)
+            return unit(rotation_tables(self.rotary, moves.flatten(1, 2), self.layer_type)), moves.shape[1]
+
+        key = ("dipe", self.layer_type, self.max_distance, self.by_image, num_queries)
+        tables, num_images = context.derived(key, turn)
+        return list(rotate(call.module, call.query.repeat(1, 1, num_images, 1), tables).split(num_queries, 2))
+
+    def members(self, call: AttentionCall) -> list[torch.Tensor]:
+        """Which keys are of each image, `(batch, num_keys)`, bool. Those of text are of none."""
+        context, num_keys = call.context, call.key.shape[2]
+
+        def find() -> list[torch.Tensor]:
+            if not self.by_image:
+                return [call.visual_keys]
+            starts, _ = context.images(*self.by_image)
+            image = context.image_of_keys(num_keys, *self.by_image)
+            return [call.visual_keys & (image == number) for number in range(starts.shape[1])]
+
+        return context.derived(("dipe members", self.by_image, num_keys), find)
+
+    def meeting(self, call: AttentionCall) -> list[torch.Tensor]:
+        """The queries that meet keys of text, and those that meet the keys of each image."""
+        query, anchored = call.query, self.anchored_queries(call)
+        if call.context.visual_mask is None:
+            return [query, *anchored]
+        is_visual = call.visual_queries[:, None, :, None]
+        return [
+            torch.where(is_visual, anchored[0], query),
+            *(torch.where(is_visual, query, turned) for turned in anchored),
+        ]
+
+    def reference(self, call: AttentionCall) -> torch.Tensor:
+        scores = [products(query, call.key) for query in self.meeting(call)]
+        return self._chosen(call, scores)
+
+    def _chosen(self, call: AttentionCall, scores: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """For each key, the scores of the queries that meet it."""
+        chosen, *of_images = scores
+        for of_image, members in zip(of_images, self.members(call)):
+            chosen = torch.where(members[:, None, None], of_image, chosen)
+        return chosen
+
+    def attend_alone(self, call: AttentionCall) -> Output:
+        if call.query.shape[2] == 1:  # a step of decoding: rows of scores, and a choice between them
+            return call.attend_row(self._chosen(call, call.row_scores(*self.meeting(call))))
+        if sums_are_given(call):
+            output = attend_by_masks(call, self.anchored_queries(call), self.members(call))
+            return output.transpose(1, 2).contiguous(), None
+        runs = runs_to_join(call, self.by_image)
+        if runs is None:
+            return super().attend_alone(call)
+        output = attend_by_modality(call.query, self.anchored_queries(call), call.key, call.value, runs, call.scaling)
+        return output.transpose(1, 2).contiguous(), None
+
+    def widen(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys of several times the width, whose products are the scores: exact on any kernel.
+
+        Keys are split by what they are of, `[text or 0, first image or 0, ...]`; queries hold what each is met with.
+        """
+        of_none = call.visual_keys[:, None, :, None]
+        of_images = [call.key.masked_fill(~members[:, None, :, None], 0) for members in self.members(call)]
+        return torch.cat(self.meeting(call), -1), torch.cat([call.key.masked_fill(of_none, 0), *of_images], -1)
