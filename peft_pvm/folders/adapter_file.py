@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..utils.checks import LARGEST
 from ..utils.text import listed, plain, quoted
-from .companions import KEY, Companion, read_note
+from .companions import KEY, Companion, as_json, method_of, read_note
 
 
 FORMAT_VERSION = "1"  # of the adapters we write
@@ -269,7 +269,7 @@ def flaws(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     return found
 
 
-Saved = TypeVar("Saved", bound=SavedConfig)
+Saved = TypeVar("Saved", bound=PeftConfig)
 
 
 def open_adapter(path: str | os.PathLike, kind: type[Saved], whose: str, **kwargs: Any) -> tuple[Saved, AdapterFile]:
@@ -287,7 +287,7 @@ def open_adapter(path: str | os.PathLike, kind: type[Saved], whose: str, **kwarg
     config = PeftConfig.from_pretrained(os.fspath(path), **kwargs)
     if not isinstance(config, kind):
         raise ValueError(f"{plain(path, 200)} is an adapter of type {config.peft_type}, not {whose}.")
-    return config, config.source or AdapterFile(path)
+    return config, vars(config).get(SOURCE) or AdapterFile(path)
 
 
 def read_tensors(config: SavedConfig, file: AdapterFile) -> dict[str, torch.Tensor]:
@@ -367,25 +367,31 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
         kwargs: Arguments of `PeftConfig.from_pretrained`, such as `subfolder` and `revision`.
 
     Raises:
-        ValueError: It is no adapter of this package, or damaged.
+        ValueError: It is damaged, or of no method that PEFT or this package knows.
         FileNotFoundError: It has no weights file.
     """
-    config, file = _open_ours(adapter, **kwargs)
-    tensors = read_tensors(config, file) if config.has_parameters else {}
+    config, file = open_adapter(adapter, PeftConfig, "an adapter", **kwargs)
+    gates: list[dict[int, float]] = []
+    if isinstance(config, SavedConfig):
+        config, file = _open_ours(adapter, **kwargs)
+        tensors = read_tensors(config, file) if config.has_parameters else {}
+        gates = config.gates(tensors)
+    else:
+        tensors = dict(file.read())
     return Inspection(
-        config.method,
+        method_of(config).lower(),
         sum(tensor.numel() for tensor in tensors.values()),
         sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
-        config.gates(tensors),
-        {name: value for name, value in config.to_dict().items() if value is not None},
+        gates,
+        {name: value for name, value in as_json(config).items() if value is not None},
         file.companions(),
         None if base is None else os.fspath(base),
         None if base is None else _misfit(config, os.fspath(base)),
     )
 
 
-def _misfit(config: SavedConfig, base: str) -> str | None:
+def _misfit(config: PeftConfig, base: str) -> str | None:
     """Why an adapter does not fit a base model, found by attaching it to the model without weights."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))

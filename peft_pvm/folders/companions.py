@@ -80,14 +80,17 @@ def method_of(config: PeftConfig) -> str:
 
 
 def fields_of(config: PeftConfig) -> dict[str, Any]:
-    """What a configuration says of what its adapter computes, as JSON holds it: sets become sorted lists."""
-    fields = config.to_dict().items()
-    chosen = {name: value for name, value in fields if name not in OF_ORIGIN and not name.startswith("init_")}
-    return json.loads(json.dumps(chosen, default=_as_json))
+    """Those of the fields of a configuration that say what its adapter computes, as JSON holds them."""
+    fields = as_json(config).items()
+    return {name: value for name, value in fields if name not in OF_ORIGIN and not name.startswith("init_")}
 
 
-def _as_json(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)
+def as_json(config: PeftConfig) -> dict[str, Any]:
+    """The fields of a configuration, as JSON holds them: sets become sorted lists."""
+    fields = json.dumps(
+        config.to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value)
+    )
+    return json.loads(fields)
 
 
 def hash_of(tensors: Mapping[str, torch.Tensor]) -> str | None:

@@ -86,7 +86,11 @@ def test_inspect_adapters_of_other_kinds(tiny: TinyVLM, tmp_path: Path, base: Pa
     assert "dipe" in run("inspect", tmp_path / "dipe", "--base", base)
     lora = get_peft_model(tiny.build(), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "lora")
-    assert "not of peft_pvm" in run("inspect", tmp_path / "lora", fails=True)
+    assert "lora" in run("inspect", tmp_path / "lora", "--base", base)
+    found = json.loads(run("inspect", tmp_path / "lora", "--json"))
+    assert (found["method"], found["config"]["target_modules"]) == ("lora", ["q_proj"])
+    assert found["parameters"] == sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    assert "not of peft_pvm" in run("card", tmp_path / "lora", fails=True)
     assert "Can't find 'adapter_config.json'" in run("inspect", tmp_path, fails=True)
 
 
