@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,9 @@ from safetensors.torch import load_file
 from training_runs import EXAMPLES, adapter_weights, arguments, by_rank, run
 from transformers import AutoModelForImageTextToText
 
+from peft_pvm import load_adapters
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.folders.adapter_file import AdapterFile
 from peft_pvm.integrations.trl import read_log
 
 
@@ -77,6 +80,22 @@ def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str,
     alone = adapter_weights(tmp_path / "alone")
     same_tensors(alone, adapter_weights(tmp_path / "out"))
     assert all(tensor.abs() > 1e-3 for key, tensor in alone.items() if key.endswith("pvm_gate.weight")), "it learned"
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_adapt_to_dipe_as_one_does(material: SimpleNamespace, kind: str, tmp_path: Path):
+    options = {"max_steps": 3, "learning_rate": 1e-3, "train_sampling_strategy": "sequential"}
+    launch(kind, "dipe", material, tmp_path, per_device_train_batch_size=4, **options)
+    run("dipe", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
+    same_curves(tmp_path)
+    same_tensors(*(adapter_weights(tmp_path / name / "lora") for name in ("alone", "out")))
+    noted = {name: AdapterFile(tmp_path / name / "lora").companions() for name in ("alone", "out")}
+    assert noted["alone"] == noted["out"]
+    (of_dipe,) = AdapterFile(tmp_path / "out" / "dipe").companions()
+    assert of_dipe.weights is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_adapters(load_tiny_vlm(), [str(tmp_path / "out" / name) for name in ("dipe", "lora")])
 
 
 def same_curves(folder: Path) -> None:
