@@ -208,6 +208,10 @@ class SavedConfig(PeftConfig):
         """The weights file beside the configuration, if it was loaded from somewhere."""
         return vars(self).get(SOURCE)
 
+    def set_source(self, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> None:
+        """Remember the folder or Hub repository this config was loaded from."""
+        setattr(self, SOURCE, AdapterFile(path, subfolder, hub_kwargs))
+
     def misfits(self, header: Mapping[str, torch.Tensor]) -> list[str]:
         """What does not go together in this configuration and the names and shapes in a file, a sentence for each.
 
@@ -337,9 +341,9 @@ class Inspection:
         dtypes: Of its tensors.
         gates: Of each branch that it adds beside the base's modules, its gate by layer index.
         config: The fields of its configuration.
-        trained_with: The adapters that it was trained together with.
         base: The base model that it was compared with; `None`: none.
         misfit: Why it does not fit that; `None`: it does, or was not compared.
+        trained_with: The adapters that it was trained together with.
     """
 
     method: str
@@ -348,9 +352,9 @@ class Inspection:
     dtypes: tuple[str, ...]
     gates: list[dict[int, float]]
     config: dict[str, Any]
-    trained_with: tuple[Companion, ...]
     base: str | None
     misfit: str | None
+    trained_with: tuple[Companion, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
@@ -385,9 +389,9 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
         tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
         gates,
         {name: value for name, value in as_json(config).items() if value is not None},
-        file.companions(),
         None if base is None else os.fspath(base),
         None if base is None else _misfit(config, os.fspath(base)),
+        file.companions(),
     )
 
 

@@ -232,7 +232,10 @@ def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
         cls: Any, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        vars(config)[SOURCE] = AdapterFile(pretrained_model_name_or_path, subfolder, hub_arguments(kwargs))
+        if is_ours(config):
+            config.set_source(pretrained_model_name_or_path, subfolder=subfolder, **hub_arguments(kwargs))
+        else:
+            vars(config)[SOURCE] = AdapterFile(pretrained_model_name_or_path, subfolder, hub_arguments(kwargs))
         return config
 
     return from_pretrained

@@ -105,6 +105,8 @@ def test_each_notes_the_others(tiny: TinyVLM, writer: str, tmp_path: Path):
     assert by_name["pvm"].fields["r"] == 16
     hashes = {companion.name: companion.weights for companion in found["dipe"]}
     assert len(set(hashes.values())) == 2
+    with safe_open(tmp_path / "dipe" / WEIGHTS, "pt") as file:
+        assert file.metadata().keys() == {"format", "method", "version", KEY}
     with warned(0):
         names = load_adapters(tiny.build(), [str(tmp_path / name) for name in ("lora", "dipe", "pvm")])
     assert names == ["lora", "dipe", "pvm"]
