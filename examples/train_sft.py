@@ -56,7 +56,8 @@ def chosen_layers(
 
 def in_order(data: datasets.Dataset, training: SFTConfig, pvm: PVMArguments, processor: ProcessorMixin):
     """The rows of the hidden steps, as they are, and then all rows, with text between image and question."""
-    data = data.shuffle(training.seed)
+    if training.train_sampling_strategy == "random":
+        data = data.shuffle(training.seed)
     rows_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     first = data.select([row % len(data) for row in range(pvm.hidden_steps * rows_per_step)])
     if pvm.max_text:

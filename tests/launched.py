@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.trainer
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_runs import by_rank, script
 from transformers import Trainer
-
-from peft_pvm.training import HiddenImage
 
 
 def shard_on_cpus() -> None:
@@ -56,8 +53,6 @@ def how_it_is_spread(trainer: Trainer) -> dict[str, Any]:
 def main(stage: str, report: str, *arguments: str) -> None:
     shard_on_cpus()
     torch.multinomial = by_rank
-    if fields := os.environ.get("HIDDEN_IMAGE"):
-        transformers.trainer.DEFAULT_CALLBACKS.append(HiddenImage(**json.loads(fields)))
     trainer = script(stage).main(list(arguments))
     Path(f"{report}-{os.environ['RANK']}.json").write_text(json.dumps(how_it_is_spread(trainer)))
 

@@ -11,7 +11,7 @@ import pytest
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-OF_OTHERS = ("train_", "vlmevalkit")
+OF_OTHERS = ("train_", "adapt_", "vlmevalkit")
 EXTRAS = ("matplotlib", "sklearn", "rich")
 
 pytestmark = pytest.mark.skipif(

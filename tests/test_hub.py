@@ -95,6 +95,46 @@ print(json.dumps([same(loaded, model), same(base.eval(), model), same(swapped, m
     assert any(request.startswith("PUT /lfs/") for request in held.requests), "weights go up as large files"
 
 
+def test_adapters_that_belong_together(hub: tuple[object, Hub], tmp_path: Path):
+    """The note goes along, also that of a LoRA and its card; and no file is asked for because of it."""
+    found = run(
+        hub,
+        tmp_path,
+        """
+import warnings
+from peft import LoraConfig
+from peft_pvm import add_adapters, load_adapters
+base = family.build()
+add_adapters(base, {"dipe": DIPEConfig(max_distance=2)})
+lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+model = PeftModel(base, lora, "default")
+model.push_to_hub("someone/lora")
+DIPEConfig(max_distance=2).save_pretrained("{folder}")
+said = []
+for sources in (["someone/lora"], ["{folder}", "someone/lora"]):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_adapters(family.build(), sources)
+    said.append([str(w.message) for w in caught if "trained together with" in str(w.message)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(family.build(), sources[-1])
+    said.append([str(w.message) for w in caught if "trained together with" in str(w.message)])
+print(json.dumps(said))
+""".replace("{folder}", str(tmp_path / "dipe")),
+    )
+    assert [len(texts) for texts in found] == [1, 1, 0, 1]
+    assert "load_adapters(model, ['<the folder of dipe>', 'someone/lora'])" in found[0][0]
+    _, held = hub
+    _, files = held.files("someone/lora", "main")
+    assert set(files) == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors"),
+        *("dipe/README.md", "dipe/adapter_config.json", "dipe/adapter_model.safetensors"),
+    }
+    assert b"| `dipe` | DIPE | `max_distance=2` |" in files["README.md"]
+    assert b"| `default` | LORA | `weights " in files["dipe/README.md"]
+
+
 def test_revisions_and_subfolders(hub: tuple[object, Hub], tmp_path: Path):
     found = run(
         hub,

@@ -39,6 +39,7 @@ RENAMED = {  # the new name, and why
     "SteeringConfig": ("AttentionMethod", ONE_CLASS),
     "SteeringLayer": ("AttentionMethodLayer", ONE_CLASS),
     "SteeringTuner": ("AttentionMethodTuner", ONE_CLASS),
+    "ours_in": ("saved_in", "adapters of other packages get a card too, if they were trained together with others"),
 }
 REMOVED = {
     "steer": "SteeringHandle is a handle like that of a hook",

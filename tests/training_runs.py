@@ -26,10 +26,18 @@ from peft_pvm.demo.tiny_vlm import load_tiny_vlm  # noqa: E402
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = {"sft": "train_sft", "grpo": "train_grpo", "dipe": "adapt_dipe"}
+CONFIGS = {"sft": "sft_tiny", "grpo": "grpo_tiny", "dipe": "adapt_dipe_tiny"}
 # What differs from the configurations for the tiny model, to be done in seconds.
 SHORT = {
     "sft": {
         "r": 32,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "per_device_train_batch_size": 4,
+    },
+    "dipe": {
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
@@ -52,7 +60,7 @@ def make_material(folder: Path) -> SimpleNamespace:
 
 def arguments(stage: str, material: SimpleNamespace, **options) -> list[str]:
     """The command line of a training script."""
-    data = material.messages if stage == "sft" else material.prompts
+    data = material.prompts if stage == "grpo" else material.messages
     chosen = {
         "model_name_or_path": material.model,
         "dataset_name": data,
@@ -61,7 +69,7 @@ def arguments(stage: str, material: SimpleNamespace, **options) -> list[str]:
         **SHORT[stage],
         **options,
     }
-    line = ["--config", str(EXAMPLES / f"{stage}_tiny.yaml")]
+    line = ["--config", str(EXAMPLES / f"{CONFIGS[stage]}.yaml")]
     for name, value in chosen.items():
         line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return line
@@ -69,7 +77,7 @@ def arguments(stage: str, material: SimpleNamespace, **options) -> list[str]:
 
 def script(stage: str) -> ModuleType:
     """A training script as a module."""
-    name = f"train_{stage}"
+    name = SCRIPTS[stage]
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where its dataclasses look up their types
     spec.loader.exec_module(module)
@@ -83,7 +91,7 @@ def run(stage: str, material: SimpleNamespace, **options):
 
 def start(stage: str, material: SimpleNamespace, **options) -> subprocess.Popen:
     """Run a training script in a process of its own."""
-    line = [sys.executable, EXAMPLES / f"train_{stage}.py", *arguments(stage, material, **options)]
+    line = [sys.executable, EXAMPLES / f"{SCRIPTS[stage]}.py", *arguments(stage, material, **options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 

@@ -138,6 +138,8 @@ def _table(adapter: str, found: Inspection) -> Table:
     for number, by_layer in enumerate(found.gates):
         title = "gates" if len(found.gates) == 1 else f"gates of branch {number}"
         rows[title] = ", ".join(f"layer {layer_idx}: {gate:.4g}" for layer_idx, gate in by_layer.items())
+    if found.trained_with:
+        rows["trained with"] = "; ".join(f"{other}: {other.settings}" for other in found.trained_with)
     if found.base is not None:
         rows[f"fits {found.base}"] = "yes" if found.misfit is None else f"no: {' '.join(found.misfit.split())}"
     table = Table(title=Text(plain(adapter)), show_header=False)

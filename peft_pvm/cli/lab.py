@@ -44,7 +44,10 @@ def demo(
 
 @app.command("recall")
 def recall_command(
-    adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids of adapters.")] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(help="Folders or Hub ids of adapters, or several with + between, which act together."),
+    ] = None,
     base: Annotated[
         Path | None,
         typer.Option(help="Folder of a tiny model that was trained further; by default the shipped one."),

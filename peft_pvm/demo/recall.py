@@ -18,6 +18,7 @@ from transformers import GenerationMixin, Qwen3VLForConditionalGeneration, Stopp
 
 from ..methods import METHODS, PVMConfig
 from ..tuners.active import attached
+from ..tuners.saving import load_adapters
 from ..utils.terminal import Terminal, progress_bar
 from .mosaic import (
     FIRST_QUERY,
@@ -212,7 +213,7 @@ def load_models(adapters: Sequence[str | os.PathLike], base: str | os.PathLike |
     """The tiny model without adapters, and with each of some.
 
     Args:
-        adapters: Folders or Hub ids.
+        adapters: Folders or Hub ids, or several with `+` between, which act together.
         base: Folder of a tiny model that was trained further; `None`: the shipped one.
 
     Returns:
@@ -222,8 +223,10 @@ def load_models(adapters: Sequence[str | os.PathLike], base: str | os.PathLike |
     def load() -> Any:
         return load_tiny_vlm() if base is None else Qwen3VLForConditionalGeneration.from_pretrained(base).eval()
 
-    adapted = {os.fspath(name): PeftModel.from_pretrained(load(), name).eval() for name in adapters}
-    return {"base": load(), **adapted}
+    models = {"base": load(), **{os.fspath(name): load() for name in adapters}}
+    for name in adapters:
+        load_adapters(models[os.fspath(name)], os.fspath(name).split("+"))
+    return models
 
 
 def compare(models: Mapping[str, nn.Module], rows: int, seed: int) -> None:

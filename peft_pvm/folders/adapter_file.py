@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, inject_adapter_in_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -20,11 +21,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..utils.checks import LARGEST
 from ..utils.text import listed, plain, quoted
+from .companions import KEY, Companion, as_json, method_of, read_note
 
 
 FORMAT_VERSION = "1"  # of the adapters we write
 PEFT_PREFIX = "base_model.model."  # PEFT saves every key below this name
 RESULTS_NAME = "results.json"  # what was measured with an adapter, for its model card
+SOURCE = "_source"  # of a configuration that was loaded: the weights file beside it
 
 LONGEST_HEADER = 2 * 2**20  # bytes: some 10,000 tensors, of which an adapter has hundreds
 NEXT_LINE = "\n  - "
@@ -58,7 +61,7 @@ class AdapterFile:
     ):
         self.path = os.fspath(path)
         self.subfolder = subfolder
-        self.folder = os.path.join(self.path, subfolder or "")
+        self.folder = os.path.join(self.path, subfolder) if subfolder else self.path
         self.hub_kwargs = hub_kwargs or {}
 
     def is_config_only(self) -> bool:
@@ -86,6 +89,33 @@ class AdapterFile:
                 )
             return file
         return hf_hub_download(self.path, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.hub_kwargs)
+
+    def companions(self) -> tuple[Companion, ...]:
+        """The adapters that this one was trained together with; none, if the file is not on this machine.
+
+        Raises:
+            ValueError: The file is damaged, or does not say it as it should.
+        """
+        if (file := self.at_hand()) is None:
+            return ()
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                note = (tensors.metadata() or {}).get(KEY)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{plain(file, 200)} is damaged or not a safetensors file: {plain(error, 200)}"
+            ) from error
+        return () if note is None else read_note(note, file)
+
+    def at_hand(self) -> str | None:
+        """The file, if it is on this machine already: the Hub is not asked."""
+        file: Any = os.path.join(self.folder, SAFETENSORS_WEIGHTS_NAME)
+        if not os.path.isdir(self.folder):
+            name = "/".join(filter(None, (self.subfolder, SAFETENSORS_WEIGHTS_NAME)))
+            places = {key: self.hub_kwargs[key] for key in ("cache_dir", "revision") if key in self.hub_kwargs}
+            with contextlib.suppress(HFValidationError):
+                file = try_to_load_from_cache(self.path, name, **places)
+        return file if isinstance(file, str) and os.path.isfile(file) else None
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -176,11 +206,11 @@ class SavedConfig(PeftConfig):
     @property
     def source(self) -> AdapterFile | None:
         """The weights file beside the configuration, if it was loaded from somewhere."""
-        return vars(self).get("_source")
+        return vars(self).get(SOURCE)
 
     def set_source(self, path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> None:
         """Remember the folder or Hub repository this config was loaded from."""
-        self._source = AdapterFile(path, subfolder, hub_kwargs)
+        setattr(self, SOURCE, AdapterFile(path, subfolder, hub_kwargs))
 
     def misfits(self, header: Mapping[str, torch.Tensor]) -> list[str]:
         """What does not go together in this configuration and the names and shapes in a file, a sentence for each.
@@ -243,7 +273,7 @@ def flaws(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     return found
 
 
-Saved = TypeVar("Saved", bound=SavedConfig)
+Saved = TypeVar("Saved", bound=PeftConfig)
 
 
 def open_adapter(path: str | os.PathLike, kind: type[Saved], whose: str, **kwargs: Any) -> tuple[Saved, AdapterFile]:
@@ -261,7 +291,7 @@ def open_adapter(path: str | os.PathLike, kind: type[Saved], whose: str, **kwarg
     config = PeftConfig.from_pretrained(os.fspath(path), **kwargs)
     if not isinstance(config, kind):
         raise ValueError(f"{plain(path, 200)} is an adapter of type {config.peft_type}, not {whose}.")
-    return config, config.source or AdapterFile(path)
+    return config, vars(config).get(SOURCE) or AdapterFile(path)
 
 
 def read_tensors(config: SavedConfig, file: AdapterFile) -> dict[str, torch.Tensor]:
@@ -313,6 +343,7 @@ class Inspection:
         config: The fields of its configuration.
         base: The base model that it was compared with; `None`: none.
         misfit: Why it does not fit that; `None`: it does, or was not compared.
+        trained_with: The adapters that it was trained together with.
     """
 
     method: str
@@ -323,10 +354,12 @@ class Inspection:
     config: dict[str, Any]
     base: str | None
     misfit: str | None
+    trained_with: tuple[Companion, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
-        return {**dataclasses.asdict(self), "dtypes": list(self.dtypes)}
+        fields = dataclasses.asdict(self)
+        return {**fields, "dtypes": list(self.dtypes), "trained_with": list(fields["trained_with"])}
 
 
 def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None = None, **kwargs: Any) -> Inspection:
@@ -338,24 +371,31 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
         kwargs: Arguments of `PeftConfig.from_pretrained`, such as `subfolder` and `revision`.
 
     Raises:
-        ValueError: It is no adapter of this package, or damaged.
+        ValueError: It is damaged, or of no method that PEFT or this package knows.
         FileNotFoundError: It has no weights file.
     """
-    config, file = _open_ours(adapter, **kwargs)
-    tensors = read_tensors(config, file) if config.has_parameters else {}
+    config, file = open_adapter(adapter, PeftConfig, "an adapter", **kwargs)
+    gates: list[dict[int, float]] = []
+    if isinstance(config, SavedConfig):
+        config, file = _open_ours(adapter, **kwargs)
+        tensors = read_tensors(config, file) if config.has_parameters else {}
+        gates = config.gates(tensors)
+    else:
+        tensors = dict(file.read())
     return Inspection(
-        config.method,
+        method_of(config).lower(),
         sum(tensor.numel() for tensor in tensors.values()),
         sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
-        config.gates(tensors),
-        {name: value for name, value in config.to_dict().items() if value is not None},
+        gates,
+        {name: value for name, value in as_json(config).items() if value is not None},
         None if base is None else os.fspath(base),
         None if base is None else _misfit(config, os.fspath(base)),
+        file.companions(),
     )
 
 
-def _misfit(config: SavedConfig, base: str) -> str | None:
+def _misfit(config: PeftConfig, base: str) -> str | None:
     """Why an adapter does not fit a base model, found by attaching it to the model without weights."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))

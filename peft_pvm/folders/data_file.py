@@ -31,11 +31,24 @@ def read_json(path: str | os.PathLike, limit: int = LONGEST_FILE) -> Any:
     """
     with open(path, "rb") as file:
         content = file.read(limit + 1)
-    where = plain(os.fspath(path), 200)
+    return parse_json(content, plain(os.fspath(path), 200), limit)
+
+
+def parse_json(content: str | bytes, where: str, limit: int) -> Any:
+    """What JSON from a file holds.
+
+    Args:
+        content: The JSON; bytes are UTF-8.
+        where: Where it stood, for the message.
+        limit: How long it may be.
+
+    Raises:
+        ValueError: It is too long, not JSON or too deeply nested.
+    """
     if len(content) > limit:
         raise ValueError(f"{where} is longer than {limit:,} bytes, which no such file has. It may be damaged.")
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content if isinstance(content, str) else content.decode("utf-8"))
     except RecursionError:
         raise ValueError(f"{where} is damaged or not JSON: it is nested too deeply.") from None
     except ValueError as error:  # also text in another encoding

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load, save_file
 
 from ..utils.checks import is_text
 from ..utils.text import code_span, markdown, plain
-from .adapter_file import RESULTS_NAME, SavedConfig
+from .adapter_file import RESULTS_NAME, AdapterFile, SavedConfig
+from .companions import KEY, Companion, as_note, method_of
 from .data_file import OF_ADAPTERS, read_json
 from .replacing import replacing, write_file
 
@@ -70,13 +72,19 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
                     path.parent.rmdir()
 
 
-def write_adapter(folder: str | os.PathLike, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> Path:
+def write_adapter(
+    folder: str | os.PathLike,
+    config: PeftConfig,
+    tensors: dict[str, torch.Tensor],
+    companions: Sequence[Companion] = (),
+) -> Path:
     """Save an adapter as PEFT does, whole or not at all. Ours bring a model card.
 
     Args:
         folder: Where to.
         config: Its configuration.
         tensors: Its tensors, by their keys in the file.
+        companions: The adapters that it was trained together with.
 
     Returns:
         The folder.
@@ -87,7 +95,25 @@ def write_adapter(folder: str | os.PathLike, config: PeftConfig, tensors: dict[s
         saved = copy.copy(config)
         saved.inference_mode = True  # as PEFT saves it
         saved.save_pretrained(str(staged))
+        note_companions(staged, saved, companions)
     return Path(folder)
+
+
+def note_companions(folder: Path, config: PeftConfig, companions: Sequence[Companion]) -> None:
+    """Write into a saved adapter what it was trained together with: into its weights file and its card.
+
+    Args:
+        folder: Where the adapter is saved. A pickle takes no note.
+        config: Its configuration.
+        companions: The adapters; if there are none, nothing is written.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not companions or not file.is_file():
+        return
+    with safe_open(file, framework="pt") as tensors:
+        metadata = {**(tensors.metadata() or {}), KEY: as_note(companions)}
+    save_file(load(file.read_bytes()), file, metadata=metadata)
+    write_card(config, folder)
 
 
 def _remove_former_leftovers(folder: Path) -> None:
@@ -99,22 +125,24 @@ def _remove_former_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover)
 
 
-def write_card(config: SavedConfig, folder: str | os.PathLike) -> None:
+def write_card(config: PeftConfig, folder: str | os.PathLike) -> None:
     """Write an adapter's README.md, unless somebody has written one.
 
     What `results.json` in the folder holds goes into the card: a list of objects with `dataset`, `metric`, `value`
-    and, if known, `base`, the base model's value.
+    and, if known, `base`, the base model's value. An adapter of another package gets a card only if it was trained
+    together with others, as the card then says.
 
     Args:
         config: The adapter's configuration.
         folder: Where the adapter is saved.
 
     Raises:
-        ValueError: `results.json` is not such a list.
+        ValueError: `results.json` is not such a list, or the weights file is damaged.
     """
     path = Path(folder) / CARD_NAME
-    if not is_written_by_a_person(path):
-        write_file(path, str(ModelCard(card_text(config, read_results(folder)))))
+    companions = AdapterFile(folder).companions()
+    if (companions or isinstance(config, SavedConfig)) and not is_written_by_a_person(path):
+        write_file(path, str(ModelCard(card_text(config, read_results(folder), companions))))
 
 
 def is_written_by_a_person(path: Path) -> bool:
@@ -156,57 +184,80 @@ def _is_score(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
-def card_text(config: SavedConfig, results: list[dict[str, Any]]) -> str:
-    """The card: what the Hub reads, how to load the adapter, its configuration, what was measured."""
+def card_text(config: PeftConfig, results: list[dict[str, Any]], companions: Sequence[Companion] = ()) -> str:
+    """The card: what the Hub reads, how to load the adapter, its configuration, what was measured.
+
+    Args:
+        config: The adapter's configuration. Only those of this package have their fields explained.
+        results: As `read_results` returns them.
+        companions: The adapters that it was trained together with.
+    """
     base = plain(config.base_model_name_or_path or "", 200)
-    on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not os.path.exists(base)
+    about, fields = [f"# {method_of(config)} adapter", ""], []
+    if isinstance(config, SavedConfig):
+        parameters = [] if config.has_parameters else ["It has no parameters."]
+        source = f"Source: [arXiv {config.paper}](https://arxiv.org/abs/{config.paper})."
+        about = [f"# {config.title}", "", config.summary, "", " ".join([*parameters, source]), ""]
+        fields = ["| Field | Value | |", "|---|---|---|", *_field_rows(config), ""]
+    lines = ["---", _card_data(config, base, results).to_yaml(), "---", "", MARK, "", *about]
+    if companions:
+        lines += [
+            "The adapters below acted beside it in training. They belong together: without them, it computes "
+            "something else.",
+            "",
+            *("| Adapter | Method | Settings |", "|---|---|---|"),
+            *(
+                f"| {code_span(other.name)} | {markdown(other.method)} | {code_span(other.settings, 500)} |"
+                for other in companions
+            ),
+            "",
+        ]
+    lines += ["```python", *_loading_lines(base, companions), "```", "", *fields]
+    if results:
+        lines += [
+            "| Data set | Metric | Base | With this adapter |",
+            "|---|---|---|---|",
+            *(
+                f"| {markdown(result['dataset'])} | {markdown(result['metric'])} "
+                f"| {result.get('base', '')} | {result['value']} |"
+                for result in results
+            ),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _field_rows(config: SavedConfig) -> list[str]:
     common = {field.name for field in dataclasses.fields(PeftConfig)} | {"init_weights", "format_version"}
-    rows = [
+    return [
         f"| `{field.name}` | {code_span(getattr(config, field.name), 500)} | {field.metadata.get('help', '')} |"
         for field in dataclasses.fields(config)
         if field.name not in common
     ]
-    measured = [
-        f"| {markdown(result['dataset'])} | {markdown(result['metric'])} "
-        f"| {result.get('base', '')} | {result['value']} |"
-        for result in results
-    ]
-    parameters = [] if config.has_parameters else ["It has no parameters."]
-    lines = [
-        "---",
-        _card_data(config, base, results).to_yaml(),
-        "---",
-        "",
-        MARK,
-        "",
-        f"# {config.title}",
-        "",
-        config.summary,
-        "",
-        " ".join([*parameters, f"Source: [arXiv {config.paper}](https://arxiv.org/abs/{config.paper})."]),
-        "",
-        "```python",
+
+
+def _loading_lines(base: str, companions: Sequence[Companion]) -> list[str]:
+    """Code that loads an adapter, with the base if the Hub has it, and with its companions."""
+    on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not os.path.exists(base)
+    here = "this folder or its Hub id"
+    load = f'model = PeftModel.from_pretrained(model, "{here}")'
+    if companions:
+        others = [f"the folder or Hub id of {plain(companion.name, 100)}" for companion in companions]
+        load = f"peft_pvm.load_adapters(model, {[*others, here]})"
+    return [
         "import peft_pvm  # registers the method with PEFT",
-        "from peft import PeftModel",
+        *(["from peft import PeftModel"] if not companions else []),
         *(["from transformers import AutoModelForImageTextToText"] if on_hub else []),
         "",
         *([f'model = AutoModelForImageTextToText.from_pretrained("{base}")'] if on_hub else []),
-        'model = PeftModel.from_pretrained(model, "this folder or its Hub id")',
-        "```",
-        "",
-        "| Field | Value | |",
-        "|---|---|---|",
-        *rows,
-        "",
+        load,
     ]
-    if measured:
-        lines += ["| Data set | Metric | Base | With this adapter |", "|---|---|---|---|", *measured, ""]
-    return "\n".join(lines)
 
 
-def _card_data(config: SavedConfig, base: str, results: list[dict[str, Any]]) -> ModelCardData:
+def _card_data(config: PeftConfig, base: str, results: list[dict[str, Any]]) -> ModelCardData:
     """What the Hub reads."""
     task = "image-text-to-text"
+    method = method_of(config)
     evaluations = [
         EvalResult(
             task_type=task,
@@ -222,8 +273,8 @@ def _card_data(config: SavedConfig, base: str, results: list[dict[str, Any]]) ->
         library_name="peft",
         base_model=base or None,
         pipeline_tag=task,
-        tags=["peft-pvm", config.method, *([f"base_model:adapter:{base}"] if base else [])],
-        model_name=f"{config.method.upper()} adapter" if results else None,
+        tags=["peft-pvm", method.lower(), *([f"base_model:adapter:{base}"] if base else [])],
+        model_name=f"{method} adapter" if results else None,
         eval_results=evaluations or None,
     )
 

@@ -35,6 +35,7 @@ from ..folders.writing import write_adapter
 from ..probe.observers import AttentionObserver, branches_observed, observed, undisturbed, visual_mask
 from ..tokens.families import find_vlm, without_wrappers
 from ..tuners.active import base_of
+from ..tuners.companions import trained_with
 from ..tuners.saving import check_whole
 from ..utils.plotting import as_png, line_look, new_figure, styled
 
@@ -237,7 +238,7 @@ def _write_parts(
         tensors = get_peft_model_state_dict(model, state_dict, adapter_name=name)
         in_file = {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
         check_whole(model, name, in_file)
-        write_adapter(folder / name, config, in_file)
+        write_adapter(folder / name, config, in_file, trained_with(model, name, state_dict))
     kinds: tuple[type[Any], ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     of_adapters = {
         f"{name}.{key}"

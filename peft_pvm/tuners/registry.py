@@ -18,7 +18,7 @@ from peft.utils import CONFIG_NAME, PeftType, register_peft_method, save_and_loa
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
-from ..folders.adapter_file import AdapterFile
+from ..folders.adapter_file import SOURCE, AdapterFile
 from ..folders.data_file import OF_ADAPTERS, read_json
 from ..folders.incoming import INCOMING, NOTHING, Incoming, fitted, loading
 from ..folders.replacing import settle
@@ -27,7 +27,8 @@ from ..utils.packages import ASKS_TUNER_FOR_NAMES, add_peft_type, conversion_of,
 from ..utils.text import plain
 from .attention_method import AttentionMethod, attention_tuner
 from .base import VisualConfig, VisualTuner
-from .saving import has_ours, is_ours, ours_in, saving_whole
+from .companions import warn_of_missing
+from .saving import has_ours, is_ours, saved_in, saving_whole
 
 
 EXTENDED = "peft_pvm_was_here"
@@ -65,13 +66,14 @@ def register(config_cls: type[VisualConfig], tuner_cls: type[VisualTuner] | None
 def extend_peft() -> None:
     """Change what PEFT and transformers do with saved adapters, where no hook of theirs lets us. Again: nothing.
 
-    - A config that is loaded knows where it was loaded from, if it has a method `set_source` to be told. Our tuners
-      check an adapter's file against the model before they touch the model. PEFT injects the layers first and reads
-      the file later, and transformers' `load_adapter` calls `PeftConfig.from_pretrained` on the base class, so a
-      subclass's own `from_pretrained` would not be asked.
+    - A config that is loaded knows where it was loaded from. Our tuners check an adapter's file against the model
+      before they touch the model. PEFT injects the layers first and reads the file later, and transformers'
+      `load_adapter` calls `PeftConfig.from_pretrained` on the base class, so a subclass's own `from_pretrained` would
+      not be asked.
     - What is no adapter's configuration is refused with its name and the reason.
     - Whoever loads an adapter waits for a save that is replacing it; one that died at this is undone.
     - Our tuners know what is being loaded, and by which names, while `PeftModel` and transformers load an adapter.
+    - An adapter of any type that is loaded without those that it was trained together with gives a warning.
     - A model with our adapters is saved by way of `saving_whole`, and not in a form that we do not load.
     - `push_to_hub` does not put an empty card in the place of ours.
     """
@@ -174,7 +176,11 @@ def _saying_what_peft_loads(original: Callable[..., Any]) -> Callable[..., Any]:
             # New weights for it. Where tuners are nested, it may be another's, who is asked when the weights are set.
             if is_ours(attached) and isinstance(model.base_model, PEFT_TYPE_TO_TUNER_MAPPING[attached.peft_type]):
                 model.base_model.check_file(file, attached)
-            return original(*call.args, **call.kwargs)
+            loaded = original(*call.args, **call.kwargs)
+        if attached is None or attached.inference_mode:  # else a trainer puts a checkpoint back
+            name = asked.get("adapter_name", "default")
+            warn_of_missing(loaded if model is None else model, {name: file})
+        return loaded
 
     return load
 
@@ -196,7 +202,14 @@ def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..
         conversions = asked.get("kwargs", {}).get("weight_mapping") or getattr(settings, "weight_mapping", None)
         tensors = asked.get("adapter_state_dict")
         with loading(Incoming(file=file, tensors=tensors, conversions=conversions, by_transformers=True)):
-            return original(*args, **kwargs)
+            loaded = original(*args, **kwargs)
+        model: Any = asked["self"]
+        name = asked.get("adapter_name") or "default"
+        source = file or vars(model.peft_config[name]).get(SOURCE)
+        if source is not None and tensors is None:
+            # transformers lets the last one act alone, so those before it count as well.
+            warn_of_missing(model, {name: source}, among=model.peft_config)
+        return loaded
 
     return load_adapter
 
@@ -221,6 +234,8 @@ def _remembering_its_source(original: Callable[..., Any]) -> Callable[..., Any]:
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if is_ours(config):
             config.set_source(pretrained_model_name_or_path, subfolder=subfolder, **hub_arguments(kwargs))
+        else:
+            vars(config)[SOURCE] = AdapterFile(pretrained_model_name_or_path, subfolder, hub_arguments(kwargs))
         return config
 
     return from_pretrained
@@ -232,7 +247,7 @@ def with_cards(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _upload_modified_files(self: Any, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         if has_ours(self):
-            for config, adapter in ours_in(Path(working_dir)):
+            for config, adapter in saved_in(Path(working_dir)):
                 write_card(config, adapter)
         return original(self, working_dir, *args, **kwargs)
 

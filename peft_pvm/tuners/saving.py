@@ -26,12 +26,13 @@ from torch import nn
 
 from ..folders.adapter_file import PEFT_PREFIX, AdapterFile, SavedConfig
 from ..folders.incoming import Incoming, loading
-from ..folders.writing import write_adapter, written_whole
+from ..folders.writing import note_companions, write_adapter, written_whole
 from ..tokens.families import is_wrapped, plain_name, without_wrappers
 from ..utils.packages import loads_adapters_itself, saved_along
 from ..utils.text import listed, plain
 from .active import activate
 from .base import VisualTunerLayer
+from .companions import trained_with, warn_of_missing
 from .names import adapter_names
 
 
@@ -45,12 +46,10 @@ def has_ours(model: Any) -> bool:
     return bool(_ours(getattr(model, "peft_config", None) or {}))
 
 
-def ours_in(folder: Path) -> Iterator[tuple[SavedConfig, Path]]:
-    """The configurations of this package's adapters in a folder and below, and where they are."""
+def saved_in(folder: Path) -> Iterator[tuple[PeftConfig, Path]]:
+    """The configurations of the adapters in a folder and below, and where they are."""
     for file in folder.rglob(CONFIG_NAME):
-        config = PeftConfig.from_pretrained(str(file.parent))
-        if isinstance(config, SavedConfig):
-            yield config, file.parent
+        yield PeftConfig.from_pretrained(str(file.parent)), file.parent
 
 
 def saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,9 +80,12 @@ def saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
                         chosen["save_embedding_layers"] = False
                 with _known_alone(self, name):
                     original(self, str(folder), **chosen)
-                if name is not None and is_of_ours:
-                    is_default = name == "default" or not isinstance(self, PeftModel)
-                    _check_file(self, name, folder if is_default else folder / name)
+                if name is None:
+                    continue
+                place = folder if name == "default" or not isinstance(self, PeftModel) else folder / name
+                if is_of_ours:
+                    _check_file(self, name, place)
+                note_companions(place, self.peft_config[name], trained_with(self, name, state_dict))
 
     return save_pretrained
 
@@ -236,6 +238,8 @@ def add_adapters(model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
 def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
     """Attach saved adapters of any of PEFT's layer-based types to a model, in place. All of them act.
 
+    A warning says so if one of them was trained together with an adapter that is not among them.
+
     Args:
         model: A transformers model, with or without adapters. Those that it has stop acting.
         sources: Folders or Hub ids.
@@ -255,6 +259,7 @@ def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
     if names:
         activate(model, list(names), trainable=False)
         model.eval()
+        warn_of_missing(model, {name: AdapterFile(source) for name, source in names.items()})
     return list(names)
 
 
@@ -276,7 +281,8 @@ def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike)
     if adapter_name not in configs:
         raise ValueError(f"The model has no adapter {adapter_name!r}. Its adapters: {sorted(configs)}.")
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return write_adapter(folder, configs[adapter_name], {f"{PEFT_PREFIX}{key}": tensors[key] for key in tensors})
+    in_file = {f"{PEFT_PREFIX}{key}": tensors[key] for key in tensors}
+    return write_adapter(folder, configs[adapter_name], in_file, trained_with(model, adapter_name))
 
 
 def _load(model: nn.Module, name: str, source: str) -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
 
-from peft_pvm import DIPEConfig, PVMConfig
+from peft_pvm import DIPEConfig, PVMConfig, add_adapters, save_adapter
 from peft_pvm.folders.adapter_file import inspect_adapter
 from peft_pvm.utils.text import plain
 
@@ -86,8 +86,30 @@ def test_inspect_adapters_of_other_kinds(tiny: TinyVLM, tmp_path: Path, base: Pa
     assert "dipe" in run("inspect", tmp_path / "dipe", "--base", base)
     lora = get_peft_model(tiny.build(), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "lora")
-    assert "not of peft_pvm" in run("inspect", tmp_path / "lora", fails=True)
+    assert "lora" in run("inspect", tmp_path / "lora", "--base", base)
+    found = json.loads(run("inspect", tmp_path / "lora", "--json"))
+    assert (found["method"], found["config"]["target_modules"]) == ("lora", ["q_proj"])
+    assert found["parameters"] == sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    assert "not of peft_pvm" in run("card", tmp_path / "lora", fails=True)
     assert "Can't find 'adapter_config.json'" in run("inspect", tmp_path, fails=True)
+
+
+def test_inspect_says_what_was_trained_together(tiny: TinyVLM, tmp_path: Path):
+    model = tiny.build()
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    add_adapters(model, {"pvm": PVMConfig(r=16), "dipe": DIPEConfig(max_distance=7), "lora": lora})
+    for name in model.peft_config:
+        save_adapter(model, name, tmp_path / name)
+    output = run("inspect", tmp_path / "lora")
+    assert "trained with" in output
+    assert "'dipe' (DIPE): max_distance=7" in output
+    found = json.loads(run("inspect", tmp_path / "pvm", "--json"))["trained_with"]
+    assert [(companion["name"], companion["method"]) for companion in found] == [("dipe", "DIPE"), ("lora", "LORA")]
+    assert found[0]["fields"]["max_distance"] == 7
+    assert f"weights {found[1]['weights']}" in run("inspect", tmp_path / "dipe")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"trained_with": "\x1b[2J"})
+    assert "is damaged or not JSON" in run("inspect", tmp_path / "lora", fails=True)
 
 
 @pytest.mark.parametrize("name", ["[/x]", "[bold]", "\x1b[2J", "a\nb", "\u202eabc"])

@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
+from peft_pvm import DIPEConfig, VAFConfig, attached
 from peft_pvm.demo import mosaic
 from peft_pvm.demo.mosaic import make_questions, make_transcriptions
-from peft_pvm.demo.recall import Accuracy, recall, transcription
+from peft_pvm.demo.recall import Accuracy, load_models, recall, transcription
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.train import target_logits
 
 
 class Answering(torch.nn.Module):
@@ -122,3 +124,21 @@ def test_whole_rounds_are_written(written_cells):
 def test_at_least_one_row():
     with pytest.raises(ValueError, match="rows is 0"):
         recall(load_tiny_vlm(), 0, rows=0)
+
+
+@torch.no_grad()
+def test_several_adapters_act_together(tmp_path):
+    """What `a+b` stands for, beside each alone."""
+    DIPEConfig(max_distance=0).save_pretrained(tmp_path / "dipe")
+    VAFConfig().save_pretrained(tmp_path / "vaf")
+    together = f"{tmp_path / 'dipe'}+{tmp_path / 'vaf'}"
+    models = load_models([tmp_path / "dipe", together])
+    assert list(models) == ["base", str(tmp_path / "dipe"), together]
+    batch = make_questions("test", 2, 300, 9, torch.Generator().manual_seed(0))
+    base, dipe, both = (target_logits(model, batch) for model in models.values())
+    with attached(models["base"], DIPEConfig(max_distance=0)):
+        assert torch.equal(target_logits(models["base"], batch), dipe)
+    with attached(models["base"], DIPEConfig(max_distance=0), VAFConfig()):
+        assert torch.equal(target_logits(models["base"], batch), both)
+    assert not torch.equal(base, dipe)
+    assert not torch.equal(dipe, both)

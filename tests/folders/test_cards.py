@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_vlms import FAMILIES
 
-from peft_pvm import DIPEConfig, PVMConfig
-from peft_pvm.folders.writing import card_text
+from peft_pvm import DIPEConfig, PVMConfig, add_adapters
+from peft_pvm.folders.adapter_file import read_config
+from peft_pvm.folders.companions import Companion
+from peft_pvm.folders.writing import card_text, write_card
 from peft_pvm.utils.text import LONGEST, plain
 
 
@@ -117,7 +120,8 @@ def test_names_are_only_text_in_a_card(case: str):
     config.base_model_name_or_path = hostile
     config.modules_to_save = [hostile]
     results = [{"dataset": hostile, "metric": hostile, "value": 0.5, "base": 0.25}]
-    text = card_text(config, results)
+    companion = Companion(hostile, hostile, {hostile: hostile}, None)
+    text = card_text(config, results, [companion, dataclasses.replace(companion, weights=hostile)])
     card = ModelCard(text)
     assert text.encode().decode().isprintable() or set(text) - {"\n"} == {c for c in text if c.isprintable()}
     assert card.data.base_model == plain(hostile)
@@ -133,6 +137,28 @@ def test_names_are_only_text_in_a_card(case: str):
     cells = [row.count("td_open") for row in rows]
     assert set(cells) <= {0, 3, 4}
     assert cells.count(4) == 1
+
+
+def test_what_was_trained_together(tmp_path: Path):
+    """Also in the card of a LoRA, which PEFT leaves to be filled in. A card that a person wrote stays."""
+    model = FAMILIES["llava"].build()
+    model.name_or_path = "someone/some-vlm"
+    add_adapters(model, {"dipe": DIPEConfig(max_distance=7)})
+    model = PeftModel(model, LoraConfig(r=2, target_modules=["q_proj"]), "lora")
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "lora" / "README.md")
+    assert "# LORA adapter" in card.text
+    assert "| `dipe` | DIPE | `max_distance=7` |" in card.text
+    assert "load_adapters(model, ['the folder or Hub id of dipe', 'this folder or its Hub id'])" in card.text
+    assert card.data.tags == ["peft-pvm", "lora", "base_model:adapter:someone/some-vlm"]
+    of_dipe = (tmp_path / "dipe" / "README.md").read_text()
+    assert "| `lora` | LORA | `weights " in of_dipe
+    assert "| `max_distance` | `7` |" in of_dipe
+    write_card(read_config(tmp_path / "dipe"), tmp_path / "dipe")
+    assert (tmp_path / "dipe" / "README.md").read_text() == of_dipe
+    (tmp_path / "lora" / "README.md").write_text("# Mine\n")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "lora" / "README.md").read_text() == "# Mine\n"
 
 
 def test_names_in_any_script_keep_their_letters():

@@ -317,6 +317,17 @@ def tensors_of_the_base(folder: Path, random: Random) -> None:
     edit_tensors(folder, change)
 
 
+@mutation
+def a_note_of_companions(folder: Path, random: Random) -> None:
+    """What the file says of the adapters that this one was trained together with."""
+    if not is_small(folder / WEIGHTS):
+        return
+    companion = {"name": random.choice(NAMES), "method": random.choice(("DIPE", "PVM", "LORA", "x" * 10**6))}
+    companion |= {"fields": any_json(random), "weights": random.choice((None, "0" * 16, 3))}
+    note = random.choice((json.dumps([companion]), json.dumps(any_json(random)), nested(100_000), "{"))
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"format": "pt", "trained_with": note})
+
+
 # ---- the configuration
 
 

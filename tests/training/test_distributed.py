@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers.trainer
 import yaml
 from forwards import difference
 from peft import PeftModel
@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from training_runs import EXAMPLES, adapter_weights, arguments, by_rank, run
 from transformers import AutoModelForImageTextToText
 
+from peft_pvm import load_adapters
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.folders.adapter_file import AdapterFile
 from peft_pvm.integrations.trl import read_log
-from peft_pvm.training import HiddenImage
 
 
 TESTS = Path(__file__).parents[1]
@@ -72,6 +73,9 @@ def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str,
         "max_steps": 4,
         "learning_rate": 1e-3,  # Adam's steps have this size, whatever the gradients' noise
         "train_sampling_strategy": "sequential",
+        "hidden_steps": 0,
+        "hidden_share": 0,
+        "init_gate": 0,
     }
     launch(kind, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
     run("sft", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
@@ -82,24 +86,37 @@ def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str,
 
 
 @pytest.mark.parametrize("kind", ["ddp", CHECKPOINTED])
-def test_two_processes_hide_the_images_that_one_does(
-    material: SimpleNamespace, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    """In all rows first, and then in half of them. The second process never gets an image."""
+def test_two_processes_hide_the_images_that_one_does(material: SimpleNamespace, kind: str, tmp_path: Path):
+    """In all rows first, and then in half of them. The second process never gets an image; gates have groups."""
     options = {
         "dataset_name": material.mixed,
         "max_steps": 3,
         "learning_rate": 1e-3,
         "train_sampling_strategy": "sequential",
+        "hidden_steps": 1,
+        "hidden_share": 0.5,
+        "faster_gates": 10,
     }
-    fields = {"steps": 1, "share": 0.5}
-    monkeypatch.setenv("HIDDEN_IMAGE", json.dumps(fields))
     launch(kind, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
-    callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, HiddenImage(**fields)]
-    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
     run("sft", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
     same_curves(tmp_path)
     same_tensors(adapter_weights(tmp_path / "alone"), adapter_weights(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_adapt_to_dipe_as_one_does(material: SimpleNamespace, kind: str, tmp_path: Path):
+    options = {"max_steps": 3, "learning_rate": 1e-3, "train_sampling_strategy": "sequential"}
+    launch(kind, "dipe", material, tmp_path, per_device_train_batch_size=4, **options)
+    run("dipe", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
+    same_curves(tmp_path)
+    same_tensors(*(adapter_weights(tmp_path / name / "lora") for name in ("alone", "out")))
+    noted = {name: AdapterFile(tmp_path / name / "lora").companions() for name in ("alone", "out")}
+    assert noted["alone"] == noted["out"]
+    (of_dipe,) = AdapterFile(tmp_path / "out" / "dipe").companions()
+    assert of_dipe.weights is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_adapters(load_tiny_vlm(), [str(tmp_path / "out" / name) for name in ("dipe", "lora")])
 
 
 def same_curves(folder: Path) -> None:

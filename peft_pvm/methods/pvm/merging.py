@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -21,17 +20,6 @@ CombinationType = Literal["linear", "ties", "dare_linear", "cat"]
 WEIGHT = re.compile(rf"\.pvm\.pvm_({'|'.join(WEIGHTS)})(?:_(\d+))?\.weight$")  # in a key: which one, of which branch
 
 Tensors = dict[str, torch.Tensor]  # by their keys in the adapter's file
-
-
-def lineage_of(tensors: Tensors) -> str | None:
-    """A hash of initial weights, 16 hexadecimal digits; `None` on the meta device, where there are none yet."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(tensors.items()):
-        if tensor.is_meta:
-            return None
-        digest.update(f"{key} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def combine(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ...folders.companions import hash_of
 from ...tokens.tap import BASE, Tap
 from ...tuners.base import VisualTuner, name_is_taken
 from ...tuners.saving import own_tensors
@@ -17,7 +18,7 @@ from ...utils.packages import saved_along
 from ...utils.text import quoted
 from .config import BranchShape, PVMConfig, weight_name
 from .layer import PVMLayer
-from .merging import CombinationType, combine, lineage_of
+from .merging import CombinationType, combine
 
 
 # The paper's layer sets, by model type, depth and hidden size.
@@ -137,7 +138,7 @@ class PVMModel(VisualTuner):
             Tap.on(self.vlm).by_row.choose_in(module)
         config = self.peft_config[adapter_name]
         if _starts_fresh(config):
-            config.lineage = lineage_of(own_tensors(self.model, adapter_name))
+            config.lineage = hash_of(own_tensors(self.model, adapter_name))
 
     def _adapter_names(self) -> set[str]:
         return {name for layer in self._tuner_layers() for name in layer.configs}
