@@ -21,7 +21,7 @@ base = load_tiny_vlm()
 print("digits told right after so many bytes of text: base, PVM, DIPE")
 for length in (0, 256, 1024):
     shares = [recall(model, length, rows=8).value for model in (base, with_pvm)]
-    with attached(base, DIPEConfig()):
+    with attached(base, DIPEConfig(max_distance=0)):
         shares.append(recall(base, length, rows=8).value)
     print(f"{length:5} " + " ".join(f"{share:.2f}" for share in shares))
 print("and while it writes its mosaic out over and over, the image never repeated, in every fourth round: base, PVM")

@@ -34,7 +34,7 @@ def model_and_inputs(model_id: str, image_path: str, prompt: str):
 
 
 model, inputs, decode = model_and_inputs(*sys.argv[1:4]) if len(sys.argv) == 4 else tiny_model_and_inputs()
-with attached(model, DIPEConfig(), TDRSConfig()):
+with attached(model, DIPEConfig(max_distance=0), TDRSConfig()):
     result = probe(model, inputs, decode=decode, max_new_tokens=128)
 for forward in result.forwards:
     print(f"{forward.name}: {forward.mean_mass[0]:.3f} of attention on the image, decay {forward.mean_decay}")

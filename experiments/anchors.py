@@ -25,7 +25,7 @@ from peft_pvm.demo.mosaic import (
     patchify,
 )
 from peft_pvm.demo.recall import Accuracy, recall
-from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.demo.tiny_vlm import TRAINED_DISTANCE, load_tiny_vlm
 from peft_pvm.demo.train import target_logits
 from peft_pvm.env import environment
 from peft_pvm.folders.data_file import write_json
@@ -38,10 +38,9 @@ from .base import fingerprint
 
 LENGTHS = (0, 64, 256, 1024)  # bytes of each piece of text
 ROWS_AT_ONCE = 4
-TRAINED_DISTANCE = 24  # bytes of text between image and question, at most, that the tiny model was trained with
 ANCHORS: dict[str, dict[str, Any] | None] = {
     "base": None,
-    "DIPE": {},
+    "DIPE": {"max_distance": 0},
     "limited, by run": {"max_distance": TRAINED_DISTANCE},
     "limited, by image": {"max_distance": TRAINED_DISTANCE, "anchor": "image"},
     "limited, each run": {"max_distance": TRAINED_DISTANCE, "anchor": "image", "image_gap": 1},

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from peft_pvm.demo.mosaic import Batch
-from peft_pvm.demo.tiny_vlm import SHIPPED, tiny_vlm_config
+from peft_pvm.demo.tiny_vlm import SHIPPED, TRAINED_DISTANCE, tiny_vlm_config
 from peft_pvm.demo.train import draw_step, fit, step_generator
 
 
@@ -38,7 +38,7 @@ def train_base(model: nn.Module, steps: int = 2000, learning_rate: float = 2e-3,
 
     def draw(step: int) -> Batch:
         generator = step_generator(seed, step)
-        return draw_step(step, int(torch.randint(25, (), generator=generator)), generator)
+        return draw_step(step, int(torch.randint(TRAINED_DISTANCE + 1, (), generator=generator)), generator)
 
     groups = [{"params": list(model.parameters()), "lr": learning_rate, "weight_decay": 0.05}]
     fit(model, groups, draw, steps, "Training the base")

@@ -70,14 +70,14 @@ METHODS: dict[str, Method] = {
     "pvm-r128": Method("PVM, r = 128", _pvm(r=128)),
     "pvm-adjacent": Method("PVM, adjacent layers 2, 3, 4", _pvm(layers_to_transform=[2, 3, 4])),
     "pvm-late": Method("PVM, late layers 3, 4, 5", _pvm(layers_to_transform=[3, 4, 5])),
-    "dipe": Method("DIPE", lambda: {"dipe": DIPEConfig()}),
+    "dipe": Method("DIPE", lambda: {"dipe": DIPEConfig(max_distance=0)}),
     "t-drs": Method("T-DRS", _tdrs()),
     "t-drs-sd": Method("T-DRS, SD alone", _tdrs(dc_strength=0.0, re_strength=0.0)),
     "t-drs-dc": Method("T-DRS, DC alone", _tdrs(sd_strength=0.0, re_strength=0.0)),
     "t-drs-re": Method("T-DRS, re alone", _tdrs(sd_strength=0.0, dc_strength=0.0)),
-    "pvm+dipe": Method("PVM + DIPE", lambda: {**_pvm()(), "dipe": DIPEConfig()}, weights_of="pvm"),
+    "pvm+dipe": Method("PVM + DIPE", lambda: {**_pvm()(), "dipe": DIPEConfig(max_distance=0)}, weights_of="pvm"),
     "pvm+dipe+t-drs": Method(
-        "PVM + DIPE + T-DRS", lambda: {**_pvm()(), "dipe": DIPEConfig(), **_tdrs()()}, weights_of="pvm"
+        "PVM + DIPE + T-DRS", lambda: {**_pvm()(), "dipe": DIPEConfig(max_distance=0), **_tdrs()()}, weights_of="pvm"
     ),
     "lora+pvm": Method("LoRA + PVM", lambda: {"lora": _lora(), **_pvm()()}),
 }

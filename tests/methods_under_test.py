@@ -104,6 +104,13 @@ def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
 STEERING = tuple(row.config.method for row in PACKAGED if not row.needs_training)
 PUBLISHED = ("pvm", *STEERING)
 
+
+def _published(config: type[PeftConfig]) -> Callable[..., PeftConfig]:
+    """A method as it was published, which acts from the first token on: DIPE's limit is ours."""
+    fixed = {"max_distance": 0} if config is DIPEConfig else {}
+    return lambda **fields: config(**{**fixed, **fields})
+
+
 METHODS: dict[str, Method | Combination] = {
     "pvm": Method(config=lambda **fields: PVMConfig(**{"r": 32, **fields}), activate=give_weight),
     "pvm-hidden-states": Method(
@@ -111,7 +118,7 @@ METHODS: dict[str, Method | Combination] = {
         activate=give_weight,
     ),
     **{
-        row.config.method: Method(config=row.config, text_alone=row.text_alone)
+        row.config.method: Method(config=_published(row.config), text_alone=row.text_alone)
         for row in PACKAGED
         if not row.needs_training
     },

@@ -163,7 +163,7 @@ def test_what_is_not_there_is_said_to_be_missing(hub: tuple[object, Hub], tmp_pa
         hub,
         tmp_path,
         """
-get_peft_model(family.build(), DIPEConfig()).push_to_hub("someone/dipe")
+get_peft_model(family.build(), DIPEConfig(max_distance=0)).push_to_hub("someone/dipe")
 messages = []
 missing = (("someone/nothing", {}), ("someone/dipe", {"revision": "none"}), ("someone/dipe", {"subfolder": "x"}))
 for name, options in missing:

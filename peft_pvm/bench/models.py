@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 
 from .. import methods
 from ..attention.reference import ReferenceStages
+from ..methods.dipe import DIPEConfig
 from ..methods.pvm import PVMConfig
 from ..methods.pvm.branch import PlainBranch
 from ..methods.pvm.config import BranchShape
@@ -281,8 +282,14 @@ def pvm_config(model: nn.Module) -> PVMConfig:
 
 
 def _config(method: methods.Method) -> Callable[[nn.Module], Any]:
-    """Makes a method's configuration, given the model: the default one, and of PVM that of the paper's proportions."""
-    return pvm_config if method.config is PVMConfig else lambda model: method.config()
+    """Makes a method's configuration, given the model: the default one, PVM's in the paper's proportions.
+
+    DIPE has no limit of distance, so that it acts however short the text is.
+    """
+    if method.config is PVMConfig:
+        return pvm_config
+    fields: dict[str, Any] = {"max_distance": 0} if method.config is DIPEConfig else {}
+    return lambda model: method.config(**fields)
 
 
 def _rows() -> Iterator[tuple[str, Method]]:

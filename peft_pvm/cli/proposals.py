@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..attention.dispatch import steerable_attentions
 from ..folders.data_file import write_json
-from ..methods.dipe import FARTHEST, DIPEConfig
+from ..methods.dipe.method import FARTHEST, DIPEConfig
 from ..tokens.families import VisionLanguageModel, find_vlm
 from ..training.calibrate import LENGTHS, MAX_DISTANCES, Calibration
 from ..training.calibrate import calibrate as calibrate_model

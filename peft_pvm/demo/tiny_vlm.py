@@ -16,6 +16,7 @@ from . import mosaic
 
 
 SHIPPED = str(files(__package__) / "tiny_vlm.safetensors")
+TRAINED_DISTANCE = 24  # bytes of text between image and question, at most, that it was trained with
 
 
 def tiny_vlm_config() -> Qwen3VLConfig:

@@ -6,10 +6,11 @@ import contextlib
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import transformers
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -38,6 +39,7 @@ class VisualConfig(SavedConfig):
     """
 
     target_modules = cast(tuple[str, ...], ())  # without annotations, which would make them fields
+    when_absent: ClassVar[dict[str, Any]] = {}  # fields that saved configurations may lack, and what that means
 
     format_version: str = setting(FORMAT_VERSION, "The format of the saved adapter. Do not change it.")
 
@@ -68,6 +70,16 @@ class VisualConfig(SavedConfig):
         with written_whole(save_directory) as staged:
             super().save_pretrained(str(staged), **kwargs)
             write_card(self, staged)
+
+
+def with_absent_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a saved configuration of any method, with those that it was saved without.
+
+    A field that came later means there what the method did before, which need not be the field's default.
+    """
+    peft_type = fields.get("peft_type")
+    config_cls = dict[Any, type](PEFT_TYPE_TO_CONFIG_MAPPING).get(peft_type) if isinstance(peft_type, str) else None
+    return {**getattr(config_cls, "when_absent", {}), **fields}
 
 
 class VisualTunerLayer(nn.Module, BaseTunerLayer):

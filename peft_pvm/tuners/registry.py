@@ -26,7 +26,7 @@ from ..folders.writing import write_card
 from ..utils.packages import ASKS_TUNER_FOR_NAMES, add_peft_type, conversion_of, hub_arguments
 from ..utils.text import plain
 from .attention_method import AttentionMethod, attention_tuner
-from .base import VisualConfig, VisualTuner
+from .base import VisualConfig, VisualTuner, with_absent_fields
 from .companions import warn_of_missing
 from .saving import has_ours, is_ours, saved_in, saving_whole
 
@@ -149,7 +149,7 @@ def _refusing_what_is_no_object(original: Callable[..., Any]) -> Callable[..., A
                 f"{plain(path_json_file, 200)} is not the configuration of a method that PEFT or peft_pvm knows: that "
                 "is a JSON object with some fields. It may be damaged."
             )
-        return original(cls, path_json_file, **kwargs)
+        return with_absent_fields(original(cls, path_json_file, **kwargs))
 
     return from_json_file
 

@@ -108,7 +108,7 @@ def test_somebody_elses_config_stays(attention: LlamaAttention):
 
 def test_a_config_set_while_steered_is_kept():
     model = FAMILIES["llava"].build()
-    attached = get_peft_model(model, DIPEConfig())
+    attached = get_peft_model(model, DIPEConfig(max_distance=0))
     attention = model.model.language_model.layers[1].self_attn
     attention.config = mine = copy.deepcopy(attention.config.config)
     attached.unload()

@@ -13,7 +13,7 @@ from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.methods.pvm.layer import PVMLayer
 
 
-@pytest.mark.parametrize("configs", [[], [DIPEConfig()]])
+@pytest.mark.parametrize("configs", [[], [DIPEConfig(max_distance=0)]])
 def test_the_mass_is_that_of_eager_attention(configs):
     model = load_tiny_vlm()
     generator = torch.Generator().manual_seed(0)

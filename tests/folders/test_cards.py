@@ -59,7 +59,7 @@ def test_what_a_person_reads(tmp_path: Path):
 
 def test_a_base_that_only_this_disk_has_is_not_loaded_from_the_hub(tmp_path: Path):
     assert "AutoModel" not in save(PVMConfig(r=32), tmp_path, base=str(tmp_path)).text
-    assert "It has no parameters" in save(DIPEConfig(), tmp_path / "other").text
+    assert "It has no parameters" in save(DIPEConfig(max_distance=0), tmp_path / "other").text
 
 
 def test_results_come_from_their_file(tmp_path: Path):

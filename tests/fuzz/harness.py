@@ -96,7 +96,7 @@ class Harness:
         configs = {
             "pvm": PVMConfig(r=32, layers_to_transform=[0, 2]),
             "modules": PVMConfig(r=32, layers_to_transform=[1], modules_to_save=["lm_head"]),
-            "dipe": DIPEConfig(),
+            "dipe": DIPEConfig(max_distance=0),
             "tdrs": TDRSConfig(),
             "lora": LoraConfig(r=2, target_modules=["q_proj"]),
         }

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MODELS:
         save_model(name, folder / name)
         base = AutoModelForImageTextToText.from_pretrained(folder / name)
-        for method, config in (("pvm", PVMConfig(r=32)), ("dipe", DIPEConfig()), ("tdrs", TDRSConfig())):
+        for method, config in (("pvm", PVMConfig(r=32)), ("dipe", DIPEConfig(max_distance=0)), ("tdrs", TDRSConfig())):
             adapted = get_peft_model(base, config)
             give_weight(adapted)
             adapted.save_pretrained(folder / f"{name}-{method}")

@@ -47,7 +47,7 @@ def png() -> bytes:
 def result(png: bytes) -> ProbeResult:
     """Of a model with PVM and DIPE, with text in it that would break a page that does not escape it."""
     model = FAMILIES["qwen3_vl"].build()
-    with attached(model, PVMConfig(r=32), DIPEConfig()):
+    with attached(model, PVMConfig(r=32), DIPEConfig(max_distance=0)):
         give_weight(model)
         return run_probe(
             model,

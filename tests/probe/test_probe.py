@@ -193,7 +193,7 @@ def test_each_adapter_alone_is_the_model_with_it_alone(probed):
         return (on.exp() * (on - off)).sum(-1).tolist()
 
     alone = {adapter.name: adapter.kl_alone for adapter in result.adapters}
-    with attached(fresh, DIPEConfig()):
+    with attached(fresh, DIPEConfig(max_distance=0)):
         assert alone["dipe"] == pytest.approx(expected(fresh), rel=1e-3, abs=1e-7)
     assert alone["pvm"] == pytest.approx(
         expected(METHODS["pvm"].attach(FAMILIES["llava"].build(), "pvm")), rel=1e-3, abs=1e-7
@@ -477,7 +477,7 @@ def test_prompt_learning_is_refused(probed):
 def test_progress_counts_tokens_and_forwards(probed):
     steps: list[tuple[str, int, int]] = []
     model = FAMILIES["llava"].build()
-    with attached(model, PVMConfig(r=32), DIPEConfig()):
+    with attached(model, PVMConfig(r=32), DIPEConfig(max_distance=0)):
         give_weight(model)
         probed(model, progress=lambda *step: steps.append(step))
     assert [step for step in steps if step[0] == "generating"] == [

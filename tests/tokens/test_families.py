@@ -123,7 +123,9 @@ def _scaled_residual():
     ],
     ids=["scaled residual", "text only", "cross-attention", "unknown block", "no transformers model"],
 )
-@pytest.mark.parametrize("config", [PVMConfig(r=32), DIPEConfig(), TDRSConfig()], ids=["pvm", "dipe", "tdrs"])
+@pytest.mark.parametrize(
+    "config", [PVMConfig(r=32), DIPEConfig(max_distance=0), TDRSConfig()], ids=["pvm", "dipe", "tdrs"]
+)
 def test_refuses_others_by_name(build, complaint: str, config: PeftConfig):
     model = build()
     names = [name for name, _ in model.named_modules()]
@@ -146,7 +148,7 @@ def test_unlisted_model_of_the_common_shape_works():
     assert all(hasattr(vlm.layers[layer], "pvm") for layer in (1, 2))
 
 
-CONFIGS = {"pvm": PVMConfig(r=32, init_weights=False), "dipe": DIPEConfig(), "tdrs": TDRSConfig()}
+CONFIGS = {"pvm": PVMConfig(r=32, init_weights=False), "dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
 
 
 def _llava_over(text_config: T.PreTrainedConfig) -> T.PreTrainedModel:
@@ -172,10 +174,10 @@ def test_layers_without_rotation_of_an_unlisted_model():
     """SmolLM3 says by `use_rope` which layers rotate."""
     text = T.SmolLM3Config(**tiny_vlms.TEXT, no_rope_layers=[1, 0, 1], layer_types=["full_attention"] * 3)
     model = _llava_over(text)
-    assert DIPEConfig.layers_on(get_peft_model(model, DIPEConfig()).base_model.vlm) == [0, 2]
+    assert DIPEConfig.layers_on(get_peft_model(model, DIPEConfig(max_distance=0)).base_model.vlm) == [0, 2]
 
 
-@pytest.mark.parametrize("config", [DIPEConfig(), TDRSConfig()], ids=["dipe", "tdrs"])
+@pytest.mark.parametrize("config", [DIPEConfig(max_distance=0), TDRSConfig()], ids=["dipe", "tdrs"])
 def test_latent_attention_is_refused(config: PeftConfig):
     text = dict(
         tiny_vlms.TEXT, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16
@@ -186,7 +188,7 @@ def test_latent_attention_is_refused(config: PeftConfig):
         get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("config", [DIPEConfig(), TDRSConfig()], ids=["dipe", "tdrs"])
+@pytest.mark.parametrize("config", [DIPEConfig(max_distance=0), TDRSConfig()], ids=["dipe", "tdrs"])
 def test_unknown_ways_to_rotate_are_refused(config: PeftConfig, monkeypatch):
     monkeypatch.setattr(rotation, "ROTARY_FUNCTIONS", ("rotate_somehow",))
     rotation._rotary_function.cache_clear()
@@ -197,7 +199,7 @@ def test_unknown_ways_to_rotate_are_refused(config: PeftConfig, monkeypatch):
         rotation._rotary_function.cache_clear()
 
 
-@pytest.mark.parametrize("config", [DIPEConfig(), TDRSConfig()], ids=["dipe", "tdrs"])
+@pytest.mark.parametrize("config", [DIPEConfig(max_distance=0), TDRSConfig()], ids=["dipe", "tdrs"])
 def test_positions_that_nobody_asked_for_are_missed(config: PeftConfig):
     """A text model that does not call its rotary embedding would leave the adapter without positions."""
     family = tiny_vlms.FAMILIES["llava"]

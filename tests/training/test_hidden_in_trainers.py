@@ -82,6 +82,7 @@ COMMON = {
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
     "train_sampling_strategy": "sequential",
+    **{"hidden_steps": 0, "hidden_share": 0, "init_gate": 0},  # of the script itself
 }
 
 

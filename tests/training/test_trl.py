@@ -149,7 +149,7 @@ def test_gaze_leaves_the_model_as_it_was(chat: dict[str, torch.Tensor]):
     before = gaze(model, chat)["gaze/visual_mass"]
     assert model.training
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
-    with attached(model, DIPEConfig()):
+    with attached(model, DIPEConfig(max_distance=0)):
         assert gaze(model, chat)["gaze/visual_mass"] != before
     assert gaze(model, chat)["gaze/visual_mass"] == before
     with model.disable_adapter():

@@ -20,7 +20,7 @@ from peft_pvm.utils.packages import adapter_layers
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5")
-ALL = (DIPEConfig(), TDRSConfig(), PVMConfig(r=32, init_weights=False))
+ALL = (DIPEConfig(max_distance=0), TDRSConfig(), PVMConfig(r=32, init_weights=False))
 
 
 def state(model: torch.nn.Module) -> dict:
@@ -54,7 +54,9 @@ def model() -> torch.nn.Module:
     lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        for name, config in zip(NAMES, (lora, PVMConfig(r=32, init_weights=False), DIPEConfig(), TDRSConfig())):
+        for name, config in zip(
+            NAMES, (lora, PVMConfig(r=32, init_weights=False), DIPEConfig(max_distance=0), TDRSConfig())
+        ):
             get_peft_model(base, config, name)
     activate(base, NAMES, trainable=False)
     for name, parameter in base.named_parameters():
@@ -258,7 +260,7 @@ def test_beside_disabled_adapters(through: str):
     family = FAMILIES["llava"]
     plain = family.build()
     inputs = family.inputs(plain, *ROWS)
-    with attached(plain, DIPEConfig()):
+    with attached(plain, DIPEConfig(max_distance=0)):
         expected = logits(plain, inputs)
     model = METHODS["dipe"].attach(family.build(), layers_to_transform=[0])
     base = model.get_base_model()
@@ -269,7 +271,7 @@ def test_beside_disabled_adapters(through: str):
             base.disable_adapters()
         logits(base, inputs)  # transformers puts hooks of its own on in the first forward
         before = state(model)
-        with attached(model, DIPEConfig()):
+        with attached(model, DIPEConfig(max_distance=0)):
             assert torch.equal(logits(base, inputs), expected)
         assert state(model) == before
         assert torch.equal(logits(base, inputs), logits(plain, inputs))
@@ -278,7 +280,7 @@ def test_beside_disabled_adapters(through: str):
 def test_what_is_trainable_stays():
     family = FAMILIES["llava"]
     model = family.build()
-    with attached(model, DIPEConfig(), PVMConfig(r=32)):
+    with attached(model, DIPEConfig(max_distance=0), PVMConfig(r=32)):
         assert all(parameter.requires_grad for parameter in model.parameters())
     frozen = METHODS["pvm"].attach(model)
     frozen.requires_grad_(False)
@@ -289,7 +291,7 @@ def test_what_is_trainable_stays():
 def test_lora_added_inside_stays():
     family = FAMILIES["llava"]
     model = family.build()
-    with attached(model, DIPEConfig()):
+    with attached(model, DIPEConfig(max_distance=0)):
         lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"]), "lora")
     assert list(model.peft_config) == ["lora"]
     assert lora.peft_config["lora"].peft_type == "LORA"

@@ -255,7 +255,7 @@ def test_what_does_not_act_is_not_noted(tmp_path: Path):
 
 def test_the_default_adapter_is_found_above_the_others(tmp_path: Path):
     model = PeftModel(trained_dipe := TINY.build(), lora())
-    with attached(trained_dipe, DIPEConfig()):
+    with attached(trained_dipe, DIPEConfig(max_distance=0)):
         model.save_pretrained(tmp_path)
         (name,) = [name for name in model.peft_config if name != "default"]
     with warned() as said:

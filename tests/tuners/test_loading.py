@@ -57,12 +57,17 @@ def test_saved_adapters_of_several_types(tiny: TinyVLM, saved: list[str]):
 def test_fresh_adapters_of_several_types(tiny: TinyVLM):
     model = tiny.build()
     inputs = tiny.inputs(model, *PROMPTS)
-    with attached(model, DIPEConfig()):
+    with attached(model, DIPEConfig(max_distance=0)):
         expected = logits(model, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         add_adapters(
-            model, {"pvm": PVMConfig(r=32), "dipe": DIPEConfig(), "lora": LoraConfig(target_modules=["q_proj"])}
+            model,
+            {
+                "pvm": PVMConfig(r=32),
+                "dipe": DIPEConfig(max_distance=0),
+                "lora": LoraConfig(target_modules=["q_proj"]),
+            },
         )
     assert difference(logits(model, inputs), expected) < 1e-6
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -18,6 +18,7 @@ from ...methods.pvm import PVMConfig
 from ...methods.pvm.checkpoints import check_shapes, read_adapter
 from ...methods.pvm.merging import Tensors
 from ...tokens.positions import PADDING, modalities, run_anchors, run_starts
+from ...tuners.base import with_absent_fields
 from ...utils.checks import layer_list
 from ...utils.text import quoted
 
@@ -109,7 +110,7 @@ def _pvm_weights(adapter: str | os.PathLike, base: BaseCheckpoint, accept_causal
 
 def configs_of(text_config: Any) -> tuple[PVMConfig | None, DIPEConfig | None]:
     """The adapters' configurations, as `export_vllm` wrote them into a text config."""
-    by_method = getattr(text_config, FIELD)
+    by_method = {name: with_absent_fields(fields) for name, fields in getattr(text_config, FIELD).items()}
     found = [PeftConfig.from_peft_type(**by_method[name]) if name in by_method else None for name in ("pvm", "dipe")]
     return found[0], found[1]
 

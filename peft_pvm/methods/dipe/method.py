@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -26,21 +26,21 @@ FARTHEST = 2**24  # positions: no context is longer
 class DIPEConfig(AttentionMethod):
     """Configuration of DIPE, arXiv 2603.10863. It has no parameters.
 
-    Scores between tokens of different modality are computed as if the query stood where its contiguous run of text, or
-    of visual tokens, begins. So the distance from generated text to the image stays as it was at its first token.
-    Pairs of one modality, and keys, keep their positions.
+    Scores between tokens of different modality are computed as if the query stood at most `max_distance` positions
+    behind where its contiguous run of text, or of visual tokens, begins. Up to that distance the model is the base's.
+    Beyond it, the image stays as far away from generated text as the model has learnt to read. Pairs of one modality,
+    and keys, keep their positions.
 
-    The paper trains with DIPE from pretraining on. On a model that was trained without, it is a zero-shot change of
-    positions: measure it. With `max_distance`, which is not the paper's, the query moves on with its run for so many
-    positions and stays there: up to that distance the model is the base's, and beyond it the image stays as far away
-    as the model has learnt to read.
+    The limit is ours. In the paper, the query stands where its run begins, `max_distance=0`, and models are trained
+    so from pretraining on. On a model that was trained without, that is a change of positions which may cost it its
+    answers.
 
     In a conversation of several turns, each run of text begins farther away from the images of earlier turns. With
     `anchor="image"`, which is not the paper's either, text stands at most `max_distance` behind each image.
 
     Args:
         max_distance: How many positions a query moves on from where its run begins, 0 or more. 0 or `None`: not at
-            all, as in the paper.
+            all, as in the paper. `peft-pvm calibrate` measures which limit suits a model.
         anchor: From where a query of text moves on. "run": from where its run begins, as in the paper. "image": from
             where the text behind each image begins, for the keys of that image.
         image_gap: With `anchor="image"`, visual runs with fewer positions of text between them count as one image,
@@ -64,8 +64,10 @@ class DIPEConfig(AttentionMethod):
     paper: ClassVar[str] = "2603.10863"
     rotates: ClassVar[bool] = True
 
+    when_absent: ClassVar[dict[str, Any]] = {"max_distance": 0}
+
     max_distance: int | None = setting(
-        0,
+        128,
         "How many positions a query moves on from where its run begins; 0 or None: not at all, as in the paper.",
         valid=lambda value: value is None or (is_int(value) and 0 <= value <= FARTHEST),
         accepted=f"None or an integer from 0 to {FARTHEST}",
@@ -89,6 +91,10 @@ class DIPEConfig(AttentionMethod):
         accepted="an integer from 1 to 64",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.max_distance = self.max_distance or 0
+
     @classmethod
     def layers_on(cls, vlm: VisionLanguageModel) -> list[int]:
         """The layers that rotate queries and keys: not those of linear attention, nor some of Llama 4 and Cohere 2."""
@@ -105,7 +111,7 @@ class DIPEConfig(AttentionMethod):
         """Anchored positions for pairs of different modality."""
         rotary = cast(nn.Module, layer.rotary)  # layers_on made sure of it
         by_image = (self.image_gap, self.max_images) if self.anchor == "image" else None
-        return AnchoredPositions(rotary, layer.layer_type, self.max_distance or 0, by_image)
+        return AnchoredPositions(rotary, layer.layer_type, cast(int, self.max_distance), by_image)
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,10 @@ def test_gradients_equal_the_oracles(family: TinyVLM):
             if parameter.requires_grad:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.1)
         if kind == "oracle":
-            with oracle(model, inputs, dipe=DIPEConfig()) as reference:
+            with oracle(model, inputs, dipe=DIPEConfig(max_distance=0)) as reference:
                 reference(**in_double(inputs)).logits[real].square().mean().backward()
         else:
-            get_peft_model(model, DIPEConfig(), "dipe")
+            get_peft_model(model, DIPEConfig(max_distance=0), "dipe")
             model.train()
             if kind == "checkpointed":
                 model.gradient_checkpointing_enable()
@@ -189,7 +189,7 @@ def test_no_distance_is_the_papers_form(max_distance: int | None):
     family = FAMILIES["qwen3_vl"]
     model = family.build()
     inputs = family.inputs(model, *BATCH)
-    with attached(model, DIPEConfig()):
+    with attached(model, DIPEConfig(max_distance=0)):
         expected = logits(model, inputs)
     with attached(model, DIPEConfig(max_distance=max_distance)):
         assert torch.equal(logits(model, inputs), expected)
@@ -234,12 +234,12 @@ def test_bfloat16():
     inputs = family.inputs(model, *BATCH)
     real = inputs["attention_mask"].bool()
     rounded = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    with attached(model, DIPEConfig()):
+    with attached(model, DIPEConfig(max_distance=0)):
         on = logits(model, inputs)[real]
     off = logits(model, inputs)[real]
     model = model.bfloat16()
     base_error = difference(logits(model, rounded)[real].float(), off)
-    with attached(model, DIPEConfig()):
+    with attached(model, DIPEConfig(max_distance=0)):
         assert difference(logits(model, rounded)[real].float(), on) < 2 * base_error
         cache = DynamicCache()
         logits(model, rounded, **{CACHE: cache}, use_cache=True)
@@ -252,7 +252,7 @@ def test_decoding_allocates_nothing_of_the_caches_size(name: str, kernel: str):
     """A static cache, so that the base itself allocates nothing of that size either."""
     family = FAMILIES[name]
     model = family.build(attn_implementation=kernel)
-    model = get_peft_model(model, DIPEConfig()).eval()
+    model = get_peft_model(model, DIPEConfig(max_distance=0)).eval()
     base = model.get_base_model()
     inputs = family.inputs(base, "t4 i t9")
     length = inputs["input_ids"].shape[1]
@@ -278,7 +278,7 @@ def test_prefill_runs_on_the_fused_kernel(monkeypatch):
     family = FAMILIES["llava"]
     model = family.build(attn_implementation="sdpa")
     inputs = family.inputs(model, "t4 i t9")
-    with attached(model, DIPEConfig()), torch.profiler.profile() as profile:
+    with attached(model, DIPEConfig(max_distance=0)), torch.profiler.profile() as profile:
         logits(model, inputs)
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["aten::_scaled_dot_product_flash_attention_for_cpu"] >= 3  # one for each decoder layer

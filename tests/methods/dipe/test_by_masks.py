@@ -16,7 +16,7 @@ from peft_pvm.utils.packages import CACHE
 
 BATCH = ("t4 i t9 i t3 i t12", "i t12 i t8", "t5 i i t7", "t9")
 CONFIGS = {
-    "run": DIPEConfig(),
+    "run": DIPEConfig(max_distance=0),
     "limited": DIPEConfig(max_distance=3),
     "image": DIPEConfig(max_distance=3, anchor="image", image_gap=1),
 }

@@ -100,7 +100,7 @@ def test_where_it_does_not_apply(calls: list[int]):
     """Padded rows, other kernels, a cache that goes on, gradients, text alone."""
     family = FAMILIES["llava"]
     model = family.build(attn_implementation="sdpa")
-    with attached(model, DIPEConfig()):
+    with attached(model, DIPEConfig(max_distance=0)):
         logits(model, family.inputs(model, "t4 i t6", "t7 i t5"))
         logits(model, family.inputs(model, "t9"))
         cache = DynamicCache()

@@ -15,7 +15,9 @@ BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 TOLERANCE = 2e-5
 
 
-@pytest.mark.parametrize("dipe", [None, DIPEConfig(), DIPEConfig(max_distance=3)], ids=["base", "dipe", "limited"])
+@pytest.mark.parametrize(
+    "dipe", [None, DIPEConfig(max_distance=0), DIPEConfig(max_distance=3)], ids=["base", "dipe", "limited"]
+)
 def test_forward(family: TinyVLM, dipe: DIPEConfig | None):
     """Without DIPE, this shows that the oracle is one."""
     model = family.build()
@@ -39,7 +41,7 @@ def test_padding_belongs_to_no_run(family: TinyVLM):
     after = int(((ids == IMAGE) | (ids == VIDEO)).nonzero().max()) + 1
     inputs["attention_mask"][0, after : after + 2] = 0
     real = inputs["attention_mask"].bool()
-    with oracle(family.build(), inputs, dipe=DIPEConfig()) as reference:
+    with oracle(family.build(), inputs, dipe=DIPEConfig(max_distance=0)) as reference:
         expected = logits(reference, in_double(inputs))[real]
-    computed = logits(get_peft_model(model, DIPEConfig()), inputs)[real]
+    computed = logits(get_peft_model(model, DIPEConfig(max_distance=0)), inputs)[real]
     assert difference(computed.double(), expected) < TOLERANCE

@@ -56,13 +56,13 @@ def test_logits(model, golden, inputs):
     base, expected = golden["base_logits"], golden["dipe_logits"]
     assert difference(base, expected) > 3
     assert difference(logits(model, inputs), base) < TOLERANCE
-    peft_model = get_peft_model(model, DIPEConfig())
+    peft_model = get_peft_model(model, DIPEConfig(max_distance=0))
     assert difference(logits(peft_model, inputs), expected) < TOLERANCE
 
 
 def test_decoding(model, golden, inputs):
     """The last 20 tokens one by one, on the path that does not copy the cache."""
-    peft_model: PeftModel = get_peft_model(model, DIPEConfig())
+    peft_model: PeftModel = get_peft_model(model, DIPEConfig(max_distance=0))
     length = inputs["input_ids"].shape[1]
     positions, _ = model.model.get_rope_index(
         inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]

@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, fields: dict | None, messa
 def test_only_pvm_and_only_what_is_there(tmp_path: Path):
     family = FAMILIES["llava"]
     model = METHODS["pvm"].attach(family.build())
-    get_peft_model(family.build(), DIPEConfig()).save_pretrained(tmp_path)
+    get_peft_model(family.build(), DIPEConfig(max_distance=0)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no PVM adapter 'other'"):
         hotswap_adapter(model, tmp_path, "other")
     with pytest.raises(ValueError, match=r"an adapter of type .*DIPE.*, not PVM"):

@@ -85,7 +85,7 @@ def test_a_token_takes_keys_a_few_at_a_time(name: str, monkeypatch):
         made.append(keys.stop - keys.start)
         return content_of(self, keys)
 
-    with attached(model, DIPEConfig(), TDRSConfig()):
+    with attached(model, DIPEConfig(max_distance=0), TDRSConfig()):
         expected = logits(model, inputs)[:, -1]
         cache = DynamicCache()
         logits(model, family.inputs(model, "t9 i t20", stop=length - 1), **{CACHE: cache}, use_cache=True)
@@ -152,10 +152,10 @@ def test_gradients_through_a_model():
         model = family.build()
         embeddings = model.get_input_embeddings()
         if kind == "oracle":
-            with oracle(model, inputs, dipe=DIPEConfig(), tdrs=TDRSConfig()) as reference:
+            with oracle(model, inputs, dipe=DIPEConfig(max_distance=0), tdrs=TDRSConfig()) as reference:
                 reference(**in_double(inputs)).logits.square().mean().backward()
         else:
-            with attached(model, DIPEConfig(), TDRSConfig()):
+            with attached(model, DIPEConfig(max_distance=0), TDRSConfig()):
                 embeddings.weight.requires_grad_()
                 model.train()
                 if kind == "checkpointed":
