@@ -160,7 +160,7 @@ def test_two_key_scales_multiply():
 
 
 CLASHES = {
-    "positions": [DIPEConfig(layers_to_transform=[1]), OwnConfig(kind="positions")],
+    "positions": [DIPEConfig(max_distance=0, layers_to_transform=[1]), OwnConfig(kind="positions")],
     "weights": [TDRSConfig(layers_to_transform=[1]), OwnConfig(kind="weights")],
 }
 
@@ -226,9 +226,9 @@ def test_positions_and_weights_go_together(published: str, kind: str, monkeypatc
 
 def test_several_adapters_of_dipe_make_a_union():
     family = FAMILIES["llava"]
-    model = get_peft_model(family.build(), DIPEConfig(layers_to_transform=[0, 1]), "one")
+    model = get_peft_model(family.build(), DIPEConfig(max_distance=0, layers_to_transform=[0, 1]), "one")
     inputs = family.inputs(model.get_base_model(), "t4 i t6")
-    model.add_adapter("other", DIPEConfig(layers_to_transform=[1, 2]))
+    model.add_adapter("other", DIPEConfig(max_distance=0, layers_to_transform=[1, 2]))
     model.base_model.set_adapter(["one", "other"])
-    union = get_peft_model(family.build(), DIPEConfig(layers_to_transform=[0, 1, 2]))
+    union = get_peft_model(family.build(), DIPEConfig(max_distance=0, layers_to_transform=[0, 1, 2]))
     assert torch.equal(logits(model, inputs), logits(union, inputs))

@@ -248,7 +248,7 @@ def test_beside_an_adapter_of_the_same_and_of_other_types(method: str):
         warnings.simplefilter("error", UserWarning)
         with attached(model, *configs):
             assert difference(logits(model, inputs), alone) > 1e-3
-            with attached(model, DIPEConfig(layers_to_transform=1)):
+            with attached(model, DIPEConfig(max_distance=0, layers_to_transform=1)):
                 logits(model, inputs)
     assert state(model) == before
     assert torch.equal(logits(model, inputs), alone)

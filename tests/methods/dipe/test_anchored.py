@@ -24,7 +24,7 @@ BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 
 
 def agrees_with_the_oracle(family: TinyVLM, build=None, **fields) -> bool:
-    build, config = build or family.build, DIPEConfig(**fields)
+    build, config = build or family.build, DIPEConfig(**{"max_distance": 0, **fields})
     model = build()
     inputs = family.inputs(model, *BATCH)
     real = inputs["attention_mask"].bool()
