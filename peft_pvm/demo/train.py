@@ -161,6 +161,14 @@ def draw_step(
     return make_transcriptions("train", rows, length, NUM_CELLS, generator)
 
 
+def learning_rate_factor(step: int, steps: int) -> float:
+    """The learning rate of a step over its peak: a linear warm-up over a tenth of the steps, then half a cosine."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
 def fit(
     model: nn.Module,
     groups: list[dict[str, Any]],
@@ -170,7 +178,7 @@ def fit(
     checkpoint: Checkpoint | None = None,
     hidden_steps: int = 0,
 ) -> None:
-    """Train with AdamW: a linear warm-up over a tenth of the steps, then half a cosine down to zero.
+    """Train with AdamW, by the schedule of `learning_rate_factor`.
 
     Args:
         model: The model; it is left in eval mode.
@@ -190,17 +198,13 @@ def fit(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     peaks = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
-    warmup = max(1, steps // 10)
     done = 0 if checkpoint is None else checkpoint.load(optimizer)
     vlm = find_vlm(base_of(model))
     model.train()
     with progress_bar() as bar:
         for step in bar.track(range(done, steps), description=description, total=steps, completed=done):
-            factor = (step + 1) / warmup
-            if step >= warmup:
-                factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
             for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = factor * peak
+                group["lr"] = learning_rate_factor(step, steps) * peak
             batch = draw(step)
             with images_hidden(vlm) if step < hidden_steps else contextlib.nullcontext():
                 loss = F.cross_entropy(target_logits(model, batch).flatten(0, 1), batch.targets.flatten())

@@ -70,7 +70,7 @@ def test_processes_and_microsteps_go_through_one_batch(tmp_path: Path):
     for rank in range(2):
         args = SimpleNamespace(world_size=2, process_index=rank, train_batch_size=64)
         callback.on_step_begin(args, state, control, model=model)
-        for microstep in range(2):
+        for microstep in range(2):  # noqa: B007  # recorded above
             trained_on(model, inputs)
             trained_on(model, inputs)  # a trainer may need several forwards
             callback.on_substep_end(args, state, control)
