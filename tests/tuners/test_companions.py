@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_pvm import DIPEConfig, PVMConfig, add_adapters, attached, load_adapters, save_adapter
 from peft_pvm.folders.adapter_file import AdapterFile
@@ -291,7 +290,7 @@ def test_wrapped_layers_change_nothing(tmp_path: Path):
     model = around(TINY.build())
     layers = find_vlm(model.get_base_model()).text_model.layers
     for index, layer in enumerate(layers):
-        layers[index] = checkpoint_wrapper(layer)
+        layers[index] = torch.compile(layer)  # not run: what counts are the names of tensors
     model.save_pretrained(tmp_path / "wrapped")
     for name in ("pvm", "dipe", "lora"):
         plain, wrapped = (AdapterFile(tmp_path / at / name).companions() for at in ("plain", "wrapped"))
