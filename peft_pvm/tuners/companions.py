@@ -46,16 +46,15 @@ def trained_with(
     return tuple(_as_companion(model, name, state_dict) for name in acting if name != adapter_name)
 
 
-def warn_of_missing(model: nn.Module, loaded: Mapping[str, AdapterFile], among: Collection[str] | None = None) -> None:
+def warn_of_missing(model: nn.Module, loaded: Mapping[str, AdapterFile]) -> None:
     """Warn if an adapter was loaded without those that it was trained together with, or beside others.
 
     Args:
         model: The model; wrapped by PEFT or not.
         loaded: The files of the adapters that were just loaded, by name.
-        among: The names of the adapters that count as there; `None`: those that act.
     """
     attached: Any = model
-    there = acting_adapters(base_of(model)) if among is None else among
+    acting = acting_adapters(base_of(model))
     for adapter_name, file in loaded.items():
         try:
             companions = file.companions()
@@ -63,7 +62,7 @@ def warn_of_missing(model: nn.Module, loaded: Mapping[str, AdapterFile], among: 
             warnings.warn(f"{error} The adapter was loaded without it.", stacklevel=3)
             continue
         vars(attached.peft_config[adapter_name])[NOTED] = companions
-        others = [_as_companion(model, name) for name in there if name != adapter_name] if companions else []
+        others = [_as_companion(model, name) for name in acting if name != adapter_name] if companions else []
         if faults := list(filter(None, (_fault(companion, others) for companion in companions))):
             sources = [*(_source_of(companion, file) for companion in companions), file.folder]
             warnings.warn(

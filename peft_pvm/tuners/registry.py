@@ -207,8 +207,7 @@ def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..
         name = asked.get("adapter_name") or "default"
         source = file or vars(model.peft_config[name]).get(SOURCE)
         if source is not None and tensors is None:
-            # transformers lets the last one act alone, so those before it count as well.
-            warn_of_missing(model, {name: source}, among=model.peft_config)
+            warn_of_missing(model, {name: source})
         return loaded
 
     return load_adapter

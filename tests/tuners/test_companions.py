@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_pvm import DIPEConfig, PVMConfig, add_adapters, attached, load_adapters, save_adapter
 from peft_pvm.folders.adapter_file import AdapterFile
@@ -155,7 +154,7 @@ def test_transformers_warns_too(folder: Path):
     assert "'dipe' (DIPE), which does not act" in said[0]
     with warned() as said:
         base.load_adapter(str(folder / "pvm"), adapter_name="pvm")
-    assert "'lora'" not in said[0], "it stopped acting, but can be made to act again"
+    assert "'lora'" not in said[0], "it is there"
     with warned(0):
         base.load_adapter(str(folder / "dipe"), adapter_name="dipe")
 
@@ -268,15 +267,21 @@ def test_the_default_adapter_is_found_above_the_others(tmp_path: Path):
 
 def test_a_companion_that_is_elsewhere(folder: Path):
     (folder / "dipe").rename(folder / "moved")
+    (folder / "lora").rename(folder / "dipe")  # which is not the companion of that name
     with warned() as said:
-        load_adapters(TINY.build(), [str(folder / "lora")])
-    assert line_in(said[0]) == [str(folder / "pvm"), "<the folder of dipe>", str(folder / "lora")]
+        load_adapters(TINY.build(), [str(folder / "dipe")])
+    assert line_in(said[0]) == [str(folder / "pvm"), "<the folder of dipe>", str(folder / "dipe")]
 
 
 def test_a_checkpoint_that_a_trainer_puts_back(tmp_path: Path):
+    """One by one, on a model with other weights."""
     model = around(TINY.build())
     model.save_pretrained(tmp_path)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 1e-2
     with warned(0):
+        model.load_adapter(tmp_path / "dipe", "dipe")
         model.load_adapter(tmp_path / "lora", "lora", is_trainable=True)
 
 
@@ -285,7 +290,7 @@ def test_wrapped_layers_change_nothing(tmp_path: Path):
     model = around(TINY.build())
     layers = find_vlm(model.get_base_model()).text_model.layers
     for index, layer in enumerate(layers):
-        layers[index] = checkpoint_wrapper(layer)
+        layers[index] = torch.compile(layer)  # not run: what counts are the names of tensors
     model.save_pretrained(tmp_path / "wrapped")
     for name in ("pvm", "dipe", "lora"):
         plain, wrapped = (AdapterFile(tmp_path / at / name).companions() for at in ("plain", "wrapped"))
