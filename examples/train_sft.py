@@ -19,7 +19,10 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 import peft_pvm.demo.for_trainers  # noqa: F401  lets AutoProcessor load the lab's tiny model, which these scripts can train
 from peft_pvm import PVMConfig
 from peft_pvm.integrations.trl import GazeCallback, chat_inputs, last_answer, shard_decoder_layers
-from peft_pvm.training import HiddenImage, TextBetween, propose_layers, read_chats, read_paragraphs, speed_up_gates
+from peft_pvm.probe.layers import propose_layers
+from peft_pvm.probe.rows import read_chats
+from peft_pvm.training import HiddenImage, TextBetween, speed_up_gates
+from peft_pvm.utils.distractors import read_paragraphs
 
 
 @dataclass

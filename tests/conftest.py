@@ -1,4 +1,4 @@
-"""Fixtures: the models and methods that tests run over."""
+"""Fixtures: the models and methods that tests run over, and texts with tokenizers of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import environment  # noqa: F401  # first: its settings act before anything else
 import pytest
 from methods_under_test import METHODS, Combination, Method
 from tiny_vlms import FAMILIES, REPRESENTATIVE, TinyVLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from peft_pvm.utils.distractors import read_paragraphs
 
 
 @pytest.fixture(params=FAMILIES)
@@ -27,3 +31,25 @@ def plain(request) -> TinyVLM:
 @pytest.fixture(params=METHODS)
 def method(request) -> Method | Combination:
     return METHODS[request.param]
+
+
+@pytest.fixture(scope="session")
+def paragraphs() -> list[str]:
+    return read_paragraphs()
+
+
+@pytest.fixture(scope="session", params=["byte-level", "metaspace"])
+def tokenizer(request, paragraphs: list[str]) -> PreTrainedTokenizerFast:
+    """As Qwen's and as Llama's: words with the space before them, and words with a mark for it."""
+    tokens = Tokenizer(models.BPE(unk_token="<unk>"))
+    if request.param == "byte-level":
+        tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        alphabet = []
+    special = ["<unk>", "<image>"]
+    tokens.train_from_iterator(
+        paragraphs, trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="<unk>", extra_special_tokens=["<image>"])

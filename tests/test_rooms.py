@@ -21,7 +21,7 @@ import pytest
 
 
 PACKAGE = Path(__file__).parents[1] / "peft_pvm"
-MOST_ARROWS, MOST_FLOORS, MOST_MODULES = 60, 8, 97
+MOST_ARROWS, MOST_FLOORS, MOST_MODULES = 60, 8, 104
 MOST_LINES, MOST_PARAMETERS = 60, 7  # of a function
 
 # Which rooms a room may import, from the top of the house to its bottom. "" is the package's own __init__.py.
@@ -31,9 +31,9 @@ TUNERS = ATTENTION | {"folders", "tuners"}
 METHODS = TUNERS | {"methods"}
 SIDE_ROOMS = METHODS | {"", "env"}  # what integrations, probe, bench and demo stand on
 ALLOWED = {
-    "cli": SIDE_ROOMS | {"integrations", "training", "probe", "bench", "demo"},
-    "integrations": SIDE_ROOMS | {"training", "probe"},
-    "training": SIDE_ROOMS | {"probe"},
+    "cli": SIDE_ROOMS | {"integrations", "probe", "bench", "demo"},
+    "integrations": SIDE_ROOMS | {"probe"},
+    "training": SIDE_ROOMS,
     "probe": SIDE_ROOMS,
     "bench": SIDE_ROOMS,
     "demo": SIDE_ROOMS | {"training"},

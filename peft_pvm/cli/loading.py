@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress, TaskID
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..training.rows import Chat, read_chats
+from ..probe.rows import Chat, read_chats
 from ..tuners.saving import load_adapters
 from ..utils.terminal import Terminal
 from .options import DTYPES

@@ -13,10 +13,10 @@ from rich.table import Table
 from ..attention.dispatch import steerable_attentions
 from ..folders.data_file import write_json
 from ..methods.dipe.method import FARTHEST, DIPEConfig
+from ..probe.calibrate import LENGTHS, MAX_DISTANCES, Calibration
+from ..probe.calibrate import calibrate as calibrate_model
+from ..probe.layers import LayerProposal, propose_layers
 from ..tokens.families import VisionLanguageModel, find_vlm
-from ..training.calibrate import LENGTHS, MAX_DISTANCES, Calibration
-from ..training.calibrate import calibrate as calibrate_model
-from ..training.layers import LayerProposal, propose_layers
 from ..utils.packages import require
 from ..utils.terminal import Terminal, say
 from .loading import LOADED_AS, load_chats, load_model, load_processor, progress_bars

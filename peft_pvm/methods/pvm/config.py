@@ -67,7 +67,7 @@ class PVMConfig(VisualConfig):
         layers_to_transform: The decoder layers that get a branch: "strided", "auto" or a list of indices (or one).
             "strided" is the paper's set for Qwen3-VL-4B (5, 11, 17) and Qwen3-VL-8B (8, 16, 24), and on other models
             three layers at 2/9, 4/9 and 6/9 of the depth. "auto" stands for layers that are read off the model and
-            some rows of data, by `peft_pvm.training.layers.propose_layers`, before the adapter is attached.
+            some rows of data, by `peft_pvm.probe.layers.propose_layers`, before the adapter is attached.
         init_gate: Initial value of the scalar that scales the branch. 0 leaves the model's output as it is, and
             learns: only the gate has a gradient in the first step, everything from the second step on.
         memory_visibility: Which visual tokens a text token may look up. "causal": those before it, which keeps cached

@@ -153,8 +153,8 @@ class PVMModel(VisualTuner):
             raise ValueError(
                 "PVMConfig.layers_to_transform is 'auto', but the layers are read off the model and rows of data "
                 "before the adapter is attached: PVMConfig(layers_to_transform=propose_layers(model, processor, "
-                "read_chats(rows, 8)).layers), with propose_layers from peft_pvm.training.layers and read_chats from "
-                "peft_pvm.training.rows."
+                "read_chats(rows, 8)).layers), with propose_layers from peft_pvm.probe.layers and read_chats from "
+                "peft_pvm.probe.rows."
             )
         if config.layers_to_transform == "strided":
             config = copy.copy(config)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..probe.observers import AttentionObserver, observed, undisturbed
 from ..tokens.families import find_vlm
 from ..tuners.active import base_of, only
+from .observers import AttentionObserver, observed, undisturbed
 from .rows import Chat, Lesson, teach
 
 

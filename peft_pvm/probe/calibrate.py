@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..methods.dipe import DIPEConfig
-from ..probe.observers import undisturbed
 from ..tokens.families import VisionLanguageModel, find_vlm
 from ..tuners.active import attached, base_of
-from .distance import Distractors, into_messages, read_paragraphs
+from ..utils.distractors import Distractors, into_messages, read_paragraphs
+from .observers import undisturbed
 from .rows import Chat, Lesson, teach
 
 

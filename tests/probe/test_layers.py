@@ -16,9 +16,9 @@ from tiny_vlms import FAMILIES, IMAGE, TinyVLM
 from peft_pvm import PVMConfig
 from peft_pvm.demo.for_trainers import make_chats, tiny_vlm_processor
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.probe.layers import propose_layers, proposed, visual_shares
+from peft_pvm.probe.rows import Lesson, read_chats
 from peft_pvm.tokens.families import find_vlm
-from peft_pvm.training.layers import propose_layers, proposed, visual_shares
-from peft_pvm.training.rows import Lesson, read_chats
 
 
 # Of a pretrained language model of 30 layers that was taught to read mosaics, asked without text in between. PVM in
@@ -142,7 +142,7 @@ def test_auto_is_refused_with_what_to_call_and_its_answer_is_saved(tmp_path: Pat
     model = load_tiny_vlm()
     names = [name for name, _ in model.named_modules()]
     config = PVMConfig(r=32, layers_to_transform="auto")
-    with pytest.raises(ValueError, match=re.escape("propose_layers from peft_pvm.training.layers")):
+    with pytest.raises(ValueError, match=re.escape("propose_layers from peft_pvm.probe.layers")):
         get_peft_model(model, config)
     assert [name for name, _ in model.named_modules()] == names
 

@@ -13,10 +13,10 @@ from torch.nn.functional import log_softmax
 from peft_pvm import DIPEConfig, attached
 from peft_pvm.demo.for_trainers import make_chats, tiny_vlm_processor
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.probe import calibrate as module
+from peft_pvm.probe.calibrate import NEGLIGIBLE, Answers, Calibration, calibrate, calibrated, measure
+from peft_pvm.probe.rows import Chat, Lesson, read_chats
 from peft_pvm.tokens.families import find_vlm
-from peft_pvm.training import calibrate as module
-from peft_pvm.training.calibrate import NEGLIGIBLE, Answers, Calibration, calibrate, calibrated, measure
-from peft_pvm.training.rows import Chat, Lesson, read_chats
 
 
 LENGTHS = (0, 1000)

@@ -12,7 +12,7 @@ from tiny_vlms import BOS
 from tokenizers import processors as tokenizing
 
 from peft_pvm.demo.for_trainers import make_chats, tiny_vlm_processor
-from peft_pvm.training.rows import Chat, Lesson, read_chats, teach
+from peft_pvm.probe.rows import Chat, Lesson, read_chats, teach
 
 
 IMAGE = Image.new("RGB", (28, 28))
