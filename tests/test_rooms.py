@@ -54,6 +54,7 @@ METHOD_NAME = re.compile(r"(?<!peft[-_ ])pvm|dipe|t-?drs", re.IGNORECASE)
 NAMED: dict[tuple[str, str], str] = {
     ("folders.base_checkpoint", "model-pvm.safetensors"): "a name on the disk, which copies that exist have",
     ("tokens.positions", "arXiv 2603.10863"): "anchors are defined there",
+    ("utils.distractors", "arXiv 2603.10863"): "whose protocol it is",
     ("tuners.active", "with attached(model"): "an example",
     ("tuners.names", "runs/pvm"): "an example",
     ("tuners.saving", "add_adapters(model, {"): "an example",
