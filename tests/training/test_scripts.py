@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from training_runs import adapter_weights, run, start
 from transformers import AutoModelForImageTextToText
 
+from peft_pvm import load_adapters
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.trl import GazeCallback
 
@@ -148,6 +150,11 @@ def test_grpo(material: SimpleNamespace, stage_1: Path, learns: str, tmp_path: P
     if learns == "lora":
         assert moved == set()
         assert all(".lora_" in key for key in adapter_weights(tmp_path / "lora"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*trained together with")
+            load_adapters(load_tiny_vlm(), [str(tmp_path / "lora"), str(tmp_path / "pvm")])
+        with pytest.warns(UserWarning, match=r"trained together with 'lora' \(LORA\), which does not act"):
+            load_adapters(load_tiny_vlm(), [str(tmp_path / "pvm")])
     else:
         assert moved
         assert all(name.startswith(("model.language_model.", "lm_head.")) for name in moved)
