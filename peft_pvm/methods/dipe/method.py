@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -20,6 +21,7 @@ from .parts import attend_by_masks, attend_by_modality, runs_to_join, sums_are_g
 
 
 FARTHEST = 2**24  # positions: no context is longer
+MOST_IMAGES = 64  # told apart: each takes a row of scores, or the width of a head
 
 
 @dataclass
@@ -87,8 +89,8 @@ class DIPEConfig(AttentionMethod):
     max_images: int = setting(
         8,
         "With anchor='image', how many images are told apart; later ones count as one with the last of them.",
-        valid=lambda value: is_int(value) and 1 <= value <= 64,
-        accepted="an integer from 1 to 64",
+        valid=lambda value: is_int(value) and 1 <= value <= MOST_IMAGES,
+        accepted=f"an integer from 1 to {MOST_IMAGES}",
     )
 
     def __post_init__(self) -> None:
@@ -165,10 +167,9 @@ class AnchoredPositions(Positions):
         position_ids, anchors = (tensor[:, -num_queries:].unsqueeze(1) for tensor in context.noted())
         if self.by_image:
             _, ends = context.images(*self.by_image)
-            nearest = torch.minimum(anchors, ends.unsqueeze(-1))
-            visual_mask = context.visual_mask
-            is_visual = None if visual_mask is None else visual_mask[:, -num_queries:].unsqueeze(1)
-            anchors = nearest if is_visual is None else torch.where(is_visual, anchors, nearest)
+            of_run, anchors = anchors, torch.minimum(anchors, ends.unsqueeze(-1))
+            if context.visual_mask is not None:  # visual tokens meet text as they do by run
+                anchors = torch.where(context.visual_mask[:, -num_queries:].unsqueeze(1), of_run, anchors)
         reached = anchors.unsqueeze(-1) + self.max_distance
         return torch.minimum(position_ids, reached) if self.max_distance else reached
 
@@ -210,10 +211,9 @@ class AnchoredPositions(Positions):
         ]
 
     def reference(self, call: AttentionCall) -> torch.Tensor:
-        scores = [products(query, call.key) for query in self.meeting(call)]
-        return self._chosen(call, scores)
+        return self._chosen(call, [products(query, call.key) for query in self.meeting(call)])
 
-    def _chosen(self, call: AttentionCall, scores: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _chosen(self, call: AttentionCall, scores: Sequence[torch.Tensor]) -> torch.Tensor:
         """For each key, the scores of the queries that meet it."""
         chosen, *of_images = scores
         for of_image, members in zip(of_images, self.members(call)):

@@ -10,7 +10,7 @@ from allocations import Allocations
 from forwards import TOLERANCE, difference, in_double, logits, prompt_and_step
 from oracle import oracle
 from peft import LoraConfig, get_peft_model
-from tiny_vlms import FAMILIES, REPRESENTATIVE, TinyVLM
+from tiny_vlms import FAMILIES, GEMMA4_SHARED, REPRESENTATIVE, TinyVLM
 from transformers import DynamicCache, StaticCache
 
 from peft_pvm import DIPEConfig, TDRSConfig, attached
@@ -99,6 +99,15 @@ def test_up_to_its_distance_the_model_is_the_bases(family: TinyVLM, monkeypatch)
     monkeypatch.setattr(AnchoredPositions, "anchored_queries", None)
     with attached(model, by_image(max_distance=200)):
         assert torch.equal(logits(model, inputs)[real], base)
+
+
+@pytest.mark.parametrize("config", [DIPEConfig(max_distance=3), by_image()], ids=["run", "image"])
+def test_the_last_tokens_alone(config: DIPEConfig):
+    """Layers that share keys and values compute no others."""
+    model = GEMMA4_SHARED.build()
+    inputs = GEMMA4_SHARED.inputs(model, "t4 i t9 i t12")
+    with attached(model, config):
+        assert difference(logits(model, inputs, logits_to_keep=4), logits(model, inputs)[:, -4:]) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
