@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 import warnings
@@ -17,8 +18,11 @@ from training_runs import adapter_weights, run, start
 from transformers import AutoModelForImageTextToText
 
 from peft_pvm import load_adapters
+from peft_pvm.demo.for_trainers import tiny_vlm_processor
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.trl import GazeCallback
+from peft_pvm.probe.layers import propose_layers
+from peft_pvm.probe.rows import read_chats
 
 
 REENTRANT = '{"use_reentrant": true}'
@@ -187,3 +191,32 @@ def test_a_system_prompt_and_a_single_image(material: SimpleNamespace, stage_1: 
     assert bytes(callback.inputs["input_ids"][0, :5].tolist()) == b"Look."
     assert "pixel_values" in callback.inputs
     assert logged(trainer, "gaze/visual_mass")[0] > 0
+
+
+def rows_of(folder: Path):
+    from datasets import load_dataset  # here: training_runs skips where it is not installed
+
+    return load_dataset(str(folder), split="train")
+
+
+def test_layers_are_proposed_and_saved_by_index(material: SimpleNamespace, tmp_path: Path):
+    run("sft", material, output_dir=tmp_path, max_steps=1, layers=["auto"])
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["layers_to_transform"]
+    chats = read_chats(rows_of(material.messages), 8)
+    assert saved == propose_layers(load_tiny_vlm(), tiny_vlm_processor(), chats).layers
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "random"])
+def test_rows_of_hidden_steps_come_first_and_as_they_are(material: SimpleNamespace, strategy: str, tmp_path: Path):
+    options = {"hidden_steps": 3, "max_text": 200, "max_steps": 1, "per_device_train_batch_size": 4}
+    trainer = run("sft", material, output_dir=tmp_path, train_sampling_strategy=strategy, **options)
+    rows = [row[0]["content"] for row in rows_of(material.messages)["messages"]]
+    trained_on = [row[0]["content"] for row in trainer.train_dataset["messages"]]
+    first, later = trained_on[:12], trained_on[12:]
+    assert len(later) == len(rows) == 8
+    assert first == [*first[:8], *first[:4]], "once through the data, and on from its start"
+    assert (first[:8] == rows) == (strategy == "sequential")
+    assert sorted(first[:8]) == sorted(rows)
+    assert sum(len(text) for text in later) > sum(len(text) for text in rows) + 8 * 50
+    assert all(text.endswith(row) for text, row in zip(later, first[:8]))
+    assert trainer.args.train_sampling_strategy == "sequential"
