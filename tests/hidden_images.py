@@ -12,6 +12,7 @@ from tiny_vlms import IMAGE, VIDEO
 
 from peft_pvm.attention.dispatch import ConfigView
 from peft_pvm.tokens.families import find_vlm
+from peft_pvm.tuners.active import base_of
 
 
 def in_training(model: torch.nn.Module) -> torch.nn.Module:
@@ -66,7 +67,7 @@ def changes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> float:
 def leftovers(model: torch.nn.Module) -> list[str]:
     """The attention modules that are steered, and the hooks that PVM and the tap have not put on."""
     gc.collect()
-    text_model = find_vlm(model.get_base_model()).text_model
+    text_model = find_vlm(base_of(model)).text_model
     steered = [
         name for name, module in model.named_modules() if isinstance(getattr(module, "config", None), ConfigView)
     ]

@@ -84,7 +84,7 @@ class HiddenImage(TrainerCallback):
 
     Args:
         steps: In the first so many optimizer steps, all rows hide their images.
-        share: Afterwards, this share of all rows does, drawn at random: from 0 to 1.
+        share: Afterwards, this share of all rows does, drawn at random: from 0 to 1. If both are 0, none does.
         seed: Decides the draws.
 
     Raises:
@@ -245,9 +245,9 @@ def images_hidden(vlm: VisionLanguageModel, rows_of: RowsOf = _all_rows) -> Iter
     steering = _Steering(vlm)
 
     def start_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not (vlm.model.training and torch.is_grad_enabled()):
+        context: VisualContext | None = kwargs.get(CONTEXT)  # none where the last adapter has left in the meantime
+        if context is None or not (vlm.model.training and torch.is_grad_enabled()):
             return
-        context: VisualContext = kwargs[CONTEXT]
         context.check_keys()
         rows = rows_of(context.batch_size)
         if rows is None or context.memory.is_empty or not bool(rows.any()):

@@ -309,6 +309,19 @@ def test_blocks_within_blocks_hide_the_rows_of_both(plain: TinyVLM):
         assert [torch.equal(pair[0][row][text[row]], pair[1][row][text[row]]) for row in range(3)] == hidden
 
 
+def test_the_adapter_may_leave_within_a_block(plain: TinyVLM):
+    """After an error in a trainer, a block may still be open."""
+    base = plain.build()
+    inputs = plain.inputs(base, *ROWS)
+    expected = logits(base, inputs)
+    model = in_training(METHODS["pvm"].attach(base))
+    with hidden_image(model):
+        trained_on(model, inputs)
+        base = model.unload().train()
+        assert difference(trained_on(base, inputs), expected) < TOLERANCE
+    assert leftovers(base) == []
+
+
 # ---- whom it is for
 
 
