@@ -43,7 +43,7 @@ ROOMS = {
     "cli": (5.0, "peft-pvm"),
     "integrations": (1.5, "lmms-eval, vLLM, TRL"),
     "bench": (5.0, "time and memory"),
-    "training": (1.5, "what makes it look"),
+    "training": (8.5, "what makes it look"),
     "probe": (1.5, "how much it looks"),
     "": (5.0, "the public names"),
     "demo": (8.5, "task and tiny model"),
