@@ -131,7 +131,7 @@ print(json.dumps(said))
         *("README.md", "adapter_config.json", "adapter_model.safetensors"),
         *("dipe/README.md", "dipe/adapter_config.json", "dipe/adapter_model.safetensors"),
     }
-    assert b"| `dipe` | DIPE | `max_distance=2` |" in files["README.md"]
+    assert b"| `dipe` | DIPE | `max_distance=2, " in files["README.md"]
     assert b"| `default` | LORA | `weights " in files["dipe/README.md"]
 
 

@@ -35,7 +35,7 @@ class TextBetween:
         ValueError: A number out of its range, or another way to draw.
 
     Example:
-        >>> data = TextBetween(processor, 1024).put_into(data)
+        data = TextBetween(processor, 1024).put_into(data)
     """
 
     def __init__(

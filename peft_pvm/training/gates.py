@@ -36,7 +36,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, faster: float = FAS
         The groups that have a parameter: the rest, then the gates.
 
     Example:
-        >>> optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3))
+        optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3))
     """
     gates = gates_of(model)
     others = _without(gates, [parameter for parameter in model.parameters() if parameter.requires_grad])

@@ -77,7 +77,7 @@ def test_with_t_drs_in_one_layer_it_is_refused_by_name(sharper: type[AttentionMe
 
 @pytest.mark.parametrize(
     "other",
-    [DIPEConfig, lambda: TDRSConfig(layers_to_transform=[0])],
+    [lambda: DIPEConfig(max_distance=0), lambda: TDRSConfig(layers_to_transform=[0])],
     ids=["positions in the same layers", "weights in another layer"],
 )
 def test_the_order_of_attaching_does_not_matter(sharper: type[AttentionMethod], other):

@@ -148,7 +148,7 @@ def test_what_was_trained_together(tmp_path: Path):
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "lora" / "README.md")
     assert "# LORA adapter" in card.text
-    assert "| `dipe` | DIPE | `max_distance=7` |" in card.text
+    assert "| `dipe` | DIPE | `max_distance=7, " in card.text
     assert "load_adapters(model, ['the folder or Hub id of dipe', 'this folder or its Hub id'])" in card.text
     assert card.data.tags == ["peft-pvm", "lora", "base_model:adapter:someone/some-vlm"]
     of_dipe = (tmp_path / "dipe" / "README.md").read_text()

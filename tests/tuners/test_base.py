@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from forwards import difference, logits
@@ -22,7 +24,7 @@ from peft_pvm.tuners.base import VisualTunerLayer
 ROWS = ("t4 i t3 i t6", "t7 i t5")
 CONFIGS = {
     "pvm": lambda **fields: PVMConfig(**{"r": 32, "init_weights": False, "layers_to_transform": [0, 1, 2], **fields}),
-    "dipe": DIPEConfig,
+    "dipe": partial(DIPEConfig, max_distance=0),
     "tdrs": TDRSConfig,
 }
 
