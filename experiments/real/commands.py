@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers import AutoTokenizer
 
 from peft_pvm.cli.lab import Rows, Seed
 from peft_pvm.cli.options import MANY, new_file, new_folder, one_of, separated, whole_number
 from peft_pvm.cli.refusals import reading
+from peft_pvm.demo.for_trainers import write_chats
 from peft_pvm.demo.mosaic import Split
+from peft_pvm.utils.packages import require
 from peft_pvm.utils.terminal import Terminal, say
 
+from .chats import make_real_chats
 from .evaluation import LENGTHS, METHODS, EvalPlan, evaluate, table_of
 from .language_model import PACKAGE, load_language_model
+from .questions import Questions
 from .trained import build_base, save_trained
 from .training import RealRecipe, train_real_base
 from .vlm import save_vlm
@@ -89,4 +95,27 @@ def evaluate_command(
     Terminal().print(table_of(tested, plan))
 
 
-COMMANDS = {"train-real-base": train_command, "real-base": build_command, "real-eval": evaluate_command}
+def chats_command(
+    base: Annotated[Path, typer.Option(help="Folder of the real base, whose tokens are counted.")],
+    out: Annotated[Path, typer.Option(callback=new_folder, help="Folder for the data set.")],
+    rows: Annotated[int, typer.Option(min=1, max=MANY, help="Chats with one image each.")] = 1000,
+    max_text: Annotated[
+        int, typer.Option(min=0, max=MANY, help="Tokens of text between image and question, at most.")
+    ] = RealRecipe.max_text,
+    split: Annotated[Split, typer.Option(help="Where digits and text come from.")] = "train",
+    seed: Seed = 0,
+) -> None:
+    """Write questions in natural language as a data set of chats with images, for train_sft.py and peft-pvm."""
+    require("train", "datasets", "PIL")
+    with reading("the real base", base):
+        questions = Questions(AutoTokenizer.from_pretrained(base))
+    write_chats(make_real_chats(questions, rows, max_text, split, seed), out)
+    say(out)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train-real-base": train_command,
+    "real-base": build_command,
+    "real-eval": evaluate_command,
+    "real-chats": chats_command,
+}

@@ -65,7 +65,7 @@ class Questions:
         told = pictures.digits[:, 0].gather(1, cells)
         image = [*self._ids("<|im_start|>user\n"), *[self.visual] * NUM_CELLS]
         dialogue = [self._ids(_dialogue(*row)) for row in zip(cells.tolist(), told.tolist())]
-        text = self._draw_text(split, rows, text_tokens, generator)
+        text = self.draw_text(split, rows, text_tokens, generator)
         input_ids = torch.cat([torch.tensor(image).expand(rows, -1), text, torch.tensor(dialogue)], 1)
         answer = NUM_CELLS * TOKENS_PER_ANSWER  # the last comma's place is the end of turn's
         length = input_ids.shape[1] - 1
@@ -77,7 +77,12 @@ class Questions:
         }
         return Batch(inputs, input_ids[:, -answer:])
 
-    def _draw_text(self, split: Split, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    def draw_text(self, split: Split, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw pieces of a split's text, `(rows, length)` tokens.
+
+        Raises:
+            ValueError: There is not so much.
+        """
         text = self._text(split)
         if length > len(text):
             raise ValueError(f"text_tokens is {length}, but the text of {split!r} has only {len(text)} tokens.")

@@ -20,9 +20,8 @@ from .training import RealRecipe, lora_config, round_parameters
 from .vlm import new_vlm
 
 
-NOTE = (
-    "real_base"  # one entry: safetensors writes several in any order, and the same training shall give the same file
-)
+# One entry, since safetensors writes several in any order: the same training gives the same file.
+NOTE = "real_base"
 VISION = ("model.vision_tower.", "model.multi_modal_projector.")
 
 

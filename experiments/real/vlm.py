@@ -1,4 +1,4 @@
-"""The real base as transformers knows it: a LLaVA of the language model and a small vision tower, and its processor."""
+"""The real base in transformers: a LLaVA of the language model and a small vision tower, and its processor."""
 
 from __future__ import annotations
 

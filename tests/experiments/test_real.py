@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from language_models import tiny_language_model
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments.real import evaluation
+from experiments.real.chats import make_real_chats
 from experiments.real.evaluation import EvalPlan, evaluate, table_of
 from experiments.real.language_model import load_language_model
 from experiments.real.questions import DIGITS, PLACES, Questions, ask, augment, only_digits, tell
@@ -21,7 +24,8 @@ from experiments.real.trained import NOTE, build_base, save_trained
 from experiments.real.training import RealRecipe, align, image_features, train_real_base
 from experiments.real.vlm import new_vlm, save_vlm, vlm_processor
 from peft_pvm import DIPEConfig, PVMConfig
-from peft_pvm.demo.mosaic import NUM_CELLS, Batch, draw_pictures
+from peft_pvm.demo.mosaic import NUM_CELLS, Batch, draw_pictures, load_material
+from peft_pvm.probe.rows import read_chats, teach
 from peft_pvm.tuners.active import acting_adapters
 
 
@@ -190,7 +194,26 @@ def test_a_folder_of_the_base_is_what_was_built(language_model, trained, folder,
     assert type(AutoProcessor.from_pretrained(folder)).__name__ == "LlavaProcessor"
 
 
-@pytest.mark.parametrize("config", [DIPEConfig(), PVMConfig(r=8)], ids=lambda config: type(config).__name__)
+def test_chats_ask_and_tell_what_they_show(questions, folder):
+    """Digits are read off the pixels. The folder's own processor makes of a chat what the base was trained on."""
+    pytest.importorskip("datasets", reason="chats need the extra `train`")
+    chats = read_chats(make_real_chats(questions, 4, 8, "validation"), 4)
+    assert len({len(chat.prompt[0]["content"][-1]["text"]) for chat in chats}) > 1
+    processor = AutoProcessor.from_pretrained(folder)
+    material = load_material("validation")
+    for chat in chats:
+        tiles = torch.tensor(np.array(chat.images[0]))[..., 0].unfold(0, 8, 8).unfold(1, 8, 8).flatten(0, 1) / 255
+        labels = material.labels[torch.cdist(tiles.flatten(1), material.images.flatten(1)).argmin(1)].tolist()
+        asked = chat.prompt[0]["content"][-1]["text"].split("Which digits are at ")[1].removesuffix("?").split(", ")
+        told = ", ".join(f"{place} {labels[PLACES.index(place)]}" for place in asked)
+        assert chat.answer == f"Digits: {told}"
+        ids = teach(processor, chat).inputs["input_ids"][0].tolist()
+        written = questions.tokenizer.decode(ids)
+        assert written.startswith("<|im_start|>user\n" + "<empty_output>" * NUM_CELLS)
+        assert written.endswith(f"?<|im_end|>\n<|im_start|>assistant\nDigits: {told}")
+
+
+@pytest.mark.parametrize("config", [DIPEConfig(), PVMConfig(r=16)], ids=lambda config: type(config).__name__)
 def test_adapters_attach_to_it(folder, config, questions):
     model = get_peft_model(AutoModelForImageTextToText.from_pretrained(folder), config).eval()
     assert model(**questions.draw("test", 1, 3, generator()).inputs).logits.isfinite().all()
@@ -227,6 +250,13 @@ def test_another_gguf_file_is_refused(tmp_path):
         load_language_model(tmp_path / "other.gguf")
 
 
+def test_gguf_is_asked_for_by_name(tmp_path, monkeypatch):
+    (tmp_path / "right.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("peft_pvm.utils.packages.find_spec", lambda module: None)
+    with pytest.raises(ImportError, match=r"needs gguf, which the extra 'real' brings"):
+        load_language_model(tmp_path / "right.gguf", hashlib.sha256(b"GGUF").hexdigest())
+
+
 def test_a_tokenizer_without_the_words_is_refused():
     with pytest.raises(ValueError, match=r"' top' must be one token of the language model, but its tokenizer makes"):
         Questions(tiny_language_model(words=False).tokenizer)
@@ -256,7 +286,7 @@ def test_results_of_other_questions_are_refused(folder, tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[tuple[int | None, ...], int]]:
-    """Of each row that is tested: limits of the DIPE adapters that act, and visible tokens. Eight of nine are right."""
+    """Of each row that is tested: the limits of DIPE that act, and its tokens. Eight of nine are right."""
     rows = []
 
     def answer(model, batch: Batch) -> torch.Tensor:
