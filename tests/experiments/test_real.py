@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from experiments.real.evaluation import EvalPlan, evaluate, table_of
 from experiments.real.language_model import load_language_model
 from experiments.real.questions import DIGITS, PLACES, Questions, ask, augment, only_digits, tell
 from experiments.real.trained import NOTE, build_base, save_trained
-from experiments.real.training import RealRecipe, align, image_features, train_real_base
+from experiments.real.training import RealRecipe, align, image_features, round_parameters, train_real_base
 from experiments.real.vlm import new_vlm, save_vlm, vlm_processor
 from peft_pvm import DIPEConfig, PVMConfig
 from peft_pvm.demo.mosaic import NUM_CELLS, Batch, draw_pictures, load_material
@@ -151,10 +152,36 @@ def test_alignment_brings_features_to_the_embeddings(language_model, questions):
 
 def test_training_follows_its_seed(language_model, trained, tmp_path):
     for seed in (0, 1):
-        recipe = RealRecipe(**{**vars(RECIPE), "seed": seed})
+        recipe = replace(RECIPE, seed=seed)
         path = tmp_path / f"{seed}.safetensors"
         save_trained(train_real_base(language_model, recipe), language_model, recipe, path)
         assert (path.read_bytes() == trained.read_bytes()) == (seed == 0)
+
+
+def test_each_step_of_each_seed_draws_its_own_questions(language_model, monkeypatch):
+    drawn = []
+
+    def draw(self, split, rows, text_tokens, generator, augmented=False) -> Batch:
+        batch = original(self, split, rows, text_tokens, generator, augmented)
+        drawn.append((split, rows, text_tokens <= RECIPE.max_text, augmented))
+        targets.append(batch.targets)
+        return batch
+
+    targets, original = [], Questions.draw
+    monkeypatch.setattr(Questions, "draw", draw)
+    for seed in (0, 1):
+        train_real_base(language_model, replace(RECIPE, seed=seed))
+    assert drawn == [("train", RECIPE.rows, True, True)] * 4
+    assert len({str(each) for each in targets}) == 4
+
+
+def test_rounding_leaves_positions_alone(language_model):
+    vlm = new_vlm(language_model)
+    before = vlm.model.language_model.rotary_emb.inv_freq.clone()
+    round_parameters(vlm)
+    assert vlm.dtype == torch.bfloat16
+    assert torch.equal(vlm.model.language_model.rotary_emb.inv_freq, before)
+    assert not torch.equal(before, before.bfloat16().float()), "this test can fail"
 
 
 def test_both_stages_train(language_model, trained):
@@ -285,13 +312,14 @@ def test_results_of_other_questions_are_refused(folder, tmp_path):
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[tuple[tuple[int | None, ...], int]]:
-    """Of each row that is tested: the limits of DIPE that act, and its tokens. Eight of nine are right."""
+def asked(monkeypatch) -> list[tuple[tuple[int | None, ...], int, list[int]]]:
+    """Of each row that is tested: the limits of DIPE that act, its length and its answers. Eight of nine are right."""
     rows = []
 
     def answer(model, batch: Batch) -> torch.Tensor:
         acting = [model.peft_config[name] for name in acting_adapters(model)]
-        rows.append((tuple(config.max_distance for config in acting), batch.inputs["input_ids"].shape[1]))
+        limits = tuple(config.max_distance for config in acting)
+        rows.append((limits, batch.inputs["input_ids"].shape[1], batch.targets[0].tolist()))
         logits = torch.zeros(*batch.targets.shape, 400).scatter(-1, batch.targets[..., None], 1)
         logits[:, 4] = -logits[:, 4]
         return logits
@@ -309,8 +337,10 @@ def test_methods_and_adapters_act_while_they_are_tested(folder, asked, tmp_path)
     near, far = str(tmp_path / "near"), str(tmp_path / "far")
     plan = EvalPlan(lengths=(0, 20), rows=2)
     tested = evaluate(folder, ["base", "dipe-64"], [near, f"{near}+{far}"], plan, tmp_path / "results")
-    assert [limits for limits, _ in asked] == [()] * 4 + [(64,)] * 4 + [(5,)] * 4 + [(5, 100)] * 4
-    lengths = [length for _, length in asked]
+    assert [limits for limits, *_ in asked] == [()] * 4 + [(64,)] * 4 + [(5,)] * 4 + [(5, 100)] * 4
+    lengths, answers = [length for _, length, _ in asked], [answers for *_, answers in asked]
+    assert answers == answers[:2] * 8, "all are asked the same"
+    assert answers[0] != answers[1]
     assert lengths == [lengths[0], lengths[0], lengths[0] + 20, lengths[0] + 20] * 4
     assert all(result.right == {0: [8, 8], 20: [8, 8]} for result in tested.values())
     written = json.loads((tmp_path / "results" / "near+far.json").read_text())
