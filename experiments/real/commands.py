@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers import AutoTokenizer
 
 from peft_pvm.cli.lab import Rows, Seed
 from peft_pvm.cli.options import MANY, new_file, new_folder, one_of, separated, whole_number
@@ -108,7 +107,7 @@ def chats_command(
     """Write questions in natural language as a data set of chats with images, for train_sft.py and peft-pvm."""
     require("train", "datasets", "PIL")
     with reading("the real base", base):
-        questions = Questions(AutoTokenizer.from_pretrained(base))
+        questions = Questions.of(base)
     write_chats(make_real_chats(questions, rows, max_text, split, seed), out)
     say(out)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from peft_pvm.demo.mosaic import NUM_CELLS, Split
 from peft_pvm.demo.recall import Accuracy
@@ -133,9 +133,10 @@ def evaluate(
         The results, by method or adapter.
 
     Raises:
+        FileNotFoundError: There is no such base or adapter.
         ValueError: Something cannot be read, or the results that are there are about something else.
     """
-    questions = Questions(AutoTokenizer.from_pretrained(base))
+    questions = Questions.of(base)
     shared = {"base": fingerprint(Path(base, SINGLE)), "split": plan.split, "seed": plan.seed}
     tested = {}
     for name in [*methods, *adapters]:

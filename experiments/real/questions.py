@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoTokenizer
 
 from peft_pvm.demo.mosaic import CHANNELS, GRID, NUM_CELLS, NUM_DIGITS, Batch, Split, draw_pictures, load_material
 
@@ -40,6 +42,21 @@ class Questions:
         self.places = torch.tensor([[self._single(f" {word}") for word in place.split()] for place in PLACES])
         for token in (" ", ",", END_OF_TURN):
             self._single(token)
+
+    @classmethod
+    def of(cls, base: str | os.PathLike) -> Questions:
+        """The task as a base writes it.
+
+        Args:
+            base: Folder of the base.
+
+        Raises:
+            FileNotFoundError: There is no such folder.
+            ValueError: Its tokenizer does not fit.
+        """
+        if not os.path.isdir(base):
+            raise FileNotFoundError(f"There is no folder {base}. Make the base first: make real-base")
+        return cls(AutoTokenizer.from_pretrained(base))
 
     def draw(
         self, split: Split, rows: int, text_tokens: int, generator: torch.Generator, augmented: bool = False

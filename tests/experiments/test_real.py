@@ -305,6 +305,11 @@ def test_evaluation_goes_on_where_it_ended(folder, tmp_path):
     assert files == {path: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
 
 
+def test_a_base_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Make the base first: make real-base"):
+        evaluate(tmp_path / "none", ["base"], [], PLAN, tmp_path)
+
+
 def test_results_of_other_questions_are_refused(folder, tmp_path):
     evaluate(folder, ["base"], [], EvalPlan(lengths=(0,), rows=1), tmp_path)
     with pytest.raises(ValueError, match="has results with split 'test', but these would be with 'validation'"):
