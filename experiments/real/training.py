@@ -36,7 +36,7 @@ class RealRecipe:
     """
 
     alignment_steps: int = 700
-    steps: int = 220
+    steps: int = 160
     rows: int = 8
     max_text: int = 64
     seed: int = 0

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,8 +25,11 @@ from experiments.real.questions import DIGITS, PLACES, Questions, ask, augment, 
 from experiments.real.trained import NOTE, build_base, save_trained
 from experiments.real.training import RealRecipe, align, image_features, round_parameters, train_real_base
 from experiments.real.vlm import new_vlm, save_vlm, vlm_processor
-from peft_pvm import DIPEConfig, PVMConfig
+from peft_pvm import DIPEConfig, PVMConfig, load_adapters
+from peft_pvm.demo.for_trainers import write_chats
 from peft_pvm.demo.mosaic import NUM_CELLS, Batch, draw_pictures, load_material
+from peft_pvm.probe.calibrate import calibrate
+from peft_pvm.probe.layers import propose_layers
 from peft_pvm.probe.rows import read_chats, teach
 from peft_pvm.tuners.active import acting_adapters
 
@@ -238,6 +242,26 @@ def test_chats_ask_and_tell_what_they_show(questions, folder):
         written = questions.tokenizer.decode(ids)
         assert written.startswith("<|im_start|>user\n" + "<empty_output>" * NUM_CELLS)
         assert written.endswith(f"?<|im_end|>\n<|im_start|>assistant\nDigits: {told}")
+
+
+def test_proposals_are_made_from_its_chats(questions, folder):
+    pytest.importorskip("datasets", reason="chats need the extra `train`")
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    chats = read_chats(make_real_chats(questions, 2, 0, "validation"), 2)
+    assert len(propose_layers(model, processor, chats, 2).layers) == 2
+    tested = calibrate(model, processor, chats, lengths=(0, 8), max_distances=(4,)).answers
+    assert set(tested) == {None, 4}
+
+
+def test_the_training_script_takes_it(questions, folder, tmp_path):
+    training = pytest.importorskip("training_runs", reason="training needs the extra `train`")
+    write_chats(make_real_chats(questions, 4, 4), tmp_path / "chats")
+    material = SimpleNamespace(model=folder, messages=tmp_path / "chats")
+    options = {"max_steps": 2, "hidden_steps": 1, "max_text": 4, "r": 16, "per_device_train_batch_size": 2}
+    trainer = training.run("sft", material, output_dir=tmp_path / "pvm", layers=[1], **options)
+    assert trainer.state.global_step == 2
+    load_adapters(AutoModelForImageTextToText.from_pretrained(folder), [str(tmp_path / "pvm")])
 
 
 @pytest.mark.parametrize("config", [DIPEConfig(), PVMConfig(r=16)], ids=lambda config: type(config).__name__)
