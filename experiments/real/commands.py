@@ -89,8 +89,7 @@ def evaluate_command(
     wanted = separated("--lengths", lengths, whole_number(0, MANY), "whole numbers, at least 0")
     plan = EvalPlan(tuple(wanted), rows, split, seed)
     methods = method or ([] if adapter else ["base"])
-    with reading("the real base or adapters of it", base, *(adapter or [])):
-        tested = evaluate(base, methods, adapter or [], plan, results)
+    tested = evaluate(base, methods, adapter or [], plan, results)
     Terminal().print(table_of(tested, plan))
 
 
