@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +14,13 @@ import torch
 from language_models import tiny_language_model
 from peft import get_peft_model
 from PIL.Image import fromarray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from experiments.real import evaluation
+from experiments.real import commands, evaluation
 from experiments.real.chats import make_real_chats
-from experiments.real.evaluation import EvalPlan, evaluate, table_of
+from experiments.real.evaluation import METHODS, EvalPlan, Results, evaluate, table_of
 from experiments.real.language_model import load_language_model
 from experiments.real.questions import DIGITS, PLACES, Questions, ask, augment, only_digits, tell
 from experiments.real.trained import NOTE, build_base, save_trained
@@ -34,6 +35,9 @@ from peft_pvm.probe.rows import read_chats, teach
 from peft_pvm.tuners.active import acting_adapters
 
 
+REPOSITORY = Path(__file__).parents[2]
+RECORDED, TRAINED = REPOSITORY / commands.RECORDED, REPOSITORY / commands.TRAINED
+BASE = REPOSITORY / "runs" / "real" / "base"
 RECIPE = RealRecipe(alignment_steps=2, steps=2, rows=2, max_text=8)
 PLAN = EvalPlan(lengths=(0, 20), rows=2)
 
@@ -268,6 +272,26 @@ def test_the_training_script_takes_it(questions, folder, tmp_path):
 def test_adapters_attach_to_it(folder, config, questions):
     model = get_peft_model(AutoModelForImageTextToText.from_pretrained(folder), config).eval()
     assert model(**questions.draw("test", 1, 3, generator()).inputs).logits.isfinite().all()
+
+
+def test_what_is_recorded_belongs_together():
+    """All results are of one base and the same rows; what was trained is all there, in less than 6 MB."""
+    files = {path.stem: json.loads(path.read_text()) for path in RECORDED.glob("*.json")}
+    assert files.keys() <= METHODS.keys()
+    assert len({(file["base"], file["split"], file["seed"]) for file in files.values()}) == 1
+    for name, file in files.items():
+        results = Results(RECORDED / f"{name}.json", {"method": name})
+        for length, cell in file["by tokens of text"].items():
+            assert round(results.accuracy(int(length), len(cell["right of nine"])).value, 4) == cell["accuracy"]
+    assert TRAINED.stat().st_size < 6 * 2**20
+    with safe_open(TRAINED, framework="pt") as file:
+        assert json.loads(file.metadata()[NOTE])["recipe"] == asdict(RealRecipe())
+
+
+@pytest.mark.skipif(not BASE.is_dir(), reason="the real base is not there: make real-base")
+def test_the_real_base_answers(tmp_path):
+    tested = evaluate(BASE, ["base"], [], EvalPlan(lengths=(0,), rows=4), tmp_path)
+    assert tested["base"].accuracy(0, 4).value > 0.9
 
 
 def test_another_language_model_is_refused(trained):
