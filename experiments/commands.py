@@ -22,6 +22,7 @@ from .base import new_tiny_vlm, train_base
 from .export import export_adapter
 from .methods import METHODS
 from .pvm_limits import load_for_limits, show_limits
+from .real.commands import COMMANDS as REAL_COMMANDS
 from .report import write_report
 from .runs import MAIN_RECIPE, RECIPES, evaluate_method, plan, train_method
 from .step_time import Size, show_step_time
@@ -168,3 +169,7 @@ def limits(
     with reading("a PVM adapter of the tiny model", adapter):
         model = load_for_limits(adapter)
     show_limits(model, str(adapter), rows, seed)
+
+
+for name, command in REAL_COMMANDS.items():
+    app.command(name)(command)

@@ -93,8 +93,8 @@ class Checkpoint(Protocol):
 
 
 def target_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The logits that a model computes for the targets, `(rows, targets, vocab_size)`."""
-    return model(**batch.inputs, use_cache=False).logits
+    """The logits that a model computes for the targets, `(rows, targets, vocab_size)`, in fp32."""
+    return model(**batch.inputs, use_cache=False).logits.float()
 
 
 def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: Checkpoint | None = None) -> None:

@@ -84,7 +84,7 @@ def test_figures_are_what_their_code_draws(drawing: ModuleType):
 
 def test_the_table_of_files_is_what_their_docstrings_say(drawing: ModuleType):
     page = (DOCS / "design.md").read_text()
-    files = [*drawing.PACKAGE.rglob("*.py"), *(REPOSITORY / "experiments").glob("*.py")]
+    files = [*drawing.PACKAGE.rglob("*.py"), *(REPOSITORY / "experiments").rglob("*.py")]
     rows = [row.split(" | ") for row in drawing.table_of_files().splitlines()[2:]]
     assert len(rows) == len(files)
     assert [name for name, said in rows if len(said) < 10] == [], "files without a docstring"

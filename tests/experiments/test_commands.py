@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from language_models import tiny_language_model
 from typer.testing import CliRunner
 
 from experiments import anchors, pvm_limits
@@ -95,6 +96,25 @@ def test_train_eval_and_report(method, tmp_path, monkeypatch):
     assert json.loads(file.read_text())["method"] == method
     run("report", "--results", tmp_path / "results", "--docs", tmp_path)
     assert (tmp_path / "results.md").is_file()
+
+
+def test_the_real_base_from_training_to_results(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.real.commands.load_language_model", lambda gguf: tiny_language_model())
+    trained, base = tmp_path / "trained.safetensors", tmp_path / "base"
+    gguf = ("--gguf", tmp_path / "not-read.gguf")
+    run("train-real-base", *gguf, "--out", trained, "--steps", 1, "--alignment-steps", 1)
+    run("real-base", *gguf, "--out", base, "--from-trained", trained)
+    options = ("--base", base, "--method", "base", "--method", "dipe-64", "--lengths", "0,5", "--rows", 2)
+    rows = [line for line in run("real-eval", *options, "--results", tmp_path).splitlines() if line.count("±") == 2]
+    assert [line.strip("│").split("│")[0].strip() for line in rows] == ["base", "dipe-64"]
+    assert {path.name for path in tmp_path.glob("*.json")} == {"base.json", "dipe-64.json"}
+
+
+def test_real_chats(tmp_path):
+    pytest.importorskip("datasets", reason="chats need the extra `train`")
+    tiny_language_model().tokenizer.save_pretrained(tmp_path / "base")
+    run("real-chats", "--base", tmp_path / "base", "--out", tmp_path / "chats", "--rows", 2, "--max-text", 4)
+    assert [path.name for path in (tmp_path / "chats").glob("*.parquet")] == ["train.parquet"]
 
 
 def test_step_time():

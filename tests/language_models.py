@@ -1,0 +1,48 @@
+"""A stand-in for the real language model: a tiny random Llama, whose tokenizer has the words of the mosaic task."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from experiments.real.language_model import LanguageModel
+from experiments.real.questions import END_OF_TURN, PLACEHOLDER, ask, tell
+
+
+def tiny_language_model(seed: int = 0, words: bool = True) -> LanguageModel:
+    """A language model of the real one's shape.
+
+    Args:
+        seed: Decides the weights.
+        words: Whether the words of the task are tokens.
+    """
+    tokens = Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokens.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokens.decoder = decoders.ByteLevel()
+    cells = list(range(9))
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<|endoftext|>", "<|im_start|>", END_OF_TURN, PLACEHOLDER],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokens.train_from_iterator([ask(cells), tell(cells, cells)] if words else [], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, bos_token="<|im_start|>", eos_token=END_OF_TURN, pad_token="<|endoftext|>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LanguageModel(LlamaForCausalLM(config).eval(), tokenizer)
