@@ -36,7 +36,7 @@ from .training import one_thread
 METHODS: dict[str, VisualConfig | None] = {
     "base": None,
     "dipe": DIPEConfig(max_distance=0),  # the paper's
-    **{f"dipe-{distance}": DIPEConfig(max_distance=distance) for distance in (64, 128, 256, 512)},
+    **{f"dipe-{distance}": DIPEConfig(max_distance=distance) for distance in (16, 32, 64, 128, 256, 512)},
     "t-drs": TDRSConfig(),
 }
 LENGTHS = (0, 256, 1024, 2048, 4096)  # tokens of text between image and question

@@ -314,7 +314,7 @@ class VisualContext:
             max_images: See `images`.
 
         Returns:
-            `(batch, num_keys)`, int64. Of a text token: anything.
+            `(batch, num_keys)`, int64. The number for a text token has no meaning.
         """
         starts, _ = self.images(image_gap, max_images)
         slots = torch.arange(num_keys, device=self.device) + self.first_key(num_keys)

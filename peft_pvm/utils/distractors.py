@@ -16,7 +16,7 @@ from typing import Any
 
 
 VISUAL = ("image", "video")
-# Of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Kana, Chinese characters.
+# Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Kana, Chinese characters.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
 UNSPACED += "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 CHOICE = re.compile(r"\(?[A-Za-z][).:]?")

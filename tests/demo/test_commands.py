@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+from peft import PeftConfig
 from typer.testing import CliRunner
 
+from peft_pvm import DIPEConfig, attached
 from peft_pvm.cli.lab import app
 from peft_pvm.methods import METHODS
 
@@ -16,7 +20,14 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
-def test_demo(tmp_path: Path):
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tested: list[PeftConfig] = []
+
+    def noting(model: torch.nn.Module, *configs: PeftConfig):
+        tested.extend(configs)
+        return attached(model, *configs)
+
+    monkeypatch.setattr("peft_pvm.demo.recall.attached", noting)
     output = run("demo", "--steps", 2, "--rows", 1, "--out", tmp_path)
     assert "training 221,763 of" in output
     header = next(line for line in output.splitlines() if "DIPE" in line)
@@ -24,3 +35,4 @@ def test_demo(tmp_path: Path):
     rows = [line for line in output.splitlines() if line.count("±") == 1 + len(METHODS)]
     assert [int(row.strip("│").split("│")[0]) for row in rows] == [0, 64, 128, 256, 512, 1024, 2048]
     assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert [config.max_distance for config in tested if isinstance(config, DIPEConfig)] == [24], "as it was trained"

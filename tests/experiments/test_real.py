@@ -366,7 +366,7 @@ def test_results_of_other_questions_are_refused(folder, tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[tuple[int | None, ...], int, list[int]]]:
-    """Of each row that is tested: the limits of DIPE that act, its length and its answers. Eight of nine are right."""
+    """For each row that is tested: the limits of DIPE that act, its length, its answers. Eight of nine are right."""
     rows = []
 
     def answer(model, batch: Batch) -> torch.Tensor:

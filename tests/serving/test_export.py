@@ -15,7 +15,7 @@ from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, PVMConfig
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.vllm import export_vllm
-from peft_pvm.integrations.vllm.export import ARCHITECTURE, configs_of
+from peft_pvm.integrations.vllm.export import ARCHITECTURE, FIELD, configs_of
 
 
 pytest.importorskip("matplotlib", reason="the command line needs the extra `lab`")
@@ -67,6 +67,20 @@ def test_a_folder_has_the_base_the_branch_and_what_was_asked_for(
         assert dipe is not None
         assert dipe.layers_to_transform == [0, 2, 3]
         assert [part.memory_source for part in pvm.parts()] == ["embeddings", "hidden_states"]
+
+
+def test_a_folder_that_was_exported_before_there_was_a_limit_has_none(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+):
+    export_vllm(base, [adapters["dipe-some-layers"]], tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    _, dipe = configs_of(config.text_config)
+    assert dipe is not None
+    assert dipe.max_distance == 3
+    del getattr(config.text_config, FIELD)["dipe"]["max_distance"]
+    _, dipe = configs_of(config.text_config)
+    assert dipe is not None
+    assert dipe.max_distance == 0
 
 
 def refused(adapter: Path, base: Path, tmp_path: Path, **options) -> str:
