@@ -220,3 +220,25 @@ def test_rows_of_hidden_steps_come_first_and_as_they_are(material: SimpleNamespa
     assert sum(len(text) for text in later) > sum(len(text) for text in rows) + 8 * 50
     assert all(text.endswith(row) for text, row in zip(later, first[:8]))
     assert trainer.args.train_sampling_strategy == "sequential"
+
+
+def test_images_are_hidden_in_the_first_steps_and_then_in_a_share_of_rows(material: SimpleNamespace, tmp_path: Path):
+    """With gates of 0 and next to nothing learnt, the loss tells whether text sees the image."""
+    common = {
+        "max_steps": 3,
+        "max_text": 0,
+        "init_gate": 0.0,
+        "learning_rate": 1e-9,
+        "train_sampling_strategy": "sequential",
+    }
+    losses = {}
+    for steps, share in ((0, 0.0), (1, 0.0), (1, 1.0)):
+        options = {"hidden_steps": steps, "hidden_share": share, "per_device_train_batch_size": 8, **common}
+        losses[steps, share] = logged(
+            run("sft", material, output_dir=tmp_path / f"{steps}-{share}", **options), "loss"
+        )
+    in_sight, hidden = losses[0, 0.0][0], losses[1, 1.0][0]
+    assert hidden > in_sight + 0.1
+    assert losses[0, 0.0] == pytest.approx([in_sight] * 3, rel=1e-4), "the same eight rows"
+    assert losses[1, 0.0] == pytest.approx([hidden, in_sight, in_sight], rel=1e-4)
+    assert losses[1, 1.0] == pytest.approx([hidden] * 3, rel=1e-4)
