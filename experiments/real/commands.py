@@ -105,9 +105,7 @@ def chats_command(
 ) -> None:
     """Write questions in natural language as a data set of chats with images, for train_sft.py and peft-pvm."""
     require("train", "datasets", "PIL")
-    with reading("the real base", base):
-        questions = Questions.of(base)
-    write_chats(make_real_chats(questions, rows, max_text, split, seed), out)
+    write_chats(make_real_chats(Questions.of(base), rows, max_text, split, seed), out)
     say(out)
 
 

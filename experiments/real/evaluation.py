@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from peft_pvm.cli.refusals import reading
 from peft_pvm.demo.mosaic import NUM_CELLS, Split
 from peft_pvm.demo.recall import Accuracy
 from peft_pvm.demo.train import step_generator, target_logits
@@ -144,17 +145,22 @@ def evaluate(
         short = "+".join(Path(part).name for part in folders) or name
         about = {"method": short, "adapters": [_hash_of_folder(folder) for folder in folders], **shared}
         tested[name] = Results(Path(out, f"{short}.json"), about)
-    model = LlavaForConditionalGeneration.from_pretrained(base).eval()
+    model = _load(base)
     with one_thread():
         for name in methods:
             config = METHODS[name]
             with attached(model, *([] if config is None else [config])):
                 _ask(model, questions, plan, tested[name])
         for name in adapters:
-            model = LlavaForConditionalGeneration.from_pretrained(base).eval()
+            model = _load(base)
             load_adapters(model, name.split("+"))
             _ask(model, questions, plan, tested[name])
     return tested
+
+
+def _load(base: str | os.PathLike) -> LlavaForConditionalGeneration:
+    with reading("the real base", base):
+        return LlavaForConditionalGeneration.from_pretrained(base).eval()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
+from peft_pvm.cli.refusals import reading
 from peft_pvm.demo.mosaic import CHANNELS, GRID, NUM_CELLS, NUM_DIGITS, Batch, Split, draw_pictures, load_material
 
 
@@ -56,7 +57,8 @@ class Questions:
         """
         if not os.path.isdir(base):
             raise FileNotFoundError(f"There is no folder {base}. Make the base first: make real-base")
-        return cls(AutoTokenizer.from_pretrained(base))
+        with reading("the real base", base):
+            return cls(AutoTokenizer.from_pretrained(base))
 
     def draw(
         self, split: Split, rows: int, text_tokens: int, generator: torch.Generator, augmented: bool = False
