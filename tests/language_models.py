@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments.real.language_model import LanguageModel
-from experiments.real.questions import END_OF_TURN, PLACEHOLDER, ask, tell
+from experiments.real.questions import COLOURS, END_OF_TURN, PLACEHOLDER, PLACES, ask, tell
 
 
 def tiny_language_model(seed: int = 0, words: bool = True) -> LanguageModel:
@@ -21,14 +21,15 @@ def tiny_language_model(seed: int = 0, words: bool = True) -> LanguageModel:
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokens.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokens.decoder = decoders.ByteLevel()
-    cells = list(range(9))
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         show_progress=False,
         special_tokens=["<|endoftext|>", "<|im_start|>", END_OF_TURN, PLACEHOLDER],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokens.train_from_iterator([ask(cells), tell(cells, cells)] if words else [], trainer)
+    places = [f"{colour} {place}" for colour in COLOURS for place in PLACES]
+    sentences = [ask(places), f"Digits: {tell(places, [0] * len(places))}"]
+    tokens.train_from_iterator(sentences if words else [], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokens, bos_token="<|im_start|>", eos_token=END_OF_TURN, pad_token="<|endoftext|>"
     )

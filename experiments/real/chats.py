@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peft_pvm.demo.mosaic import NUM_CELLS, Split, draw_pictures
+from peft_pvm.demo.mosaic import Split, draw_pictures
 from peft_pvm.demo.train import step_generator
 
-from .questions import Questions, ask, tell
+from .questions import Questions, Turn, converse
 
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ def make_real_chats(questions: Questions, rows: int, max_text: int, split: Split
 def _chat(questions: Questions, max_text: int, split: Split, generator: torch.Generator) -> dict[str, Any]:
     from PIL.Image import fromarray
 
-    length = int(torch.randint(max_text + 1, (), generator=generator))
-    pictures = draw_pictures(split, 1, 0, 1, generator)
-    cells = torch.randperm(NUM_CELLS, generator=generator)
-    text = questions.tokenizer.decode(questions.draw_text(split, 1, length, generator)[0])
-    asked = f"{text}\n{ask(cells.tolist())}"
-    told = tell(cells.tolist(), pictures.digits[0, 0, cells].tolist())
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    turn = Turn(text_tokens=int(torch.randint(max_text + 1, (), generator=generator)))
+    pictures = draw_pictures(split, 1, 0, turn.shown, generator)
+    (said,) = converse([turn], pictures, 0, generator)
+    text = questions.tokenizer.decode(questions.draw_text(split, 1, turn, generator)[0])
+    messages = [
+        {"role": "user", "content": f"{text}\n{said.question}"},
+        {"role": "assistant", "content": said.answer},
+    ]
     image = fromarray((pictures.mosaics[0].permute(1, 2, 0) * 255).round().byte().numpy())
     return {"images": [image], "messages": messages}

@@ -18,7 +18,7 @@ from peft_pvm.utils.packages import require
 from peft_pvm.utils.terminal import Terminal, say
 
 from .chats import make_real_chats
-from .evaluation import LENGTHS, METHODS, EvalPlan, evaluate, table_of
+from .evaluation import LENGTHS, METHODS, TASKS, EvalPlan, evaluate, table_of
 from .language_model import PACKAGE, load_language_model
 from .questions import Questions
 from .trained import build_base, save_trained
@@ -75,8 +75,11 @@ def evaluate_command(
     adapter: Annotated[
         list[str] | None, typer.Option(help="Folders of adapters, or several with + between, which act together.")
     ] = None,
+    task: Annotated[
+        str, typer.Option(callback=one_of(TASKS), help=f"What is asked: {', '.join(TASKS)}.")
+    ] = EvalPlan.task,
     lengths: Annotated[
-        str, typer.Option(help="Tokens of text between image and question, separated by commas.")
+        str, typer.Option(help="Tokens of text after images, in all turns together, separated by commas.")
     ] = ",".join(map(str, LENGTHS)),
     rows: Rows = EvalPlan.rows,
     split: Annotated[
@@ -87,7 +90,7 @@ def evaluate_command(
 ) -> None:
     """Test the real base with methods and adapters, after ever more text. Rows that are done are not repeated."""
     wanted = separated("--lengths", lengths, whole_number(0, MANY), "whole numbers, at least 0")
-    plan = EvalPlan(tuple(wanted), rows, split, seed)
+    plan = EvalPlan(task, tuple(wanted), rows, split, seed)
     methods = method or ([] if adapter else ["base"])
     tested = evaluate(base, methods, adapter or [], plan, results)
     Terminal().print(table_of(tested, plan))

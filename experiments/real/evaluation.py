@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from peft_pvm.tuners.saving import load_adapters
 from peft_pvm.utils.terminal import progress_bar
 
 from ..base import fingerprint
-from .questions import Questions, only_digits
+from .questions import Questions, Turn
 from .training import one_thread
 
 
@@ -39,6 +39,13 @@ METHODS: dict[str, VisualConfig | None] = {
     "dipe": DIPEConfig(max_distance=0),  # the paper's
     **{f"dipe-{distance}": DIPEConfig(max_distance=distance) for distance in (16, 32, 64, 128, 256, 512)},
     "t-drs": TDRSConfig(),
+}
+TASKS: dict[str, Callable[[int], list[Turn]]] = {  # by tokens of text in all turns together; nine digits in each
+    "look-up": lambda text: [Turn(text_tokens=text)],
+    "interfering": lambda text: [Turn(text_tokens=text, interfering=True)],
+    "two-pictures": lambda text: [Turn(2, text)],
+    "three-pictures": lambda text: [Turn(3, text)],
+    "three-turns": lambda text: [Turn(1, (text + rest) // 3, cells=3) for rest in range(3)],
 }
 LENGTHS = (0, 256, 1024, 2048, 4096)  # tokens of text between image and question
 
@@ -106,12 +113,14 @@ class EvalPlan:
     """Which questions are asked: row by row the same of all that is tested, and of all lengths about the same mosaics.
 
     Attributes:
-        lengths: Tokens of text between image and question.
+        task: A key of `TASKS`.
+        lengths: Tokens of text after images, in all turns together.
         rows: Rows of nine questions at every length.
         split: Where digits and text come from.
         seed: Decides them.
     """
 
+    task: str = "look-up"
     lengths: tuple[int, ...] = LENGTHS
     rows: int = 40
     split: Split = "test"
@@ -128,7 +137,7 @@ def evaluate(
         methods: Keys of `METHODS`.
         adapters: Folders, or several with `+` between, which act together.
         plan: The questions.
-        out: Folder of the results, one JSON file for each method and adapter.
+        out: Folder of the results. Each task has a folder there, with one JSON file for each method and adapter.
 
     Returns:
         The results, by method or adapter.
@@ -138,13 +147,13 @@ def evaluate(
         ValueError: Something cannot be read, or the results that are there are about something else.
     """
     questions = Questions.of(base)
-    shared = {"base": fingerprint(Path(base, SINGLE)), "split": plan.split, "seed": plan.seed}
+    shared = {"task": plan.task, "base": fingerprint(Path(base, SINGLE)), "split": plan.split, "seed": plan.seed}
     tested = {}
     for name in [*methods, *adapters]:
         folders = [] if name in METHODS else name.split("+")
         short = "+".join(Path(part).name for part in folders) or name
         about = {"method": short, "adapters": [_hash_of_folder(folder) for folder in folders], **shared}
-        tested[name] = Results(Path(out, f"{short}.json"), about)
+        tested[name] = Results(Path(out, plan.task, f"{short}.json"), about)
     model = _load(base)
     with one_thread():
         for name in methods:
@@ -171,7 +180,8 @@ def _ask(model: nn.Module, questions: Questions, plan: EvalPlan, results: Result
             description = f"{results.about['method']}, {length} tokens"
             for row in bar.track(range(done, plan.rows), description=description, total=plan.rows, completed=done):
                 start = time.process_time()
-                batch = only_digits(questions.draw(plan.split, 1, length, step_generator(plan.seed, row)))
+                drawn = questions.draw(plan.split, 1, TASKS[plan.task](length), step_generator(plan.seed, row))
+                batch = questions.only_digits(drawn)
                 right = int((target_logits(model, batch).argmax(-1) == batch.targets).sum())
                 results.add(length, right, time.process_time() - start)
 
@@ -184,7 +194,7 @@ def _hash_of_folder(folder: str) -> str:
 
 def table_of(results: Mapping[str, Results], plan: EvalPlan) -> Table:
     """Accuracies side by side, one column for each length."""
-    title = f"Which digits are there? {plan.rows} x {NUM_CELLS} questions ({plan.split}), ± standard error by row"
+    title = f"{plan.task}, {plan.rows} x {NUM_CELLS} questions ({plan.split}), ± standard error by row"
     table = Table("tokens of text between", *map(str, plan.lengths), title=title)
     for name, result in results.items():
         cells = [result.accuracy(length, plan.rows) for length in plan.lengths]

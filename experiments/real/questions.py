@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +13,44 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from peft_pvm.cli.refusals import reading
-from peft_pvm.demo.mosaic import CHANNELS, GRID, NUM_CELLS, NUM_DIGITS, Batch, Split, draw_pictures, load_material
+from peft_pvm.demo.mosaic import GRID, NUM_CELLS, NUM_DIGITS, Batch, Pictures, Split, draw_pictures, load_material
 
 
 PLACEHOLDER = "<empty_output>"  # of SmolLM2's special tokens, one for which its instruction tuning had no use
-END_OF_TURN = "<|im_end|>"
+START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
+COLOURS = ("red", "green", "blue")  # of the pictures in a chat with several; a single one is grey
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)  # of the cells, in reading order
-TOKENS_PER_ANSWER = 5  # " top", " left", " ", "2", ","
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a chat: pictures, text, and a question after cells of a picture of this turn or an earlier one.
+
+    Attributes:
+        shown: Number of new pictures.
+        text_tokens: Tokens of text between them and the question.
+        cells: Number of cells that are asked for.
+        interfering: Whether the text tells of other pictures in the words of an answer; otherwise it is about Python.
+    """
+
+    shown: int = 1
+    text_tokens: int = 0
+    cells: int = NUM_CELLS
+    interfering: bool = False
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a turn of one chat says, but for its text.
+
+    Attributes:
+        question: The question.
+        answer: The answer.
+    """
+
+    question: str
+    answer: str
 
 
 class Questions:
@@ -31,6 +63,7 @@ class Questions:
         visual: The id of the placeholder.
         digits: The tokens of the ten digits, `(10,)`.
         places: The tokens of each cell's row and column, `(9, 2)`.
+        colours: The tokens of the three colours, `(3,)`.
 
     Raises:
         ValueError: The tokenizer does not fit.
@@ -41,7 +74,8 @@ class Questions:
         self.visual = self._single(PLACEHOLDER)
         self.digits = torch.tensor([self._single(str(digit)) for digit in range(NUM_DIGITS)])
         self.places = torch.tensor([[self._single(f" {word}") for word in place.split()] for place in PLACES])
-        for token in (" ", ",", END_OF_TURN):
+        self.colours = torch.tensor([self._single(f" {colour}") for colour in COLOURS])
+        for token in (" ", ",", START_OF_TURN, END_OF_TURN):
             self._single(token)
 
     @classmethod
@@ -53,7 +87,7 @@ class Questions:
 
         Raises:
             FileNotFoundError: There is no such folder.
-            ValueError: Its tokenizer does not fit.
+            ValueError: Its tokenizer cannot be read, or does not fit.
         """
         if not os.path.isdir(base):
             raise FileNotFoundError(f"There is no folder {base}. Make the base first: make real-base")
@@ -61,52 +95,79 @@ class Questions:
             return cls(AutoTokenizer.from_pretrained(base))
 
     def draw(
-        self, split: Split, rows: int, text_tokens: int, generator: torch.Generator, augmented: bool = False
+        self, split: Split, rows: int, turns: Sequence[Turn], generator: torch.Generator, augmented: bool = False
     ) -> Batch:
-        """Draw rows of mosaic, text and a question after all nine cells, in an order that is drawn, with the answer.
+        """Draw rows of chats. With one generator, chats that differ in their text alone show and ask the same.
 
         Args:
             split: Where digits and text come from.
             rows: Number of rows.
-            text_tokens: Tokens of text between image and question.
+            turns: The shape of the chats.
             generator: All that is drawn comes from it.
             augmented: Move digits by a pixel and add noise, so that training has more than the split's images.
 
         Returns:
-            The targets are the whole answer with its end of turn, `(rows, 45)`; `DIGITS` are those that tell digits.
+            The targets are the answers with their ends of turn, `(rows, tokens)`.
 
         Raises:
-            ValueError: There is not so much text in the split.
+            ValueError: There is not so much text in the split, or a turn asks for more cells than are left.
         """
-        pictures = draw_pictures(split, rows, 0, 1, generator)
+        pictures = draw_pictures(split, rows, 0, sum(turn.shown for turn in turns), generator)
         mosaics = augment(pictures.mosaics, generator) if augmented else pictures.mosaics
-        cells = torch.rand(rows, NUM_CELLS, generator=generator).argsort(1)
-        told = pictures.digits[:, 0].gather(1, cells)
-        image = [*self._ids("<|im_start|>user\n"), *[self.visual] * NUM_CELLS]
-        dialogue = [self._ids(_dialogue(*row)) for row in zip(cells.tolist(), told.tolist())]
-        text = self.draw_text(split, rows, text_tokens, generator)
-        input_ids = torch.cat([torch.tensor(image).expand(rows, -1), text, torch.tensor(dialogue)], 1)
-        answer = NUM_CELLS * TOKENS_PER_ANSWER  # the last comma's place is the end of turn's
-        length = input_ids.shape[1] - 1
+        chats = [converse(turns, pictures, row, generator) for row in range(rows)]
+        texts = [self.draw_text(split, rows, turn, generator).tolist() for turn in turns]
+        tokens = [list(self._tokens(turns, chat, [text[row] for text in texts])) for row, chat in enumerate(chats)]
+        input_ids = torch.tensor([[token for token, _ in row] for row in tokens])
+        answers = torch.tensor([is_answer for _, is_answer in tokens[0]]).nonzero()[:, 0]
         inputs = {
             "input_ids": input_ids[:, :-1],
-            "attention_mask": torch.ones(rows, length, dtype=torch.long),
+            "attention_mask": torch.ones_like(input_ids[:, :-1]),
             "pixel_values": mosaics * 2 - 1,
-            "logits_to_keep": torch.arange(length - answer, length),
+            "logits_to_keep": answers - 1,
         }
-        return Batch(inputs, input_ids[:, -answer:])
+        return Batch(inputs, input_ids[:, answers])
 
-    def draw_text(self, split: Split, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw pieces of a split's text, `(rows, length)` tokens.
+    def draw_text(self, split: Split, rows: int, turn: Turn, generator: torch.Generator) -> torch.Tensor:
+        """Draw the text of a turn, `(rows, text_tokens)` tokens.
 
         Raises:
-            ValueError: There is not so much.
+            ValueError: There is not so much in the split.
         """
+        length = turn.text_tokens
+        if turn.interfering:
+            return torch.tensor([self._of_other_pictures(length, generator) for _ in range(rows)]).view(rows, length)
         text = self._text(split)
         if length > len(text):
             raise ValueError(f"text_tokens is {length}, but the text of {split!r} has only {len(text)} tokens.")
         starts = torch.randint(len(text) - length + 1, (rows, 1), generator=generator)
         return text[starts + torch.arange(length)]
+
+    def only_digits(self, batch: Batch) -> Batch:
+        """The same rows with the digits alone as targets, `(rows, cells asked for)`."""
+        digits = torch.isin(batch.targets[0], self.digits)
+        inputs = {**batch.inputs, "logits_to_keep": batch.inputs["logits_to_keep"][digits]}
+        return Batch(inputs, batch.targets[:, digits])
+
+    def _tokens(
+        self, turns: Sequence[Turn], chat: Sequence[Said], texts: Sequence[list[int]]
+    ) -> Iterator[tuple[int, bool]]:
+        """The tokens of a chat, and whether each belongs to an answer."""
+        opening = f"{START_OF_TURN}user\n"
+        for turn, said, text in zip(turns, chat, texts):
+            asked = [*self._ids(opening), *[self.visual] * (turn.shown * NUM_CELLS), *text]
+            asked += self._ids(f"\n{said.question}{END_OF_TURN}\n{START_OF_TURN}assistant\n")
+            yield from ((token, False) for token in asked)
+            yield from ((token, True) for token in self._ids(f"{said.answer}{END_OF_TURN}"))
+            opening = f"\n{START_OF_TURN}user\n"
+
+    def _of_other_pictures(self, length: int, generator: torch.Generator) -> list[int]:
+        """Text that tells of pictures that are not there, to its end."""
+        tokens: list[int] = []
+        while len(tokens) < length:
+            places = [PLACES[cell] for cell in torch.randperm(NUM_CELLS, generator=generator)]
+            digits = torch.randint(NUM_DIGITS, (NUM_CELLS,), generator=generator).tolist()
+            tokens += self._ids(f"Another picture has {tell(places, digits)}.\n")
+        return tokens[len(tokens) - length :]
 
     @functools.cache  # noqa: B019  there are few of these objects, and they live as long as a command
     def _text(self, split: Split) -> torch.Tensor:
@@ -123,43 +184,59 @@ class Questions:
         return ids[0]
 
 
-DIGITS = slice(3, None, TOKENS_PER_ANSWER)  # among the targets
+def converse(turns: Sequence[Turn], pictures: Pictures, row: int, generator: torch.Generator) -> list[Said]:
+    """Draw what is asked about the pictures of a chat, and answer it. No cell of a picture is asked for twice.
+
+    Args:
+        turns: The shape of the chat.
+        pictures: The pictures of all rows.
+        row: Which row the chat is.
+        generator: Decides pictures and cells.
+
+    Raises:
+        ValueError: A turn asks for more cells than are left of any picture.
+    """
+    digits, colours = pictures.digits[row].tolist(), pictures.colours[row].tolist()
+    left: list[list[int]] = []  # of each picture so far, the cells that nobody has asked for
+    chat = []
+    for turn in turns:
+        left += [torch.randperm(NUM_CELLS, generator=generator).tolist() for _ in range(turn.shown)]
+        eligible = [picture for picture, cells in enumerate(left) if len(cells) >= turn.cells]
+        if not eligible:
+            raise ValueError(f"{turn} asks for more cells than are left of any picture.")
+        picture = eligible[int(torch.randint(len(eligible), (), generator=generator))]
+        cells, left[picture] = left[picture][: turn.cells], left[picture][turn.cells :]
+        colour = f"{COLOURS[colours[picture]]} " if len(digits) > 1 else ""
+        places = [f"{colour}{PLACES[cell]}" for cell in cells]
+        chat.append(Said(ask(places), f"Digits: {tell(places, [digits[picture][cell] for cell in cells])}"))
+    return chat
 
 
-def only_digits(batch: Batch) -> Batch:
-    """The same rows with the digits alone as targets, `(rows, 9)`."""
-    inputs = {**batch.inputs, "logits_to_keep": batch.inputs["logits_to_keep"][DIGITS]}
-    return Batch(inputs, batch.targets[:, DIGITS])
+def ask(places: Sequence[str]) -> str:
+    """The question after the digits at some places, like "top left", or "red top left" where there are several."""
+    return f"Which digits are at {', '.join(places)}?"
 
 
-def ask(cells: list[int]) -> str:
-    """The question after some cells."""
-    return f"Which digits are at {', '.join(PLACES[cell] for cell in cells)}?"
-
-
-def tell(cells: list[int], digits: list[int]) -> str:
-    """The answer to it."""
-    return f"Digits: {', '.join(f'{PLACES[cell]} {digit}' for cell, digit in zip(cells, digits))}"
-
-
-def _dialogue(cells: list[int], digits: list[int]) -> str:
-    return f"\n{ask(cells)}{END_OF_TURN}\n<|im_start|>assistant\n{tell(cells, digits)}{END_OF_TURN}"
+def tell(places: Sequence[str], digits: Sequence[int]) -> str:
+    """What the digits at some places are."""
+    return ", ".join(f"{place} {digit}" for place, digit in zip(places, digits))
 
 
 def augment(mosaics: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Move every second digit by at most a pixel in each direction, and add noise to all.
 
     Args:
-        mosaics: `(rows, 3, height, width)`, from 0 to 1, grey.
+        mosaics: `(pictures, 3, height, width)`, from 0 to 1, each in one colour.
         generator: What is drawn comes from it.
     """
     side = mosaics.shape[-1] // GRID
-    tiles = mosaics[:, 0].unfold(1, side, side).unfold(2, side, side).flatten(0, 2)  # (rows * 9, side, side)
+    tiles = mosaics.amax(1).unfold(1, side, side).unfold(2, side, side).flatten(0, 2)  # (pictures * 9, side, side)
     shifted = F.pad(tiles, (1, 1, 1, 1)).unfold(1, side, 1).unfold(2, side, 1).flatten(1, 2)
     unmoved = shifted.shape[1] // 2
     shifts = torch.randint(shifted.shape[1], (len(tiles),), generator=generator)
     shifts = torch.where(torch.rand(len(tiles), generator=generator) < 0.5, shifts, unmoved)
     tiles = shifted[torch.arange(len(tiles)), shifts]
     tiles = (tiles + 0.08 * torch.randn(tiles.shape, generator=generator)).clamp(0, 1)
-    rows = tiles.unflatten(0, (-1, GRID, GRID)).transpose(2, 3).flatten(3).flatten(1, 2)
-    return rows[:, None].expand(-1, CHANNELS, -1, -1)
+    moved = tiles.unflatten(0, (-1, GRID, GRID)).transpose(2, 3).flatten(3).flatten(1, 2)
+    colour = mosaics.amax((2, 3)) > 0  # (pictures, 3)
+    return moved[:, None] * colour[:, :, None, None]

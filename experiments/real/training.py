@@ -18,7 +18,7 @@ from peft_pvm.demo.train import fit, learning_rate_factor, step_generator
 from peft_pvm.utils.terminal import progress_bar
 
 from .language_model import LanguageModel
-from .questions import Questions, augment
+from .questions import Questions, Turn, augment
 from .vlm import new_vlm
 
 
@@ -36,7 +36,7 @@ class RealRecipe:
     """
 
     alignment_steps: int = 700
-    steps: int = 160
+    steps: int = 480
     rows: int = 8
     max_text: int = 64
     seed: int = 0
@@ -73,8 +73,8 @@ def train_real_base(language_model: LanguageModel, recipe: RealRecipe) -> PeftMo
 
     def draw(step: int) -> Batch:
         generator = step_generator(recipe.seed, step)
-        exponent = torch.empty(()).uniform_(0, math.log(recipe.max_text + 1), generator=generator)
-        return questions.draw("train", recipe.rows, round(math.exp(float(exponent))) - 1, generator, augmented=True)
+        turns = draw_turns(recipe.max_text, generator)
+        return questions.draw("train", recipe.rows, turns, generator, augmented=True)
 
     with one_thread():
         align(vlm, questions, recipe.alignment_steps, recipe.seed)
@@ -88,8 +88,33 @@ def train_real_base(language_model: LanguageModel, recipe: RealRecipe) -> PeftMo
     return model
 
 
+def draw_turns(max_text: int, generator: torch.Generator) -> list[Turn]:
+    """Draw the shape of a chat to learn from: a third have one picture, a third several, a third several turns.
+
+    Args:
+        max_text: The most tokens of text in a turn; few are long. Every fourth text tells of other pictures.
+        generator: Decides all.
+    """
+
+    def below(number: int) -> int:
+        return int(torch.randint(number, (), generator=generator))
+
+    def turn(shown: int, cells: int) -> Turn:
+        exponent = torch.empty(()).uniform_(0, math.log(max_text + 1), generator=generator)
+        return Turn(shown, round(math.exp(float(exponent))) - 1, cells, interfering=below(4) == 0)
+
+    kind, several = below(3), 2 + below(2)
+    if kind == 0:
+        return [turn(1, NUM_CELLS)]
+    if kind == 1:
+        return [turn(several, NUM_CELLS)]
+    return [turn(1, 3) for _ in range(several)]
+
+
 def align(vlm: LlavaForConditionalGeneration, questions: Questions, steps: int, seed: int) -> None:
-    """Train tower and projector to give, for each cell, the sum of the embeddings of its digit, row and column.
+    """Train tower and projector to give, for each cell, the sum of its words: digit, row, column, colour.
+
+    The words are the language model's own embeddings. Half of the mosaics are grey, and have no word for it.
 
     The language model does not run. Beside the squared error, a cross-entropy over the ten digits keeps the embeddings
     of like digits apart.
@@ -102,7 +127,8 @@ def align(vlm: LlavaForConditionalGeneration, questions: Questions, steps: int, 
     """
     embeddings = vlm.get_input_embeddings().weight.detach()
     digits, places = embeddings[questions.digits], embeddings[questions.places].sum(1)
-    candidates = places[:, None] + digits  # (9, 10, hidden_size)
+    candidates = places[:, None] + digits  # (9, 10, hidden_size), grey
+    colours = embeddings[questions.colours]
     energy = digits.square().mean()
     parameters = [*vlm.model.vision_tower.parameters(), *vlm.model.multi_modal_projector.parameters()]
     peak = 2e-3
@@ -112,9 +138,11 @@ def align(vlm: LlavaForConditionalGeneration, questions: Questions, steps: int, 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_factor(step, steps) * peak
             generator = step_generator(seed, step)
-            pictures = draw_pictures("train", 24, 0, 1, generator)
-            shown = pictures.digits[:, 0]
-            features = image_features(vlm, augment(pictures.mosaics, generator) * 2 - 1)
+            grey, several = draw_pictures("train", 12, 0, 1, generator), draw_pictures("train", 4, 0, 3, generator)
+            shown = torch.cat([grey.digits[:, 0], several.digits.flatten(0, 1)])
+            colour = F.pad(colours[several.colours.flatten()], (0, 0, len(grey.digits), 0))[:, None]
+            mosaics = augment(torch.cat([grey.mosaics, several.mosaics]), generator)
+            features = image_features(vlm, mosaics * 2 - 1) - colour
             error = (features - candidates[torch.arange(NUM_CELLS), shown]).square().mean() / energy
             distances = (features[:, :, None] - candidates).square().mean(-1) / energy  # (rows, 9, 10)
             loss = error + 0.3 * F.cross_entropy((-4 * distances).flatten(0, 1), shown.flatten())

@@ -104,10 +104,11 @@ def test_the_real_base_from_training_to_results(tmp_path, monkeypatch):
     gguf = ("--gguf", tmp_path / "not-read.gguf")
     run("train-real-base", *gguf, "--out", trained, "--steps", 1, "--alignment-steps", 1)
     run("real-base", *gguf, "--out", base, "--from-trained", trained)
-    options = ("--base", base, "--method", "base", "--method", "dipe-64", "--lengths", "0,5", "--rows", 2)
+    options = ("--base", base, "--method", "base", "--method", "dipe-64", "--task", "three-turns")
+    options = (*options, "--lengths", "0,5", "--rows", 2)
     rows = [line for line in run("real-eval", *options, "--results", tmp_path).splitlines() if line.count("±") == 2]
     assert [line.strip("│").split("│")[0].strip() for line in rows] == ["base", "dipe-64"]
-    assert {path.name for path in tmp_path.glob("*.json")} == {"base.json", "dipe-64.json"}
+    assert {path.name for path in (tmp_path / "three-turns").iterdir()} == {"base.json", "dipe-64.json"}
 
 
 def test_real_chats(tmp_path):

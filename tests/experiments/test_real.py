@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,11 +20,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments.real import commands, evaluation
 from experiments.real.chats import make_real_chats
-from experiments.real.evaluation import METHODS, EvalPlan, Results, evaluate, table_of
+from experiments.real.evaluation import METHODS, TASKS, EvalPlan, Results, evaluate, table_of
 from experiments.real.language_model import load_language_model
-from experiments.real.questions import DIGITS, PLACES, Questions, ask, augment, only_digits, tell
+from experiments.real.questions import COLOURS, PLACES, Questions, Turn, augment, converse
 from experiments.real.trained import NOTE, build_base, save_trained
-from experiments.real.training import RealRecipe, align, image_features, round_parameters, train_real_base
+from experiments.real.training import (
+    RealRecipe,
+    align,
+    draw_turns,
+    image_features,
+    round_parameters,
+    train_real_base,
+)
 from experiments.real.vlm import new_vlm, save_vlm, vlm_processor
 from peft_pvm import DIPEConfig, PVMConfig, load_adapters
 from peft_pvm.demo.for_trainers import write_chats
@@ -72,36 +79,83 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_a_row_asks_and_tells_what_its_mosaic_shows(questions, language_model):
-    batch = questions.draw("test", 3, 5, generator())
-    digits = draw_pictures("test", 3, 0, 1, generator()).digits[:, 0]
+def read_chat(text: str) -> list[tuple[list[str], list[str]]]:
+    """The places and the answer of each turn of a chat."""
+    turns = re.findall(r"Which digits are at (.*?)\?<\|im_end\|>.*?Digits: (.*?)<\|im_end\|>", text, re.DOTALL)
+    return [(asked.split(", "), told.split(", ")) for asked, told in turns]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [[Turn()], [Turn(text_tokens=5)], [Turn(3, 4)], [Turn(1, 3, 2), Turn(2, 0, 4), Turn(0, 5, 3)]],
+    ids=["at once", "after text", "several pictures", "several turns"],
+)
+@pytest.mark.parametrize("interfering", [False, True], ids=["Python", "other pictures"])
+def test_chats_tell_what_their_mosaics_show(questions, language_model, turns, interfering):
+    turns = [replace(turn, interfering=interfering) for turn in turns]
+    batch = questions.draw("test", 3, turns, generator())
+    shown = sum(turn.shown for turn in turns)
+    pictures = draw_pictures("test", 3, 0, shown, generator())
+    torch.testing.assert_close(batch.inputs["pixel_values"], pictures.mosaics * 2 - 1)
     ids = batch.inputs["input_ids"]
     for row in range(3):
-        text = language_model.tokenizer.decode(torch.cat([ids[row], batch.targets[row, -1:]]))
-        asked = text.split("Which digits are at ")[1].split("?")[0].split(", ")
-        told = text.split("Digits: ")[1].removesuffix("<|im_end|>").split(", ")
-        assert sorted(asked) == sorted(PLACES)
-        assert told == [f"{place} {digits[row, PLACES.index(place)]}" for place in asked]
-        assert [int(d) for d in only_digits(batch).targets[row]] == [
-            int(questions.digits[digits[row, PLACES.index(place)]]) for place in asked
-        ]
-    kept = batch.inputs["logits_to_keep"]
-    assert torch.equal(ids[:, kept[1:]], batch.targets[:, :-1]), "a target is what comes after a kept token"
-    assert torch.equal(only_digits(batch).inputs["logits_to_keep"], kept[DIGITS])
-    longer = questions.draw("test", 3, 25, generator())
-    assert longer.inputs["input_ids"].shape[1] == ids.shape[1] + 20
+        chat = read_chat(language_model.tokenizer.decode(torch.cat([ids[row], batch.targets[row, -1:]])))
+        assert [len(asked) for asked, _ in chat] == [turn.cells for turn in turns]
+        shown_digits, answers, digits = {}, "", []
+        for turn, (asked, told) in zip(turns, chat):
+            for picture in range(len(shown_digits) // NUM_CELLS, len(shown_digits) // NUM_CELLS + turn.shown):
+                colour = f"{COLOURS[pictures.colours[row, picture]]} " if shown > 1 else ""
+                named = [f"{colour}{place}" for place in PLACES]
+                shown_digits.update(zip(named, pictures.digits[row, picture].tolist()))
+            right = [shown_digits[place] for place in asked]
+            assert told == [f"{place} {digit}" for place, digit in zip(asked, right)]
+            answers += f"Digits: {', '.join(told)}<|im_end|>"
+            digits += right
+        places = [place for asked, _ in chat for place in asked]
+        assert len(set(places)) == len(places), "no cell is asked for twice"
+        assert language_model.tokenizer.decode(batch.targets[row]) == answers
+        assert questions.only_digits(batch).targets[row].tolist() == questions.digits[digits].tolist()
+    for part in (batch, questions.only_digits(batch)):
+        after = part.inputs["logits_to_keep"] + 1
+        assert torch.equal(ids[:, after[:-1]], part.targets[:, :-1]), "a target is what comes after a kept token"
+    longer = questions.draw("test", 3, [replace(turn, text_tokens=25) for turn in turns], generator())
+    assert longer.inputs["input_ids"].shape[1] - ids.shape[1] == sum(25 - turn.text_tokens for turn in turns)
+    assert torch.equal(longer.targets, batch.targets), "chats that differ in their text alone ask the same"
+
+
+def test_text_that_interferes_tells_of_other_pictures(questions, language_model):
+    texts = questions.draw_text("test", 2, Turn(text_tokens=100, interfering=True), generator())
+    assert texts.shape == (2, 100)
+    assert not torch.equal(*texts)
+    for text in map(language_model.tokenizer.decode, texts):
+        assert re.search(r"Another picture has( (top|middle|bottom) (left|center|right) \d,?){9}\.\n$", text)
+
+
+def test_more_cells_than_are_left_are_refused(questions):
+    with pytest.raises(ValueError, match="asks for more cells than are left of any picture"):
+        questions.draw("test", 1, [Turn(cells=6), Turn(shown=0, cells=4)], generator())
+
+
+def test_chats_to_learn_from_are_of_all_shapes():
+    shapes = [draw_turns(64, generator(seed)) for seed in range(200)]
+    assert all(turn.text_tokens <= 64 for turns in shapes for turn in turns)
+    kinds = [(len(turns), turns[0].shown) for turns in shapes]
+    assert set(kinds) == {(1, 1), (1, 2), (1, 3), (2, 1), (3, 1)}
+    assert 50 < kinds.count((1, 1)) < 85
+    assert {turn.interfering for turns in shapes for turn in turns} == {False, True}
 
 
 def test_a_row_is_what_the_processor_makes_of_the_chat(questions, language_model):
-    batch = questions.draw("test", 1, 0, generator())
-    pictures = draw_pictures("test", 1, 0, 1, generator())
-    cells = torch.rand(1, NUM_CELLS, generator=generator_after_pictures()).argsort(1)[0].tolist()
-    image = fromarray((pictures.mosaics[0].permute(1, 2, 0) * 255).round().byte().numpy())
-    digits = pictures.digits[0, 0, cells].tolist()
-    chat = [
-        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "\n" + ask(cells)}]},
-        {"role": "assistant", "content": [{"type": "text", "text": tell(cells, digits)}]},
-    ]
+    turns = [Turn(cells=3), Turn(cells=2)]
+    batch = questions.draw("test", 1, turns, generator())
+    pictures, drawn = draw_pictures("test", 1, 0, 2, generator()), generator()
+    draw_pictures("test", 1, 0, 2, drawn)
+    chat = []
+    for mosaic, said in zip(pictures.mosaics, converse(turns, pictures, 0, drawn)):
+        image = fromarray((mosaic.permute(1, 2, 0) * 255).round().byte().numpy())
+        question = [{"type": "image", "image": image}, {"type": "text", "text": f"\n{said.question}"}]
+        chat += [{"role": "user", "content": question}]
+        chat += [{"role": "assistant", "content": [{"type": "text", "text": said.answer}]}]
     inputs = vlm_processor(language_model).apply_chat_template(
         chat, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -111,12 +165,6 @@ def test_a_row_is_what_the_processor_makes_of_the_chat(questions, language_model
     torch.testing.assert_close(
         inputs["pixel_values"], batch.inputs["pixel_values"], atol=0.004, rtol=0
     )  # of a pixel's 256 levels
-
-
-def generator_after_pictures() -> torch.Generator:
-    drawn = generator()
-    draw_pictures("test", 1, 0, 1, drawn)
-    return drawn
 
 
 def test_augmenting_moves_digits_by_a_pixel_at_most(monkeypatch):
@@ -130,6 +178,8 @@ def test_augmenting_moves_digits_by_a_pixel_at_most(monkeypatch):
     assert len(rows) == 40 * NUM_CELLS
     assert set(rows.tolist()) == set(columns.tolist()) == {3, 4, 5}
     assert 0.4 < ((rows == 4) & (columns == 4)).float().mean() < 0.7
+    colour = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
+    assert torch.equal(augment(mosaics * colour, generator()), moved * colour)
 
 
 def test_the_language_model_stays_in_the_base(language_model):
@@ -154,7 +204,7 @@ def test_alignment_brings_features_to_the_embeddings(language_model, questions):
     vlm = new_vlm(language_model)
     pictures = draw_pictures("validation", 20, 0, 1, generator())
     assert share() < 0.3
-    align(vlm, questions, 150, 0)
+    align(vlm, questions, 400, 0)
     assert share() > 0.6
 
 
@@ -169,9 +219,9 @@ def test_training_follows_its_seed(language_model, trained, tmp_path):
 def test_each_step_of_each_seed_draws_its_own_questions(language_model, monkeypatch):
     drawn = []
 
-    def draw(self, split, rows, text_tokens, generator, augmented=False) -> Batch:
-        batch = original(self, split, rows, text_tokens, generator, augmented)
-        drawn.append((split, rows, text_tokens <= RECIPE.max_text, augmented))
+    def draw(self, split, rows, turns, generator, augmented=False) -> Batch:
+        batch = original(self, split, rows, turns, generator, augmented)
+        drawn.append((split, rows, all(turn.text_tokens <= RECIPE.max_text for turn in turns), augmented))
         targets.append(batch.targets)
         return batch
 
@@ -224,7 +274,7 @@ def test_the_base_is_the_language_model_and_what_was_trained(language_model, tra
 def test_a_folder_of_the_base_is_what_was_built(language_model, trained, folder, questions):
     built, loaded = build_base(language_model, trained), AutoModelForImageTextToText.from_pretrained(folder).eval()
     assert loaded.dtype == torch.bfloat16
-    batch = questions.draw("test", 2, 3, generator())
+    batch = questions.draw("test", 2, [Turn(text_tokens=3)], generator())
     assert torch.equal(built(**batch.inputs).logits, loaded(**batch.inputs).logits)
     assert type(AutoProcessor.from_pretrained(folder)).__name__ == "LlavaProcessor"
 
@@ -259,11 +309,14 @@ def test_proposals_are_made_from_its_chats(questions, folder):
 
 
 def test_the_training_script_takes_it(questions, folder, tmp_path):
+    """By the recipe for the real base, but for the numbers of a tiny language model."""
     training = pytest.importorskip("training_runs", reason="training needs the extra `train`")
     write_chats(make_real_chats(questions, 4, 4), tmp_path / "chats")
-    material = SimpleNamespace(model=folder, messages=tmp_path / "chats")
-    options = {"max_steps": 2, "hidden_steps": 1, "max_text": 4, "r": 16, "per_device_train_batch_size": 2}
-    trainer = training.run("sft", material, output_dir=tmp_path / "pvm", layers=[1], **options)
+    places = {"model_name_or_path": folder, "dataset_name": tmp_path / "chats", "output_dir": tmp_path / "pvm"}
+    small = {"max_steps": 2, "hidden_steps": 2, "r": 16, "layers": 1, "per_device_train_batch_size": 2}
+    options = [f"--{name}={value}" for name, value in {**places, **small}.items()]
+    recipe = REPOSITORY / "experiments" / "real" / "pvm.yaml"
+    trainer = training.script("sft").main(["--config", str(recipe), *options])
     assert trainer.state.global_step == 2
     load_adapters(AutoModelForImageTextToText.from_pretrained(folder), [str(tmp_path / "pvm")])
 
@@ -271,16 +324,17 @@ def test_the_training_script_takes_it(questions, folder, tmp_path):
 @pytest.mark.parametrize("config", [DIPEConfig(), PVMConfig(r=16)], ids=lambda config: type(config).__name__)
 def test_adapters_attach_to_it(folder, config, questions):
     model = get_peft_model(AutoModelForImageTextToText.from_pretrained(folder), config).eval()
-    assert model(**questions.draw("test", 1, 3, generator()).inputs).logits.isfinite().all()
+    assert model(**questions.draw("test", 1, [Turn(text_tokens=3)], generator()).inputs).logits.isfinite().all()
 
 
 def test_what_is_recorded_belongs_together():
     """All results are of one base and the same rows; what was trained is all there, in less than 6 MB."""
-    files = {path.stem: json.loads(path.read_text()) for path in RECORDED.glob("*.json")}
-    assert files.keys() <= METHODS.keys()
+    files = {path: json.loads(path.read_text()) for path in RECORDED.rglob("*.json")}
     assert len({(file["base"], file["split"], file["seed"]) for file in files.values()}) == 1
-    for name, file in files.items():
-        results = Results(RECORDED / f"{name}.json", {"method": name})
+    for path, file in files.items():
+        assert path.parent.name in TASKS
+        assert path.stem in METHODS or file["adapters"]
+        results = Results(path, {"task": path.parent.name, "method": path.stem})
         for length, cell in file["by tokens of text"].items():
             assert round(results.accuracy(int(length), len(cell["right of nine"])).value, 4) == cell["accuracy"]
     assert TRAINED.stat().st_size < 6 * 2**20
@@ -340,17 +394,28 @@ def test_a_tokenizer_without_the_words_is_refused():
 def test_evaluation_goes_on_where_it_ended(folder, tmp_path):
     """Rows that were tested are kept, more are added, and all are the same as in one go."""
     evaluate(folder, ["base"], [], EvalPlan(lengths=(0,), rows=1), tmp_path / "parts")
-    before = json.loads((tmp_path / "parts" / "base.json").read_text())["by tokens of text"]["0"]
+    before = json.loads((tmp_path / "parts" / "look-up" / "base.json").read_text())["by tokens of text"]["0"]
     evaluate(folder, ["base", "dipe-64"], [], PLAN, tmp_path / "parts")
-    content = json.loads((tmp_path / "parts" / "base.json").read_text())["by tokens of text"]
+    content = json.loads((tmp_path / "parts" / "look-up" / "base.json").read_text())["by tokens of text"]
     assert content["0"]["right of nine"].startswith(before["right of nine"])
     assert {length: len(cell["right of nine"]) for length, cell in content.items()} == {"0": 2, "20": 2}
     tested = evaluate(folder, ["base", "dipe-64"], [], PLAN, tmp_path / "whole")
     assert tested["base"].right == {int(length): list(map(int, c["right of nine"])) for length, c in content.items()}
     assert table_of(tested, PLAN).row_count == 2
-    files = {path: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    files = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*.json")}
     evaluate(folder, ["base", "dipe-64"], [], PLAN, tmp_path / "whole")
-    assert files == {path: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert files == {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*.json")}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_asks_for_nine_digits_after_its_text(questions, task):
+    batches = [
+        questions.only_digits(questions.draw("test", 1, TASKS[task](text), generator())) for text in (0, 20, 1000)
+    ]
+    lengths = [batch.inputs["input_ids"].shape[1] for batch in batches]
+    assert [length - lengths[0] for length in lengths] == [0, 20, 1000]
+    assert all(batch.targets.shape == (1, NUM_CELLS) for batch in batches)
+    assert all(torch.equal(batch.targets, batches[0].targets) for batch in batches)
 
 
 def test_a_base_that_is_not_there_is_refused(tmp_path):
@@ -396,7 +461,7 @@ def test_methods_and_adapters_act_while_they_are_tested(folder, asked, tmp_path)
     assert answers[0] != answers[1]
     assert lengths == [lengths[0], lengths[0], lengths[0] + 20, lengths[0] + 20] * 4
     assert all(result.right == {0: [8, 8], 20: [8, 8]} for result in tested.values())
-    written = json.loads((tmp_path / "results" / "near+far.json").read_text())
+    written = json.loads((tmp_path / "results" / "look-up" / "near+far.json").read_text())
     cell = written["by tokens of text"]["20"]
     assert (cell["accuracy"], cell["standard error"], cell["right of nine"]) == (0.8889, 0, "88")
 

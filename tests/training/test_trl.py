@@ -156,12 +156,18 @@ def test_gaze_leaves_the_model_as_it_was(chat: dict[str, torch.Tensor]):
         assert gaze(model, chat) == gaze(load_tiny_vlm(), chat)
 
 
-@pytest.mark.parametrize("name", ["sft", "grpo"])
+@pytest.mark.parametrize("name", ["sft_paper", "grpo"])
 def test_the_papers_recipe(name: str):
     """What arXiv 2605.00814 says of its two stages."""
     recipe = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     expected = {
-        "sft": {"learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": True, "r": 512},
+        "sft_paper": {
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.1,
+            "bf16": True,
+            "r": 512,
+        },
         "grpo": {
             "learning_rate": 1e-6,
             "lr_scheduler_type": "constant",
@@ -173,7 +179,7 @@ def test_the_papers_recipe(name: str):
         },
     }[name]
     assert {key: recipe[key] for key in expected} == expected
-    if name == "sft":
+    if name == "sft_paper":
         processes = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp2.yaml").read_text())["num_processes"]
         assert processes * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 64
 
