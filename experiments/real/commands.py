@@ -22,7 +22,7 @@ from .evaluation import LENGTHS, METHODS, TASKS, EvalPlan, evaluate, table_of
 from .language_model import PACKAGE, load_language_model
 from .questions import Questions
 from .trained import build_base, save_trained
-from .training import RealRecipe, train_real_base
+from .training import RealRecipe, Seeing, train_real_base
 from .vlm import save_vlm
 
 
@@ -37,15 +37,19 @@ def train_command(
     out: Annotated[
         Path, typer.Option(callback=new_file, help="File for what is trained; by default the recorded one.")
     ] = TRAINED,
+    seeing: Annotated[
+        Seeing,
+        typer.Option(help="Learnt first: to write cells in the language model's words, or only to tell digits."),
+    ] = RealRecipe.seeing,
     alignment_steps: Annotated[
-        int, typer.Option(min=1, max=MANY, help="Steps of vision tower and projector.")
+        int, typer.Option(min=1, max=MANY, help="Steps of what is learnt first.")
     ] = RealRecipe.alignment_steps,
     steps: Annotated[int, typer.Option(min=1, max=MANY, help="Steps of the LoRA.")] = RealRecipe.steps,
     seed: Seed = 0,
 ) -> None:
     """Train vision tower, projector and LoRA of the real base, and write them into one file."""
     language_model = load_language_model(gguf)
-    recipe = RealRecipe(alignment_steps=alignment_steps, steps=steps, seed=seed)
+    recipe = RealRecipe(seeing, alignment_steps, steps, seed=seed)
     start = time.perf_counter()
     model = train_real_base(language_model, recipe)
     seconds = time.perf_counter() - start

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from peft_pvm.demo.mosaic import NUM_CELLS, Batch, draw_pictures
+from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS, Batch, draw_pictures
 from peft_pvm.demo.train import fit, learning_rate_factor, step_generator
 from peft_pvm.utils.terminal import progress_bar
 
 from .language_model import LanguageModel
-from .questions import Questions, Turn, augment
+from .questions import COLOURS, Questions, Turn, augment
 from .vlm import new_vlm
+
+
+Seeing = Literal["words", "digits"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,17 @@ class RealRecipe:
     """How the real base is trained.
 
     Attributes:
-        alignment_steps: Steps of the first stage: vision tower and projector learn to write each cell in the language
-            model's own embeddings.
+        seeing: What is learnt first, without the language model. "words": tower and projector learn to write each cell
+            in the language model's own embeddings. "digits": the tower learns to tell digits, places and colours, as
+            vision towers are trained before they meet a language model; the projector learns in the second stage.
+        alignment_steps: Steps of this first stage.
         steps: Steps of the second stage: a LoRA on the language model's attention learns to answer.
         rows: Rows of nine questions in each step of the second stage.
         max_text: The most tokens of text between image and question there.
         seed: Decides initial weights and questions.
     """
 
+    seeing: Seeing = "words"
     alignment_steps: int = 700
     steps: int = 480
     rows: int = 8
@@ -77,14 +84,23 @@ def train_real_base(language_model: LanguageModel, recipe: RealRecipe) -> PeftMo
         return questions.draw("train", recipe.rows, turns, generator, augmented=True)
 
     with one_thread():
-        align(vlm, questions, recipe.alignment_steps, recipe.seed)
+        if recipe.seeing == "words":
+            align(vlm, questions, recipe.alignment_steps, recipe.seed)
+        else:
+            tell_digits(vlm, recipe.alignment_steps, recipe.seed)
         round_parameters(vlm)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             model = get_peft_model(vlm, lora_config())
+        vision = nn.ModuleList([vlm.model.vision_tower, vlm.model.multi_modal_projector])
+        if recipe.seeing == "digits":
+            vision.float()  # small steps would be lost in bf16
+            vlm.model.multi_modal_projector.requires_grad_(True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [{"params": trained, "lr": 1e-3, "weight_decay": 0.0}]
+        peak = 1e-3 if recipe.seeing == "words" else 5e-4
+        groups = [{"params": trained, "lr": peak, "weight_decay": 0.0}]
         fit(model, groups, draw, recipe.steps, "Learning to answer")
+        round_parameters(vision)
     return model
 
 
@@ -130,7 +146,60 @@ def align(vlm: LlavaForConditionalGeneration, questions: Questions, steps: int, 
     candidates = places[:, None] + digits  # (9, 10, hidden_size), grey
     colours = embeddings[questions.colours]
     energy = digits.square().mean()
-    parameters = [*vlm.model.vision_tower.parameters(), *vlm.model.multi_modal_projector.parameters()]
+
+    def loss(pictures: Labelled) -> torch.Tensor:
+        colour = F.pad(colours, (0, 0, 0, 1))[pictures.colours][:, None]  # grey has no word
+        features = image_features(vlm, pictures.pixel_values) - colour
+        error = (features - candidates[torch.arange(NUM_CELLS), pictures.digits]).square().mean() / energy
+        distances = (features[:, :, None] - candidates).square().mean(-1) / energy  # (pictures, 9, 10)
+        return error + 0.3 * F.cross_entropy((-4 * distances).flatten(0, 1), pictures.digits.flatten())
+
+    _see([*vlm.model.vision_tower.parameters(), *vlm.model.multi_modal_projector.parameters()], loss, steps, seed)
+
+
+def tell_digits(vlm: LlavaForConditionalGeneration, steps: int, seed: int) -> None:
+    """Train the tower so that a linear head reads from each patch its digit and place, and from all the colour.
+
+    Args:
+        vlm: The model, in fp32; its tower is trained in place. The head is thrown away.
+        steps: Optimizer steps, of 24 mosaics each.
+        seed: Decides the mosaics and the head.
+    """
+    tower = vlm.model.vision_tower
+    parts = [NUM_DIGITS, NUM_CELLS, len(COLOURS) + 1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Linear(tower.config.hidden_size, sum(parts))
+
+    def loss(pictures: Labelled) -> torch.Tensor:
+        digits, places, colours = head(tower(pictures.pixel_values).last_hidden_state).split(parts, -1)
+        where = torch.arange(NUM_CELLS).repeat(len(digits))
+        return (
+            F.cross_entropy(digits.flatten(0, 1), pictures.digits.flatten())
+            + F.cross_entropy(places.flatten(0, 1), where)
+            + F.cross_entropy(colours.mean(1), pictures.colours)
+        )
+
+    _see([*tower.parameters(), *head.parameters()], loss, steps, seed)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pictures to learn to see from.
+
+    Attributes:
+        pixel_values: `(pictures, 3, height, width)`, from -1 to 1.
+        digits: `(pictures, 9)`.
+        colours: `(pictures,)`, by their place in `COLOURS`; grey comes after them.
+    """
+
+    pixel_values: torch.Tensor
+    digits: torch.Tensor
+    colours: torch.Tensor
+
+
+def _see(parameters: list[nn.Parameter], loss_of: Callable[[Labelled], torch.Tensor], steps: int, seed: int) -> None:
+    """Train on augmented mosaics, half of them grey, half coloured."""
     peak = 2e-3
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
     with progress_bar() as bar:
@@ -139,13 +208,10 @@ def align(vlm: LlavaForConditionalGeneration, questions: Questions, steps: int, 
                 group["lr"] = learning_rate_factor(step, steps) * peak
             generator = step_generator(seed, step)
             grey, several = draw_pictures("train", 12, 0, 1, generator), draw_pictures("train", 4, 0, 3, generator)
-            shown = torch.cat([grey.digits[:, 0], several.digits.flatten(0, 1)])
-            colour = F.pad(colours[several.colours.flatten()], (0, 0, len(grey.digits), 0))[:, None]
+            digits = torch.cat([grey.digits[:, 0], several.digits.flatten(0, 1)])
+            colours = torch.cat([torch.full((len(grey.digits),), len(COLOURS)), several.colours.flatten()])
             mosaics = augment(torch.cat([grey.mosaics, several.mosaics]), generator)
-            features = image_features(vlm, mosaics * 2 - 1) - colour
-            error = (features - candidates[torch.arange(NUM_CELLS), shown]).square().mean() / energy
-            distances = (features[:, :, None] - candidates).square().mean(-1) / energy  # (rows, 9, 10)
-            loss = error + 0.3 * F.cross_entropy((-4 * distances).flatten(0, 1), shown.flatten())
+            loss = loss_of(Labelled(mosaics * 2 - 1, digits, colours))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)

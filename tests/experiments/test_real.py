@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from experiments.real.training import (
     draw_turns,
     image_features,
     round_parameters,
+    tell_digits,
     train_real_base,
 )
 from experiments.real.vlm import new_vlm, save_vlm, vlm_processor
@@ -208,6 +209,41 @@ def test_alignment_brings_features_to_the_embeddings(language_model, questions):
     assert share() > 0.6
 
 
+def test_a_tower_learns_to_tell_digits(language_model):
+    """Nearest of the ten digits' means, over the patches of other mosaics, is mostly the one that is shown."""
+
+    def share() -> float:
+        means, (features, digits) = seen("train", 60), seen("validation", 20)
+        centres = torch.stack([means[0][means[1] == digit].mean(0) for digit in range(10)])
+        return (torch.cdist(features, centres).argmin(1) == digits).float().mean().item()
+
+    def seen(split, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        pictures = draw_pictures(split, rows, 0, 1, generator())
+        with torch.no_grad():
+            features = vlm.model.vision_tower(pictures.mosaics * 2 - 1).last_hidden_state
+        return features.flatten(0, 1), pictures.digits.flatten()
+
+    vlm = new_vlm(language_model)
+    before = share()
+    tell_digits(vlm, 150, 0)
+    assert share() > 0.95 > before
+
+
+def test_a_projector_learns_through_the_language_model(language_model, tmp_path):
+    """The tower stays as it learned to see. What was trained has the same form as ever."""
+    recipe = replace(RECIPE, seeing="digits")
+    path = tmp_path / "trained.safetensors"
+    save_trained(train_real_base(language_model, recipe), language_model, recipe, path)
+    vlm = new_vlm(language_model, recipe.seed)
+    tell_digits(vlm, recipe.alignment_steps, recipe.seed)
+    seen = dict(vlm.named_parameters())
+    for name, parameter in build_base(language_model, path).named_parameters():
+        if "vision_tower" in name:
+            assert torch.equal(parameter, seen[name].bfloat16()), name
+        elif "projector" in name and parameter.dim() > 1:
+            assert not torch.equal(parameter, seen[name].bfloat16()), name
+
+
 def test_training_follows_its_seed(language_model, trained, tmp_path):
     for seed in (0, 1):
         recipe = replace(RECIPE, seed=seed)
@@ -339,7 +375,7 @@ def test_what_is_recorded_belongs_together():
             assert round(results.accuracy(int(length), len(cell["right of nine"])).value, 4) == cell["accuracy"]
     assert TRAINED.stat().st_size < 6 * 2**20
     with safe_open(TRAINED, framework="pt") as file:
-        assert json.loads(file.metadata()[NOTE])["recipe"] == asdict(RealRecipe())
+        assert RealRecipe(**json.loads(file.metadata()[NOTE])["recipe"]) == RealRecipe()
 
 
 @pytest.mark.skipif(not BASE.is_dir(), reason="the real base is not there: make real-base")
