@@ -38,6 +38,7 @@ METHODS: dict[str, VisualConfig | None] = {
     "base": None,
     "dipe": DIPEConfig(max_distance=0),  # the paper's
     **{f"dipe-{distance}": DIPEConfig(max_distance=distance) for distance in (16, 32, 64, 128, 256, 512)},
+    "dipe-128-image": DIPEConfig(max_distance=128, anchor="image"),
     "t-drs": TDRSConfig(),
 }
 TASKS: dict[str, Callable[[int], list[Turn]]] = {  # by tokens of text in all turns together; nine digits in each
