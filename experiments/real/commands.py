@@ -41,15 +41,15 @@ def train_command(
         Seeing,
         typer.Option(help="Learnt first: to write cells in the language model's words, or only to tell digits."),
     ] = RealRecipe.seeing,
-    alignment_steps: Annotated[
+    seeing_steps: Annotated[
         int, typer.Option(min=1, max=MANY, help="Steps of what is learnt first.")
-    ] = RealRecipe.alignment_steps,
+    ] = RealRecipe.seeing_steps,
     steps: Annotated[int, typer.Option(min=1, max=MANY, help="Steps of the LoRA.")] = RealRecipe.steps,
     seed: Seed = 0,
 ) -> None:
     """Train vision tower, projector and LoRA of the real base, and write them into one file."""
     language_model = load_language_model(gguf)
-    recipe = RealRecipe(seeing, alignment_steps, steps, seed=seed)
+    recipe = RealRecipe(seeing, seeing_steps, steps, seed=seed)
     start = time.perf_counter()
     model = train_real_base(language_model, recipe)
     seconds = time.perf_counter() - start

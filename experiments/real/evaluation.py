@@ -155,8 +155,9 @@ def evaluate(
         short = "+".join(Path(part).name for part in folders) or name
         about = {"method": short, "adapters": [_hash_of_folder(folder) for folder in folders], **shared}
         tested[name] = Results(Path(out, plan.task, f"{short}.json"), about)
-    model = _load(base)
     with one_thread():
+        if methods:
+            model = _load(base)
         for name in methods:
             config = METHODS[name]
             with attached(model, *([] if config is None else [config])):

@@ -34,7 +34,7 @@ class RealRecipe:
         seeing: What is learnt first, without the language model. "words": tower and projector learn to write each cell
             in the language model's own embeddings. "digits": the tower learns to tell digits, places and colours, as
             vision towers are trained before they meet a language model; the projector learns in the second stage.
-        alignment_steps: Steps of this first stage.
+        seeing_steps: Steps of this first stage.
         steps: Steps of the second stage: a LoRA on the language model's attention learns to answer.
         rows: Rows of nine questions in each step of the second stage.
         max_text: The most tokens of text between image and question there.
@@ -42,7 +42,7 @@ class RealRecipe:
     """
 
     seeing: Seeing = "words"
-    alignment_steps: int = 700
+    seeing_steps: int = 700
     steps: int = 480
     rows: int = 8
     max_text: int = 64
@@ -85,9 +85,9 @@ def train_real_base(language_model: LanguageModel, recipe: RealRecipe) -> PeftMo
 
     with one_thread():
         if recipe.seeing == "words":
-            align(vlm, questions, recipe.alignment_steps, recipe.seed)
+            align(vlm, questions, recipe.seeing_steps, recipe.seed)
         else:
-            tell_digits(vlm, recipe.alignment_steps, recipe.seed)
+            tell_digits(vlm, recipe.seeing_steps, recipe.seed)
         round_parameters(vlm)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)

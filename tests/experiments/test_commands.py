@@ -102,7 +102,7 @@ def test_the_real_base_from_training_to_results(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.real.commands.load_language_model", lambda gguf: tiny_language_model())
     trained, base = tmp_path / "trained.safetensors", tmp_path / "base"
     gguf = ("--gguf", tmp_path / "not-read.gguf")
-    run("train-real-base", *gguf, "--out", trained, "--steps", 1, "--alignment-steps", 1)
+    run("train-real-base", *gguf, "--out", trained, "--steps", 1, "--seeing-steps", 1)
     run("real-base", *gguf, "--out", base, "--from-trained", trained)
     options = ("--base", base, "--method", "base", "--method", "dipe-64", "--task", "three-turns")
     options = (*options, "--lengths", "0,5", "--rows", 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ from peft_pvm.tuners.active import acting_adapters
 REPOSITORY = Path(__file__).parents[2]
 RECORDED, TRAINED = REPOSITORY / commands.RECORDED, REPOSITORY / commands.TRAINED
 BASE = REPOSITORY / "runs" / "real" / "base"
-RECIPE = RealRecipe(alignment_steps=2, steps=2, rows=2, max_text=8)
+RECIPE = RealRecipe(seeing_steps=2, steps=2, rows=2, max_text=8)
 PLAN = EvalPlan(lengths=(0, 20), rows=2)
 
 
@@ -230,12 +230,12 @@ def test_a_tower_learns_to_tell_digits(language_model):
 
 
 def test_a_projector_learns_through_the_language_model(language_model, tmp_path):
-    """The tower stays as it learned to see. What was trained has the same form as ever."""
+    """While it does, the tower stays as it was. The file has the same tensors for both kinds of base."""
     recipe = replace(RECIPE, seeing="digits")
     path = tmp_path / "trained.safetensors"
     save_trained(train_real_base(language_model, recipe), language_model, recipe, path)
     vlm = new_vlm(language_model, recipe.seed)
-    tell_digits(vlm, recipe.alignment_steps, recipe.seed)
+    tell_digits(vlm, recipe.seeing_steps, recipe.seed)
     seen = dict(vlm.named_parameters())
     for name, parameter in build_base(language_model, path).named_parameters():
         if "vision_tower" in name:
@@ -375,7 +375,7 @@ def test_what_is_recorded_belongs_together():
             assert round(results.accuracy(int(length), len(cell["right of nine"])).value, 4) == cell["accuracy"]
     assert TRAINED.stat().st_size < 6 * 2**20
     with safe_open(TRAINED, framework="pt") as file:
-        assert RealRecipe(**json.loads(file.metadata()[NOTE])["recipe"]) == RealRecipe()
+        assert json.loads(file.metadata()[NOTE])["recipe"] == asdict(RealRecipe())
 
 
 @pytest.mark.skipif(not BASE.is_dir(), reason="the real base is not there: make real-base")
@@ -452,6 +452,14 @@ def test_every_task_asks_for_nine_digits_after_its_text(questions, task):
     assert [length - lengths[0] for length in lengths] == [0, 20, 1000]
     assert all(batch.targets.shape == (1, NUM_CELLS) for batch in batches)
     assert all(torch.equal(batch.targets, batches[0].targets) for batch in batches)
+
+
+def test_methods_are_what_their_names_say():
+    distances = {name: config.max_distance for name, config in METHODS.items() if isinstance(config, DIPEConfig)}
+    assert distances.pop("dipe") == 0
+    assert distances == {name: int(name.split("-")[1]) for name in distances}
+    by_image = {name for name in ("dipe", *distances) if METHODS[name].anchor == "image"}
+    assert by_image == {name for name in distances if name.endswith("-image")} != set()
 
 
 def test_a_base_that_is_not_there_is_refused(tmp_path):
