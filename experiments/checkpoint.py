@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from peft_pvm.demo.train import Recipe
 from peft_pvm.folders.data_file import holding
 from peft_pvm.folders.replacing import write_file
 
@@ -20,10 +20,10 @@ class CheckpointFile:
 
     Args:
         path: The file.
-        recipe: Of the training. The state of a training by another recipe is refused.
+        recipe: Of the training, a dataclass. The state of a training by another recipe is refused.
     """
 
-    def __init__(self, path: str | os.PathLike, recipe: Recipe):
+    def __init__(self, path: str | os.PathLike, recipe: Any):
         self.path = path
         self.recipe = json.dumps(asdict(recipe))
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Qwen3VLForConditionalGeneration
 
 from peft_pvm.methods.pvm.branch import Gate
 
@@ -37,18 +36,18 @@ class MLPBranch(nn.Module):
         self.eps = eps
         for linear in (self.reducer, self.gate_proj, self.up_proj, self.down_proj, self.expander):
             nn.init.normal_(linear.weight, std=std)
-        self._residual: torch.Tensor | None = None
+        self._residuals: list[torch.Tensor] = []
         layer.post_attention_layernorm.register_forward_pre_hook(self._take_residual)
         layer.mlp.register_forward_hook(self._add_branch)
 
     def _take_residual(self, module: nn.Module, args: tuple) -> None:
-        self._residual = args[0]
+        self._residuals.append(args[0])
 
     def _add_branch(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        residual, self._residual = self._residual, None
-        return output + self(residual)
+        residual = self._residuals.pop().to(self.gate.weight.dtype)
+        return output + self(residual).to(output.dtype)
 
-    def forward(self, hidden_states: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, seq_len, hidden_size)` to the same shape."""
         latent = self.norm(self.reducer(hidden_states))
         latent = self.down_proj(F.silu(self.gate_proj(latent)) * self.up_proj(latent))
@@ -56,11 +55,11 @@ class MLPBranch(nn.Module):
         return self.gate(F.rms_norm(expanded, expanded.shape[-1:], eps=self.eps))
 
 
-def add_mlp_branches(model: Qwen3VLForConditionalGeneration, layers: list[int], r: int, num_parameters: int) -> None:
-    """Put an `MLPBranch` beside decoder layers of the tiny model.
+def add_mlp_branches(model: Any, layers: list[int], r: int, num_parameters: int) -> None:
+    """Put an `MLPBranch` beside decoder layers of a base.
 
     Args:
-        model: The tiny model, without adapters.
+        model: The base, without adapters.
         layers: Indices of the decoder layers.
         r: Width of each branch.
         num_parameters: Of all branches together.

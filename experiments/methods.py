@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import Qwen3VLForConditionalGeneration
+from torch import nn
 
 from peft_pvm.methods.dipe import DIPEConfig
 from peft_pvm.methods.pvm import PVMConfig
 from peft_pvm.methods.tdrs import TDRSConfig
+from peft_pvm.tuners.attention_method import AttentionMethod
 from peft_pvm.tuners.saving import add_adapters
 
 from .controls import add_mlp_branches
@@ -33,19 +34,19 @@ class Method:
         title: What the tables say.
         adapters: Makes the configurations of its adapters, by adapter name.
         weights_of: The method whose training it uses; `None`: its own.
-        has_mlp_branch: Whether the MLP control stands beside the FFNs.
+        add_branches: Puts the MLP control beside the FFNs of a model.
     """
 
     title: str
     adapters: Callable[[], Configs] = dict
     weights_of: str | None = None
-    has_mlp_branch: bool = False
+    add_branches: Callable[[nn.Module], None] | None = None
 
     @property
     def is_trained(self) -> bool:
         """Whether it has a training of its own."""
-        has_weights = any(not isinstance(config, (DIPEConfig, TDRSConfig)) for config in self.adapters().values())
-        return self.weights_of is None and (has_weights or self.has_mlp_branch)
+        has_weights = any(not isinstance(config, AttentionMethod) for config in self.adapters().values())
+        return self.weights_of is None and (has_weights or self.add_branches is not None)
 
 
 def _pvm(**fields: Any) -> Callable[[], Configs]:
@@ -56,6 +57,10 @@ def _tdrs(**fields: Any) -> Callable[[], Configs]:
     return lambda: {"tdrs": TDRSConfig(**fields)}
 
 
+def _add_mlp_branches(model: nn.Module) -> None:
+    add_mlp_branches(model, STRIDED, r=64, num_parameters=PVM_PARAMETERS)
+
+
 def _lora() -> LoraConfig:
     return LoraConfig(r=15, lora_alpha=30, target_modules=rf".*language_model.*\.({LINEARS})")
 
@@ -63,7 +68,7 @@ def _lora() -> LoraConfig:
 METHODS: dict[str, Method] = {
     "base": Method("base"),
     "lora": Method("LoRA", lambda: {"lora": _lora()}),
-    "mlp": Method("MLP branch", has_mlp_branch=True),
+    "mlp": Method("MLP branch", add_branches=_add_mlp_branches),
     "pvm": Method("PVM", _pvm()),
     "pvm-hidden-states": Method("PVM, memory of hidden states", _pvm(memory_source="hidden_states")),
     "pvm-r32": Method("PVM, r = 32", _pvm(r=32)),
@@ -83,22 +88,22 @@ METHODS: dict[str, Method] = {
 }
 
 
-def attach(model: Qwen3VLForConditionalGeneration, method: Method, seed: int = 0) -> None:
-    """Put a method on the tiny model: the base is frozen, what the method trains is fresh and requires gradients.
+def attach(model: nn.Module, method: Method, seed: int = 0) -> None:
+    """Put a method on a base, which is frozen: what the method trains is fresh and requires gradients.
 
     Args:
-        model: The tiny model, without adapters.
-        method: One of `METHODS`, or another.
+        model: The base, without adapters.
+        method: The method.
         seed: Decides the initial weights; torch's own generator is left as it was.
     """
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if method.has_mlp_branch:
-            add_mlp_branches(model, STRIDED, r=64, num_parameters=PVM_PARAMETERS)
+        if method.add_branches is not None:
+            method.add_branches(model)
         add_adapters(model, method.adapters())
 
 
-def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -8,8 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
 from peft_pvm.demo.mosaic import NUM_CELLS
@@ -17,13 +15,13 @@ from peft_pvm.demo.recall import recall, transcription
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.demo.train import Recipe, train_adapter
 from peft_pvm.env import environment
-from peft_pvm.folders.data_file import holding, read_json, write_json
-from peft_pvm.folders.replacing import replacing
+from peft_pvm.folders.data_file import read_json, write_json
 
 from .base import fingerprint
 from .checkpoint import CheckpointFile
 from .fading import retrieved_mass, visual_mass
 from .methods import METHODS, attach, trained_parameters
+from .weights import put_weights, save_run
 
 
 RECIPES: dict[str, Recipe] = {
@@ -126,11 +124,7 @@ def train_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLi
     model = load_tiny_vlm()
     attach(model, method, seed)
     train_adapter(model, used, CheckpointFile(folder / "checkpoint.safetensors", used))
-    weights = {key: parameter.detach().contiguous() for key, parameter in trained_parameters(model).items()}
-    run = {"recipe": asdict(used), "base": fingerprint(), "environment": environment()}
-    with replacing(folder, entry="run.json") as staged:
-        save_file(weights, staged / "weights.safetensors", metadata={"format": "pt"})
-        write_json(staged / "run.json", run)
+    save_run(folder, model, {"recipe": asdict(used), "base": fingerprint()})
     return folder
 
 
@@ -144,27 +138,9 @@ def load_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLik
     method = _lookup(METHODS, name, "method")
     model = load_tiny_vlm()
     attach(model, method, seed)
-    parameters = trained_parameters(model)
-    if parameters:
+    if trained_parameters(model):
         source = method.weights_of or name
-        folder = run_folder(runs, source, recipe, seed)
-        path = folder / "weights.safetensors"
-        if not (folder / "run.json").is_file():
-            raise FileNotFoundError(
-                f"There is no {folder}/run.json. Train first: python -m experiments train --method {source}"
-            )
-        run = read_json(folder / "run.json")
-        with holding(folder / "run.json", "what python -m experiments train writes"):
-            base = run["base"]
-        if base != fingerprint():
-            raise ValueError(f"{path} was trained on base {base}, but this one is {fingerprint()}. Remove {folder}.")
-        with holding(path, "the weights that python -m experiments train writes"):
-            weights = load_file(path)
-        if weights.keys() != parameters.keys():
-            raise ValueError(f"{path} does not hold the weights of {name}.")
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(weights[key])
+        put_weights(model, run_folder(runs, source, recipe, seed), fingerprint(), f"train --method {source}")
     return model.requires_grad_(False).eval()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -47,3 +49,9 @@ def tiny_language_model(seed: int = 0, words: bool = True) -> LanguageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LanguageModel(LlamaForCausalLM(config).eval(), tokenizer)
+
+
+def read_chat(text: str) -> list[tuple[list[str], list[str]]]:
+    """The places and the answer of each turn of a chat."""
+    turns = re.findall(r"Which digits are at (.*?)\?<\|im_end\|>.*?Digits: (.*?)<\|im_end\|>", text, re.DOTALL)
+    return [(asked.split(", "), told.split(", ")) for asked, told in turns]

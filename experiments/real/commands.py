@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 
 from peft_pvm.cli.lab import Rows, Seed
-from peft_pvm.cli.options import MANY, new_file, new_folder, one_of, separated, whole_number
+from peft_pvm.cli.options import (
+    LARGEST_SEED,
+    MANY,
+    check_device,
+    new_file,
+    new_folder,
+    one_of,
+    separated,
+    whole_number,
+)
 from peft_pvm.cli.refusals import reading
 from peft_pvm.demo.for_trainers import write_chats
 from peft_pvm.demo.mosaic import Split
@@ -18,9 +27,11 @@ from peft_pvm.utils.packages import require
 from peft_pvm.utils.terminal import Terminal, say
 
 from .chats import make_real_chats
-from .evaluation import LENGTHS, METHODS, TASKS, EvalPlan, evaluate, table_of
+from .evaluation import LENGTHS, TASKS, WRITING, EvalPlan, Place, evaluate, planned, table_of
 from .language_model import PACKAGE, load_language_model
+from .methods import METHODS
 from .questions import Questions
+from .runs import train_method
 from .trained import build_base, save_trained
 from .training import RealRecipe, Seeing, train_real_base
 from .vlm import save_vlm
@@ -29,6 +40,16 @@ from .vlm import save_vlm
 RECORDED = Path("experiments", "results", "real")  # from the repository's root
 TRAINED = RECORDED / "trained.safetensors"
 
+TRAINABLE = [name for name, method in METHODS.items() if method.training]
+
+Base = Annotated[Path, typer.Option(help="Folder of the real base.")]
+Runs = Annotated[Path, typer.Option(callback=new_folder, help="Folder of what is trained on the real base.")]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option("--training-seed", min=0, max=LARGEST_SEED, help="Of the trainings; by default 0, 1 and 2."),
+]
+Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
+SEEDS = [0, 1, 2]
 GGUF = Annotated[Path, typer.Option(help=f"The GGUF file of the package {PACKAGE}.")]
 
 
@@ -70,8 +91,25 @@ def build_command(
     say(out)
 
 
+def train_methods_command(
+    base: Base,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(callback=one_of(TRAINABLE), help=f"By default all that are trained: {', '.join(TRAINABLE)}."),
+    ] = None,
+    training_seed: Seeds = None,
+    runs: Runs = Path("runs", "real"),
+    device: Device = "cpu",
+) -> None:
+    """Train methods on the real base. Finished trainings are not repeated; on a CPU, interrupted ones resume."""
+    check_device(device)
+    for name in method or TRAINABLE:
+        for seed in training_seed or SEEDS:
+            say(train_method(name, seed, base, runs, device))
+
+
 def evaluate_command(
-    base: Annotated[Path, typer.Option(help="Folder of the real base.")],
+    base: Base,
     method: Annotated[
         list[str] | None,
         typer.Option(callback=one_of(METHODS), help=f"One or several of: {', '.join(METHODS)}."),
@@ -80,7 +118,8 @@ def evaluate_command(
         list[str] | None, typer.Option(help="Folders of adapters, or several with + between, which act together.")
     ] = None,
     task: Annotated[
-        str, typer.Option(callback=one_of(TASKS), help=f"What is asked: {', '.join(TASKS)}.")
+        str,
+        typer.Option(callback=one_of([*TASKS, WRITING]), help=f"What is asked: {', '.join([*TASKS, WRITING])}."),
     ] = EvalPlan.task,
     lengths: Annotated[
         str, typer.Option(help="Tokens of text after images, in all turns together, separated by commas.")
@@ -89,15 +128,19 @@ def evaluate_command(
     split: Annotated[
         Split, typer.Option(help="Where digits and text come from: validation to choose by, test to report.")
     ] = "test",
+    training_seed: Seeds = None,
+    runs: Runs = Path("runs", "real"),
     results: Annotated[Path, typer.Option(callback=new_folder, help="Folder of the results.")] = RECORDED,
+    device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Test the real base with methods and adapters, after ever more text. Rows that are done are not repeated."""
+    check_device(device)
     wanted = separated("--lengths", lengths, whole_number(0, MANY), "whole numbers, at least 0")
     plan = EvalPlan(task, tuple(wanted), rows, split, seed)
-    methods = method or ([] if adapter else ["base"])
-    tested = evaluate(base, methods, adapter or [], plan, results)
-    Terminal().print(table_of(tested, plan))
+    tested = planned(method or ([] if adapter else ["base"]), training_seed or SEEDS)
+    results_of = evaluate(Place(base, runs, device), tested, adapter or [], plan, results)
+    Terminal().print(table_of(results_of, plan))
 
 
 def chats_command(
@@ -119,6 +162,7 @@ def chats_command(
 COMMANDS: dict[str, Callable[..., None]] = {
     "train-real-base": train_command,
     "real-base": build_command,
+    "real-train": train_methods_command,
     "real-eval": evaluate_command,
     "real-chats": chats_command,
 }

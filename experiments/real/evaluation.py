@@ -5,42 +5,32 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
-from peft_pvm.cli.refusals import reading
-from peft_pvm.demo.mosaic import NUM_CELLS, Split
+from peft_pvm.demo.mosaic import NUM_CELLS, Batch, Split
 from peft_pvm.demo.recall import Accuracy
 from peft_pvm.demo.train import step_generator, target_logits
 from peft_pvm.env import environment
 from peft_pvm.folders.base_checkpoint import SINGLE
 from peft_pvm.folders.data_file import holding, read_json, write_json
-from peft_pvm.methods.dipe import DIPEConfig
-from peft_pvm.methods.tdrs import TDRSConfig
-from peft_pvm.tuners.active import attached
-from peft_pvm.tuners.base import VisualConfig
 from peft_pvm.tuners.saving import load_adapters
 from peft_pvm.utils.terminal import progress_bar
 
 from ..base import fingerprint
+from .methods import METHODS
 from .questions import Questions, Turn
+from .runs import load_base, load_method
 from .training import one_thread
+from .writing import transcribe
 
 
-METHODS: dict[str, VisualConfig | None] = {
-    "base": None,
-    "dipe": DIPEConfig(max_distance=0),  # the paper's
-    **{f"dipe-{distance}": DIPEConfig(max_distance=distance) for distance in (16, 32, 64, 128, 256, 512)},
-    "dipe-128-image": DIPEConfig(max_distance=128, anchor="image"),
-    "t-drs": TDRSConfig(),
-}
 TASKS: dict[str, Callable[[int], list[Turn]]] = {  # by tokens of text in all turns together; nine digits in each
     "look-up": lambda text: [Turn(text_tokens=text)],
     "interfering": lambda text: [Turn(text_tokens=text, interfering=True)],
@@ -48,6 +38,8 @@ TASKS: dict[str, Callable[[int], list[Turn]]] = {  # by tokens of text in all tu
     "three-pictures": lambda text: [Turn(3, text)],
     "three-turns": lambda text: [Turn(1, (text + rest) // 3, cells=3) for rest in range(3)],
 }
+WRITING = "transcription"  # the task in which the model writes on and on
+TOKENS_PER_FORWARD = 16_384  # on a GPU; a CPU is no faster with several rows
 LENGTHS = (0, 256, 1024, 2048, 4096)  # tokens of text between image and question
 
 
@@ -114,8 +106,8 @@ class EvalPlan:
     """Which questions are asked: row by row the same of all that is tested, and of all lengths about the same mosaics.
 
     Attributes:
-        task: A key of `TASKS`.
-        lengths: Tokens of text after images, in all turns together.
+        task: A key of `TASKS`, or `WRITING`.
+        lengths: Tokens of text after images, in all turns together; in `WRITING` the model writes up to the longest.
         rows: Rows of nine questions at every length.
         split: Where digits and text come from.
         seed: Decides them.
@@ -128,64 +120,128 @@ class EvalPlan:
     seed: int = 0
 
 
+class Run(NamedTuple):
+    """What is tested.
+
+    Attributes:
+        method: A key of `METHODS`.
+        seed: Of its training; `None` for a method without.
+    """
+
+    method: str
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        return self.method if self.seed is None else f"{self.method}.seed{self.seed}"
+
+
+def planned(methods: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """The runs of some methods: those with weights once for each seed of training."""
+    with_weights = [name for name in methods if METHODS[name].training or METHODS[name].weights_of]
+    return [Run(name, seed) for name in methods for seed in (seeds if name in with_weights else [None])]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are, and where they are computed.
+
+    Attributes:
+        base: Folder of the real base.
+        runs: Folder of what was trained on it.
+        device: Such as cpu or cuda.
+    """
+
+    base: str | os.PathLike
+    runs: str | os.PathLike = "runs/real"
+    device: str = "cpu"
+
+
 def evaluate(
-    base: str | os.PathLike, methods: Sequence[str], adapters: Sequence[str], plan: EvalPlan, out: str | os.PathLike
+    place: Place, runs: Sequence[Run], adapters: Sequence[str], plan: EvalPlan, out: str | os.PathLike
 ) -> dict[str, Results]:
     """Test the base with each method and with each saved adapter. Rows that were tested before are not repeated.
 
     Args:
-        base: Folder of the real base.
-        methods: Keys of `METHODS`.
+        place: The base, and where to compute.
+        runs: Methods, and their trainings.
         adapters: Folders, or several with `+` between, which act together.
         plan: The questions.
-        out: Folder of the results. Each task has a folder there, with one JSON file for each method and adapter.
+        out: Folder of the results. Each task has a folder there, with one JSON file for each run and adapter.
 
     Returns:
-        The results, by method or adapter.
+        The results, by run or adapter.
 
     Raises:
-        FileNotFoundError: There is no such base or adapter.
+        FileNotFoundError: There is no such base, training or adapter.
         ValueError: Something cannot be read, or the results that are there are about something else.
     """
-    questions = Questions.of(base)
-    shared = {"task": plan.task, "base": fingerprint(Path(base, SINGLE)), "split": plan.split, "seed": plan.seed}
+    questions = Questions.of(place.base)
+    shared = {"task": plan.task, "base": fingerprint(Path(place.base, SINGLE)), "split": plan.split, "seed": plan.seed}
     tested = {}
-    for name in [*methods, *adapters]:
-        folders = [] if name in METHODS else name.split("+")
-        short = "+".join(Path(part).name for part in folders) or name
-        about = {"method": short, "adapters": [_hash_of_folder(folder) for folder in folders], **shared}
-        tested[name] = Results(Path(out, plan.task, f"{short}.json"), about)
+
+    def ask(name: str, file: str, model: nn.Module, **about: Any) -> None:
+        results = tested[name] = Results(Path(out, plan.task, f"{file}.json"), {**about, **shared})
+        model.to(place.device)
+        if plan.task == WRITING:
+            _watch(model, questions, plan, results)
+        else:
+            _ask(model, questions, plan, results)
+
     with one_thread():
-        if methods:
-            model = _load(base)
-        for name in methods:
-            config = METHODS[name]
-            with attached(model, *([] if config is None else [config])):
-                _ask(model, questions, plan, tested[name])
+        for run in runs:
+            model, training = load_method(run.method, run.seed, place.base, place.runs)
+            ask(str(run), str(run), model, method=run.method, adapters=[], training=training)
         for name in adapters:
-            model = _load(base)
-            load_adapters(model, name.split("+"))
-            _ask(model, questions, plan, tested[name])
+            folders = name.split("+")
+            hashes = [_hash_of_folder(folder) for folder in folders]
+            model = load_base(place.base)
+            load_adapters(model, folders)
+            short = "+".join(Path(folder).name for folder in folders)
+            ask(name, short, model, method=short, adapters=hashes, training=None)
     return tested
-
-
-def _load(base: str | os.PathLike) -> LlavaForConditionalGeneration:
-    with reading("the real base", base):
-        return LlavaForConditionalGeneration.from_pretrained(base).eval()
 
 
 @torch.no_grad()
 def _ask(model: nn.Module, questions: Questions, plan: EvalPlan, results: Results) -> None:
+    device = next(model.parameters()).device
     with progress_bar() as bar:
         for length in plan.lengths:
             done = len(results.right.get(length, []))
+            at_once = 1 if device.type == "cpu" else max(1, TOKENS_PER_FORWARD // (length + 256))
             description = f"{results.about['method']}, {length} tokens"
-            for row in bar.track(range(done, plan.rows), description=description, total=plan.rows, completed=done):
+            task = bar.add_task(description, total=plan.rows, completed=done)
+            for first in range(done, plan.rows, at_once):
                 start = time.process_time()
-                drawn = questions.draw(plan.split, 1, TASKS[plan.task](length), step_generator(plan.seed, row))
-                batch = questions.only_digits(drawn)
-                right = int((target_logits(model, batch).argmax(-1) == batch.targets).sum())
-                results.add(length, right, time.process_time() - start)
+                rows = range(first, min(first + at_once, plan.rows))
+                batch = _draw(questions, plan, length, rows).to(device)
+                right = (target_logits(model, batch).argmax(-1) == batch.targets).sum(1).tolist()
+                seconds = (time.process_time() - start) / len(rows)
+                for of_row in right:
+                    results.add(length, of_row, seconds)
+                bar.advance(task, len(rows))
+
+
+def _draw(questions: Questions, plan: EvalPlan, length: int, rows: Iterable[int]) -> Batch:
+    """Rows of a cell, each by a generator of its own."""
+    turns = TASKS[plan.task](length)
+    batches = [
+        questions.only_digits(questions.draw(plan.split, 1, turns, step_generator(plan.seed, row))) for row in rows
+    ]
+    joined = {name: torch.cat([batch.inputs[name] for batch in batches]) for name in batches[0].inputs}
+    joined["logits_to_keep"] = batches[0].inputs["logits_to_keep"]  # all rows have as many tokens
+    return Batch(joined, torch.cat([batch.targets for batch in batches]))
+
+
+def _watch(model: Any, questions: Questions, plan: EvalPlan, results: Results) -> None:
+    """Have the model transcribe, in all rows at once. There is no part of it to keep."""
+    if len(results.right.get(0, [])) >= plan.rows:
+        return
+    results.right.clear()
+    start = time.process_time()
+    for distance, right in transcribe(model, questions, plan.split, plan.rows, plan.seed, max(plan.lengths)):
+        seconds, start = time.process_time() - start, time.process_time()
+        for of_row in right:
+            results.add(distance, of_row, seconds / len(right))
 
 
 def _hash_of_folder(folder: str) -> str:
@@ -195,10 +251,14 @@ def _hash_of_folder(folder: str) -> str:
 
 
 def table_of(results: Mapping[str, Results], plan: EvalPlan) -> Table:
-    """Accuracies side by side, one column for each length."""
+    """Accuracies side by side, one column for each length; of a transcription, for the last round before it."""
     title = f"{plan.task}, {plan.rows} x {NUM_CELLS} questions ({plan.split}), ± standard error by row"
-    table = Table("tokens of text between", *map(str, plan.lengths), title=title)
+    lengths: Sequence[int] = plan.lengths
+    if plan.task == WRITING:
+        rounds = next(iter(results.values())).right
+        lengths = sorted({max(distance for distance in rounds if distance <= length) for length in lengths})
+    table = Table("tokens of text between", *map(str, lengths), title=title)
     for name, result in results.items():
-        cells = [result.accuracy(length, plan.rows) for length in plan.lengths]
+        cells = [result.accuracy(length, plan.rows) for length in lengths]
         table.add_row(name, *(f"{cell.value:.3f} ± {cell.standard_error:.3f}" for cell in cells))
     return table

@@ -60,6 +60,10 @@ class Batch:
     inputs: dict[str, torch.Tensor]
     targets: torch.Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same rows on a device."""
+        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.targets.to(device))
+
 
 def split_of(content: bytes) -> Split:
     """The split that a piece of material belongs to: about one in five to "test", one in ten to "validation".

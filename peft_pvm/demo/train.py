@@ -128,7 +128,8 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: Checkpoint | Non
         return draw_step(step, length, generator, long_transcriptions=True)
 
     groups = parameter_groups(model, recipe.learning_rate)
-    fit(model, groups, draw, recipe.hidden_steps + recipe.steps, "Training", checkpoint, recipe.hidden_steps)
+    steps = recipe.hidden_steps + recipe.steps
+    fit(model, groups, draw, steps, "Training", checkpoint, lambda step: step < recipe.hidden_steps)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -176,19 +177,19 @@ def fit(
     steps: int,
     description: str,
     checkpoint: Checkpoint | None = None,
-    hidden_steps: int = 0,
+    is_hidden: Callable[[int], bool] = lambda step: False,
 ) -> None:
     """Train with AdamW, by the schedule of `learning_rate_factor`.
 
     Args:
         model: The model; it is left in eval mode.
         groups: Parameter groups, each with its peak learning rate.
-        draw: Makes the batch of a step.
+        draw: Makes the batch of a step, on the model's device.
         steps: Optimizer steps.
         description: What the progress bar says.
         checkpoint: Keeps the state every 100 steps.
-        hidden_steps: In the first so many steps, no text token can attend to an image. Models without PVM are not
-            refused: they are what it is compared with.
+        is_hidden: Whether no text token can attend to an image in a step. Models without PVM are not refused: they are
+            what it is compared with.
 
     Raises:
         ValueError: There are no steps, or the checkpoint is of another training.
@@ -206,7 +207,7 @@ def fit(
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = learning_rate_factor(step, steps) * peak
             batch = draw(step)
-            with images_hidden(vlm) if step < hidden_steps else contextlib.nullcontext():
+            with images_hidden(vlm) if is_hidden(step) else contextlib.nullcontext():
                 loss = F.cross_entropy(target_logits(model, batch).flatten(0, 1), batch.targets.flatten())
             optimizer.zero_grad()
             loss.backward()

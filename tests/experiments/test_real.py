@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from language_models import tiny_language_model
+from language_models import read_chat, tiny_language_model
 from peft import get_peft_model
 from PIL.Image import fromarray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from experiments.real import commands, evaluation
+from experiments.real import commands
 from experiments.real.chats import make_real_chats
-from experiments.real.evaluation import METHODS, TASKS, EvalPlan, Results, evaluate, table_of
+from experiments.real.evaluation import METHODS, TASKS, EvalPlan, Results
 from experiments.real.language_model import load_language_model
 from experiments.real.questions import COLOURS, PLACES, Questions, Turn, augment, converse
 from experiments.real.trained import NOTE, build_base, save_trained
@@ -40,7 +40,6 @@ from peft_pvm.demo.mosaic import NUM_CELLS, Batch, draw_pictures, load_material
 from peft_pvm.probe.calibrate import calibrate
 from peft_pvm.probe.layers import propose_layers
 from peft_pvm.probe.rows import read_chats, teach
-from peft_pvm.tuners.active import acting_adapters
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -78,12 +77,6 @@ def folder(language_model, trained, tmp_path_factory) -> Path:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def read_chat(text: str) -> list[tuple[list[str], list[str]]]:
-    """The places and the answer of each turn of a chat."""
-    turns = re.findall(r"Which digits are at (.*?)\?<\|im_end\|>.*?Digits: (.*?)<\|im_end\|>", text, re.DOTALL)
-    return [(asked.split(", "), told.split(", ")) for asked, told in turns]
 
 
 @pytest.mark.parametrize(
@@ -378,12 +371,6 @@ def test_what_is_recorded_belongs_together():
         assert json.loads(file.metadata()[NOTE])["recipe"] == asdict(RealRecipe())
 
 
-@pytest.mark.skipif(not BASE.is_dir(), reason="the real base is not there: make real-base")
-def test_the_real_base_answers(tmp_path):
-    tested = evaluate(BASE, ["base"], [], EvalPlan(lengths=(0,), rows=4), tmp_path)
-    assert tested["base"].accuracy(0, 4).value > 0.9
-
-
 def test_another_language_model_is_refused(trained):
     other = tiny_language_model(seed=1)
     with pytest.raises(ValueError, match=f"was trained on the language model .*, but this one is {other.fingerprint}"):
@@ -425,91 +412,3 @@ def test_gguf_is_asked_for_by_name(tmp_path, monkeypatch):
 def test_a_tokenizer_without_the_words_is_refused():
     with pytest.raises(ValueError, match=r"' top' must be one token of the language model, but its tokenizer makes"):
         Questions(tiny_language_model(words=False).tokenizer)
-
-
-def test_evaluation_goes_on_where_it_ended(folder, tmp_path):
-    """Rows that were tested are kept, more are added, and all are the same as in one go."""
-    evaluate(folder, ["base"], [], EvalPlan(lengths=(0,), rows=1), tmp_path / "parts")
-    before = json.loads((tmp_path / "parts" / "look-up" / "base.json").read_text())["by tokens of text"]["0"]
-    evaluate(folder, ["base", "dipe-64"], [], PLAN, tmp_path / "parts")
-    content = json.loads((tmp_path / "parts" / "look-up" / "base.json").read_text())["by tokens of text"]
-    assert content["0"]["right of nine"].startswith(before["right of nine"])
-    assert {length: len(cell["right of nine"]) for length, cell in content.items()} == {"0": 2, "20": 2}
-    tested = evaluate(folder, ["base", "dipe-64"], [], PLAN, tmp_path / "whole")
-    assert tested["base"].right == {int(length): list(map(int, c["right of nine"])) for length, c in content.items()}
-    assert table_of(tested, PLAN).row_count == 2
-    files = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*.json")}
-    evaluate(folder, ["base", "dipe-64"], [], PLAN, tmp_path / "whole")
-    assert files == {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*.json")}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_every_task_asks_for_nine_digits_after_its_text(questions, task):
-    batches = [
-        questions.only_digits(questions.draw("test", 1, TASKS[task](text), generator())) for text in (0, 20, 1000)
-    ]
-    lengths = [batch.inputs["input_ids"].shape[1] for batch in batches]
-    assert [length - lengths[0] for length in lengths] == [0, 20, 1000]
-    assert all(batch.targets.shape == (1, NUM_CELLS) for batch in batches)
-    assert all(torch.equal(batch.targets, batches[0].targets) for batch in batches)
-
-
-def test_methods_are_what_their_names_say():
-    distances = {name: config.max_distance for name, config in METHODS.items() if isinstance(config, DIPEConfig)}
-    assert distances.pop("dipe") == 0
-    assert distances == {name: int(name.split("-")[1]) for name in distances}
-    by_image = {name for name in ("dipe", *distances) if METHODS[name].anchor == "image"}
-    assert by_image == {name for name in distances if name.endswith("-image")} != set()
-
-
-def test_a_base_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="Make the base first: make real-base"):
-        evaluate(tmp_path / "none", ["base"], [], PLAN, tmp_path)
-
-
-def test_results_of_other_questions_are_refused(folder, tmp_path):
-    evaluate(folder, ["base"], [], EvalPlan(lengths=(0,), rows=1), tmp_path)
-    with pytest.raises(ValueError, match="has results with split 'test', but these would be with 'validation'"):
-        evaluate(folder, ["base"], [], EvalPlan(lengths=(0,), rows=1, split="validation"), tmp_path)
-
-
-@pytest.fixture
-def asked(monkeypatch) -> list[tuple[tuple[int | None, ...], int, list[int]]]:
-    """For each row that is tested: the limits of DIPE that act, its length, its answers. Eight of nine are right."""
-    rows = []
-
-    def answer(model, batch: Batch) -> torch.Tensor:
-        acting = [model.peft_config[name] for name in acting_adapters(model)]
-        limits = tuple(config.max_distance for config in acting)
-        rows.append((limits, batch.inputs["input_ids"].shape[1], batch.targets[0].tolist()))
-        logits = torch.zeros(*batch.targets.shape, 400).scatter(-1, batch.targets[..., None], 1)
-        logits[:, 4] = -logits[:, 4]
-        return logits
-
-    monkeypatch.setattr(evaluation, "target_logits", answer)
-    return rows
-
-
-def test_methods_and_adapters_act_while_they_are_tested(folder, asked, tmp_path):
-    for name, limit in {"near": 5, "far": 100}.items():
-        model = AutoModelForImageTextToText.from_pretrained(folder)
-        get_peft_model(model, DIPEConfig(max_distance=limit, layers_to_transform=[limit % 2])).save_pretrained(
-            tmp_path / name
-        )
-    near, far = str(tmp_path / "near"), str(tmp_path / "far")
-    plan = EvalPlan(lengths=(0, 20), rows=2)
-    tested = evaluate(folder, ["base", "dipe-64"], [near, f"{near}+{far}"], plan, tmp_path / "results")
-    assert [limits for limits, *_ in asked] == [()] * 4 + [(64,)] * 4 + [(5,)] * 4 + [(5, 100)] * 4
-    lengths, answers = [length for _, length, _ in asked], [answers for *_, answers in asked]
-    assert answers == answers[:2] * 8, "all are asked the same"
-    assert answers[0] != answers[1]
-    assert lengths == [lengths[0], lengths[0], lengths[0] + 20, lengths[0] + 20] * 4
-    assert all(result.right == {0: [8, 8], 20: [8, 8]} for result in tested.values())
-    written = json.loads((tmp_path / "results" / "look-up" / "near+far.json").read_text())
-    cell = written["by tokens of text"]["20"]
-    assert (cell["accuracy"], cell["standard error"], cell["right of nine"]) == (0.8889, 0, "88")
-
-    model = AutoModelForImageTextToText.from_pretrained(folder)
-    get_peft_model(model, DIPEConfig(max_distance=6)).save_pretrained(near)
-    with pytest.raises(ValueError, match="has results with adapters"):
-        evaluate(folder, [], [near], plan, tmp_path / "results")

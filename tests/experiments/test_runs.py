@@ -186,7 +186,7 @@ def test_wrong_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="trained on base another"):
         load_method("pvm", MAIN_RECIPE, 0, tmp_path)
     (folder / "run.json").write_text(json.dumps({"base": fingerprint()}))
-    with pytest.raises(ValueError, match="does not hold the weights of pvm"):
+    with pytest.raises(ValueError, match="does not hold the weights of this method"):
         load_method("pvm", MAIN_RECIPE, 0, tmp_path)
     with pytest.raises(FileNotFoundError, match="python -m experiments eval"):
         Results(tmp_path)
@@ -194,7 +194,7 @@ def test_wrong_names_are_refused(tmp_path):
 
 def test_a_method_may_be_new():
     assert not Method("nothing").is_trained
-    assert Method("branch", has_mlp_branch=True).is_trained
+    assert Method("branch", add_branches=METHODS["mlp"].add_branches).is_trained
 
 
 def test_the_shipped_adapter_is_the_one_that_its_card_tells_of():

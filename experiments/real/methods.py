@@ -1,0 +1,164 @@
+"""What is compared on the real base: each remedy, its controls and their combinations, and how each is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from peft_pvm.demo.mosaic import Batch
+from peft_pvm.demo.train import step_generator
+from peft_pvm.methods.dipe import DIPEConfig
+from peft_pvm.methods.pvm import PVMConfig
+from peft_pvm.methods.tdrs import TDRSConfig
+from peft_pvm.methods.vaf import VAFConfig
+
+from ..controls import add_mlp_branches
+from ..methods import Configs, Method
+from .questions import Questions, Turn
+from .training import draw_turns
+
+
+LAYERS = [20, 23, 26]  # what `peft-pvm layers` proposes
+STRIDED = [7, 13, 20]  # what "strided" means for thirty layers
+PVM_PARAMETERS = 2_176_515  # of PVMConfig(r=192) there; the controls come as near as they can
+SHORT = 64  # tokens: the longest texts that the base was trained with
+LONG = 1024
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a method is trained on the real base: steps of eight chats, of which the answers count.
+
+    Attributes:
+        steps: Optimizer steps in all.
+        hidden_steps: The first of them, in which the images are hidden, with texts of at most 64 tokens.
+        hidden_share: Share of the other steps whose images are hidden.
+        max_text: The most tokens of text in the other steps; every length is as likely.
+        several: Chats are of all kinds, as the base's were: a third with one picture, a third with several, a third
+            with several turns, every fourth text telling of other pictures. Otherwise one picture, one turn.
+        learning_rate: Its peak.
+        faster_gates: The gates' learning rate over that of the rest.
+        rows: Chats in a step.
+    """
+
+    steps: int
+    hidden_steps: int = 0
+    hidden_share: float = 0.0
+    max_text: int = SHORT
+    several: bool = False
+    learning_rate: float = 2e-3
+    faster_gates: float = 1.0
+    rows: int = 8
+
+    def draw(self, questions: Questions, seed: int, step: int) -> Batch:
+        """The batch of a step."""
+        generator = step_generator(seed, step)
+        most = SHORT if step < self.hidden_steps else self.max_text
+        text = int(torch.randint(most + 1, (), generator=generator))
+        turns = draw_turns(most, generator) if self.several else [Turn(text_tokens=text)]
+        return questions.draw("train", self.rows, turns, generator, augmented=True)
+
+    def is_hidden(self, seed: int, step: int) -> bool:
+        """Whether the images of a step are hidden."""
+        if step < self.hidden_steps:
+            return True
+        return float(torch.rand((), generator=step_generator(seed + 1, step))) < self.hidden_share
+
+
+HIDDEN = Training(steps=400, hidden_steps=400)
+PLAIN = Training(steps=100, max_text=LONG)  # some as many tokens
+LORA = Training(steps=100, max_text=LONG, learning_rate=1e-3)
+
+
+@dataclass(frozen=True)
+class RealMethod(Method):
+    """One row of the results on the real base.
+
+    Attributes:
+        training: How it is trained, if it has parameters and no `weights_of`.
+    """
+
+    training: Training | None = None
+
+
+def _pvm(**fields: Any) -> Callable[[], Configs]:
+    return lambda: {"pvm": PVMConfig(**{"r": 192, "layers_to_transform": LAYERS, "init_gate": 1.0, **fields})}
+
+
+def _dipe(max_distance: int, **fields: Any) -> Callable[[], Configs]:
+    return lambda: {"dipe": DIPEConfig(max_distance=max_distance, **fields)}
+
+
+def _lora() -> Configs:
+    """Of PVM's size, on the attention of the language model."""
+    target_modules = r".*language_model.*\.(q|k|v|o)_proj"
+    return {"lora": LoraConfig(r=19, lora_alpha=38, target_modules=target_modules)}
+
+
+def _tdrs(**fields: Any) -> Callable[[], Configs]:
+    return lambda: {"t-drs": TDRSConfig(**fields)}
+
+
+def _add_mlp_branches(model: nn.Module) -> None:
+    add_mlp_branches(model, LAYERS, r=192, num_parameters=PVM_PARAMETERS)
+
+
+METHODS: dict[str, RealMethod] = {
+    "base": RealMethod("base"),
+    "dipe": RealMethod("DIPE as published", _dipe(0)),
+    **{f"dipe-{limit}": RealMethod(f"DIPE, limit {limit}", _dipe(limit)) for limit in (16, 32, 64, 128, 256, 512)},
+    "dipe-128-image": RealMethod("DIPE, limit 128 from each image", _dipe(128, anchor="image")),
+    "t-drs": RealMethod("T-DRS", _tdrs()),
+    "t-drs-sd": RealMethod("T-DRS, SD alone", _tdrs(dc_strength=0.0, re_strength=0.0)),
+    "t-drs-dc": RealMethod("T-DRS, DC alone", _tdrs(sd_strength=0.0, re_strength=0.0)),
+    "t-drs-re": RealMethod("T-DRS, re alone", _tdrs(sd_strength=0.0, dc_strength=0.0)),
+    "vaf": RealMethod("VAF", lambda: {"vaf": VAFConfig()}),
+    "lora": RealMethod("LoRA", _lora, training=LORA),
+    "lora-short": RealMethod(
+        "LoRA, short texts",
+        _lora,
+        training=Training(steps=400, several=True, learning_rate=1e-3),
+    ),
+    "lora-several": RealMethod(
+        "LoRA, several pictures and turns",
+        _lora,
+        training=Training(steps=200, max_text=LONG, several=True, learning_rate=1e-3),
+    ),
+    "mlp": RealMethod(
+        "MLP branch",
+        add_branches=_add_mlp_branches,
+        training=Training(steps=100, max_text=LONG, faster_gates=10.0),
+    ),
+    "pvm": RealMethod("PVM", _pvm(), training=HIDDEN),
+    "pvm-plain": RealMethod("PVM, image never hidden", _pvm(), training=PLAIN),
+    "pvm-then-long": RealMethod(
+        "PVM, then long texts",
+        _pvm(),
+        training=Training(steps=440, hidden_steps=400, hidden_share=0.75, max_text=LONG),
+    ),
+    "pvm-several": RealMethod(
+        "PVM, several pictures and turns",
+        _pvm(),
+        training=Training(steps=400, hidden_steps=400, several=True),
+    ),
+    "pvm-hidden-states": RealMethod(
+        "PVM, memory of hidden states", _pvm(memory_source="hidden_states"), training=HIDDEN
+    ),
+    "pvm-strided": RealMethod("PVM, layers 7, 13, 20", _pvm(layers_to_transform=STRIDED), training=HIDDEN),
+    "pvm+dipe-128": RealMethod("PVM + DIPE, limit 128", lambda: {**_pvm()(), **_dipe(128)()}, weights_of="pvm"),
+    "pvm-several+dipe-128-image": RealMethod(
+        "PVM, several pictures and turns + DIPE, limit 128 from each image",
+        lambda: {**_pvm()(), **_dipe(128, anchor="image")()},
+        weights_of="pvm-several",
+    ),
+    "dipe+lora": RealMethod(
+        "DIPE as published + LoRA trained under it",
+        lambda: {**_dipe(0)(), **_lora()},
+        training=Training(steps=400, several=True, learning_rate=1e-3),
+    ),
+}

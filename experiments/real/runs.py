@@ -1,0 +1,124 @@
+"""Training methods on the real base, and the trained model. A finished training is not repeated."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaForConditionalGeneration
+
+from peft_pvm.cli.refusals import reading
+from peft_pvm.demo.mosaic import Batch
+from peft_pvm.demo.train import fit
+from peft_pvm.folders.base_checkpoint import SINGLE
+from peft_pvm.training.gates import parameter_groups
+
+from ..base import fingerprint
+from ..checkpoint import CheckpointFile
+from ..methods import attach, trained_parameters
+from ..weights import RUN, put_weights, save_run
+from .methods import METHODS
+from .questions import Questions
+from .training import one_thread
+
+
+def load_base(base: str | os.PathLike) -> LlavaForConditionalGeneration:
+    """The real base, in eval mode.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It cannot be read.
+    """
+    with reading("the real base", base):
+        return LlavaForConditionalGeneration.from_pretrained(base).eval()
+
+
+def run_folder(runs: str | os.PathLike, name: str, seed: int) -> Path:
+    """The folder of one training."""
+    return Path(runs, f"{name}.seed{seed}")
+
+
+def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.PathLike, device: str = "cpu") -> Path:
+    """Train one method. On a CPU, an interrupted training goes on to the same weights.
+
+    Args:
+        name: A key of `METHODS` with a training.
+        seed: Decides initial weights and questions.
+        base: Folder of the real base.
+        runs: Folder for everything that is trained.
+        device: Where.
+
+    Returns:
+        The run's folder: the weights, and how they were made.
+
+    Raises:
+        FileNotFoundError: There is no base.
+        ValueError: The method has no training of its own.
+    """
+    training = METHODS[name].training
+    if training is None:
+        trained = ", ".join(key for key, method in METHODS.items() if method.training)
+        raise ValueError(f"{name} has no training of its own; there are {trained}.")
+    folder = run_folder(runs, name, seed)
+    if (folder / RUN).is_file():
+        return folder
+    questions, model = Questions.of(base), _with_method(name, seed, base).to(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = 0
+
+    def draw(step: int) -> Batch:
+        nonlocal tokens
+        batch = training.draw(questions, seed, step)
+        tokens += batch.inputs["input_ids"].numel()
+        return batch.to(model.device)
+
+    start = time.perf_counter()
+    groups = parameter_groups(model, training.learning_rate, training.faster_gates)
+    checkpoint = CheckpointFile(folder / "checkpoint.safetensors", training) if device == "cpu" else None
+    with one_thread():
+        fit(model, groups, draw, training.steps, folder.name, checkpoint, lambda step: training.is_hidden(seed, step))
+    run = {
+        "recipe": asdict(training),
+        "seed": seed,
+        "base": fingerprint(Path(base, SINGLE)),
+        "parameters": sum(parameter.numel() for parameter in trained_parameters(model).values()),
+        "tokens": tokens,
+        "seconds": round(time.perf_counter() - start),
+    }
+    save_run(folder, model, run)
+    return folder
+
+
+def load_method(
+    name: str, seed: int | None, base: str | os.PathLike, runs: str | os.PathLike
+) -> tuple[LlavaForConditionalGeneration, dict[str, Any] | None]:
+    """The real base with a method on it, in eval mode, and how it was trained.
+
+    Args:
+        name: A key of `METHODS`.
+        seed: Of its training; `None` for a method without.
+        base: Folder of the real base.
+        runs: Folder of the trainings.
+
+    Raises:
+        FileNotFoundError: There is no base, or it was not trained yet.
+        ValueError: The weights do not fit, or were trained on another base.
+    """
+    model, run = _with_method(name, seed or 0, base), None
+    if seed is not None:
+        source = METHODS[name].weights_of or name
+        folder = run_folder(runs, source, seed)
+        run = put_weights(model, folder, fingerprint(Path(base, SINGLE)), f"real-train --method {source}")
+    return model.requires_grad_(False).eval(), run
+
+
+def _with_method(name: str, seed: int, base: str | os.PathLike) -> LlavaForConditionalGeneration:
+    """The base with a fresh method; what it trains is in fp32, as PEFT has it."""
+    model = load_base(base)
+    attach(model, METHODS[name], seed)
+    for parameter in trained_parameters(model).values():
+        parameter.data = parameter.data.float()
+    return model

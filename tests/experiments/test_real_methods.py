@@ -1,0 +1,357 @@
+"""The methods on the real base, trained and tested, on a tiny random language model in place of the real one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from language_models import read_chat, tiny_language_model
+from peft import get_peft_model
+from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+
+from experiments.methods import attach, trained_parameters
+from experiments.real import evaluation, methods, writing
+from experiments.real.evaluation import TASKS, EvalPlan, Place, Run, evaluate, planned, table_of
+from experiments.real.methods import METHODS, PVM_PARAMETERS, Training
+from experiments.real.questions import PLACES, Questions
+from experiments.real.runs import load_method, train_method
+from experiments.real.vlm import new_vlm, save_vlm
+from experiments.real.writing import transcribe
+from peft_pvm import DIPEConfig
+from peft_pvm.demo import train
+from peft_pvm.demo.mosaic import NUM_CELLS, Batch, Pictures
+from peft_pvm.tuners.active import acting_adapters
+
+
+BASE = Path(__file__).parents[2] / "runs" / "real" / "base"
+PLAN = EvalPlan(lengths=(0, 20), rows=2)
+TRAINABLE = ["pvm", "mlp", "lora", "dipe+lora"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A base whose weights are random."""
+    base = tmp_path_factory.mktemp("base")
+    language_model = tiny_language_model()
+    save_vlm(new_vlm(language_model), language_model, base)
+    return base
+
+
+@pytest.fixture(scope="module")
+def questions(folder) -> Questions:
+    return Questions.of(folder)
+
+
+@pytest.fixture
+def short(monkeypatch) -> None:
+    """Methods for a base of three layers, trained for two steps."""
+    monkeypatch.setattr(methods, "LAYERS", [1, 2])
+    for name in TRAINABLE:
+        training = replace(METHODS[name].training, steps=2, hidden_steps=min(1, METHODS[name].training.hidden_steps))
+        monkeypatch.setitem(METHODS, name, replace(METHODS[name], training=replace(training, max_text=8, rows=2)))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def logits(model, questions: Questions) -> torch.Tensor:
+    with torch.no_grad():
+        batch = questions.draw("test", 2, TASKS["look-up"](5), generator())
+        return train.target_logits(model, batch)
+
+
+def test_the_controls_have_the_size_of_pvm():
+    """On a base of the real one's shape, without weights."""
+    text = dict(model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30)
+    text |= dict(num_attention_heads=9, num_key_value_heads=3)
+    vision = dict(
+        model_type="siglip_vision_model",
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=1,
+        num_hidden_layers=1,
+    )
+    sizes = {}
+    for name in ("pvm", "mlp", "lora"):
+        with torch.device("meta"):
+            model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
+            attach(model, METHODS[name])
+        sizes[name] = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    assert sizes["pvm"] == PVM_PARAMETERS
+    assert sizes["mlp"] == pytest.approx(PVM_PARAMETERS, rel=0.002)
+    assert sizes["lora"] == pytest.approx(PVM_PARAMETERS, rel=0.02)
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_what_was_trained_is_what_is_tested(name: str, short, folder, questions, tmp_path, monkeypatch):
+    trained = {}
+    save = train_method.__globals__["save_run"]
+
+    def keep(path, model, run):
+        trained.update(model=model.eval(), run=run)
+        save(path, model, run)
+
+    monkeypatch.setitem(train_method.__globals__, "save_run", keep)
+    path = train_method(name, 1, folder, tmp_path)
+    assert train_method(name, 1, folder, tmp_path) == path, "a finished training is not repeated"
+    model, run = load_method(name, 1, folder, tmp_path)
+    assert torch.equal(logits(model, questions), logits(trained["model"], questions))
+    fresh = load_method("base", None, folder, tmp_path)[0]
+    assert not torch.equal(logits(model, questions), logits(fresh, questions))
+    assert {parameter.dtype for parameter in trained_parameters(trained["model"]).values()} == {torch.float32}
+    assert run["recipe"]["steps"] == 2
+    batches = [METHODS[name].training.draw(questions, 1, step).inputs["input_ids"] for step in range(2)]
+    assert run["tokens"] == sum(batch.numel() for batch in batches)
+    assert run["parameters"] == sum(parameter.numel() for parameter in trained_parameters(trained["model"]).values())
+    tested = evaluate(Place(folder, tmp_path), planned(["base", name], [1]), [], PLAN, tmp_path / "results")
+    assert list(tested) == ["base", f"{name}.seed1"]
+    written = json.loads((tmp_path / "results" / "look-up" / f"{name}.seed1.json").read_text())
+    assert (written["method"], written["training"]) == (name, run)
+
+
+def test_methods_that_share_a_training(short, folder, questions, tmp_path):
+    with pytest.raises(FileNotFoundError, match="python -m experiments real-train --method pvm"):
+        load_method("pvm+dipe-128", 0, folder, tmp_path)
+    with pytest.raises(ValueError, match="dipe has no training of its own; there are"):
+        train_method("dipe", 0, folder, tmp_path)
+    train_method("pvm", 0, folder, tmp_path)
+    together, _ = load_method("pvm+dipe-128", 0, folder, tmp_path)
+    alone, _ = load_method("pvm", 0, folder, tmp_path)
+    weights = trained_parameters(alone.requires_grad_(True))
+    for key, parameter in trained_parameters(together.requires_grad_(True)).items():
+        assert torch.equal(parameter, weights[key]), key
+    other = tmp_path / "other"
+    language_model = tiny_language_model(seed=1)
+    save_vlm(new_vlm(language_model), language_model, other)
+    with pytest.raises(ValueError, match="was trained on base"):
+        load_method("pvm", 0, other, tmp_path)
+
+
+def test_images_are_hidden_in_the_steps_that_say_so(short, folder, tmp_path, monkeypatch):
+    hidden = []
+    monkeypatch.setattr(train, "images_hidden", lambda vlm: hidden.append(1) or train.contextlib.nullcontext())
+    train_method("pvm", 0, folder, tmp_path)
+    assert len(hidden) == 1, "of two steps"
+    training = Training(steps=1000, hidden_steps=100, hidden_share=0.75)
+    told = [training.is_hidden(0, step) for step in range(1000)]
+    assert all(told[:100])
+    assert 0.7 < sum(told[100:]) / 900 < 0.8
+    assert not any(Training(steps=10).is_hidden(0, step) for step in range(10))
+
+
+def test_texts_of_a_training_are_as_long_as_it_says(questions):
+    training = Training(steps=60, hidden_steps=30, max_text=500, rows=1)
+    lengths = [training.draw(questions, 0, step).inputs["input_ids"].shape[1] for step in range(60)]
+    shortest = min(lengths)
+    assert max(lengths[:30]) - shortest <= 64
+    assert 300 < max(lengths[30:]) - shortest <= 500
+    several = [replace(training, several=True).draw(questions, 0, step).inputs for step in range(30)]
+    assert {len(inputs["pixel_values"]) for inputs in several} == {1, 2, 3}
+
+
+def test_rows_at_once_are_the_rows_one_by_one(questions):
+    together = evaluation._draw(questions, EvalPlan("three-pictures"), 10, range(3))
+    for row in range(3):
+        alone = evaluation._draw(questions, EvalPlan("three-pictures"), 10, [row])
+        assert torch.equal(together.targets[row], alone.targets[0])
+        assert torch.equal(together.inputs["input_ids"][row], alone.inputs["input_ids"][0])
+        assert torch.equal(together.inputs["pixel_values"][3 * row : 3 * row + 3], alone.inputs["pixel_values"])
+        assert torch.equal(together.inputs["logits_to_keep"], alone.inputs["logits_to_keep"])
+
+
+class Writer:
+    """Stands for a model that knows the pictures: it writes right answers, but for those that are spoilt.
+
+    Args:
+        questions: The task.
+        spoil: Makes what is written of a right answer, in a round of a row.
+    """
+
+    def __init__(self, questions: Questions, spoil: Callable[[str, int, int], str]):
+        self.questions, self.spoil = questions, spoil
+        self.pictures: list[Pictures] = []
+        self.asked: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def generate(self, input_ids, min_new_tokens, max_new_tokens, pixel_values=None, **kwargs):
+        self.asked.append((input_ids, pixel_values))
+        answers = [self.answer(row, ids) for row, ids in enumerate(input_ids)]
+        written = torch.tensor(self.questions.tokenizer(answers, add_special_tokens=False).input_ids)
+        assert written.shape[1] == min_new_tokens == max_new_tokens
+        return torch.cat([input_ids, written], 1)
+
+    def answer(self, row: int, ids: torch.Tensor) -> str:
+        places = self.questions.tokenizer.decode(ids).rpartition("Which digits are at ")[2].partition("?")[0]
+        digits = dict(zip(PLACES, self.pictures[row].digits[0, 0].tolist()))
+        told = ", ".join(f"{place} {digits[place]}" for place in places.split(", "))
+        return self.spoil(f"Digits: {told}", len(self.asked), row)
+
+
+def spoil(answer: str, turn: int, row: int) -> str:
+    cells = answer.removeprefix("Digits: ").split(", ")
+    if (turn, row) == (2, 1):  # two are wrong
+        cells[:2] = [f"{cell[:-1]}{(int(cell[-1]) + 1) % 10}" for cell in cells[:2]]
+    if (turn, row) == (3, 0):  # one over and over
+        cells = cells[:1] * NUM_CELLS
+    return "Digits: " + ", ".join(cells)
+
+
+def test_transcription_counts_what_was_written(questions, monkeypatch):
+    writer = Writer(questions, spoil)
+    draw = writing.draw_pictures
+    monkeypatch.setattr(
+        writing, "draw_pictures", lambda *args: writer.pictures.append(draw(*args)) or writer.pictures[-1]
+    )
+    text_config = tiny_language_model().model.config
+    monkeypatch.setattr(writing, "find_vlm", lambda model: SimpleNamespace(text_config=text_config))
+    rounds = list(transcribe(writer, questions, "test", 2, 0, 300))
+    assert [right for _, right in rounds][:3] == [[9, 9], [9, 7], [1, 9]]
+    assert all(right == [9, 9] for _, right in rounds[3:])
+    distances = [distance for distance, _ in rounds]
+    first, *others = (ids.shape[1] for ids, _ in writer.asked)
+    opening, *_ = questions.tokenizer(["<|im_end|>\n<|im_start|>user\n"], add_special_tokens=False).input_ids
+    assert distances == [0, *(length - first - len(opening) for length in others)]
+    assert len(distances) > 3
+    assert distances[-1] <= 300
+    assert [pixels is not None for _, pixels in writer.asked] == [True] + [False] * (len(rounds) - 1)
+    assert all((ids == questions.visual).sum() == 2 * NUM_CELLS for ids, _ in writer.asked)
+    for ids in writer.asked[2][0]:
+        (first, _), (second, _) = read_chat(questions.tokenizer.decode(ids))
+        assert first != second, "each round has an order of its own"
+
+
+@pytest.mark.parametrize("method", ["base", "dipe-16"])
+def test_a_transcription_is_what_the_whole_forward_would_write(method: str, folder, questions, monkeypatch):
+    model, _ = load_method(method, None, folder, folder)
+    generate, written = model.generate, []
+    monkeypatch.setattr(
+        model, "generate", lambda **kwargs: written.append((generate(**kwargs), kwargs)) or written[-1][0]
+    )
+    assert len(list(transcribe(model, questions, "test", 2, 0, 200))) == len(written) > 1
+    ids, length = written[-1][0], written[-1][1]["max_new_tokens"]
+    with torch.no_grad():
+        logits = model(input_ids=ids[:, :-1], pixel_values=written[0][1]["pixel_values"]).logits[:, -length:]
+    logits[..., model.generation_config.eos_token_id] = -torch.inf
+    assert torch.equal(logits.argmax(-1), ids[:, -length:])
+
+
+def test_transcriptions_are_kept(folder, tmp_path):
+    plan = EvalPlan("transcription", (0, 120), rows=2)
+    tested = evaluate(Place(folder), planned(["base", "dipe-16"], []), [], plan, tmp_path)
+    assert all(len(right) == 2 for result in tested.values() for right in result.right.values())
+    assert len(table_of(tested, plan).columns) == 3
+    file = tmp_path / "transcription" / "base.json"
+    before = file.read_bytes()
+    evaluate(Place(folder), [Run("base")], [], plan, tmp_path)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.skipif(not BASE.is_dir(), reason="the real base is not there: make real-base")
+def test_the_real_base_answers(tmp_path):
+    tested = evaluate(Place(BASE), [Run("base")], [], EvalPlan(lengths=(0,), rows=4), tmp_path)
+    assert tested["base"].accuracy(0, 4).value > 0.9
+
+
+def test_evaluation_goes_on_where_it_ended(folder, tmp_path):
+    """Rows that were tested are kept, more are added, and all are the same as in one go."""
+    evaluate(Place(folder), [Run("base")], [], EvalPlan(lengths=(0,), rows=1), tmp_path / "parts")
+    before = json.loads((tmp_path / "parts" / "look-up" / "base.json").read_text())["by tokens of text"]["0"]
+    evaluate(Place(folder), planned(["base", "dipe-64"], []), [], PLAN, tmp_path / "parts")
+    content = json.loads((tmp_path / "parts" / "look-up" / "base.json").read_text())["by tokens of text"]
+    assert content["0"]["right of nine"].startswith(before["right of nine"])
+    assert {length: len(cell["right of nine"]) for length, cell in content.items()} == {"0": 2, "20": 2}
+    tested = evaluate(Place(folder), planned(["base", "dipe-64"], []), [], PLAN, tmp_path / "whole")
+    assert tested["base"].right == {int(length): list(map(int, c["right of nine"])) for length, c in content.items()}
+    assert table_of(tested, PLAN).row_count == 2
+    files = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*.json")}
+    evaluate(Place(folder), planned(["base", "dipe-64"], []), [], PLAN, tmp_path / "whole")
+    assert files == {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*.json")}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_asks_for_nine_digits_after_its_text(questions, task):
+    batches = [
+        questions.only_digits(questions.draw("test", 1, TASKS[task](text), generator())) for text in (0, 20, 1000)
+    ]
+    lengths = [batch.inputs["input_ids"].shape[1] for batch in batches]
+    assert [length - lengths[0] for length in lengths] == [0, 20, 1000]
+    assert all(batch.targets.shape == (1, NUM_CELLS) for batch in batches)
+    assert all(torch.equal(batch.targets, batches[0].targets) for batch in batches)
+
+
+def test_methods_are_what_their_names_say():
+    names = [name for name in METHODS if name.startswith("dipe") and "+" not in name]
+    dipe = {name: METHODS[name].adapters()["dipe"] for name in names}
+    assert dipe.pop("dipe").max_distance == 0
+    assert {name: config.max_distance for name, config in dipe.items()} == {
+        name: int(re.search(r"dipe-(\d+)", name)[1]) for name in dipe
+    }
+    by_image = {name for name, config in dipe.items() if config.anchor == "image"}
+    assert by_image == {name for name in dipe if name.endswith("-image")} != set()
+    for name, method in METHODS.items():
+        assert (method.training is not None) == method.is_trained, name
+        assert method.weights_of is None or METHODS[method.weights_of].training is not None, name
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Make the base first: make real-base"):
+        evaluate(Place(tmp_path / "none"), [Run("base")], [], PLAN, tmp_path)
+
+
+def test_results_of_other_questions_are_refused(folder, tmp_path):
+    evaluate(Place(folder), [Run("base")], [], EvalPlan(lengths=(0,), rows=1), tmp_path)
+    with pytest.raises(ValueError, match="has results with split 'test', but these would be with 'validation'"):
+        evaluate(Place(folder), [Run("base")], [], EvalPlan(lengths=(0,), rows=1, split="validation"), tmp_path)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[tuple[int | None, ...], int, list[int]]]:
+    """For each row that is tested: the limits of DIPE that act, its length, its answers. Eight of nine are right."""
+    rows = []
+
+    def answer(model, batch: Batch) -> torch.Tensor:
+        acting = [model.peft_config[name] for name in acting_adapters(model)]
+        limits = tuple(config.max_distance for config in acting)
+        rows.append((limits, batch.inputs["input_ids"].shape[1], batch.targets[0].tolist()))
+        logits = torch.zeros(*batch.targets.shape, 400).scatter(-1, batch.targets[..., None], 1)
+        logits[:, 4] = -logits[:, 4]
+        return logits
+
+    monkeypatch.setattr(evaluation, "target_logits", answer)
+    return rows
+
+
+def test_methods_and_adapters_act_while_they_are_tested(folder, asked, tmp_path):
+    for name, limit in {"near": 5, "far": 100}.items():
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        get_peft_model(model, DIPEConfig(max_distance=limit, layers_to_transform=[limit % 2])).save_pretrained(
+            tmp_path / name
+        )
+    near, far = str(tmp_path / "near"), str(tmp_path / "far")
+    plan = EvalPlan(lengths=(0, 20), rows=2)
+    tested = evaluate(
+        Place(folder), planned(["base", "dipe-64"], []), [near, f"{near}+{far}"], plan, tmp_path / "results"
+    )
+    assert [limits for limits, *_ in asked] == [()] * 4 + [(64,)] * 4 + [(5,)] * 4 + [(5, 100)] * 4
+    lengths, answers = [length for _, length, _ in asked], [answers for *_, answers in asked]
+    assert answers == answers[:2] * 8, "all are asked the same"
+    assert answers[0] != answers[1]
+    assert lengths == [lengths[0], lengths[0], lengths[0] + 20, lengths[0] + 20] * 4
+    assert all(result.right == {0: [8, 8], 20: [8, 8]} for result in tested.values())
+    written = json.loads((tmp_path / "results" / "look-up" / "near+far.json").read_text())
+    cell = written["by tokens of text"]["20"]
+    assert (cell["accuracy"], cell["standard error"], cell["right of nine"]) == (0.8889, 0, "88")
+
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    get_peft_model(model, DIPEConfig(max_distance=6)).save_pretrained(near)
+    with pytest.raises(ValueError, match="has results with adapters"):
+        evaluate(Place(folder), [], [near], plan, tmp_path / "results")
