@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments.real.language_model import LanguageModel
-from experiments.real.questions import COLOURS, END_OF_TURN, PLACEHOLDER, PLACES, ask, tell
+from peft_pvm.demo.questions import COLOURS, END_OF_TURN, PLACEHOLDER, PLACES, ask, tell
 
 
 def tiny_language_model(seed: int = 0, words: bool = True) -> LanguageModel:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_pvm.demo.mosaic import Split, draw_pictures
+from peft_pvm.demo.questions import Questions, Turn, converse
 from peft_pvm.demo.train import step_generator
-
-from .questions import Questions, Turn, converse
 
 
 if TYPE_CHECKING:

@@ -30,8 +30,7 @@ from .chats import make_real_chats
 from .evaluation import LENGTHS, TASKS, WRITING, EvalPlan, Place, evaluate, planned, table_of
 from .language_model import PACKAGE, load_language_model
 from .methods import METHODS
-from .questions import Questions
-from .runs import train_method
+from .runs import load_questions, train_method
 from .trained import build_base, save_trained
 from .training import RealRecipe, Seeing, train_real_base
 from .vlm import save_vlm
@@ -155,7 +154,7 @@ def chats_command(
 ) -> None:
     """Write questions in natural language as a data set of chats with images, for train_sft.py and peft-pvm."""
     require("train", "datasets", "PIL")
-    write_chats(make_real_chats(Questions.of(base), rows, max_text, split, seed), out)
+    write_chats(make_real_chats(load_questions(base), rows, max_text, split, seed), out)
     say(out)
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from peft_pvm.demo.mosaic import NUM_CELLS, Batch, Split
+from peft_pvm.demo.questions import Questions, Turn
 from peft_pvm.demo.recall import Accuracy
 from peft_pvm.demo.train import step_generator, target_logits
 from peft_pvm.env import environment
@@ -25,8 +26,7 @@ from peft_pvm.utils.terminal import progress_bar
 
 from ..base import fingerprint
 from .methods import METHODS
-from .questions import Questions, Turn
-from .runs import load_base, load_method
+from .runs import load_base, load_method, load_questions
 from .training import one_thread
 from .writing import transcribe
 
@@ -175,7 +175,7 @@ def evaluate(
         FileNotFoundError: There is no such base, training or adapter.
         ValueError: Something cannot be read, or the results that are there are about something else.
     """
-    questions = Questions.of(place.base)
+    questions = load_questions(place.base)
     shared = {"task": plan.task, "base": fingerprint(Path(place.base, SINGLE)), "split": plan.split, "seed": plan.seed}
     tested = {}
 

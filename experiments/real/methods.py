@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from peft_pvm.demo.mosaic import Batch
+from peft_pvm.demo.questions import Questions, Turn
 from peft_pvm.demo.train import step_generator
 from peft_pvm.methods.dipe import DIPEConfig
 from peft_pvm.methods.pvm import PVMConfig
@@ -19,7 +20,6 @@ from peft_pvm.methods.vaf import VAFConfig
 
 from ..controls import add_mlp_branches
 from ..methods import Configs, Method
-from .questions import Questions, Turn
 from .training import draw_turns
 
 

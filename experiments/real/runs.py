@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from peft_pvm.cli.refusals import reading
 from peft_pvm.demo.mosaic import Batch
+from peft_pvm.demo.questions import Questions
 from peft_pvm.demo.train import fit
 from peft_pvm.folders.base_checkpoint import SINGLE
 from peft_pvm.training.gates import parameter_groups
@@ -21,7 +22,6 @@ from ..checkpoint import CheckpointFile
 from ..methods import attach, trained_parameters
 from ..weights import RUN, put_weights, save_run
 from .methods import METHODS
-from .questions import Questions
 from .training import one_thread
 
 
@@ -34,6 +34,17 @@ def load_base(base: str | os.PathLike) -> LlavaForConditionalGeneration:
     """
     with reading("the real base", base):
         return LlavaForConditionalGeneration.from_pretrained(base).eval()
+
+
+def load_questions(base: str | os.PathLike) -> Questions:
+    """The task as the real base writes it.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It cannot be read, or is another model.
+    """
+    with reading("the real base", base):
+        return Questions.of(base)
 
 
 def run_folder(runs: str | os.PathLike, name: str, seed: int) -> Path:
@@ -65,7 +76,7 @@ def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.P
     folder = run_folder(runs, name, seed)
     if (folder / RUN).is_file():
         return folder
-    questions, model = Questions.of(base), _with_method(name, seed, base).to(device)
+    questions, model = load_questions(base), _with_method(name, seed, base).to(device)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = 0
 

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS, Batch, draw_pictures
+from peft_pvm.demo.questions import COLOURS, Questions, Turn, augment
 from peft_pvm.demo.train import fit, learning_rate_factor, step_generator
 from peft_pvm.utils.terminal import progress_bar
 
 from .language_model import LanguageModel
-from .questions import COLOURS, Questions, Turn, augment
 from .vlm import new_vlm
 
 

@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from peft_pvm.demo.mosaic import GRID, MERGE_SIZE, NUM_CELLS, PATCH_SIZE
+from peft_pvm.demo.questions import END_OF_TURN, PLACEHOLDER, Questions
 from peft_pvm.folders.base_checkpoint import CONFIG, weight_files
 from peft_pvm.folders.replacing import replacing
 
 from .language_model import LanguageModel
-from .questions import END_OF_TURN, PLACEHOLDER, Questions
 
 
 CELL_SIDE = PATCH_SIZE * MERGE_SIZE  # pixels: a patch of the tower is a cell of the mosaic

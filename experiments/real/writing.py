@@ -10,11 +10,10 @@ import torch
 from transformers import DynamicCache
 
 from peft_pvm.demo.mosaic import NUM_CELLS, Split, draw_pictures
+from peft_pvm.demo.questions import COLUMNS, END_OF_TURN, ROWS, START_OF_TURN, Questions, Turn, converse
 from peft_pvm.demo.train import step_generator
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.utils.packages import CACHE
-
-from .questions import COLUMNS, END_OF_TURN, ROWS, START_OF_TURN, Questions, Turn, converse
 
 
 TOLD = re.compile(rf"(({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})) (\d)")  # a place and its digit

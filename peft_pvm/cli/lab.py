@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from transformers import LlavaForConditionalGeneration
 
 from ..demo.for_trainers import save_as_folder
 from ..demo.mosaic import Split
+from ..demo.questions import Questions
 from ..demo.recall import compare, load_models, run_demo
 from ..demo.tiny_vlm import SHIPPED, load_tiny_vlm
 from ..utils.packages import require
@@ -23,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A tiny model that forgets its image, and what helps against it.",
 )
+
+REAL_BASE = Path("runs", "real", "base")  # from the repository's root
 
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Decides everything that is drawn.")]
 Rows = Annotated[int, typer.Option(min=1, max=MANY, help="Rows of nine questions at every length.")]
@@ -50,15 +54,23 @@ def recall_command(
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="Folder of a tiny model that was trained further; by default the shipped one."),
+        typer.Option(
+            help="Folder of a tiny model that was trained further, or of the real base; `real` is runs/real/base, "
+            "where make real-base puts it. By default the shipped tiny model."
+        ),
     ] = None,
     rows: Rows = 16,
     seed: Seed = 0,
 ) -> None:
-    """Test the tiny model, and each of some adapters on it: which digit was in that cell, after ever more text?"""
-    with reading("the tiny model and adapters of it", base or SHIPPED, *(adapters or [])):
+    """Test a base of the lab, and each of some adapters on it: which digit was in that cell, after ever more text?"""
+    if base == Path("real") and not base.exists():
+        base = REAL_BASE
+    with reading("a base of the lab and adapters of it", base or SHIPPED, *(adapters or [])):
         models = load_models(adapters or [], base)
-    compare(models, rows, seed)
+        questions = None
+        if base is not None and isinstance(models["base"], LlavaForConditionalGeneration):
+            questions = Questions.of(base)
+    compare(models, rows, seed, questions)
 
 
 @app.command("save-base")

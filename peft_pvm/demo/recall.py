@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from rich.table import Table
 from torch import nn
-from transformers import GenerationMixin, Qwen3VLForConditionalGeneration, StoppingCriteriaList
+from transformers import AutoModelForImageTextToText, GenerationMixin, StoppingCriteriaList
 
 from ..methods import METHODS, DIPEConfig, PVMConfig
 from ..tuners.active import attached
@@ -28,12 +28,14 @@ from .mosaic import (
     make_questions,
     make_transcriptions,
 )
+from .questions import Questions, Turn
 from .tiny_vlm import TRAINED_DISTANCE, load_tiny_vlm
-from .train import Recipe, target_logits, train_adapter
+from .train import Recipe, step_generator, target_logits, train_adapter
 
 
 TOKENS_PER_FORWARD = 4096
-LENGTHS = (0, 64, 128, 256, 512, 1024, 2048)
+LENGTHS = (0, 64, 128, 256, 512, 1024, 2048)  # bytes of text
+LENGTHS_IN_TOKENS = (0, 256, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,36 @@ def recall(
         for start in bar.track(range(0, rows, at_once), description=f"{description}, {distractor_length} bytes"):
             batch = make_questions(split, min(at_once, rows - start), distractor_length, NUM_CELLS, generator, images)
             right += (target_logits(model, batch).argmax(-1) == batch.targets).sum(1).tolist()
+    return Accuracy(tuple(right), NUM_CELLS)
+
+
+@torch.no_grad()
+def look_up(
+    model: nn.Module,
+    questions: Questions,
+    text_tokens: int,
+    rows: int = 16,
+    split: Split = "test",
+    seed: int = 0,
+    description: str = "Testing",
+) -> Accuracy:
+    """The same in natural language: ask a model for all nine cells after some text.
+
+    Args:
+        model: The lab's real base, with or without adapters, in eval mode.
+        questions: The task as the base writes it.
+        text_tokens: Tokens of text between the mosaic and the question.
+        rows: Rows of a mosaic, text and a question after nine cells.
+        split: Where digits and text come from.
+        seed: Decides them: two models tested with the same one are asked the same.
+        description: What the progress bar says.
+    """
+    right = []
+    with progress_bar() as bar:
+        for row in bar.track(range(rows), description=f"{description}, {text_tokens} tokens"):
+            drawn = questions.draw(split, 1, [Turn(text_tokens=text_tokens)], step_generator(seed, row))
+            batch = questions.only_digits(drawn)
+            right.append(int((target_logits(model, batch).argmax(-1) == batch.targets).sum()))
     return Accuracy(tuple(right), NUM_CELLS)
 
 
@@ -216,18 +248,18 @@ def _suited(config: type[PeftConfig]) -> PeftConfig:
 
 
 def load_models(adapters: Sequence[str | os.PathLike], base: str | os.PathLike | None = None) -> dict[str, nn.Module]:
-    """The tiny model without adapters, and with each of some.
+    """A base of the lab without adapters, and with each of some.
 
     Args:
         adapters: Folders or Hub ids, or several with `+` between, which act together.
-        base: Folder of a tiny model that was trained further; `None`: the shipped one.
+        base: Folder of a tiny model that was trained further, or of the real base; `None`: the shipped tiny model.
 
     Returns:
         Models in eval mode, by "base" or the adapter.
     """
 
     def load() -> Any:
-        return load_tiny_vlm() if base is None else Qwen3VLForConditionalGeneration.from_pretrained(base).eval()
+        return load_tiny_vlm() if base is None else AutoModelForImageTextToText.from_pretrained(base).eval()
 
     models = {"base": load(), **{os.fspath(name): load() for name in adapters}}
     for name in adapters:
@@ -235,27 +267,34 @@ def load_models(adapters: Sequence[str | os.PathLike], base: str | os.PathLike |
     return models
 
 
-def compare(models: Mapping[str, nn.Module], rows: int, seed: int) -> None:
-    """Print the accuracy of models side by side, by length of distractor.
+def compare(models: Mapping[str, nn.Module], rows: int, seed: int, questions: Questions | None = None) -> None:
+    """Print the accuracy of models side by side, by length of the text in between.
 
     Args:
-        models: Tiny models, by the heading of their column.
+        models: Models of the lab, by the heading of their column.
         rows: Rows of nine questions for every length, the same in every column.
         seed: Decides the questions.
+        questions: The task in natural language, for the real base; `None`: for the tiny model, which knows no other.
     """
-    results = {
-        name: {length: recall(model, length, rows, seed=seed, description=name) for length in LENGTHS}
-        for name, model in models.items()
-    }
-    Terminal().print(accuracy_table(results))
+
+    def test(name: str, model: nn.Module) -> dict[int, Accuracy]:
+        if questions is None:
+            return {length: recall(model, length, rows, seed=seed, description=name) for length in LENGTHS}
+        return {
+            length: look_up(model, questions, length, rows, seed=seed, description=name)
+            for length in LENGTHS_IN_TOKENS
+        }
+
+    results = {name: test(name, model) for name, model in models.items()}
+    Terminal().print(accuracy_table(results, "bytes" if questions is None else "tokens"))
 
 
-def accuracy_table(results: dict[str, dict[int, Accuracy]]) -> Table:
-    """Results side by side, one column for each name, one row for each distractor length."""
+def accuracy_table(results: dict[str, dict[int, Accuracy]], unit: str = "bytes") -> Table:
+    """Results side by side, one column for each name, one row for each length of text, in bytes or tokens."""
     shown = {len(result.right) for column in results.values() for result in column.values()}
     rows = ", ".join(map(str, shown))
     title = f"Which digit was in that cell? {rows} x {NUM_CELLS} held-out questions, ± standard error"
-    table = Table("bytes of text between", *results, title=title)
+    table = Table(f"{unit} of text between", *results, title=title)
     for column in table.columns:
         column.justify = "right"
     for length in next(iter(results.values())):

@@ -7,12 +7,16 @@ import math
 
 import pytest
 import torch
+from language_models import tiny_language_model
 from transformers.modeling_outputs import CausalLMOutput
 
+from experiments.real.evaluation import EvalPlan, Place, Run, evaluate
+from experiments.real.vlm import new_vlm, save_vlm
 from peft_pvm import DIPEConfig, VAFConfig, attached
 from peft_pvm.demo import mosaic
 from peft_pvm.demo.mosaic import make_questions, make_transcriptions
-from peft_pvm.demo.recall import Accuracy, load_models, recall, transcription
+from peft_pvm.demo.questions import Questions
+from peft_pvm.demo.recall import Accuracy, load_models, look_up, recall, transcription
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.demo.train import target_logits
 
@@ -142,3 +146,21 @@ def test_several_adapters_act_together(tmp_path):
         assert torch.equal(target_logits(models["base"], batch), both)
     assert not torch.equal(base, dipe)
     assert not torch.equal(dipe, both)
+
+
+def test_a_base_that_speaks_is_asked_in_words(tmp_path, monkeypatch):
+    """The same questions as `python -m experiments real-eval` asks. Here all are answered with 3."""
+    language_model = tiny_language_model()
+    save_vlm(new_vlm(language_model), language_model, tmp_path / "base")
+    (model,) = load_models([], tmp_path / "base").values()
+    questions = Questions.of(tmp_path / "base")
+
+    def three(model, batch):
+        return torch.nn.functional.one_hot(torch.full_like(batch.targets, questions.digits[3]), 400).float()
+
+    for module in ("peft_pvm.demo.recall", "experiments.real.evaluation"):
+        monkeypatch.setattr(f"{module}.target_logits", three)
+    asked = look_up(model, questions, 20, rows=8)
+    tested = evaluate(Place(tmp_path / "base"), [Run("base")], [], EvalPlan(lengths=(20,), rows=8), tmp_path)
+    assert list(asked.right) == tested["base"].right[20]
+    assert len(set(asked.right)) > 1

@@ -22,7 +22,6 @@ from experiments.real import commands
 from experiments.real.chats import make_real_chats
 from experiments.real.evaluation import METHODS, TASKS, EvalPlan, Results
 from experiments.real.language_model import load_language_model
-from experiments.real.questions import COLOURS, PLACES, Questions, Turn, augment, converse
 from experiments.real.trained import NOTE, build_base, save_trained
 from experiments.real.training import (
     RealRecipe,
@@ -37,6 +36,7 @@ from experiments.real.vlm import new_vlm, save_vlm, vlm_processor
 from peft_pvm import DIPEConfig, PVMConfig, load_adapters
 from peft_pvm.demo.for_trainers import write_chats
 from peft_pvm.demo.mosaic import NUM_CELLS, Batch, draw_pictures, load_material
+from peft_pvm.demo.questions import COLOURS, PLACES, Questions, Turn, augment, converse
 from peft_pvm.probe.calibrate import calibrate
 from peft_pvm.probe.layers import propose_layers
 from peft_pvm.probe.rows import read_chats, teach

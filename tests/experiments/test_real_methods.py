@@ -19,13 +19,13 @@ from experiments.methods import attach, trained_parameters
 from experiments.real import evaluation, methods, writing
 from experiments.real.evaluation import TASKS, EvalPlan, Place, Run, evaluate, planned, table_of
 from experiments.real.methods import METHODS, PVM_PARAMETERS, Training
-from experiments.real.questions import PLACES, Questions
 from experiments.real.runs import load_method, train_method
 from experiments.real.vlm import new_vlm, save_vlm
 from experiments.real.writing import transcribe
 from peft_pvm import DIPEConfig
 from peft_pvm.demo import train
 from peft_pvm.demo.mosaic import NUM_CELLS, Batch, Pictures
+from peft_pvm.demo.questions import PLACES, Questions
 from peft_pvm.tuners.active import acting_adapters
 
 

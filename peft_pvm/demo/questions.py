@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from peft_pvm.cli.refusals import reading
-from peft_pvm.demo.mosaic import GRID, NUM_CELLS, NUM_DIGITS, Batch, Pictures, Split, draw_pictures, load_material
+from .mosaic import GRID, NUM_CELLS, NUM_DIGITS, Batch, Pictures, Split, draw_pictures, load_material
 
 
 PLACEHOLDER = "<empty_output>"  # of SmolLM2's special tokens, one for which its instruction tuning had no use
@@ -87,12 +86,12 @@ class Questions:
 
         Raises:
             FileNotFoundError: There is no such folder.
-            ValueError: Its tokenizer cannot be read, or does not fit.
+            OSError: Its tokenizer cannot be read.
+            ValueError: Its tokenizer does not fit.
         """
         if not os.path.isdir(base):
             raise FileNotFoundError(f"There is no folder {base}. Make the base first: make real-base")
-        with reading("the real base", base):
-            return cls(AutoTokenizer.from_pretrained(base))
+        return cls(AutoTokenizer.from_pretrained(base))
 
     def draw(
         self, split: Split, rows: int, turns: Sequence[Turn], generator: torch.Generator, augmented: bool = False
