@@ -15,22 +15,22 @@ from ..utils.checks import setting
 
 @dataclass
 class LogBiasConfig(AttentionMethod):
-    """Raises the scores of visual keys by the logarithm of the length of the text that follows, as if that text took
-    nothing from the image. It is ours and unpublished: a null model that other methods are compared with.
+    """Raises the scores of visual keys by log(1 + t / t0), with t tokens of text behind the last image. It is ours and
+    unpublished: a null model that other methods are compared with.
 
     With `s_ij` the score of query `i` and key `j` after scaling, in rows of text with an image before them::
 
         s_ij = s_ij + log(1 + t_i / t0)      for visual keys
 
-        t_i = p_i - p_start + 1              how many tokens of text stand behind the last image, up to `i` itself
+        t_i = p_i - p_start + 1              the tokens of text from the end of the last image before `i` up to `i`
 
     `p` are the positions of tokens, and `start` is the first token of the run of text that holds `i`. The softmax
-    follows. If the attention on the image falls like 1 / (1 + t / t0), which theorem 3.1 of PVM's paper
-    (arXiv 2605.00814) derives up to the constant, this multiplies it by the inverse before the weights are normalised.
-    What is added is a number of the query times one of the key, so that it runs on any kernel. It has no parameters.
+    follows. Where the attention on the image falls like 1 / (1 + t / t0), as in theorem 3.1 of PVM's paper
+    (arXiv 2605.00814: O(1/t)), this multiplies it by the inverse, before the weights are normalised. What is added is
+    a number of the query times one of the key, so that it runs on any kernel. It has no parameters.
 
     Args:
-        t0: After how many tokens of text the image has lost half of its attention, above 0.
+        t0: How many tokens of text double the weight of the image, above 0. The default is ours and not tuned.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all that it can act on.
         format_version: The format of the saved adapter. Do not change it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
@@ -39,7 +39,7 @@ class LogBiasConfig(AttentionMethod):
     method: ClassVar[str] = "log_bias"
     title: ClassVar[str] = "Log-bias"
 
-    t0: float = setting(128.0, "After how many tokens of text the image has lost half of its attention.", above=0)
+    t0: float = setting(128.0, "How many tokens of text double the weight of the image, above 0.", above=0)
 
     def stages(self, layer: SteeredLayer) -> Stage:
         """A bias of visual keys, by row."""
@@ -51,7 +51,9 @@ class LogBiasConfig(AttentionMethod):
 
         def make() -> torch.Tensor:
             positions, anchors = call.context.noted()
-            text = (positions[:, -num_queries:, 0] - anchors[:, -num_queries:] + 1).clamp(min=0)  # of padding: anything
+            text = (positions[:, -num_queries:, 0] - anchors[:, -num_queries:] + 1).clamp(
+                min=0
+            )  # of padding: anything
             return (text.float() / self.t0).log1p()
 
         return call.context.derived(("log-bias", self.t0, num_queries), make)
