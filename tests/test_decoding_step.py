@@ -110,8 +110,8 @@ def test_a_step_waits_for_nothing(name: str, method: Method | Combination):
     assert watched_step(FAMILIES[name], model, 64).waits == base_waits
 
 
-# What a step allocates for every token that the cache has room for, in numbers a head and layer: PVM nothing, DIPE,
-# VAF and the log-bias the scores of one token and what is made of them. A vector for every token would be 16 numbers or more.
+# What a step allocates for every token that the cache has room for, in numbers a head and layer: PVM nothing, the
+# others the scores of one token and what is made of them. A vector for every token would be 16 numbers or more.
 A_TOKEN = {"pvm": 0, "dipe": 8, "vaf": 8, "log_bias": 8}
 
 

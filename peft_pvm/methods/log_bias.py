@@ -51,10 +51,8 @@ class LogBiasConfig(AttentionMethod):
 
         def make() -> torch.Tensor:
             positions, anchors = call.context.noted()
-            text = (positions[:, -num_queries:, 0] - anchors[:, -num_queries:] + 1).clamp(
-                min=0
-            )  # of padding: anything
-            return (text.float() / self.t0).log1p()
+            text = positions[:, -num_queries:, 0] - anchors[:, -num_queries:] + 1
+            return (text.clamp(min=0).float() / self.t0).log1p()  # padding must not become NaN, wherever it stands
 
         return call.context.derived(("log-bias", self.t0, num_queries), make)
 

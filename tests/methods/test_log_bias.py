@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,6 +169,16 @@ def test_the_default_does_not_act_on_text_alone_and_does_behind_an_image():
         text, image = (logits(model, each) for each in inputs)
     assert torch.equal(text, base[0])
     assert difference(image, base[1]) > 1e-4
+
+
+def test_a_model_that_bends_its_scores_is_refused():
+    family = FAMILIES["paligemma2"]
+    config = family.config()
+    config.text_config.attn_logit_softcapping = 50.0
+    model = replace(family, config=lambda: config).build(attn_implementation="eager")
+    inputs = family.inputs(model, *BATCH)
+    with attached(model, LogBiasConfig()), pytest.raises(NotImplementedError, match="bends its scores"):
+        logits(model, inputs)
 
 
 @pytest.mark.parametrize("t0", [0, -1, None, "128", True])
