@@ -11,7 +11,7 @@ import environment  # noqa: F401  # its settings act before PEFT is imported
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
+from peft_pvm import DIPEConfig, LogBiasConfig, PVMConfig, TDRSConfig
 from peft_pvm.methods import METHODS as PACKAGED
 
 
@@ -105,9 +105,9 @@ STEERING = tuple(row.config.method for row in PACKAGED if not row.needs_training
 PUBLISHED = ("pvm", *STEERING)
 
 
-def _published(config: type[PeftConfig]) -> Callable[..., PeftConfig]:
-    """A method as it was published, which acts from the first token on: DIPE's limit is ours."""
-    fixed = {"max_distance": 0} if config is DIPEConfig else {}
+def _acting(config: type[PeftConfig]) -> Callable[..., PeftConfig]:
+    """A method that acts on a few tokens of text: DIPE as it was published, without a limit."""
+    fixed = {DIPEConfig: {"max_distance": 0}, LogBiasConfig: {"t0": 1.0}}.get(config, {})
     return lambda **fields: config(**{**fixed, **fields})
 
 
@@ -118,7 +118,7 @@ METHODS: dict[str, Method | Combination] = {
         activate=give_weight,
     ),
     **{
-        row.config.method: Method(config=_published(row.config), text_alone=row.text_alone)
+        row.config.method: Method(config=_acting(row.config), text_alone=row.text_alone)
         for row in PACKAGED
         if not row.needs_training
     },

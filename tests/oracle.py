@@ -91,7 +91,7 @@ class Tokens:
         return rank[:, :, None] - rank[:, None, :]
 
 
-Scale = Callable[[Tokens, int], torch.Tensor]
+ByPair = Callable[[Tokens, int], torch.Tensor]
 
 
 def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,14 @@ def to_complex(states: torch.Tensor, frequencies: int, model_type: str) -> tuple
     return torch.complex(rotated[..., :frequencies].contiguous(), rotated[..., frequencies:].contiguous()), rest
 
 
-def oracle_attention(text_model: Any, tokens: Tokens, dipe: DIPEConfig | None, tdrs: Any, scale: Scale | None):
+def oracle_attention(
+    text_model: Any,
+    tokens: Tokens,
+    dipe: DIPEConfig | None,
+    tdrs: Any,
+    scale: ByPair | None,
+    bias: ByPair | None,
+):
     met_from: list[torch.Tensor] = []  # the same for all layers
 
     def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
@@ -155,6 +162,8 @@ def oracle_attention(text_model: Any, tokens: Tokens, dipe: DIPEConfig | None, t
         scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias(tokens, module.layer_idx)[:, None]
         visible = (
             torch.ones_like(scores, dtype=torch.bool).tril() if attention_mask is None else attention_mask > -1e30
         )
@@ -177,7 +186,8 @@ def oracle(
     inputs: dict[str, torch.Tensor],
     dipe: DIPEConfig | None = None,
     tdrs: Any = None,
-    scale: Scale | None = None,
+    scale: ByPair | None = None,
+    bias: ByPair | None = None,
 ) -> Iterator[Any]:
     """The model in float64, computing as the oracle does for these inputs, which must be one whole forward.
 
@@ -186,7 +196,8 @@ def oracle(
         inputs: What it will be given.
         dipe: The configuration of DIPE. `None`: it does not act.
         tdrs: The configuration of T-DRS. `None`: it does not act.
-        scale: What the scores of a layer are multiplied by, `(batch, seq_len, seq_len)`.
+        scale: What the scores of a layer are multiplied by, `(batch, seq_len, seq_len)`. `None`: 1.
+        bias: What is added to them after scaling, likewise. `None`: 0.
     """
     model = model.double()
     text_model = next(m for m in model.modules() if hasattr(m, "embed_tokens") and hasattr(m, "layers"))
@@ -201,7 +212,7 @@ def oracle(
 
     handle = text_model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
     kernel = text_model.config._attn_implementation
-    AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs, scale))
+    AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs, scale, bias))
     AttentionMaskInterface.register("oracle", eager_mask)
     text_model.config._attn_implementation = "oracle"
     text_model.config._experts_implementation = "eager"  # the only one that takes float64

@@ -19,6 +19,7 @@ COMPILED = {
     "pvm": METHODS["pvm"],
     "dipe": METHODS["dipe"],
     "vaf": METHODS["vaf"],
+    "log_bias": METHODS["log_bias"],
     "pvm+dipe": Combination(("pvm", "dipe"), text_alone="equal"),
 }
 # By name, of aten. The last: a tensor made of Python numbers, which is copied to the device.
@@ -109,9 +110,9 @@ def test_a_step_waits_for_nothing(name: str, method: Method | Combination):
     assert watched_step(FAMILIES[name], model, 64).waits == base_waits
 
 
-# What a step allocates for every token that the cache has room for, in numbers a head and layer: PVM nothing, DIPE and
-# VAF the scores of one token and what is made of them. A vector for every token would be 16 numbers or more.
-A_TOKEN = {"pvm": 0, "dipe": 8, "vaf": 8}
+# What a step allocates for every token that the cache has room for, in numbers a head and layer: PVM nothing, the
+# others the scores of one token and what is made of them. A vector for every token would be 16 numbers or more.
+A_TOKEN = {"pvm": 0, "dipe": 8, "vaf": 8, "log_bias": 8}
 
 
 @pytest.mark.parametrize("method", A_TOKEN)

@@ -68,10 +68,14 @@ def repeated(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _by_pair(call: AttentionCall, stage: KeyScale | Bias | Values, neutral: int) -> torch.Tensor:
     """What a stage says of each pair of query and key, `(batch or 1, 1, num_queries or 1, num_keys)`."""
-    by_key = stage.of_keys(call)[:, None, None]
+    if isinstance(stage, Bias):
+        of_queries, of_keys = stage.factors(call)
+        by_pair = of_queries[:, None, :, None] * of_keys[:, None, None]
+    else:
+        by_pair = stage.of_keys(call)[:, None, None]
     if stage.rows == "all":
-        return by_key
+        return by_pair
     if call.context.memory.is_empty:
-        return torch.full_like(by_key, neutral)
+        return torch.full_like(by_pair, neutral)
     rows = text_rows(call)
-    return by_key if rows is None else torch.where(rows[:, None, :, None], by_key, neutral)
+    return by_pair if rows is None else torch.where(rows[:, None, :, None], by_pair, neutral)

@@ -4,7 +4,7 @@ With `q` and `k` rotated, a layer computes, for a row `i` and a key `j` that it 
 
     s_ij = q_i . k_j                     Positions: rotated by other positions, for some pairs
     s_ij = s_ij * c_j                    KeyScale
-    s_ij = s_ij * scaling + b_j          Bias
+    s_ij = s_ij * scaling + a_i * b_j    Bias
     w_i  = softmax(s_i)                  Weights: another function of the scores
     w_ij = w_ij * f(group of j, i)       GroupWeights
     o_i  = sum_j w_ij * c_j * v_j        Values
@@ -199,25 +199,57 @@ class Positions(Stage):
         return later(replace(call, widened=self.widen(call))) if later.stages else self.attend_alone(call)
 
 
+@dataclass(frozen=True)
 class Bias(_ByKey):
-    """Something added to the scores of some keys, after scaling: one more channel, on any kernel."""
+    """Something added to the scores of some keys, after scaling: a few more channels, on any kernel.
+
+    A step of decoding adds to its row of scores instead, so that it does not copy the cache's keys. Beside another
+    stage that changes scores, it does copy them.
+
+    Args:
+        of_queries: Gives what the number of a key is multiplied by in each row, `(batch or 1, num_queries)`, float.
+            `None`: 1.
+    """
 
     order = 4
+
+    of_queries: Callable[[AttentionCall], torch.Tensor] | None = None
+
+    def factors(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """What makes up the bias: `(batch or 1, num_queries)` and `(batch or 1, num_keys)`, in fp32 at least."""
+        dtype = torch.promote_types(call.query.dtype, torch.float32)
+        of_keys = self.of_keys(call).to(dtype)
+        if self.of_queries is None:
+            return of_keys.new_ones(1, call.query.shape[2]), of_keys
+        return self.of_queries(call).to(dtype), of_keys
 
     def attend_rows(self, call: AttentionCall, later: Later, rows: torch.Tensor | None) -> Output:
         if call.kwargs.get("softcap") is not None:
             raise NotImplementedError(
                 f"{type(call.module).__name__} bends its scores (softcap), so that nothing can be added to them here."
             )
+        of_queries, of_keys = self.factors(call)
+        of_queries = of_queries if rows is None else torch.where(rows, of_queries, 0)
+        if call.query.shape[2] == 1 and call.widened is None and not later.stages:
+            (scores,) = call.row_scores(call.query)
+            return call.attend_row(scores + (of_queries * of_keys)[:, None, None])
         query, key = call.scored_by
-        bias = (self.of_keys(call) / call.scaling)[:, None, :, None].float()
-        high = bias.to(key.dtype)
-        channels = torch.cat([high, (bias - high).to(key.dtype)], -1)  # what rounding leaves goes to a second channel
-        acts = query.new_ones(1, query.shape[2]) if rows is None else rows.to(query.dtype)
-        asks = acts[:, None, :, None].expand(*query.shape[:3], channels.shape[-1])
-        query, key = torch.cat([query, asks], -1), torch.cat([key, channels.expand(*key.shape[:3], -1)], -1)
-        rest = (0, -query.shape[-1] % CHANNELS)
-        return later(replace(call, widened=(F.pad(query, rest), F.pad(key, rest))))
+        asks, answers = _in_two(of_queries, query.dtype), _in_two(of_keys / call.scaling, key.dtype)
+        # Each part of one meets both parts of the other.
+        widened = _widened(query, asks.repeat_interleave(2, -1)), _widened(key, answers.repeat(1, 1, 2))
+        return later(replace(call, widened=widened))
+
+
+def _in_two(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers in a dtype, `(..., 2)`: as they are rounded, and what rounding leaves."""
+    high = numbers.to(dtype)
+    return torch.stack([high, (numbers - high).to(dtype)], -1)
+
+
+def _widened(tensor: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """Queries or keys with more channels, `(batch or 1, length, number)`, the same in all heads."""
+    wide = torch.cat([tensor, channels.unsqueeze(1).expand(*tensor.shape[:3], -1)], -1)
+    return F.pad(wide, (0, -wide.shape[-1] % CHANNELS))
 
 
 @dataclass(frozen=True)

@@ -195,9 +195,10 @@ def card_text(config: PeftConfig, results: list[dict[str, Any]], companions: Seq
     base = plain(config.base_model_name_or_path or "", 200)
     about, fields = [f"# {method_of(config)} adapter", ""], []
     if isinstance(config, SavedConfig):
-        parameters = [] if config.has_parameters else ["It has no parameters."]
-        source = f"Source: [arXiv {config.paper}](https://arxiv.org/abs/{config.paper})."
-        about = [f"# {config.title}", "", config.summary, "", " ".join([*parameters, source]), ""]
+        more = [] if config.has_parameters else ["It has no parameters."]
+        if config.paper:
+            more.append(f"Source: [arXiv {config.paper}](https://arxiv.org/abs/{config.paper}).")
+        about = [f"# {config.title}", "", config.summary, "", " ".join(more), ""]
         fields = ["| Field | Value | |", "|---|---|---|", *_field_rows(config), ""]
     lines = ["---", _card_data(config, base, results).to_yaml(), "---", "", MARK, "", *about]
     if companions:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ..tuners.attention_method import AttentionMethod
 from ..tuners.base import VisualConfig
 from .dipe import DIPEConfig, DIPEModel
+from .log_bias import LogBiasConfig, LogBiasModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .tdrs import TDRSConfig, TDRSModel
 from .vaf import VAFConfig, VAFModel
@@ -17,6 +18,8 @@ from .vaf import VAFConfig, VAFModel
 __all__ = [
     "DIPEConfig",
     "DIPEModel",
+    "LogBiasConfig",
+    "LogBiasModel",
     "PVMConfig",
     "PVMModel",
     "TDRSConfig",
@@ -57,4 +60,5 @@ METHODS = (
     Method("DIPE", DIPEConfig),
     Method("T-DRS", TDRSConfig, text_alone="changed", plain_matrices=12),
     Method("VAF", VAFConfig),
+    Method("Log-bias", LogBiasConfig),
 )

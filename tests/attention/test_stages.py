@@ -16,7 +16,18 @@ from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, TDRSConfig
 from peft_pvm.attention.call import AttentionCall
 from peft_pvm.attention.reference import ReferenceStages
-from peft_pvm.attention.stages import Bias, GroupWeights, KeyScale, LayerStages, Positions, Stage, Values, Weights
+from peft_pvm.attention.stages import (
+    Bias,
+    GroupWeights,
+    KeyScale,
+    Later,
+    LayerStages,
+    Positions,
+    Stage,
+    Values,
+    Weights,
+)
+from peft_pvm.tokens.context import VisualContext
 from peft_pvm.tuners.attention_method import AttentionMethod, SteeredLayer
 from peft_pvm.tuners.registry import register
 from peft_pvm.utils.checks import setting
@@ -27,6 +38,12 @@ BATCH = ("t4 i t3 i t6", "t7 i t5", "t9")
 
 def visual(inside: float, outside: float = 1.0):
     return lambda call: torch.where(call.visual_keys, inside, outside)
+
+
+def counted(call: AttentionCall) -> torch.Tensor:
+    """A number of each query that no dtype holds exactly: a thirtieth of its place, from 1 on."""
+    first = call.context.past_length + call.context.seq_len - call.query.shape[2]
+    return (torch.arange(call.query.shape[2])[None] + first + 1) / 30
 
 
 class Swapped(Positions):
@@ -67,6 +84,8 @@ KINDS = {
     "positions": Swapped,
     "bias": lambda: Bias(visual(0.7, 0.0)),
     "bias-text": lambda: Bias(visual(-0.4, 0.0), rows="text"),
+    "bias-pairs": lambda: Bias(visual(0.9, 0.1), of_queries=counted),
+    "bias-pairs-text": lambda: Bias(visual(-1.1, 0.0), rows="text", of_queries=counted),
     "weights": sharper,
 }
 
@@ -141,6 +160,34 @@ def test_the_order_of_attaching_changes_nothing(kinds: tuple[str, ...], monkeypa
     model = attach(family.build(), *kinds)
     on_whole_matrices(monkeypatch)
     assert difference(one, logits(model, inputs)[real]) < TOLERANCE
+
+
+@dataclass(frozen=True)
+class Seeing(Stage):
+    """Keeps the calls that reach it."""
+
+    calls: list[AttentionCall]
+
+    def attend(self, call: AttentionCall, later: Later):
+        self.calls.append(call)
+        return torch.empty(0), None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_bias_has_twice_the_bits_of_the_dtype(dtype: torch.dtype):
+    """Numbers of queries, of keys, and their products."""
+    query, key = torch.zeros(1, 4, 40, 16, dtype=dtype), torch.zeros(1, 2, 50, 16, dtype=dtype)
+    call = AttentionCall(None, query, key, key, None, VisualContext(None), "sdpa", {})
+    of_queries, of_keys = (torch.arange(40)[None] * 7.7).log1p(), 0.3 + torch.arange(50)[None] / 37
+    for of_rows in (None, lambda call: of_queries):
+        calls: list[AttentionCall] = []
+        Bias(lambda call: of_keys, of_queries=of_rows).attend(call, Later((Seeing(calls),)))
+        wide_query, wide_key = (tensor.double()[:, :1] for tensor in calls[0].scored_by)
+        assert wide_query.shape[-1] % 8 == 0
+        expected = (1 if of_rows is None else of_queries.double().mT) * of_keys.double()
+        error = difference(wide_query @ wide_key.mT * call.scaling, expected.expand(1, 1, 40, 50))
+        roundoff = torch.finfo(dtype).eps / 2
+        assert error < 4 * expected.max() * max(roundoff**2, torch.finfo(torch.float32).eps)
 
 
 def test_two_key_scales_multiply():

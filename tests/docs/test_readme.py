@@ -25,9 +25,8 @@ def test_the_table_of_families_is_that_of_the_tests():
 
 def test_the_table_of_methods_is_that_of_the_package():
     table = README.partition("## Methods")[2].partition("\n## ")[0]
-    rows = re.findall(
-        r"^\| \*\*(.+?)\*\*.* \| (.+) \| \[arXiv (.+?)\]\(.+?\), \[docs\]\((.+)\) \|$", table, re.MULTILINE
-    )
+    source = r"(?:\[arXiv (.+?)\]\(.+?\)|ours)"
+    rows = re.findall(rf"^\| \*\*(.+?)\*\*.* \| (.+) \| {source}, \[docs\]\((.+)\) \|$", table, re.MULTILINE)
     assert [(name, paper) for name, _, paper, _ in rows] == [(row.name, row.config.paper) for row in METHODS]
     assert [parameters == "none" for _, parameters, _, _ in rows] == [not row.needs_training for row in METHODS]
     pages = [page.relative_to(REPOSITORY).as_posix() for page in REPOSITORY.glob("docs/methods/*.md")]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tiny_vlms import FAMILIES
 
-from peft_pvm import DIPEConfig, PVMConfig, add_adapters
+from peft_pvm import DIPEConfig, LogBiasConfig, PVMConfig, add_adapters
 from peft_pvm.folders.adapter_file import read_config
 from peft_pvm.folders.companions import Companion
 from peft_pvm.folders.writing import card_text, write_card
@@ -25,7 +25,7 @@ RESULTS = [
 ]
 
 
-def save(config: PVMConfig | DIPEConfig, folder: Path, base: str = "") -> ModelCard:
+def save(config: PeftConfig, folder: Path, base: str = "") -> ModelCard:
     model = FAMILIES["llava"].build()
     model.name_or_path = base
     get_peft_model(model, config).save_pretrained(folder)
@@ -60,6 +60,13 @@ def test_what_a_person_reads(tmp_path: Path):
 def test_a_base_that_only_this_disk_has_is_not_loaded_from_the_hub(tmp_path: Path):
     assert "AutoModel" not in save(PVMConfig(r=32), tmp_path, base=str(tmp_path)).text
     assert "It has no parameters" in save(DIPEConfig(max_distance=0), tmp_path / "other").text
+
+
+def test_a_method_without_a_paper_names_none(tmp_path: Path):
+    text = save(LogBiasConfig(), tmp_path).text
+    assert "unpublished" in text
+    assert "It has no parameters.\n" in text
+    assert "arxiv.org" not in text
 
 
 def test_results_come_from_their_file(tmp_path: Path):

@@ -186,7 +186,9 @@ def test_masks_that_are_not_causal(name: str, kernel: str):
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa", "flash_stand_in"])
-@pytest.mark.parametrize("name", ["dipe", "dipe-limited", "tdrs", "tdrs-inter", "vaf", "tdrs-inter+dipe+pvm"])
+@pytest.mark.parametrize(
+    "name", ["dipe", "dipe-limited", "tdrs", "tdrs-inter", "vaf", "log_bias", "tdrs-inter+dipe+pvm"]
+)
 def test_methods_that_change_attention_see_no_image_either(tiny: TinyVLM, name: str, kernel: str):
     method = METHODS[name]
     names = [name] if isinstance(method, Method) else list(method.methods)

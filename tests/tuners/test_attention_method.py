@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_vlms import FAMILIES, TinyVLM
 
-from peft_pvm import DIPEConfig, TDRSConfig, VAFConfig
+from peft_pvm import DIPEConfig, LogBiasConfig, TDRSConfig, VAFConfig
 from peft_pvm.attention.stages import Bias, KeyScale, Stage, Values
 from peft_pvm.tokens.context import VisualContext
 from peft_pvm.tokens.families import find_vlm
@@ -33,11 +33,17 @@ from peft_pvm.utils.packages import CACHE
 
 ROWS = ("t4 i t3 i t6", "t7 i t5")
 SHIPPED = Path(__file__).parents[2] / "adapters"
-FRESH = {"dipe": partial(DIPEConfig, max_distance=0), "dipe-limited": DIPEConfig, "t-drs": TDRSConfig}
+FRESH = {
+    "dipe": partial(DIPEConfig, max_distance=0),
+    "dipe-limited": DIPEConfig,
+    "t-drs": TDRSConfig,
+    "log-bias": LogBiasConfig,
+}
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "dipe": lambda: DIPEConfig(max_distance=0, layers_to_transform=[1]),
     "tdrs": lambda: TDRSConfig(sd_strength=2.0, dc_floor=0.2, layers_to_transform=[1]),
     "vaf": lambda: VAFConfig(visual=2.0, layers_to_transform=[1]),
+    "log_bias": lambda: LogBiasConfig(t0=1.0, layers_to_transform=[1]),
 }
 
 
