@@ -14,6 +14,7 @@ from peft_pvm.demo.mosaic import Batch
 from peft_pvm.demo.questions import Questions, Turn
 from peft_pvm.demo.train import step_generator
 from peft_pvm.methods.dipe import DIPEConfig
+from peft_pvm.methods.log_bias import LogBiasConfig
 from peft_pvm.methods.pvm import PVMConfig
 from peft_pvm.methods.tdrs import TDRSConfig
 from peft_pvm.methods.vaf import VAFConfig
@@ -118,6 +119,7 @@ METHODS: dict[str, RealMethod] = {
     "t-drs-dc": RealMethod("T-DRS, DC alone", _tdrs(sd_strength=0.0, re_strength=0.0)),
     "t-drs-re": RealMethod("T-DRS, re alone", _tdrs(sd_strength=0.0, dc_strength=0.0)),
     "vaf": RealMethod("VAF", lambda: {"vaf": VAFConfig()}),
+    "log-bias": RealMethod("Log-bias", lambda: {"log-bias": LogBiasConfig()}),
     "lora": RealMethod("LoRA", _lora, training=LORA),
     "lora-short": RealMethod(
         "LoRA, short texts",
