@@ -65,13 +65,18 @@ def train_command(
         int, typer.Option(min=1, max=MANY, help="Steps of what is learnt first.")
     ] = RealRecipe.seeing_steps,
     steps: Annotated[int, typer.Option(min=1, max=MANY, help="Steps of the LoRA.")] = RealRecipe.steps,
+    single_steps: Annotated[
+        int, typer.Option(min=0, max=MANY, help="The first of them, with one picture and one turn a chat.")
+    ] = RealRecipe.single_steps,
     seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """Train vision tower, projector and LoRA of the real base, and write them into one file."""
+    check_device(device)
     language_model = load_language_model(gguf)
-    recipe = RealRecipe(seeing, seeing_steps, steps, seed=seed)
+    recipe = RealRecipe(seeing, seeing_steps, steps, single_steps, seed=seed)
     start = time.perf_counter()
-    model = train_real_base(language_model, recipe)
+    model = train_real_base(language_model, recipe, device)
     seconds = time.perf_counter() - start
     save_trained(model, language_model, recipe, out)
     say(f"Trained in {seconds:.0f} s on the language model {language_model.fingerprint}, saved to {out}.")

@@ -34,7 +34,7 @@ def save_trained(model: PeftModel, language_model: LanguageModel, recipe: RealRe
         recipe: How, for the reader.
         path: The file.
     """
-    tensors = {name: tensor.bfloat16().contiguous() for name, tensor in _trained_tensors(model).items()}
+    tensors = {name: tensor.bfloat16().cpu().contiguous() for name, tensor in _trained_tensors(model).items()}
     note = {"language model": language_model.fingerprint, "recipe": asdict(recipe)}
     write_file(path, save(tensors, metadata={NOTE: json.dumps(note)}))
 

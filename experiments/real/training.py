@@ -36,6 +36,7 @@ class RealRecipe:
             vision towers are trained before they meet a language model; the projector learns in the second stage.
         seeing_steps: Steps of this first stage.
         steps: Steps of the second stage: a LoRA on the language model's attention learns to answer.
+        single_steps: The first of them, in which chats have one picture and one turn.
         rows: Rows of nine questions in each step of the second stage.
         max_text: The most tokens of text between image and question there.
         seed: Decides initial weights and questions.
@@ -44,6 +45,7 @@ class RealRecipe:
     seeing: Seeing = "words"
     seeing_steps: int = 700
     steps: int = 480
+    single_steps: int = 0
     rows: int = 8
     max_text: int = 64
     seed: int = 0
@@ -65,23 +67,27 @@ def lora_config() -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o)_proj")
 
 
-def train_real_base(language_model: LanguageModel, recipe: RealRecipe) -> PeftModel:
+def train_real_base(language_model: LanguageModel, recipe: RealRecipe, device: str = "cpu") -> PeftModel:
     """Train both stages.
 
     Args:
         language_model: What reads in the end. It stays as it is.
         recipe: How to train.
+        device: Where. On a CPU, the same seed gives the same bits.
 
     Returns:
         The base in bf16, in eval mode, with the LoRA beside it and not merged.
     """
     questions = Questions(language_model.tokenizer)
-    vlm = new_vlm(language_model, recipe.seed)
+    vlm = new_vlm(language_model, recipe.seed).to(device)
 
     def draw(step: int) -> Batch:
         generator = step_generator(recipe.seed, step)
-        turns = draw_turns(recipe.max_text, generator)
-        return questions.draw("train", recipe.rows, turns, generator, augmented=True)
+        if step < recipe.single_steps:
+            turns = [draw_turn(1, NUM_CELLS, recipe.max_text, generator)]
+        else:
+            turns = draw_turns(recipe.max_text, generator)
+        return questions.draw("train", recipe.rows, turns, generator, augmented=True).to(vlm.device)
 
     with one_thread():
         if recipe.seeing == "words":
@@ -112,19 +118,23 @@ def draw_turns(max_text: int, generator: torch.Generator) -> list[Turn]:
         generator: Decides all.
     """
 
-    def below(number: int) -> int:
-        return int(torch.randint(number, (), generator=generator))
-
-    def turn(shown: int, cells: int) -> Turn:
-        exponent = torch.empty(()).uniform_(0, math.log(max_text + 1), generator=generator)
-        return Turn(shown, round(math.exp(float(exponent))) - 1, cells, interfering=below(4) == 0)
-
-    kind, several = below(3), 2 + below(2)
+    kind, several = _below(3, generator), 2 + _below(2, generator)
     if kind == 0:
-        return [turn(1, NUM_CELLS)]
+        return [draw_turn(1, NUM_CELLS, max_text, generator)]
     if kind == 1:
-        return [turn(several, NUM_CELLS)]
-    return [turn(1, 3) for _ in range(several)]
+        return [draw_turn(several, NUM_CELLS, max_text, generator)]
+    return [draw_turn(1, 3, max_text, generator) for _ in range(several)]
+
+
+def draw_turn(shown: int, cells: int, max_text: int, generator: torch.Generator) -> Turn:
+    """Draw the text of a turn with so many new pictures and cells asked for."""
+    exponent = torch.empty(()).uniform_(0, math.log(max_text + 1), generator=generator)
+    text_tokens = round(math.exp(float(exponent))) - 1
+    return Turn(shown, text_tokens, cells, interfering=_below(4, generator) == 0)
+
+
+def _below(number: int, generator: torch.Generator) -> int:
+    return int(torch.randint(number, (), generator=generator))
 
 
 def align(vlm: LlavaForConditionalGeneration, questions: Questions, steps: int, seed: int) -> None:
@@ -144,13 +154,14 @@ def align(vlm: LlavaForConditionalGeneration, questions: Questions, steps: int, 
     embeddings = vlm.get_input_embeddings().weight.detach()
     digits, places = embeddings[questions.digits], embeddings[questions.places].sum(1)
     candidates = places[:, None] + digits  # (9, 10, hidden_size), grey
+    cells = torch.arange(NUM_CELLS, device=vlm.device)
     colours = embeddings[questions.colours]
     energy = digits.square().mean()
 
     def loss(pictures: Labelled) -> torch.Tensor:
         colour = F.pad(colours, (0, 0, 0, 1))[pictures.colours][:, None]  # grey has no word
         features = image_features(vlm, pictures.pixel_values) - colour
-        error = (features - candidates[torch.arange(NUM_CELLS), pictures.digits]).square().mean() / energy
+        error = (features - candidates[cells, pictures.digits]).square().mean() / energy
         distances = (features[:, :, None] - candidates).square().mean(-1) / energy  # (pictures, 9, 10)
         return error + 0.3 * F.cross_entropy((-4 * distances).flatten(0, 1), pictures.digits.flatten())
 
@@ -169,11 +180,11 @@ def tell_digits(vlm: LlavaForConditionalGeneration, steps: int, seed: int) -> No
     parts = [NUM_DIGITS, NUM_CELLS, len(COLOURS) + 1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = nn.Linear(tower.config.hidden_size, sum(parts))
+        head = nn.Linear(tower.config.hidden_size, sum(parts)).to(tower.device)
 
     def loss(pictures: Labelled) -> torch.Tensor:
         digits, places, colours = head(tower(pictures.pixel_values).last_hidden_state).split(parts, -1)
-        where = torch.arange(NUM_CELLS).repeat(len(digits))
+        where = torch.arange(NUM_CELLS, device=digits.device).repeat(len(digits))
         return (
             F.cross_entropy(digits.flatten(0, 1), pictures.digits.flatten())
             + F.cross_entropy(places.flatten(0, 1), where)
@@ -211,7 +222,8 @@ def _see(parameters: list[nn.Parameter], loss_of: Callable[[Labelled], torch.Ten
             digits = torch.cat([grey.digits[:, 0], several.digits.flatten(0, 1)])
             colours = torch.cat([torch.full((len(grey.digits),), len(COLOURS)), several.colours.flatten()])
             mosaics = augment(torch.cat([grey.mosaics, several.mosaics]), generator)
-            loss = loss_of(Labelled(mosaics * 2 - 1, digits, colours))
+            device = parameters[0].device
+            loss = loss_of(Labelled((mosaics * 2 - 1).to(device), digits.to(device), colours.to(device)))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
