@@ -171,6 +171,19 @@ def test_the_default_does_not_act_on_text_alone_and_does_behind_an_image():
     assert difference(image, base[1]) > 1e-4
 
 
+def test_padding_behind_text_spoils_nothing():
+    """It may be given any position, so that it stands before the image."""
+    family = FAMILIES["llava"]
+    model = family.build()
+    inputs = family.inputs(model, "t7 i t5")
+    with attached(model, LogBiasConfig(t0=0.7)):
+        alone = logits(model, inputs)
+        padded = {name: torch.nn.functional.pad(inputs[name], (0, 3)) for name in ("input_ids", "attention_mask")}
+        positions = torch.nn.functional.pad(inputs["position_ids"], (0, 3), value=1)
+        found = logits(model, {**inputs, **padded, "position_ids": positions})
+    assert difference(found[:, : alone.shape[1]], alone) < TOLERANCE
+
+
 def test_a_model_that_bends_its_scores_is_refused():
     family = FAMILIES["paligemma2"]
     config = family.config()
