@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from peft_pvm.demo.mosaic import NUM_CELLS
 from peft_pvm.demo.recall import Accuracy
 
@@ -219,20 +217,20 @@ def contrast(*terms: Term) -> Estimate | None:
     num_rows = min(len(run.accuracies[term.length].right) for term in terms for run in tested[term.entry.method])
     if num_rows < 2:
         return None
-    by_row, variance = torch.zeros(num_rows, dtype=torch.float64), 0.0
-    for method, same in by_method.items():
-        shares = [term.weight * _shares(tested[method], term.length, num_rows) for term in same]
-        sums = torch.stack(shares).sum(0)  # (seeds, rows)
-        by_row += sums.mean(0)
-        if len(sums) > 1:
-            variance += float(sums.mean(1).var()) / len(sums)
-    variance += float(by_row.var()) / num_rows
-    return Estimate(float(by_row.mean()), max(math.sqrt(variance), 1.5 / (num_rows * NUM_CELLS)))
-
-
-def _shares(runs: Iterable[Run], length: int, num_rows: int) -> torch.Tensor:
-    right = [run.accuracies[length].right[:num_rows] for run in runs]
-    return torch.tensor(right, dtype=torch.float64) / NUM_CELLS
+    answers = [  # by method, seed and row
+        [
+            [sum(term.weight * run.accuracies[term.length].right[row] for term in same) for row in range(num_rows)]
+            for run in tested[method]
+        ]
+        for method, same in by_method.items()
+    ]
+    by_row = [sum(statistics.fmean(rows[row] for rows in seeds) for seeds in answers) for row in range(num_rows)]
+    variance = statistics.variance(by_row) / num_rows
+    for seeds in answers:
+        if len(seeds) > 1:
+            variance += statistics.variance(map(statistics.fmean, seeds)) / len(seeds)
+    error = max(math.sqrt(variance), 1.5 / num_rows)
+    return Estimate(statistics.fmean(by_row) / NUM_CELLS, error / NUM_CELLS)
 
 
 class Results:
@@ -290,7 +288,7 @@ def _one_for_each_seed(runs: list[Run], folder: str | os.PathLike) -> tuple[Run,
     seeds = [run.seed for run in runs]
     if len(seeds) > 1 and (None in seeds or len(set(seeds)) < len(seeds)):
         raise ValueError(
-            f"{folder} has several results of {runs[0].method} on {runs[0].task}, whose seeds of training are {seeds}. "
+            f"{folder} has several results of {runs[0].method} on {runs[0].task}, with seeds of training {seeds}. "
             "Keep one for each seed, and none without a seed beside them."
         )
     return tuple(sorted(runs, key=lambda run: run.seed or 0))
