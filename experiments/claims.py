@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peft_pvm.probe.measures import fit_power_law
+from peft_pvm.probe.measures import PowerLaw, fit_power_law
 
 from .methods import METHODS
 from .runs import MAIN_RECIPE
@@ -65,6 +65,13 @@ def verdict_on(difference: float, standard_error: float, margin: float = 0.0) ->
     return HOLDS if difference > margin else FAILS
 
 
+def verdict_on_decay(fit: PowerLaw) -> str:
+    """Whether attention falls as 1/t or faster. A fit so loose that any exponent would do says nothing."""
+    if verdict_on(fit.exponent, fit.standard_error, margin=1.0) == FAILS:
+        return FAILS
+    return HOLDS if fit.standard_error <= LARGEST_ERROR else UNCLEAR
+
+
 def claims(results: Results) -> list[Claim]:
     """All claims for which there are results."""
     return [
@@ -88,15 +95,12 @@ def _fading(results: Results) -> Iterator[Claim]:
     if any(fit is None for fit in fits):
         return
     mean, *by_layer = [fit for fit in fits if fit is not None]
-    # An exponent of 1, or more, is what the claim says; a fit that tells so little that any would do says nothing.
-    below = verdict_on(mean.exponent, mean.standard_error, margin=1.0) == FAILS
-    verdict = FAILS if below else HOLDS if mean.standard_error <= LARGEST_ERROR else UNCLEAR
     exponents = ", ".join(f"{fit.exponent:.2f}" for fit in by_layer)
     numbers = (
         f"mass ~ t^-a over {lengths[0]} to {lengths[-1]:,} bytes: a = {mean.exponent:.2f} ± {mean.standard_error:.2f} "
         f"for the mean over layers; by layer {exponents}"
     )
-    yield Claim(DECAYS, verdict, numbers)
+    yield Claim(DECAYS, verdict_on_decay(mean), numbers)
 
 
 def _difference(better: Cell, worse: Cell) -> tuple[float, float]:

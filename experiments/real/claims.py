@@ -135,10 +135,12 @@ def _high(results: Results) -> Iterator[Claim]:
     ):
         for length in FAR:
             entry, lora = results.find(LOOK_UP, method), _best(results, LOOK_UP, LORAS, length)
-            numbers = f"{entry.shown(length)}; base {results.find(LOOK_UP, 'base').shown(length)}"
+            accuracy = contrast(Term(1, entry, length))
+            error = "" if accuracy is None else f", standard error {accuracy.standard_error:.3f}"
+            numbers = f"{entry.shown(length)}{error}; base {results.find(LOOK_UP, 'base').shown(length)}"
             if lora.accuracies(length):
                 numbers += f"; {lora.title} {lora.shown(length)}"
-            yield _judge(text, contrast(Term(1, entry, length)), numbers, _place(LOOK_UP, length), ENOUGH)
+            yield _judge(text, accuracy, numbers, _place(LOOK_UP, length), ENOUGH)
 
 
 def _no_loss(results: Results) -> Iterator[Claim]:

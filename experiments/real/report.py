@@ -143,7 +143,9 @@ def draw_real(results: Results) -> bytes:
         panel.axhline(0.1, color="grey", linewidth=0.8, linestyle=(0, (1, 3)))
     axes[0, 0].set_ylim(-0.02, 1.05)
     axes[0, 0].set_ylabel("accuracy")
-    figure.legend(list(labelled.values()), list(labelled), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(
+        list(labelled.values()), list(labelled), loc="outside lower center", ncols=4, handlelength=3, fontsize=8
+    )
     return as_png(figure)
 
 

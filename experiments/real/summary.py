@@ -189,6 +189,7 @@ class Estimate:
     standard_error: float
 
     def __str__(self) -> str:
+        """As a difference, with its sign."""
         return f"{self.mean:+.3f} ± {self.standard_error:.3f}"
 
 
