@@ -14,7 +14,7 @@ from peft_pvm.utils.plotting import as_png, line_look, new_figure, styled
 
 from ..markdown import folded, machines, table
 from ..summary import Cell
-from .summary import TASKS, UNTESTED, Entry, Results, Run, Term, contrast, result_files
+from .summary import TASKS, UNTESTED, Entry, Results, Term, Training, contrast, result_files
 
 
 # The folders of the bases, and what the page calls them.
@@ -24,6 +24,8 @@ BASES = {
 }
 IN_PICTURE = ("base", "lora", "mlp", "pvm", "dipe", "dipe-128", "dipe+lora")
 BESIDE = ("interfering", "transcription")  # the first of them that was tested is the right half of the picture
+ROUNDS = (1, 2, 4, 8, 16, 28)  # shown of a task with more lengths than there is room for
+MOST_LENGTHS = 8
 START = 0.5  # where no text stands on the logarithmic axis: at this part of the first length with text
 
 
@@ -61,7 +63,7 @@ def _setting(results: Results) -> list[str]:
 
 def _accuracies(results: Results, task: str) -> list[str]:
     entries, base = results.on(task), results.find(task, "base")
-    lengths = sorted({length for entry in entries for length in entry.lengths})
+    lengths = _shown(entries)
     ends = list(dict.fromkeys([lengths[0], lengths[-1]]))
     rows = []
     for entry in entries:
@@ -70,6 +72,14 @@ def _accuracies(results: Results, task: str) -> list[str]:
         rows.append((entry.title, str(len(entry.runs)), *map(entry.shown, lengths), *shown))
     header = ("Method", "Runs", *map(_number, lengths), *(f"less the base, {_number(end)}" for end in ends))
     return [f"Rows in a cell, by {_unit(task)}: {_rows_of_cells(entries, lengths)}.", "", *table(header, rows)]
+
+
+def _shown(entries: Sequence[Entry]) -> list[int]:
+    """The lengths that tables and axes show: all, or some of them and the last."""
+    lengths = sorted({length for entry in entries for length in entry.lengths})
+    if len(lengths) <= MOST_LENGTHS:
+        return lengths
+    return [length for number, length in enumerate(lengths, 1) if number in ROUNDS or number == len(lengths)]
 
 
 def _number(length: int) -> str:
@@ -92,7 +102,7 @@ def _rows_of_cells(entries: Sequence[Entry], lengths: Sequence[int]) -> str:
 def _seconds(results: Results) -> Iterator[str]:
     task = results.tasks[0]
     entries = results.on(task)
-    lengths = sorted({length for entry in entries for length in entry.lengths})
+    lengths = _shown(entries)
     rows = [(entry.title, *map(entry.seconds, lengths)) for entry in entries]
     header = ("Method", *map(_number, lengths))
     yield from folded(
@@ -102,24 +112,21 @@ def _seconds(results: Results) -> Iterator[str]:
 
 
 def _trainings(results: Results) -> list[str]:
-    by_method: dict[str, list[Run]] = {}
+    by_method: dict[str, list[Training]] = {}
     for task in results.tasks:
         for entry in results.on(task):
-            by_method.setdefault(entry.title, [run for run in entry.runs if run.training])
-    rows = [(title, *_training(runs)) for title, runs in by_method.items() if runs]
-    if not rows:
-        return []
-    header = ("Method", "Trained parameters", "Tokens", "Seconds", "Recipe")
-    return ["", *folded("What was trained, mean over seeds", table(header, rows))]
+            by_method[entry.title] = max(by_method.get(entry.title, []), entry.trainings, key=len)
+    rows = [(title, *_training(trainings)) for title, trainings in by_method.items() if trainings]
+    header = ("Method", "Trained parameters", "Tokens", "Seconds", "GPU", "Recipe")
+    return ["", *folded("What was trained, mean over seeds", table(header, rows))] if rows else []
 
 
-def _training(runs: Sequence[Run]) -> tuple[str, ...]:
-    trainings = [run.training for run in runs if run.training is not None]
-    tokens, seconds = (
-        statistics.fmean(values) for values in zip(*((training.tokens, training.seconds) for training in trainings))
-    )
-    recipe = ", ".join(f"{name} {value}" for name, value in trainings[0].recipe.items() if name != "seed")
-    return f"{trainings[0].parameters:,}", f"{tokens:,.0f}", f"{seconds:,.0f}", recipe
+def _training(trainings: Sequence[Training]) -> tuple[str, ...]:
+    first = trainings[0]
+    tokens, seconds = (statistics.fmean(values) for values in zip(*((t.tokens, t.seconds) for t in trainings)))
+    recipe = ", ".join(f"{name} {value}" for name, value in first.recipe.items() if name != "seed")
+    gpus = ", ".join(sorted({training.gpu for training in trainings}))
+    return f"{first.parameters:,}", f"{tokens:,.0f}", f"{seconds:,.0f}", gpus, recipe
 
 
 @styled
@@ -130,7 +137,7 @@ def draw_real(results: Results) -> bytes:
     labelled = {}
     for panel, task in zip(axes[0], tasks):
         entries = [results.find(task, method) for method in IN_PICTURE]
-        lengths = sorted({length for entry in entries for length in entry.lengths})
+        lengths = _shown(entries)
         origin = START * next((length for length in lengths if length > 0), 1)
         for number, entry in enumerate(entries):
             if entry.runs:

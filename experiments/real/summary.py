@@ -15,39 +15,19 @@ from peft_pvm.demo.mosaic import NUM_CELLS
 from peft_pvm.demo.recall import Accuracy
 
 from ..summary import OF_MACHINES, Cell, read_results
+from .methods import METHODS
 
 
 FINDINGS = "findings"  # a folder beside those of the tasks, which holds no answers to questions
 UNTESTED = "-"
 
-# Tasks and methods in the order of the page. Others come after them, under their keys.
-TASKS = {
+TASKS = {  # in the order of the page; others come after them, under their keys
     "look-up": "One picture",
     "interfering": "One picture, and text that tells of others",
     "two-pictures": "Two pictures",
     "three-pictures": "Three pictures",
     "three-turns": "Three turns, each with a picture",
     "transcription": "Long generation",
-}
-TITLES = {
-    "base": "base",
-    "lora": "LoRA",
-    "lora-mixed": "LoRA, mixed steps",
-    "lora-short": "LoRA, short texts",
-    "mlp": "MLP branch",
-    "pvm": "PVM",
-    "pvm-plain": "PVM, plain steps",
-    "pvm-recipe": "PVM, the paper's recipe",
-    "pvm-mixed": "PVM, mixed steps",
-    "pvm-hidden-states": "PVM, memory of hidden states",
-    "pvm-strided": "PVM, strided layers",
-    "dipe": "DIPE as published",
-    **{f"dipe-{distance}": f"DIPE, limit {distance}" for distance in (16, 32, 64, 128, 256, 512)},
-    "dipe-128-image": "DIPE, limit 128, from each image",
-    "dipe+lora": "DIPE + LoRA",
-    "pvm+dipe-128": "PVM + DIPE, limit 128",
-    "t-drs": "T-DRS",
-    "log-bias": "Log bias",
 }
 
 
@@ -61,6 +41,7 @@ class Training:
         parameters: Trained ones.
         tokens: Read in training.
         seconds: It took.
+        gpu: On which.
     """
 
     recipe: dict[str, Any]
@@ -68,12 +49,14 @@ class Training:
     parameters: int
     tokens: int
     seconds: float
+    gpu: str
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Training:
         """From what a file of results says of it."""
         seed, parameters, tokens = (int(content[name]) for name in ("seed", "parameters", "tokens"))
-        return cls(dict(content["recipe"]), seed, parameters, tokens, float(content["seconds"]))
+        gpu = str(content["environment"]["GPU"])
+        return cls(dict(content["recipe"]), seed, parameters, tokens, float(content["seconds"]), gpu)
 
 
 @dataclass(frozen=True)
@@ -85,7 +68,6 @@ class Run:
         method: What was tested.
         questions: Split and seed of the questions; rows of files with the same are the same.
         training: How it was trained; `None` without a training of the experiment.
-        has_adapters: Whether adapters from a folder were tested.
         accuracies: By tokens of text.
         seconds: CPU time of a row, by tokens of text; empty if it was measured on a GPU.
         environment: The machine.
@@ -95,7 +77,6 @@ class Run:
     method: str
     questions: tuple[str, int]
     training: Training | None
-    has_adapters: bool
     accuracies: dict[int, Accuracy]
     seconds: dict[int, float]
     environment: dict[str, str]
@@ -112,7 +93,6 @@ class Run:
             str(file["method"]),
             (str(file["split"]), int(file["seed"])),
             None if training is None else Training.of(training),
-            bool(file["adapters"]),
             accuracies,
             seconds if environment["GPU"] == "none" else {},
             {name: str(environment[name]) for name in OF_MACHINES},
@@ -145,7 +125,14 @@ class Entry:
     @property
     def title(self) -> str:
         """What tables say."""
-        return TITLES.get(self.method, self.method)
+        return METHODS[self.method].title if self.method in METHODS else self.method
+
+    @property
+    def trainings(self) -> list[Training]:
+        """Its own, one for each seed; none if it has the weights of another method."""
+        if self.method in METHODS and METHODS[self.method].weights_of is not None:
+            return []
+        return [run.training for run in self.runs if run.training is not None]
 
     @property
     def lengths(self) -> list[int]:
@@ -278,7 +265,7 @@ class Results:
 
     def on(self, task: str) -> list[Entry]:
         """All methods that were tested on a task."""
-        return [self.find(task, method) for method in _in_order(TITLES, {m for t, m in self._entries if t == task})]
+        return [self.find(task, method) for method in _in_order(METHODS, {m for t, m in self._entries if t == task})]
 
 
 def _listed(questions: Iterable[tuple[str, int]]) -> str:
