@@ -341,7 +341,8 @@ def test_claims_that_were_tested_on_both_stand_side_by_side(folder):
     on_both = {claim.text for claim in claims(Results(folder / "real"))} & {c.text for c in toy_claims.claims(toy)}
     assert len(on_both) == 11
     page = render(toy, read_bases(folder))
-    row, *_ = rows_of(page, toy_claims.KEEPS_FLAT)
+    row, *numbers_of_tested = rows_of(page, toy_claims.KEEPS_FLAT)
+    assert len(numbers_of_tested) == 4  # the toy's, two of the first base, one of the second
     assert row[1:] == [
         FAILS,
         f"does not hold: DIPE as published<br>cannot be told: DIPE, limit 128<br>not tested: {TITLE}",
