@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peft_pvm.probe.measures import fit_power_law
+from peft_pvm.probe.measures import PowerLaw, fit_power_law
 
 from .methods import METHODS
 from .runs import MAIN_RECIPE
@@ -24,7 +24,21 @@ TRAININGS = {
     "256": "trained with text of up to 256 bytes",
 }
 SHORTEST_FADING = 64  # bytes: below, the question and the mosaic are as long as the text
-HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "cannot be told here"
+HOLDS, FAILS, UNCLEAR, NOT_TESTED = "holds", "does not hold", "cannot be told", "not tested"
+
+# Claims that are tested on the real base too, see real/claims.py.
+DECAYS = "Attention to the image decays as O(1/t) (PVM, theorem 3.1)"
+BEATS_LORA = "PVM beats LoRA of its size (PVM)"
+BEATS_MLP = "PVM beats an MLP branch of its size (PVM)"
+GAIN_GROWS = "The gain grows with length (PVM)"
+KEEPS_GENERATING = "PVM keeps a long generation right where the base does not (PVM)"
+BEATS_LORA_IN_SIGHT = "PVM beats LoRA where the image is never hidden (ours)"
+RAW_MEMORY = "A memory of raw visual embeddings beats one of hidden states (PVM)"
+COSTS_NOTHING = "DIPE costs no more than one point without text in between (DIPE)"
+KEEPS_FLAT = "DIPE keeps accuracy flat to within five points (DIPE)"
+TDRS_HELPS = "T-DRS helps (T-DRS)"
+BOTH_BEAT_PVM = "PVM + DIPE beats PVM (ours)"
+BOTH_BEAT_DIPE = "PVM + DIPE beats DIPE (ours)"
 
 
 @dataclass(frozen=True)
@@ -33,13 +47,15 @@ class Claim:
 
     Attributes:
         text: The claim, with its paper.
-        verdict: "holds", "does not hold" or "cannot be told here".
+        verdict: "holds", "does not hold", "cannot be told" or "not tested".
         numbers: Why.
+        setting: Under which it was tested, where there are several.
     """
 
     text: str
     verdict: str
     numbers: str
+    setting: str = ""
 
 
 def verdict_on(difference: float, standard_error: float, margin: float = 0.0) -> str:
@@ -47,6 +63,13 @@ def verdict_on(difference: float, standard_error: float, margin: float = 0.0) ->
     if abs(difference - margin) <= 2 * standard_error:
         return UNCLEAR
     return HOLDS if difference > margin else FAILS
+
+
+def verdict_on_decay(fit: PowerLaw) -> str:
+    """Whether attention falls as 1/t or faster. A fit so loose that any exponent would do says nothing."""
+    if verdict_on(fit.exponent, fit.standard_error, margin=1.0) == FAILS:
+        return FAILS
+    return HOLDS if fit.standard_error <= LARGEST_ERROR else UNCLEAR
 
 
 def claims(results: Results) -> list[Claim]:
@@ -68,30 +91,28 @@ def _fading(results: Results) -> Iterator[Claim]:
         return
     lengths = [length for length in base.keys("one mosaic") if length >= SHORTEST_FADING]
     layers = list(zip(*(base.mean_mass(length) for length in lengths)))
-    text = "Attention to the image decays as O(1/t) (PVM, theorem 3.1)"
     fits = [fit_power_law(lengths, masses) for masses in [[sum(at) / len(at) for at in zip(*layers)], *layers]]
     if any(fit is None for fit in fits):
         return
     mean, *by_layer = [fit for fit in fits if fit is not None]
-    # An exponent of 1, or more, is what the claim says; a fit that tells so little that any would do says nothing.
-    below = verdict_on(mean.exponent, mean.standard_error, margin=1.0) == FAILS
-    verdict = FAILS if below else HOLDS if mean.standard_error <= LARGEST_ERROR else UNCLEAR
     exponents = ", ".join(f"{fit.exponent:.2f}" for fit in by_layer)
     numbers = (
         f"mass ~ t^-a over {lengths[0]} to {lengths[-1]:,} bytes: a = {mean.exponent:.2f} ± {mean.standard_error:.2f} "
         f"for the mean over layers; by layer {exponents}"
     )
-    yield Claim(text, verdict, numbers)
+    yield Claim(DECAYS, verdict_on_decay(mean), numbers)
 
 
 def _difference(better: Cell, worse: Cell) -> tuple[float, float]:
     return better.mean - worse.mean, math.hypot(better.standard_error, worse.standard_error)
 
 
-def _compare(text: str, better: Entry, worse: Entry, length: int = FAR, margin: float = 0.0) -> Claim:
+def _compare(
+    text: str, better: Entry, worse: Entry, length: int = FAR, margin: float = 0.0, setting: str = ""
+) -> Claim:
     ours, theirs = (entry.cell("one mosaic", length) for entry in (better, worse))
     numbers = f"after {length:,} bytes {ours} against {theirs}"
-    return Claim(text, verdict_on(*_difference(ours, theirs), margin), numbers)
+    return Claim(text, verdict_on(*_difference(ours, theirs), margin), numbers, setting)
 
 
 def _both(results: Results, one: str, other: str, recipe: str = MAIN_RECIPE) -> tuple[Entry, Entry] | None:
@@ -107,7 +128,8 @@ def _pvm_against_controls(results: Results) -> Iterator[Claim]:
         if pvm is None or not controls:
             continue
         for control in controls:
-            yield _compare(f"PVM beats {METHODS[control.method].title} of its size, {training} (PVM)", pvm, control)
+            text = BEATS_LORA if control.method == "lora" else BEATS_MLP
+            yield _compare(text, pvm, control, setting=training)
         gains = []
         for length in (NEAR, FAR):
             cells = [control.cell("one mosaic", length) for control in controls]
@@ -115,7 +137,7 @@ def _pvm_against_controls(results: Results) -> Iterator[Claim]:
         (near, near_error), (far, far_error) = gains
         verdict = verdict_on(far - near, math.hypot(near_error, far_error))
         numbers = f"over the better control: {near:+.3f} after {NEAR} bytes, {far:+.3f} after {FAR:,}"
-        yield Claim(f"The gain grows with length, {training} (PVM)", verdict, numbers)
+        yield Claim(GAIN_GROWS, verdict, numbers, training)
     found = _both(results, "pvm", "base")
     if found is not None:
         ours, base = found
@@ -124,15 +146,15 @@ def _pvm_against_controls(results: Results) -> Iterator[Claim]:
             f"round {number}: {ours.cell('transcription', number)} against {base.cell('transcription', number)}"
             for number in (4, LATE, 28)
         )
-        yield Claim("PVM keeps a long generation right where the base does not (PVM)", verdict, numbers)
+        yield Claim(KEEPS_GENERATING, verdict, numbers)
     found = _both(results, "pvm", "lora", "plain-1024")
     if found is not None:
-        yield _compare("PVM beats LoRA where the image is never hidden (ours)", *found)
+        yield _compare(BEATS_LORA_IN_SIGHT, *found)
 
 
 def _pvm_against_pvm(results: Results) -> Iterator[Claim]:
     for text, worse in (
-        ("A memory of raw visual embeddings beats one of hidden states (PVM)", "pvm-hidden-states"),
+        (RAW_MEMORY, "pvm-hidden-states"),
         ("Strided layers beat adjacent ones (PVM)", "pvm-adjacent"),
         ("Strided layers beat late ones (PVM)", "pvm-late"),
         ("A narrow branch beats one twice as wide (PVM)", "pvm-r128"),
@@ -147,30 +169,25 @@ def _dipe(results: Results) -> Iterator[Claim]:
     if found is None:
         return
     dipe, base = found
-    yield _compare(
-        "DIPE costs no more than one point without text in between (DIPE)", dipe, base, length=0, margin=-0.01
-    )
+    yield _compare(COSTS_NOTHING, dipe, base, length=0, margin=-0.01)
     start, *_, end = dipe.keys("one mosaic")
     near, far = (dipe.cell("one mosaic", length) for length in (start, end))
     numbers = f"{near} after {start} bytes, {far} after {end:,}"
-    yield Claim(
-        "DIPE keeps accuracy flat to within five points (DIPE)",
-        verdict_on(*_difference(far, near), margin=-0.05),
-        numbers,
-    )
+    yield Claim(KEEPS_FLAT, verdict_on(*_difference(far, near), margin=-0.05), numbers)
 
 
 def _tdrs(results: Results) -> Iterator[Claim]:
     for name in ("t-drs-sd", "t-drs-dc", "t-drs-re", "t-drs"):
         found = _both(results, name, "base")
         if found is not None:
-            yield _compare(f"{METHODS[name].title} helps (T-DRS)", *found, length=NEAR)
+            text = TDRS_HELPS if name == "t-drs" else f"{METHODS[name].title} helps (T-DRS)"
+            yield _compare(text, *found, length=NEAR)
 
 
 def _together(results: Results) -> Iterator[Claim]:
     for text, better, worse in (
-        ("PVM + DIPE beats PVM (ours)", "pvm+dipe", "pvm"),
-        ("PVM + DIPE beats DIPE (ours)", "pvm+dipe", "dipe"),
+        (BOTH_BEAT_PVM, "pvm+dipe", "pvm"),
+        (BOTH_BEAT_DIPE, "pvm+dipe", "dipe"),
         ("LoRA + PVM beats PVM (ours; it has twice the parameters)", "lora+pvm", "pvm"),
     ):
         found = _both(results, better, worse)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -12,8 +11,12 @@ from peft_pvm.demo.mosaic import NUM_CELLS
 from peft_pvm.folders.replacing import write_file
 from peft_pvm.utils.plotting import as_png, line_look, logarithmic, new_figure, styled
 
-from .claims import claims
+from .claims import NOT_TESTED, Claim, claims
+from .markdown import folded, machines, one_level_down, table
 from .methods import METHODS
+from .real.claims import claims as real_claims
+from .real.report import draw_real, read_bases, render_base
+from .real.summary import Results as RealResults
 from .runs import MAIN_RECIPE, RECIPES
 from .summary import Entry, Results
 
@@ -31,23 +34,99 @@ IN_PICTURES = {
 
 
 def write_report(results: str | os.PathLike, docs: str | os.PathLike) -> Path:
-    """Write `results.md` and `figures/recall.png`: the same bytes from the same results.
+    """Write `results.md`, `figures/recall.png` and `figures/real.png`: the same bytes from the same results.
 
     Args:
-        results: Folder of JSON files.
+        results: Folder of JSON files of the toy. Its folders of the real bases are read if they have results.
         docs: Folder to write to.
 
     Returns:
         The page.
 
     Raises:
-        FileNotFoundError: There are no results.
+        FileNotFoundError: There are no results of the toy.
+        ValueError: Results are damaged, or cannot be compared.
     """
-    found = Results(results)
-    write_file(Path(docs) / "figures" / "recall.png", draw_recall(found))
+    toy, bases = Results(results), read_bases(results)
+    figures = Path(docs) / "figures"
+    write_file(figures / "recall.png", draw_recall(toy))
+    if bases:
+        write_file(figures / "real.png", draw_real(next(iter(bases.values()))))
     page = Path(docs) / "results.md"
-    write_file(page, render(found))
+    write_file(page, render(toy, bases))
     return page
+
+
+def render(toy: Results, bases: Mapping[str, RealResults]) -> str:
+    """The page, in Markdown.
+
+    Args:
+        toy: What is there of the toy.
+        bases: What is there of real bases, by what the page calls them.
+    """
+    by_base = {"The toy": claims(toy), **{title: real_claims(results) for title, results in bases.items()}}
+    parts = [
+        "# Results",
+        "",
+        "Written by `python -m experiments report` from the JSON in `experiments/results/`; do not edit. "
+        "[A real language model](real-model.md) and, for the toy, [the lab](lab.md) say what is tested and how, and "
+        "what else was found.",
+        *_real_picture(bases),
+        *_claims(by_base),
+    ]
+    for title, results in bases.items():
+        parts += ["", f"## {title}", "", *render_base(results)]
+    return "\n".join([*parts, "", "## The toy", "", *one_level_down(_toy(toy))]) + "\n"
+
+
+def _real_picture(bases: Mapping[str, RealResults]) -> list[str]:
+    if not bases:
+        return []
+    title = next(iter(bases))
+    return [
+        "",
+        f"![Accuracy by tokens of text, {title.lower()}](figures/real.png)",
+        "",
+        f"{title}. Bars: standard deviation over seeds of training; without training, standard error over rows. "
+        "Dotted: guessing. Points that share a length are drawn side by side.",
+    ]
+
+
+def _claims(by_base: Mapping[str, Sequence[Claim]]) -> list[str]:
+    texts = list(dict.fromkeys(claim.text for found in by_base.values() for claim in found))
+    verdicts, numbers = [], []
+    for text in texts:
+        same = {title: [claim for claim in found if claim.text == text] for title, found in by_base.items()}
+        verdicts.append((text, *map(_verdicts, same.values())))
+        numbers += [
+            (text, title, claim.setting, claim.verdict, claim.numbers)
+            for title, found in same.items()
+            for claim in found
+            if claim.verdict != NOT_TESTED
+        ]
+    return [
+        "",
+        "## The papers' claims and ours",
+        "",
+        "A difference counts if it is more than twice its standard error. On the toy, this is the error over seeds, "
+        "without training over rows. On a real base, differences are paired by row. Their squared error is that over "
+        "rows plus that over the seeds of each trained method. It is at least 1.5 answers, since rows that all agree "
+        "do not show that no other row would differ.",
+        "",
+        *table(("Claim", *by_base), verdicts),
+        "",
+        *folded("The numbers", table(("Claim", "Base", "Setting", "Verdict", "Numbers"), numbers)),
+    ]
+
+
+def _verdicts(found: Sequence[Claim]) -> str:
+    """One word if all settings agree; else each verdict with its settings."""
+    settings: dict[str, list[str]] = {}
+    for claim in found:
+        settings.setdefault(claim.verdict, []).append(claim.setting)
+    if len(settings) > 1:
+        return "<br>".join(f"{verdict}: {'; '.join(names)}" for verdict, names in settings.items())
+    return next(iter(settings), NOT_TESTED)
 
 
 @styled
@@ -82,8 +161,8 @@ def draw_recall(results: Results) -> bytes:
     return as_png(figure)
 
 
-def render(results: Results) -> str:
-    """The page, in Markdown."""
+def _toy(results: Results) -> Iterator[str]:
+    """The part about the toy: setting, picture and tables."""
     tested = {recipe for _, recipe in results.entries} | {MAIN_RECIPE}
     by_recipe = {
         recipe: [entry for entry in results.under(recipe) if recipe == MAIN_RECIPE or entry.recipe == recipe]
@@ -92,45 +171,25 @@ def render(results: Results) -> str:
     }
     everything = [entry for entries in by_recipe.values() for entry in entries]
     lengths = everything[0].keys("one mosaic")
-    parts = [
-        *_head(results),
-        *_claims(results),
-        *_one_mosaic(by_recipe),
-        *_transcription(everything),
-        *_attention(everything, lengths),
-        *_retrieval(everything, lengths),
-    ]
+    yield from _setting(results)
+    yield from _picture(results)
+    yield from _one_mosaic(by_recipe)
+    yield from _transcription(everything)
+    yield from _attention(everything, lengths)
+    yield from _retrieval(everything, lengths)
     for form in ("two mosaics", "three mosaics"):
-        parts += ["", f"## {form.capitalize()}, by bytes of text", "", *_accuracies_table(everything, form)]
-    return "\n".join(parts) + "\n"
+        yield from ["", f"## {form.capitalize()}, by bytes of text", "", *_accuracies_table(everything, form)]
 
 
-def _head(results: Results) -> list[str]:
+def _picture(results: Results) -> list[str]:
     trained = {name for name, recipe in results.entries if recipe is not None}
     return [
-        "# Results",
-        "",
-        "Written by `python -m experiments report` from the JSON in `experiments/results/`; do not edit. What is "
-        "tested and how is in [the lab](lab.md), what was found beside these numbers too.",
-        "",
-        *_setting(results),
         "",
         "![Accuracy by distractor length, and by cells written](figures/recall.png)",
         "",
         "Bands: standard deviation over seeds. Dotted: guessing. Training: "
         + ", ".join(f"{METHODS[name].title} {recipe}" for name, recipe in IN_PICTURES.items() if name in trained)
         + ".",
-    ]
-
-
-def _claims(results: Results) -> list[str]:
-    return [
-        "",
-        "## The papers' claims, here",
-        "",
-        "A difference counts if it is more than twice its standard error.",
-        "",
-        *_table(("Claim", "Here", "Numbers"), [astuple(claim) for claim in claims(results)]),
     ]
 
 
@@ -173,7 +232,7 @@ def _attention(entries: Sequence[Entry], lengths: Sequence[int]) -> list[str]:
         "",
         "Mean over layers, heads, questions and seeds. PVM's retrieval is not in it: it has a softmax of its own.",
         "",
-        *_table(("Method", *map(str, lengths)), masses),
+        *table(("Method", *map(str, lengths)), masses),
     ]
 
 
@@ -189,13 +248,11 @@ def _retrieval(entries: Sequence[Entry], lengths: Sequence[int]) -> list[str]:
         "",
         f"Mean over heads, questions and seeds; chance is {1 / NUM_CELLS:.3f}.",
         "",
-        *_table(("Method", "Layer", *map(str, lengths)), retrieved),
+        *table(("Method", "Layer", *map(str, lengths)), retrieved),
     ]
 
 
 def _setting(results: Results) -> list[str]:
-    packages = ("torch", "transformers", "peft", "Python", "Platform", "CPU threads", "GPU")
-    environments = {tuple(file["environment"][name] for name in packages) for file in results.files}
     seeds = sorted({file["seed"] for file in results.files if file["recipe"] is not None})
     recipe = next((file["training"]["recipe"] for file in results.files if file["training"]), None)
     rows = len(next(iter(results.files[0]["right of nine"]["one mosaic"].values())))
@@ -205,9 +262,7 @@ def _setting(results: Results) -> list[str]:
             f"- Seeds of training: {', '.join(map(str, seeds))}; learning rate {recipe['learning_rate']}. The base is "
             "frozen and the same for all; so are the questions that they train on."
         )
-    for environment in sorted(environments):
-        lines.append("- Machine: " + ", ".join(map(" ".join, zip(packages, environment))) + ".")
-    return lines
+    return [*lines, *machines(file["environment"] for file in results.files)]
 
 
 def _label(entry: Entry) -> str:
@@ -231,9 +286,4 @@ def _accuracies_table(
         )
         for entry in entries
     ]
-    return _table(("Method", "Parameters", "Runs", *map(str, keys)), rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return table(("Method", "Parameters", "Runs", *map(str, keys)), rows)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft_pvm.demo.mosaic import NUM_CELLS
 from peft_pvm.demo.recall import Accuracy
@@ -15,6 +16,11 @@ from peft_pvm.folders.data_file import holding, read_json
 
 from .methods import METHODS
 from .runs import MAIN_RECIPE
+
+
+OF_MACHINES = ("torch", "transformers", "peft", "Python", "Platform", "CPU threads", "GPU")  # of their environment
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,48 @@ class Cell:
     spread: float
     standard_error: float
 
+    @classmethod
+    def of(cls, runs: Sequence[Accuracy]) -> Cell:
+        """The summary of one or several runs."""
+        if len(runs) == 1:
+            return cls(runs[0].value, *[runs[0].standard_error] * 2)
+        values = [accuracy.value for accuracy in runs]
+        spread = statistics.stdev(values)
+        return cls(statistics.fmean(values), spread, spread / math.sqrt(len(values)))
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.spread:.3f}"
+
+
+def read_results(
+    folder: str | os.PathLike, paths: Iterable[Path], command: str, parse: Callable[[dict[str, Any]], T]
+) -> list[T]:
+    """Read files of results that are to be compared.
+
+    Args:
+        folder: Where they lie, for the errors.
+        paths: The files.
+        command: What writes them.
+        parse: Takes the content of one apart.
+
+    Returns:
+        What `parse` made of each, in the order of their names.
+
+    Raises:
+        FileNotFoundError: There are none.
+        ValueError: A file is none of those, or they were made with different bases.
+    """
+    parsed, bases = [], set()
+    for path in sorted(paths):
+        file = read_json(path)
+        with holding(path, f"what python -m experiments {command} writes"):
+            parsed.append(parse(file))
+            bases.add(str(file["base"]))
+    if not parsed:
+        raise FileNotFoundError(f"There are no results in {folder}. Make some first: python -m experiments {command}")
+    if len(bases) > 1:
+        raise ValueError(f"The results in {folder} are of different bases, {sorted(bases)}, and cannot be compared.")
+    return parsed
 
 
 @dataclass(frozen=True)
@@ -57,12 +103,7 @@ class Entry:
 
     def cell(self, form: str, key: int) -> Cell:
         """Summary of one column."""
-        accuracies = [run[form][key] for run in self.runs]
-        if len(accuracies) == 1:
-            return Cell(accuracies[0].value, *[accuracies[0].standard_error] * 2)
-        values = [accuracy.value for accuracy in accuracies]
-        spread = statistics.stdev(values)
-        return Cell(statistics.fmean(values), spread, spread / math.sqrt(len(values)))
+        return Cell.of([run[form][key] for run in self.runs])
 
     def mean_mass(self, length: int) -> list[float]:
         """Visual attention mass at the questions for each layer, averaged over seeds."""
@@ -90,17 +131,7 @@ class Results:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.files = []
-        for path in sorted(Path(folder).glob("*.json")):
-            file = read_json(path)
-            with holding(path, "what python -m experiments eval writes"):
-                _entries([file])
-            self.files.append(file)
-        if not self.files:
-            raise FileNotFoundError(f"There are no results in {folder}. Make some first: python -m experiments eval")
-        bases = sorted({file["base"] for file in self.files})
-        if len(bases) > 1:
-            raise ValueError(f"The results in {folder} are of different bases, {bases}, and cannot be compared.")
+        self.files = read_results(folder, Path(folder).glob("*.json"), "eval", _checked)
         self.entries = _entries(self.files)
 
     def only(self, method: str, recipe: str | None, seed: int) -> Entry:
@@ -123,6 +154,11 @@ class Results:
         """All methods that were tested under a recipe, in the order of `METHODS`, those without training included."""
         found = [self.find(name, recipe) for name in METHODS]
         return [entry for entry in found if entry is not None]
+
+
+def _checked(file: dict[str, Any]) -> dict[str, Any]:
+    _entries([file])
+    return file
 
 
 def _entries(files: list[dict[str, Any]]) -> dict[tuple[str, str | None], Entry]:

@@ -1,0 +1,29 @@
+"""What the parts of the report are made of: tables, parts that are folded away, machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from .summary import OF_MACHINES
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def folded(summary: str, lines: Iterable[str]) -> list[str]:
+    """Lines that a reader unfolds, on GitHub and, by its extension `md_in_html`, in mkdocs."""
+    return ['<details markdown="1">', f"<summary>{summary}</summary>", "", *lines, "", "</details>"]
+
+
+def one_level_down(lines: Iterable[str]) -> list[str]:
+    """The same under a heading: each of their headings one level lower."""
+    return [f"#{line}" if line.startswith("#") else line for line in lines]
+
+
+def machines(environments: Iterable[Mapping[str, str]]) -> list[str]:
+    """One line for each machine that results come from."""
+    found = {tuple(environment[name] for name in OF_MACHINES) for environment in environments}
+    return ["- Machine: " + ", ".join(map(" ".join, zip(OF_MACHINES, values))) + "." for values in sorted(found)]
