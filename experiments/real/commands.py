@@ -28,6 +28,7 @@ from peft_pvm.utils.terminal import Terminal, say
 
 from .chats import make_real_chats
 from .evaluation import LENGTHS, TASKS, WRITING, EvalPlan, Place, evaluate, planned, table_of
+from .export import export_adapters
 from .language_model import PACKAGE, load_language_model
 from .methods import METHODS
 from .runs import load_questions, train_method
@@ -163,10 +164,23 @@ def chats_command(
     say(out)
 
 
+def export_command(
+    base: Base,
+    adapter: Annotated[list[str], typer.Option(help="Folders of adapters that act together.")],
+    trained_by: Annotated[str, typer.Option(help="The command that trained them, for their cards.")],
+    out: Annotated[Path, typer.Option(callback=new_folder, help="Folder for them; each keeps its name in it.")],
+    results: Annotated[Path, typer.Option(help="Folder of the results on the real base.")] = RECORDED,
+) -> None:
+    """Copy adapters of the real base, rounded to bf16, with cards that hold their results."""
+    for folder in export_adapters(base, adapter, trained_by, results, out):
+        say(folder)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "train-real-base": train_command,
     "real-base": build_command,
     "real-train": train_methods_command,
     "real-eval": evaluate_command,
     "real-chats": chats_command,
+    "real-export": export_command,
 }

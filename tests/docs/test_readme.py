@@ -38,7 +38,7 @@ def test_it_is_short():
 
 
 LINKING = [
-    path for pattern in ("*.md", "docs/**/*.md", "adapters/*/README.md") for path in sorted(REPOSITORY.glob(pattern))
+    path for pattern in ("*.md", "docs/**/*.md", "adapters/**/README.md") for path in sorted(REPOSITORY.glob(pattern))
 ]
 
 

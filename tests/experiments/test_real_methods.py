@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +12,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forwards import difference
 from language_models import read_chat, tiny_language_model
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from experiments.methods import attach, trained_parameters
 from experiments.real import evaluation, methods, writing
 from experiments.real.evaluation import TASKS, EvalPlan, Place, Run, evaluate, planned, table_of
+from experiments.real.export import export_adapters
 from experiments.real.methods import METHODS, PVM_PARAMETERS, Training
 from experiments.real.runs import load_method, train_method
 from experiments.real.vlm import new_vlm, save_vlm
 from experiments.real.writing import transcribe
-from peft_pvm import DIPEConfig
+from peft_pvm import DIPEConfig, load_adapters
 from peft_pvm.demo import train
 from peft_pvm.demo.mosaic import NUM_CELLS, Batch, Pictures
 from peft_pvm.demo.questions import PLACES, Questions
 from peft_pvm.tuners.active import acting_adapters
+from peft_pvm.tuners.saving import save_adapter
 
 
 BASE = Path(__file__).parents[2] / "runs" / "real" / "base"
@@ -355,3 +360,28 @@ def test_methods_and_adapters_act_while_they_are_tested(folder, asked, tmp_path)
     get_peft_model(model, DIPEConfig(max_distance=6)).save_pretrained(near)
     with pytest.raises(ValueError, match="has results with adapters"):
         evaluate(Place(folder), [], [near], plan, tmp_path / "results")
+
+
+def test_exported_adapters_are_those_in_bf16(short, folder, questions, tmp_path):
+    train_method("dipe+lora", 0, folder, tmp_path / "runs")
+    trained, _ = load_method("dipe+lora", 0, folder, tmp_path / "runs")
+    sources = [str(save_adapter(trained, name, tmp_path / name)) for name in ("dipe", "lora")]
+    together = "+".join(sources)
+    tested = evaluate(Place(folder), [Run("base")], [together], PLAN, tmp_path / "results")
+    exported = export_adapters(folder, sources, "a command", tmp_path / "results", tmp_path / "shared")
+    assert [path.name for path in exported] == ["dipe", "lora"]
+    for parameter in trained_parameters(trained.requires_grad_(True)).values():
+        parameter.data = parameter.data.bfloat16().float()
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that what belongs together is not there
+        load_adapters(model, list(map(str, exported)))
+    assert difference(logits(model.eval(), questions), logits(trained.eval(), questions)) < 1e-2
+    assert {tensor.dtype for tensor in load_file(exported[1] / "adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    card = (exported[1] / "README.md").read_text()
+    assert "`a command`, rounded to bf16" in card
+    accuracy = tested[together].accuracy(20, 2)
+    assert f"{accuracy.value:.3f} ± {accuracy.standard_error:.3f} |" in card
+    assert f"{exported[0]}, {exported[1]}" in card.replace("'", "")
