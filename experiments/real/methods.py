@@ -124,7 +124,7 @@ METHODS: dict[str, RealMethod] = {
     "lora-short": RealMethod(
         "LoRA, short texts",
         _lora,
-        training=Training(steps=200, several=True, learning_rate=1e-3),
+        training=Training(steps=100, several=True, learning_rate=1e-3),
     ),
     "lora-several": RealMethod(
         "LoRA, several pictures and turns",
@@ -161,6 +161,6 @@ METHODS: dict[str, RealMethod] = {
     "dipe+lora": RealMethod(
         "DIPE as published + LoRA trained under it",
         lambda: {**_dipe(0)(), **_lora()},
-        training=Training(steps=200, several=True, learning_rate=1e-3),
+        training=Training(steps=100, several=True, learning_rate=1e-3),
     ),
 }
