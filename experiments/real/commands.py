@@ -19,6 +19,8 @@ from peft_pvm.utils.terminal import Terminal, say
 
 from .chats import make_real_chats
 from .evaluation import LENGTHS, METHODS, TASKS, EvalPlan, evaluate, table_of
+from .findings import FINDINGS, FindingPlan, find
+from .findings_page import render_findings
 from .language_model import PACKAGE, load_language_model
 from .questions import Questions
 from .trained import build_base, save_trained
@@ -116,9 +118,33 @@ def chats_command(
     say(out)
 
 
+def findings_command(
+    base: Annotated[Path, typer.Option(help="Folder of the real base.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(callback=one_of(FINDINGS), help=f"One or several of: {', '.join(FINDINGS)}; by default all."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Folders of adapters, which `text` tests beside the methods.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, max=MANY, help="Of each finding; by default as many as are recorded.")
+    ] = None,
+    split: Annotated[
+        Split, typer.Option(help="Where digits and text come from: validation to choose by, test to report.")
+    ] = "test",
+    results: Annotated[Path, typer.Option(callback=new_folder, help="Folder of the findings.")] = RECORDED / "findings",
+    seed: Seed = 0,
+) -> None:
+    """Measure what is behind the real base's results, finding by finding. What was measured before is kept."""
+    find(base, FindingPlan(tuple(only or FINDINGS), rows, split, seed), results, adapter or [])
+    say(render_findings(results))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "train-real-base": train_command,
     "real-base": build_command,
     "real-eval": evaluate_command,
     "real-chats": chats_command,
+    "real-findings": findings_command,
 }

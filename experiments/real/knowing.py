@@ -1,0 +1,165 @@
+"""What the real base knows: what a linear probe reads from its residual stream, and how well it predicts text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft_pvm.demo.mosaic import NUM_CELLS, Split, draw_pictures
+from peft_pvm.demo.train import step_generator
+from peft_pvm.probe.observers import layers_observed
+from peft_pvm.tokens.families import find_vlm
+from peft_pvm.training.hidden import images_hidden
+from peft_pvm.tuners.active import attached
+from peft_pvm.tuners.saving import load_adapters
+
+from ..base import fingerprint
+from ..pvm_limits import probe_accuracy
+from .evaluation import METHODS
+from .questions import START_OF_TURN, Turn
+from .study import Cell, Study
+
+
+FITTED_ON = 4  # times as many rows as the probes are tested on
+PROBED = (("in sight", 0), ("hidden", 0), ("in sight", 1024))  # the image, and tokens of text in between
+WINDOW = 1024  # tokens of text
+READERS = ("base", "dipe-128", "dipe", "t-drs")
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual stream where the model is about to write a digit.
+
+    Attributes:
+        layers: What each decoder layer gives, `(layers, digits, hidden_size)`, fp32.
+        cells: Which cell each digit is in, `(digits,)`.
+        digits: The digits, as tokens, `(digits,)`.
+    """
+
+    layers: torch.Tensor
+    cells: torch.Tensor
+    digits: torch.Tensor
+
+
+def readable(study: Study) -> None:
+    """Linear probes of the residual stream, fitted on the split "train": the asked cell, and the digit in it."""
+    for image, text_tokens in PROBED:
+
+        def probe(image: str = image, text_tokens: int = text_tokens) -> Cell:
+            hidden = image == "hidden"
+            fitted = streams(study, "train", FITTED_ON * study.rows, text_tokens, hidden)
+            tested = streams(study, study.split, study.rows, text_tokens, hidden)
+            layers = list(zip(fitted.layers, tested.layers))
+            return {
+                "cell by layer": [
+                    round(probe_accuracy(seen, fitted.cells, new, tested.cells), 4) for seen, new in layers
+                ],
+                "digit by layer": [
+                    round(probe_accuracy(seen, fitted.digits, new, tested.digits), 4) for seen, new in layers
+                ],
+            }
+
+        study.measured(f"image {image}", text_tokens, probe)
+
+
+@torch.no_grad()
+def streams(study: Study, split: Split, rows: int, text_tokens: int, hidden: bool) -> Streams:
+    """Let the base read rows, and keep its residual stream at the tokens that predict digits.
+
+    Args:
+        study: Its base is read.
+        split: Where digits and text come from.
+        rows: Rows of nine digits.
+        text_tokens: Tokens of text between image and question.
+        hidden: Whether no text token can attend to the image.
+    """
+    vlm = find_vlm(study.model)
+    kept, cells, digits = [], [], []
+    for row in range(rows):
+        batch = study.draw(row, text_tokens, split)
+        asked = batch.inputs["logits_to_keep"]
+        num_queries = batch.inputs["input_ids"].shape[1] - int(asked[0])
+        with (
+            image_hidden(study.model) if hidden else contextlib.nullcontext(),
+            layers_observed(vlm, num_queries) as outputs,
+        ):
+            study.model(**batch.inputs, use_cache=False)
+        kept.append(torch.cat(outputs)[:, asked - asked[0]].float())
+        cells.append(study.cells_of(batch))
+        digits.append(batch.targets[0])
+    return Streams(torch.cat(kept, 1), torch.cat(cells), torch.cat(digits))
+
+
+@contextlib.contextmanager
+def image_hidden(model: nn.Module) -> Iterator[None]:
+    """Hide images from text in the forwards of a block, without gradients.
+
+    Images are hidden in training alone, so the model trains, but nothing of it requires gradients. The real base has
+    no dropout.
+
+    Args:
+        model: The base, in eval mode.
+    """
+    model.requires_grad_(False).train()
+    try:
+        with images_hidden(find_vlm(model)), torch.enable_grad():
+            yield
+    finally:
+        model.eval()
+
+
+def text(study: Study) -> None:
+    """The loss of held-out text, alone and behind an image, with methods and adapters. Rows are windows of text."""
+    for name in READERS:
+        config = METHODS[name]
+        with attached(study.model, *([] if config is None else [config])):
+            _read(study, name, lambda: study.model)
+    for folder in study.adapters:
+        # Another adapter may have the same name: its weights tell them apart.
+        weights = fingerprint(Path(folder, "adapter_model.safetensors"))
+        model = study.fresh_model()
+        load_adapters(model, [folder])
+        _read(study, f"{Path(folder).name} ({weights})", lambda model=model: model)
+
+
+def _read(study: Study, case: str, model: Callable[[], nn.Module]) -> None:
+    for condition, behind_image in {"alone": False, "behind an image": True}.items():
+        study.measured(
+            case, condition, lambda behind_image=behind_image: {"loss": text_losses(model(), study, behind_image)}
+        )
+
+
+@torch.no_grad()
+def text_losses(model: nn.Module, study: Study, behind_image: bool) -> list[float]:
+    """How well a model predicts consecutive windows of held-out text.
+
+    Args:
+        model: The model, with adapters or without.
+        study: Has the text.
+        behind_image: Whether a mosaic stands before each window. The same tokens are predicted with it and without.
+
+    Returns:
+        For each window, the mean of -log p over its tokens from the second on, in nats, not rounded.
+
+    Raises:
+        ValueError: There are not so many windows in the split.
+    """
+    questions, generator = study.questions, step_generator(study.seed, 0)
+    windows = questions.draw_text(study.split, 1, Turn(text_tokens=study.rows * WINDOW), generator).view(-1, WINDOW)
+    opening = questions.tokenizer(f"{START_OF_TURN}user\n", add_special_tokens=False).input_ids
+    before = torch.tensor([*opening, *[questions.visual] * NUM_CELLS])
+    losses = []
+    for row, window in enumerate(windows):
+        inputs = {"input_ids": window[None]}
+        if behind_image:
+            pictures = draw_pictures(study.split, 1, 0, 1, step_generator(study.seed, row))
+            inputs = {"input_ids": torch.cat([before, window])[None], "pixel_values": pictures.mosaics * 2 - 1}
+        logits = model(**inputs, use_cache=False, logits_to_keep=WINDOW).logits[0, :-1].float()
+        losses.append(F.cross_entropy(logits, window[1:]).item())
+    return losses

@@ -1,0 +1,144 @@
+"""A finding about the real base: what it is measured with, and the JSON file that keeps each number at once."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from peft_pvm.cli.refusals import reading
+from peft_pvm.demo.mosaic import Batch, Split
+from peft_pvm.demo.train import step_generator
+from peft_pvm.env import environment
+from peft_pvm.folders.base_checkpoint import SINGLE
+from peft_pvm.folders.data_file import holding, read_json, write_json
+from peft_pvm.utils.terminal import say
+
+from ..base import fingerprint
+from .questions import Questions, Turn
+
+
+Cell = dict[str, Any]  # what was measured under one condition
+Cells = dict[str, dict[str, Cell]]  # by case, such as a method, and by condition, such as tokens of text
+
+
+@dataclass
+class Study:
+    """What one finding is measured with. Every cell is written as soon as it is there, and is not measured again.
+
+    Args:
+        finding: Its name.
+        base: Folder of the real base.
+        path: The JSON file, read if it is there.
+        rows: Rows of nine questions in a cell, or what the finding counts instead.
+        split: Where digits and text come from.
+        seed: Decides them.
+        adapters: Folders of adapters, for a finding that tests adapters.
+
+    Attributes:
+        cells: What was measured.
+
+    Raises:
+        FileNotFoundError: There is no such base.
+        ValueError: The base or the file cannot be read, or the file is about something else.
+    """
+
+    finding: str
+    base: str | os.PathLike
+    path: Path
+    rows: int
+    split: Split = "test"
+    seed: int = 0
+    adapters: tuple[str, ...] = ()
+    cells: Cells = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.questions = Questions.of(self.base)
+        self.about = {
+            "finding": self.finding,
+            "base": fingerprint(Path(self.base, SINGLE)),
+            "split": self.split,
+            "seed": self.seed,
+            "rows": self.rows,
+        }
+        if self.path.is_file():
+            self.cells = read_cells(self.path, self.about)
+
+    @functools.cached_property
+    def model(self) -> LlavaForConditionalGeneration:
+        """The base, read once it is needed, without adapters."""
+        return self.fresh_model()
+
+    def fresh_model(self) -> LlavaForConditionalGeneration:
+        """The base, read anew."""
+        with reading("the real base", self.base):
+            return LlavaForConditionalGeneration.from_pretrained(self.base).eval()
+
+    def draw(self, row: int, text_tokens: int = 0, split: Split | None = None) -> Batch:
+        """A row of the task look-up, the same that `real-eval` asks; its targets are the nine digits.
+
+        Args:
+            row: Its number.
+            text_tokens: Tokens of text between image and question.
+            split: Another one than the study's.
+        """
+        generator = step_generator(self.seed, row)
+        turn = Turn(text_tokens=text_tokens)
+        return self.questions.only_digits(self.questions.draw(split or self.split, 1, [turn], generator))
+
+    def cells_of(self, batch: Batch) -> torch.Tensor:
+        """Which cell each digit of a row is in, by the place named before it: `(9,)`."""
+        ids, asked = batch.inputs["input_ids"][0], batch.inputs["logits_to_keep"]
+        named = torch.stack([ids[asked - 2], ids[asked - 1]], 1)  # row, column, space: then comes the digit
+        return (named[:, None] == self.questions.places).all(-1).nonzero()[:, 1]
+
+    def measured(self, case: str, condition: object, measure: Callable[[], Cell]) -> Cell:
+        """A cell: from the file, or measured and written.
+
+        Args:
+            case: Such as a method.
+            condition: Such as a number of tokens.
+            measure: Measures it.
+        """
+        cells = self.cells.setdefault(case, {})
+        if str(condition) not in cells:
+            start = time.process_time()
+            cell = measure()
+            cells[str(condition)] = {**cell, "CPU seconds": round(time.process_time() - start, 1)}
+            write_json(self.path, {**self.about, "measured": self.cells, "environment": environment()})
+            say(f"{self.finding}: {case}, {condition}", err=True)
+        return cells[str(condition)]
+
+
+def read_cells(path: Path, about: Mapping[str, Any]) -> Cells:
+    """What a study has written.
+
+    Args:
+        path: Its file.
+        about: What it must be about.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged, or about something else.
+    """
+    content = read_json(path)
+    with holding(path, "what python -m experiments real-findings writes"):
+        found = {name: content[name] for name in about}
+        cells = {
+            case: {name: dict(cell) for name, cell in conditions.items()}
+            for case, conditions in content["measured"].items()
+        }
+    for name, wanted in about.items():
+        if found[name] != wanted:
+            raise ValueError(
+                f"{path} was measured with {name} {found[name]!r}, but this would be with {wanted!r}. Write to another "
+                "folder with --results, or remove the file."
+            )
+    return cells
