@@ -19,8 +19,8 @@ from peft_pvm.utils.terminal import Terminal, say
 
 from .chats import make_real_chats
 from .evaluation import LENGTHS, METHODS, TASKS, EvalPlan, evaluate, table_of
-from .findings import FINDINGS, FindingPlan, find
-from .findings_page import render_findings
+from .findings.page import render_findings
+from .findings.plan import FINDINGS, FindingPlan, find
 from .language_model import PACKAGE, load_language_model
 from .questions import Questions
 from .trained import build_base, save_trained
@@ -127,17 +127,21 @@ def findings_command(
     adapter: Annotated[
         list[str] | None, typer.Option(help="Folders of adapters, which `text` tests beside the methods.")
     ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help=f"The GGUF file of {PACKAGE}: `text` tests also what the base was made from.")
+    ] = None,
     rows: Annotated[
         int | None, typer.Option(min=1, max=MANY, help="Of each finding; by default as many as are recorded.")
     ] = None,
     split: Annotated[
         Split, typer.Option(help="Where digits and text come from: validation to choose by, test to report.")
     ] = "test",
-    results: Annotated[Path, typer.Option(callback=new_folder, help="Folder of the findings.")] = RECORDED / "findings",
+    results: Annotated[Path, typer.Option(callback=new_folder, help="Folder of the findings.")] = RECORDED
+    / "findings",
     seed: Seed = 0,
 ) -> None:
     """Measure what is behind the real base's results, finding by finding. What was measured before is kept."""
-    find(base, FindingPlan(tuple(only or FINDINGS), rows, split, seed), results, adapter or [])
+    find(base, FindingPlan(tuple(only or FINDINGS), rows, split, seed), results, adapter or [], gguf)
     say(render_findings(results))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tuners.active import attached
 from peft_pvm.tuners.base import VisualConfig
 
-from .chats import make_real_chats
-from .evaluation import METHODS
+from ..chats import make_real_chats
+from ..evaluation import METHODS
 from .study import Cell, Study
 
 
@@ -29,6 +30,8 @@ GROUP_LENGTHS = (0, 1024)
 LIMITS = (0, 16, 32, 64, 128, 256, 512)
 LIMIT_LENGTHS = (1024, 4096)
 BASE = "base"  # the case without DIPE
+ALL_LAYERS, LIMITED = "all layers", "all layers, limit 128"  # cases of DIPE, and the beginnings of others
+LAYERS, ALONE, OTHERS = "layers ", " alone", "all but layers "
 
 
 def attention(study: Study) -> None:
@@ -41,13 +44,13 @@ def dipe_layers(study: Study) -> None:
     """DIPE as published in each group of decoder layers alone, and in all others."""
     depth = len(find_vlm(study.model).layers)
     _look_at(study, BASE, None, GROUP_LENGTHS)
-    _look_at(study, "all layers", DIPEConfig(max_distance=0), GROUP_LENGTHS)
-    _look_at(study, "all layers, limit 128", DIPEConfig(max_distance=128), GROUP_LENGTHS)
+    _look_at(study, ALL_LAYERS, DIPEConfig(max_distance=0), GROUP_LENGTHS)
+    _look_at(study, LIMITED, DIPEConfig(max_distance=128), GROUP_LENGTHS)
     for first in range(0, depth, GROUP):
         group = range(first, min(first + GROUP, depth))
-        named = f"layers {group[0]} to {group[-1]}"
+        named = f"{group[0]} to {group[-1]}"
         others = [layer_idx for layer_idx in range(depth) if layer_idx not in group]
-        for case, layers in {f"{named} alone": list(group), f"all but {named}": others}.items():
+        for case, layers in {LAYERS + named + ALONE: list(group), OTHERS + named: others}.items():
             if layers:
                 _look_at(study, case, DIPEConfig(max_distance=0, layers_to_transform=layers), GROUP_LENGTHS)
 
@@ -72,13 +75,13 @@ def calibration(study: Study) -> None:
         }
         return {"max_distance": found.max_distance, "reason": found.reason, "loss": losses}
 
-    study.measured("calibrate", "validation", propose)
+    study.measured("calibrate", "chats of the validation split", propose)
 
 
 def _look_at(study: Study, case: str, config: VisualConfig | None, lengths: Sequence[int]) -> None:
     with attached(study.model, *([] if config is None else [config])):
         for length in lengths:
-            study.measured(case, length, lambda length=length: look(study, length))
+            study.measured(case, length, partial(look, study, length))
 
 
 @torch.no_grad()
@@ -90,8 +93,8 @@ def look(study: Study, text_tokens: int) -> Cell:
         text_tokens: Tokens of text between image and question.
 
     Returns:
-        By layer: the attention on the image, of each head, and on the asked cell, mean over heads. Tokens in sight that
-        are not visual, mean over digits. By row: how many of nine digits are right, and the mean of -log p over them.
+        By layer: the attention on the image, of each head, and on the asked cell, mean over heads. Tokens in sight
+        that are not visual, mean over digits. By row: how many of nine digits are right, and their mean -log p.
     """
     vlm = find_vlm(study.model)
     on_image, on_cell, in_sight = [], [], []

@@ -21,10 +21,11 @@ from peft_pvm.folders.base_checkpoint import SINGLE
 from peft_pvm.folders.data_file import holding, read_json, write_json
 from peft_pvm.utils.terminal import say
 
-from ..base import fingerprint
-from .questions import Questions, Turn
+from ...base import fingerprint
+from ..questions import Questions, Turn
 
 
+ABOUT = ("finding", "base", "split", "seed", "rows")
 Cell = dict[str, Any]  # what was measured under one condition
 Cells = dict[str, dict[str, Cell]]  # by case, such as a method, and by condition, such as tokens of text
 
@@ -41,6 +42,7 @@ class Study:
         split: Where digits and text come from.
         seed: Decides them.
         adapters: Folders of adapters, for a finding that tests adapters.
+        gguf: The GGUF file of the language model under the base, for a finding that compares with it.
 
     Attributes:
         cells: What was measured.
@@ -57,19 +59,17 @@ class Study:
     split: Split = "test"
     seed: int = 0
     adapters: tuple[str, ...] = ()
+    gguf: Path | None = None
     cells: Cells = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.questions = Questions.of(self.base)
-        self.about = {
-            "finding": self.finding,
-            "base": fingerprint(Path(self.base, SINGLE)),
-            "split": self.split,
-            "seed": self.seed,
-            "rows": self.rows,
-        }
+        about = (self.finding, fingerprint(Path(self.base, SINGLE)), self.split, self.seed, self.rows)
+        self.about = dict(zip(ABOUT, about))
         if self.path.is_file():
-            self.cells = read_cells(self.path, self.about)
+            recorded = read_finding(self.path)
+            self._refuse_others(recorded.about)
+            self.cells = recorded.cells
 
     @functools.cached_property
     def model(self) -> LlavaForConditionalGeneration:
@@ -116,29 +116,45 @@ class Study:
             say(f"{self.finding}: {case}, {condition}", err=True)
         return cells[str(condition)]
 
+    def _refuse_others(self, recorded: Mapping[str, Any]) -> None:
+        for name, wanted in self.about.items():
+            if recorded[name] != wanted:
+                raise ValueError(
+                    f"{self.path} was measured with {name} {recorded[name]!r}, but this would be with {wanted!r}. "
+                    "Write to another folder with --results, or remove the file."
+                )
 
-def read_cells(path: Path, about: Mapping[str, Any]) -> Cells:
+
+@dataclass(frozen=True)
+class Recorded:
+    """A finding as its file holds it.
+
+    Attributes:
+        about: What it is about: finding, base, split, seed, rows.
+        cells: What was measured.
+        environment: The versions and the machine of the last cell.
+    """
+
+    about: dict[str, Any]
+    cells: Cells
+    environment: dict[str, str]
+
+
+def read_finding(path: str | os.PathLike) -> Recorded:
     """What a study has written.
 
     Args:
         path: Its file.
-        about: What it must be about.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is damaged, or about something else.
+        ValueError: It is damaged.
     """
     content = read_json(path)
     with holding(path, "what python -m experiments real-findings writes"):
-        found = {name: content[name] for name in about}
+        about = {name: content[name] for name in ABOUT}
         cells = {
             case: {name: dict(cell) for name, cell in conditions.items()}
             for case, conditions in content["measured"].items()
         }
-    for name, wanted in about.items():
-        if found[name] != wanted:
-            raise ValueError(
-                f"{path} was measured with {name} {found[name]!r}, but this would be with {wanted!r}. Write to another "
-                "folder with --results, or remove the file."
-            )
-    return cells
+        return Recorded(about, cells, dict(content["environment"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,16 +20,19 @@ from peft_pvm.training.hidden import images_hidden
 from peft_pvm.tuners.active import attached
 from peft_pvm.tuners.saving import load_adapters
 
-from ..base import fingerprint
-from ..pvm_limits import probe_accuracy
-from .evaluation import METHODS
-from .questions import START_OF_TURN, Turn
+from ...base import fingerprint
+from ...pvm_limits import probe_accuracy
+from ..evaluation import METHODS
+from ..language_model import load_language_model
+from ..questions import START_OF_TURN, Turn
 from .study import Cell, Study
 
 
 FITTED_ON = 4  # times as many rows as the probes are tested on
 PROBED = (("in sight", 0), ("hidden", 0), ("in sight", 1024))  # the image, and tokens of text in between
 WINDOW = 1024  # tokens of text
+CONDITIONS = ALONE, BEHIND_IMAGE = "alone", "behind an image"
+LANGUAGE_MODEL = "language model"  # the case of what the base was made from
 READERS = ("base", "dipe-128", "dipe", "t-drs")
 
 
@@ -50,22 +54,17 @@ class Streams:
 def readable(study: Study) -> None:
     """Linear probes of the residual stream, fitted on the split "train": the asked cell, and the digit in it."""
     for image, text_tokens in PROBED:
+        study.measured(f"image {image}", text_tokens, partial(_probe, study, text_tokens, image == "hidden"))
 
-        def probe(image: str = image, text_tokens: int = text_tokens) -> Cell:
-            hidden = image == "hidden"
-            fitted = streams(study, "train", FITTED_ON * study.rows, text_tokens, hidden)
-            tested = streams(study, study.split, study.rows, text_tokens, hidden)
-            layers = list(zip(fitted.layers, tested.layers))
-            return {
-                "cell by layer": [
-                    round(probe_accuracy(seen, fitted.cells, new, tested.cells), 4) for seen, new in layers
-                ],
-                "digit by layer": [
-                    round(probe_accuracy(seen, fitted.digits, new, tested.digits), 4) for seen, new in layers
-                ],
-            }
 
-        study.measured(f"image {image}", text_tokens, probe)
+def _probe(study: Study, text_tokens: int, hidden: bool) -> Cell:
+    fitted = streams(study, "train", FITTED_ON * study.rows, text_tokens, hidden)
+    tested = streams(study, study.split, study.rows, text_tokens, hidden)
+    layers = list(zip(fitted.layers, tested.layers))
+    return {
+        "cell by layer": [round(probe_accuracy(old, fitted.cells, new, tested.cells), 4) for old, new in layers],
+        "digit by layer": [round(probe_accuracy(old, fitted.digits, new, tested.digits), 4) for old, new in layers],
+    }
 
 
 @torch.no_grad()
@@ -115,24 +114,34 @@ def image_hidden(model: nn.Module) -> Iterator[None]:
 
 
 def text(study: Study) -> None:
-    """The loss of held-out text, alone and behind an image, with methods and adapters. Rows are windows of text."""
+    """The loss of held-out text, alone and behind an image, with methods and adapters. Rows are windows of text.
+
+    With the GGUF file, also that of the language model which the base was made from, on text alone.
+    """
     for name in READERS:
         config = METHODS[name]
         with attached(study.model, *([] if config is None else [config])):
-            _read(study, name, lambda: study.model)
+            for condition in CONDITIONS:
+                study.measured(name, condition, partial(_read, study, lambda: study.model, condition))
     for folder in study.adapters:
-        # Another adapter may have the same name: its weights tell them apart.
+        # Another adapter may have the same name: a hash of its weights tells them apart.
         weights = fingerprint(Path(folder, "adapter_model.safetensors"))
-        model = study.fresh_model()
-        load_adapters(model, [folder])
-        _read(study, f"{Path(folder).name} ({weights})", lambda model=model: model)
+        model = partial(_with_adapter, study, folder)
+        for condition in CONDITIONS:
+            study.measured(f"{Path(folder).name} ({weights})", condition, partial(_read, study, model, condition))
+    if study.gguf is not None:
+        gguf = study.gguf
+        study.measured(LANGUAGE_MODEL, ALONE, partial(_read, study, lambda: load_language_model(gguf).model, ALONE))
 
 
-def _read(study: Study, case: str, model: Callable[[], nn.Module]) -> None:
-    for condition, behind_image in {"alone": False, "behind an image": True}.items():
-        study.measured(
-            case, condition, lambda behind_image=behind_image: {"loss": text_losses(model(), study, behind_image)}
-        )
+def _with_adapter(study: Study, folder: str) -> nn.Module:
+    model = study.fresh_model()
+    load_adapters(model, [folder])
+    return model
+
+
+def _read(study: Study, model: Callable[[], nn.Module], condition: str) -> Cell:
+    return {"loss": text_losses(model(), study, condition == BEHIND_IMAGE)}
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from peft_pvm.demo.mosaic import Split
 
+from ..training import one_thread
 from .knowing import readable, text
 from .looking import attention, calibration, dipe_layers, limit
 from .study import Study
-from .training import one_thread
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,11 @@ class FindingPlan:
 
 
 def find(
-    base: str | os.PathLike, plan: FindingPlan, out: str | os.PathLike, adapters: Sequence[str] = ()
+    base: str | os.PathLike,
+    plan: FindingPlan,
+    out: str | os.PathLike,
+    adapters: Sequence[str] = (),
+    gguf: Path | None = None,
 ) -> list[Path]:
     """Measure findings. What was measured before is not measured again.
 
@@ -65,6 +69,7 @@ def find(
         plan: What is measured.
         out: Folder of the results, one JSON file for each finding.
         adapters: Folders of adapters, which the finding "text" tests beside the methods.
+        gguf: The GGUF file of the language model under the base, which "text" compares with.
 
     Returns:
         The files.
@@ -77,7 +82,7 @@ def find(
     for name in plan.names:
         path = Path(out, f"{name}.json")
         rows = plan.rows or FINDINGS[name].rows
-        study = Study(name, base, path, rows, plan.split, plan.seed, tuple(adapters))
+        study = Study(name, base, path, rows, plan.split, plan.seed, tuple(adapters), gguf)
         with one_thread():
             FINDINGS[name].measure(study)
         paths.append(path)
