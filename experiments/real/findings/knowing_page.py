@@ -99,12 +99,10 @@ def _row(case: str, cells: Cells) -> list[str]:
 def _about_text(cells: Cells) -> Iterator[Claim]:
     base = cells["base"]
     others = {case: by for case, by in cells.items() if case not in ("base", LANGUAGE_MODEL)}
-    same = [case for case, by in others.items() if by[ALONE]["loss"] == base[ALONE]["loss"]]
-    yield (
-        "Without an image, methods and adapters leave text as it is, to the bit",
-        len(same) == len(others),
-        f"{len(same)} of {len(others)}",
-    )
+    for case, by in others.items():
+        same = by[ALONE]["loss"] == base[ALONE]["loss"]
+        change = math.expm1(paired(by[ALONE]["loss"], base[ALONE]["loss"])[0])
+        yield f"Without an image, {_name(case)} leaves text as it is, to the bit", same, f"{100 * change:+.2f} %"
     costs = {case: paired(by[BEHIND_IMAGE]["loss"], base[BEHIND_IMAGE]["loss"])[0] for case, by in others.items()}
     for case, cost in costs.items():
         yield (

@@ -29,6 +29,7 @@ GROUP = 5  # decoder layers that have DIPE together
 GROUP_LENGTHS = (0, 1024)
 LIMITS = (0, 16, 32, 64, 128, 256, 512)
 LIMIT_LENGTHS = (1024, 4096)
+CALIBRATED = None  # tokens of text: as the command has them by default
 BASE = "base"  # the case without DIPE
 ALL_LAYERS, LIMITED = "all layers", "all layers, limit 128"  # cases of DIPE, and the beginnings of others
 LAYERS, ALONE, OTHERS = "layers ", " alone", "all but layers "
@@ -68,7 +69,7 @@ def calibration(study: Study) -> None:
 
     def propose() -> Cell:
         chats = read_chats(make_real_chats(study.questions, study.rows, 64, "validation", study.seed), study.rows)
-        found = calibrate(study.model, AutoProcessor.from_pretrained(study.base), chats, seed=study.seed)
+        found = calibrate(study.model, AutoProcessor.from_pretrained(study.base), chats, CALIBRATED, seed=study.seed)
         losses = {
             BASE if distance is None else str(distance): {str(n): rounded(seen.loss) for n, seen in by_length.items()}
             for distance, by_length in found.answers.items()

@@ -44,7 +44,7 @@ def render_findings(folder: str | os.PathLike) -> str:
         path = Path(folder, f"{name}.json")
         if path.is_file():
             found = read_finding(path)
-            with holding(path, "what python -m experiments real-findings writes"):
+            with holding(path, "a finding that python -m experiments real-findings measured to its end"):
                 lines += ["", *section(found)]
                 environments.append(_machine(found))
     if environments:

@@ -31,8 +31,8 @@ class Finding:
 FINDINGS = {
     "attention": Finding(attention, 6),
     "dipe-layers": Finding(dipe_layers, 16),
-    "limit": Finding(limit, 8),
-    "calibrate": Finding(calibration, 6),
+    "limit": Finding(limit, 6),
+    "calibrate": Finding(calibration, 4),
     "readable": Finding(readable, 40),
     "text": Finding(text, 25),
 }
