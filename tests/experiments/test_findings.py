@@ -12,7 +12,9 @@ from language_models import tiny_language_model
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+from typer.testing import CliRunner
 
+from experiments.commands import app
 from experiments.real import commands
 from experiments.real.evaluation import EvalPlan, evaluate
 from experiments.real.findings import knowing, looking, plan
@@ -93,9 +95,7 @@ def test_attention_is_that_of_eager_attention(study, configs):
     expected = torch.stack(layers).mean(0)
     torch.testing.assert_close(torch.tensor(heads_of(found)), expected, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(torch.tensor(on_image(found)), expected.mean(1), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(
-        torch.tensor(on_cell(found)), torch.stack(asked_cells).mean(0), rtol=1e-3, atol=1e-6
-    )
+    torch.testing.assert_close(torch.tensor(on_cell(found)), torch.stack(asked_cells).mean(0), rtol=1e-3, atol=1e-6)
     assert found["right of nine"] == right
     assert found["loss by row"] == pytest.approx(losses, rel=1e-3)
     in_sight = [float(study.draw(row, 30).inputs["logits_to_keep"].double().mean()) + 1 - 9 for row in range(2)]
@@ -137,7 +137,7 @@ def test_a_power_law_is_found_again():
 
 
 def test_distance_of_attention():
-    """Half as much in one layer of two: log 2 in the mean over layers; by head, what goes up counts like what falls."""
+    """Half as much in one layer of two makes log(2) / 2. By head, what rises counts like what falls."""
     one = {"visual mass by layer": ["0.2 0.4", "0.1 0.1"]}
     other = {"visual mass by layer": ["0.4 0.8", "0.1 0.1"]}
     moved = {"visual mass by layer": ["0.4 0.2", "0.1 0.1"]}
@@ -209,7 +209,11 @@ def test_probes_find_what_is_planted(folder, tmp_path, monkeypatch, short):
     for image, by_length in cells.items():
         for cell in by_length.values():
             assert [accuracy > 0.95 for accuracy in cell["cell by layer"]] == [True, False, False]
-            assert [accuracy > 0.95 for accuracy in cell["digit by layer"]] == [False, False, image == "image in sight"]
+            assert [accuracy > 0.95 for accuracy in cell["digit by layer"]] == [
+                False,
+                False,
+                image == "image in sight",
+            ]
 
 
 def test_loss_is_that_of_the_model(study, monkeypatch):
@@ -279,6 +283,18 @@ def test_every_finding_is_measured_once_and_put_into_words(folder, adapter, tmp_
     assert [path.read_bytes() for path in paths] == before, "and not again"
 
 
+def test_the_command_measures_what_it_is_told_and_prints_it(folder, adapter, tmp_path, short):
+    options = ["--only", "text", "--only", "limit", "--rows", "2", "--split", "validation", "--seed", "3"]
+    called = ["real-findings", "--base", folder, "--adapter", adapter, "--results", tmp_path, *options]
+    done = CliRunner().invoke(app, list(map(str, called)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == render_findings(tmp_path) + "\n"
+    files = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(files) == {"text", "limit"}
+    assert all((file["rows"], file["split"], file["seed"]) == (2, "validation", 3) for file in files.values())
+    assert len(files["text"]["measured"]) == 5
+
+
 def test_a_finding_goes_on_where_it_ended(folder, tmp_path, short, monkeypatch):
     done = []
     whole = look
@@ -341,7 +357,7 @@ def test_a_damaged_file_is_refused(folder, tmp_path, content):
 def test_a_finding_without_a_cell_is_refused_in_words(folder, study, tmp_path):
     study.measured("base", 0, dict)
     study.path.rename(tmp_path / "attention.json")
-    with pytest.raises(ValueError, match=r"attention\.json does not hold what python -m experiments real-findings"):
+    with pytest.raises(ValueError, match=r"attention\.json does not hold a finding that .* measured to its end"):
         render_findings(tmp_path)
 
 
