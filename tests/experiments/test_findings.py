@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from language_models import tiny_language_model
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from experiments.commands import app
 from experiments.real import commands
+from experiments.real.chats import make_real_chats
 from experiments.real.evaluation import EvalPlan, evaluate
 from experiments.real.findings import knowing, looking, plan
 from experiments.real.findings.knowing import streams, text, text_losses
@@ -25,10 +27,13 @@ from experiments.real.findings.page import SECTIONS, render_findings
 from experiments.real.findings.plan import FINDINGS, FindingPlan, find
 from experiments.real.findings.study import Study
 from experiments.real.findings.words import paired, ranges
-from experiments.real.questions import PLACES
+from experiments.real.questions import PLACES, Questions
 from experiments.real.vlm import new_vlm, save_vlm
 from peft_pvm import DIPEConfig, PVMConfig, attached
 from peft_pvm.demo.mosaic import NUM_CELLS
+from peft_pvm.env import environment
+from peft_pvm.probe.calibrate import calibrate
+from peft_pvm.probe.rows import read_chats
 
 
 RECORDED = Path(__file__).parents[2] / commands.RECORDED / "findings"
@@ -128,6 +133,86 @@ def test_dipe_acts_in_the_layers_that_a_case_names(folder, tmp_path, short):
             assert measured == look(study, 150), case
     losses = {case: by_length["150"]["loss by row"][0] for case, by_length in cells.items()}
     assert len(set(losses.values())) == 5, "two pairs are the same layers"
+
+
+def test_methods_and_limits_act_in_the_cases_that_name_them(folder, tmp_path, short):
+    names = {"base": None, "dipe": 0, "dipe-128": 128}, {"base": None, "0": 0, "16": 16}
+    study = Study("any", folder, tmp_path / "any.json", rows=1)
+    for path, distances in zip(find(folder, FindingPlan(("attention", "limit"), rows=1), tmp_path), names):
+        cells = json.loads(path.read_text())["measured"]
+        assert list(cells) == list(distances)
+        for case, limit in distances.items():
+            with attached(study.model, *([] if limit is None else [DIPEConfig(max_distance=limit)])):
+                for length, cell in cells[case].items():
+                    assert cell == {**look(study, int(length)), "CPU seconds": cell["CPU seconds"]}, (case, length)
+
+
+def test_calibrating_is_what_the_command_does(folder, tmp_path, short):
+    pytest.importorskip("datasets", reason="chats need the extra `train`")
+    (path,) = find(folder, FindingPlan(("calibrate",), rows=2), tmp_path)
+    (cell,) = json.loads(path.read_text())["measured"]["calibrate"].values()
+    chats = read_chats(make_real_chats(Questions.of(folder), 2, 64, "validation"), 2)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    found = calibrate(model, AutoProcessor.from_pretrained(folder), chats, (0, 8))
+    assert (cell["max_distance"], cell["reason"]) == (found.max_distance, found.reason)
+    expected = {
+        distance: {n: seen.loss for n, seen in by_length.items()} for distance, by_length in found.answers.items()
+    }
+    for case, by_length in cell["loss"].items():
+        for length, loss in by_length.items():
+            assert loss == pytest.approx(expected[None if case == "base" else int(case)][int(length)], rel=1e-5)
+
+
+def planted(mass: float, loss: float, asked: float = 0.1, right: str = "99") -> dict:
+    """A cell of two layers with two heads."""
+    return {
+        "visual mass by layer": [f"{mass} {mass}"] * 2,
+        "mass on the asked cell by layer": f"{asked} {asked}",
+        "text tokens in sight": 100 / mass,
+        "right of nine": right,
+        "loss by row": [loss, loss + 0.001],
+    }
+
+
+def verdicts(folder: Path, finding: str, cells: dict) -> list[str]:
+    about = {"finding": finding, "base": "x", "split": "test", "seed": 0, "rows": 2}
+    written = json.dumps({**about, "measured": cells, "environment": environment()})
+    (folder / f"{finding}.json").write_text(written)
+    return re.findall(r"\| (holds|does not hold) \|", render_findings(folder))
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(0.5, "holds"), (0.505, "holds"), (0.6, "does not hold")])
+def test_the_rule_of_the_limit_is_judged_by_the_answers(tmp_path, loss, verdict):
+    """It picks 32, which looks like the base, and which is right if 128 is not better by more than counts."""
+    cells = {
+        "base": {"0": planted(0.3, 0.0), "1024": planted(0.05, 2.0)},
+        "0": {"1024": planted(0.9, 1.0)},
+        "32": {"1024": planted(0.29, loss)},
+        "128": {"1024": planted(0.2, 0.5)},
+    }
+    assert verdicts(tmp_path, "limit", cells) == [verdict] * 2
+
+
+def test_claims_about_attention_turn_with_the_numbers(tmp_path):
+    """Attention falls like 1/t where it does, and answers follow what they are made to follow."""
+    masses = {"0": 0.8, "64": 0.4, "256": 0.2, "1024": 0.1}  # times tokens in sight: 100
+    base = {length: planted(mass, 1 / mass, asked=mass) for length, mass in masses.items()}
+    dipe = {
+        length: planted(0.9 + mass / 10, 30 / mass, asked=mass / 50, right="11") for length, mass in masses.items()
+    }
+    assert verdicts(tmp_path, "attention", {"base": base, "dipe": dipe}) == ["holds", "holds", "does not hold"]
+    flat = {
+        length: {**cell, "right of nine": "55", "text tokens in sight": 100.0 / mass**3}
+        for (length, cell), mass in zip(base.items(), masses.values())
+    }
+    swapped = {
+        length: planted(2 * mass, 0.5 / mass, asked=0.5 - mass / 2) for length, mass in {"0": 0.45, "64": 0.2}.items()
+    }
+    assert verdicts(tmp_path, "attention", {"base": flat, "dipe": swapped}) == [
+        "does not hold",
+        "does not hold",
+        "holds",
+    ]
 
 
 def test_a_power_law_is_found_again():

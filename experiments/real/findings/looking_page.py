@@ -169,7 +169,8 @@ def dipe_section(found: Recorded) -> Iterator[str]:
     yield (
         f"For each group of layers: its attention after {near} tokens of text, in the base → with DIPE as published "
         f"in all layers; and the accuracy after {near} and after {int(far):,} tokens with DIPE in these layers alone, "
-        "and in all others. Heads were not taken apart: DIPE's configuration chooses layers only."
+        "and in all others. Heads were not taken apart: DIPE's configuration chooses layers only. With a limit, a "
+        "query keeps its own distance up to that many tokens behind the image."
     )
     yield ""
     rows = []
@@ -216,13 +217,17 @@ def _about_dipe(cells: Cells, near: str, far: str) -> Iterator[Claim]:
         still_read[reading] < read[reading],
         f"layer {reading}: {still_read[reading]:.3f} with DIPE, {read[reading]:.3f} without",
     )
-    alone = {case: accuracy_of(by[near]).value for case, by in cells.items() if case.endswith(ALONE)}
-    worst = min(alone, key=lambda case: alone[case])
     right, lost = (accuracy_of(by[near]).value for by in (base, everywhere))
+    alone, left_out = (
+        {case: accuracy_of(by[near]).value for case, by in cells.items() if is_one(case)}
+        for is_one in (lambda case: case.endswith(ALONE), lambda case: case.startswith(OTHERS))
+    )
+    worst, best = min(alone, key=lambda case: alone[case]), max(left_out, key=lambda case: left_out[case])
     yield (
         "One group of layers alone costs at least half of what all cost together",
         right - alone[worst] >= (right - lost) / 2,
-        f"the worst is {worst}: {alone[worst]:.3f} after {near} tokens; all layers: {lost:.3f}",
+        f"the worst is {worst}: {alone[worst]:.3f} after {near} tokens, all layers: {lost:.3f}. Leaving one "
+        f"group out wins back the most with {best}: {left_out[best]:.3f}",
     )
     same = all(limited[near][key] == base[near][key] for key in ("visual mass by layer", "loss by row"))
     yield f"A limit of 128 changes nothing after {near} tokens", same, "attention and loss are the base's"
