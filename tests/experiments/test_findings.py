@@ -197,6 +197,7 @@ def test_claims_about_attention_turn_with_the_numbers(tmp_path):
     """Attention falls like 1/t where it does, and answers follow what they are made to follow."""
     masses = {"0": 0.8, "64": 0.4, "256": 0.2, "1024": 0.1}  # times tokens in sight: 100
     base = {length: planted(mass, 1 / mass, asked=mass) for length, mass in masses.items()}
+    base["0"]["text tokens in sight"] = 249  # as many as with 64 between: it is not on the curve, and need not be
     dipe = {
         length: planted(0.9 + mass / 10, 30 / mass, asked=mass / 50, right="11") for length, mass in masses.items()
     }
@@ -213,6 +214,59 @@ def test_claims_about_attention_turn_with_the_numbers(tmp_path):
         "does not hold",
         "holds",
     ]
+
+
+@pytest.mark.parametrize("hurts", [True, False])
+def test_claims_about_dipe_turn_with_the_numbers(tmp_path, hurts):
+    near, far = planted(0.2, 0.1, asked=0.1), planted(0.1, 0.5, asked=0.05)
+    base = {"0": near, "1024": far}
+    dipe = {"0": planted(0.5, 2, asked=0.01, right="11")} if hurts else {"0": planted(0.1, 0.1, asked=0.2)}
+    limited = {"0": near, "1024": planted(0.1, 0.2, asked=0.09)} if hurts else {"0": far, "1024": far}
+    cells = {
+        "base": base,
+        "all layers": {**dipe, "1024": far},
+        "all layers, limit 128": limited,
+        "layers 0 to 0 alone": {"0": planted(0.5, 2, right="44" if hurts else "99"), "1024": far},
+        "layers 1 to 1 alone": base,
+        "all but layers 0 to 0": base,
+        "all but layers 1 to 1": base,
+    }
+    assert verdicts(tmp_path, "dipe-layers", cells) == (
+        ["holds"] * 5 if hurts else ["does not hold"] * 2 + ["holds"] + ["does not hold"] * 2
+    )
+    cells["layers 0 to 0 alone"]["0"] = planted(0.5, 2, right="77")
+    assert verdicts(tmp_path, "dipe-layers", cells)[2] == ("does not hold" if hurts else "holds")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sight", "expected"),
+    [
+        (([0.95, 0.9], [0.1, 0.2]), ([0.9, 0.9], [0.2, 0.9]), ["holds", "holds"]),
+        (([0.95, 0.8], [0.1, 0.2]), ([0.9, 0.9], [0.5, 0.9]), ["does not hold", "does not hold"]),
+        (([0.95, 0.9], [0.1, 0.6]), ([0.8, 0.9], [0.2, 0.9]), ["does not hold", "does not hold"]),
+    ],
+)
+def test_claims_about_probes_turn_with_the_numbers(tmp_path, hidden, sight, expected):
+    cells = {
+        f"image {image}": {"0": dict(zip(("cell by layer", "digit by layer"), accuracies))}
+        for image, accuracies in {"in sight": sight, "hidden": hidden}.items()
+    }
+    assert verdicts(tmp_path, "readable", cells) == expected
+
+
+def test_claims_about_text_turn_with_the_numbers(tmp_path):
+    """Half a percent of perplexity behind an image is a loss of 0.005 nats; without one, nothing may change."""
+
+    def case(alone: float, behind: float) -> dict:
+        return {when: {"loss": [loss, loss + 1]} for when, loss in zip(knowing.CONDITIONS, (alone, behind))}
+
+    cells = {"base": case(2, 2), "dipe": case(2, 2.004), "pvm (0123)": case(2.001, 2.006)}
+    verdict = verdicts(tmp_path, "text", {**cells, knowing.LANGUAGE_MODEL: {"alone": {"loss": [1.9, 2.9]}}})
+    assert verdict == ["holds", "does not hold", "holds", "does not hold", "does not hold"]
+    page = render_findings(tmp_path)
+    row = "| DIPE as published | 12.18 | none, to the bit | 12.23 | +0.40 ± 0.00 % |"
+    assert row in page
+    assert "| the adapter `pvm` | 12.19 | +0.10 ± 0.00 % |" in page
 
 
 def test_a_power_law_is_found_again():
