@@ -241,9 +241,9 @@ def test_claims_about_dipe_turn_with_the_numbers(tmp_path, hurts):
 @pytest.mark.parametrize(
     ("hidden", "sight", "expected"),
     [
-        (([0.95, 0.9], [0.1, 0.2]), ([0.9, 0.9], [0.2, 0.9]), ["holds", "holds"]),
-        (([0.95, 0.8], [0.1, 0.2]), ([0.9, 0.9], [0.5, 0.9]), ["does not hold", "does not hold"]),
-        (([0.95, 0.9], [0.1, 0.6]), ([0.8, 0.9], [0.2, 0.9]), ["does not hold", "does not hold"]),
+        (([0.95, 0.9], [0.1, 0.2]), ([0.9, 0.9], [0.2, 0.9]), ["holds", "holds", "does not hold"]),
+        (([0.95, 0.8], [0.1, 0.2]), ([0.9, 0.9], [0.5, 0.9]), ["holds", "does not hold", "holds"]),
+        (([0.95, 0.9], [0.1, 0.6]), ([0.8, 0.9], [0.2, 0.9]), ["does not hold", "does not hold", "holds"]),
     ],
 )
 def test_claims_about_probes_turn_with_the_numbers(tmp_path, hidden, sight, expected):
@@ -262,7 +262,13 @@ def test_claims_about_text_turn_with_the_numbers(tmp_path):
 
     cells = {"base": case(2, 2), "dipe": case(2, 2.004), "pvm (0123)": case(2.001, 2.006)}
     verdict = verdicts(tmp_path, "text", {**cells, knowing.LANGUAGE_MODEL: {"alone": {"loss": [1.9, 2.9]}}})
-    assert verdict == ["holds", "does not hold", "holds", "does not hold", "does not hold"]
+    assert verdict == ["does not hold"] * 3
+    assert "all but the adapter `pvm` |" in render_findings(tmp_path)
+    assert "all but the adapter `pvm` (+0.6 %)" in render_findings(tmp_path)
+    del cells["pvm (0123)"]
+    assert verdicts(tmp_path, "text", cells) == ["holds"] * 2
+    cells["pvm (0123)"] = case(2.001, 2.006)
+    verdicts(tmp_path, "text", cells)
     page = render_findings(tmp_path)
     row = "| DIPE as published | 12.18 | none, to the bit | 12.23 | +0.40 ± 0.00 % |"
     assert row in page

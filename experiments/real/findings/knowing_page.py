@@ -45,21 +45,27 @@ def readable_section(found: Recorded) -> Iterator[str]:
 
 def _about_readable(cells: Cells) -> Iterator[Claim]:
     sight, hidden = (cells[f"image {image}"]["0"] for image in ("in sight", "hidden"))
-    known = [layer for layer, accuracy in enumerate(hidden["cell by layer"]) if accuracy >= READABLE]
+    depth = range(len(sight["cell by layer"]))
+    unknown = [
+        layer for layer in depth if min(sight["cell by layer"][layer], hidden["cell by layer"][layer]) < READABLE
+    ]
+    told = [layer for layer in depth if sight["digit by layer"][layer] >= UNREADABLE]
+    waiting = [layer for layer in depth if layer not in (*unknown, *told)]
+    guessed = max(hidden["digit by layer"])
     yield (
-        f"With the image hidden, the asked cell is readable (at least {READABLE}) at every layer, the digit (below "
-        f"{UNREADABLE}) at none",
-        len(known) == len(hidden["cell by layer"]) and max(hidden["digit by layer"]) < UNREADABLE,
-        f"cell: layers {ranges(known)}; the digit's best: {max(hidden['digit by layer']):.2f}",
+        f"With the image hidden, the digit is readable nowhere (below {UNREADABLE})",
+        guessed < UNREADABLE,
+        f"{guessed:.2f} at best",
     )
-    known = [layer for layer, accuracy in enumerate(sight["cell by layer"]) if accuracy >= READABLE]
-    told = [layer for layer, accuracy in enumerate(sight["digit by layer"]) if accuracy >= UNREADABLE]
-    waiting = [layer for layer in known if layer not in told]
     yield (
-        "With the image in sight, there are layers in which the cell is readable and the digit is not",
+        f"With the image in sight, there are layers that have the cell (at least {READABLE}) and not yet the digit",
         bool(waiting),
-        f"cell: layers {ranges(known)}; digit (at least {UNREADABLE}): {ranges(told)}; so PVM can look the cell up "
-        f"before the base has the digit at layers {ranges(waiting)}",
+        f"layers {ranges(waiting)}; the digit: layers {ranges(told)}",
+    )
+    yield (
+        "The probe rules layers out for PVM, whose query must know the cell",
+        bool(unknown),
+        f"not readable after layers: {ranges(unknown)}",
     )
 
 
@@ -69,7 +75,8 @@ def text_section(found: Recorded) -> Iterator[str]:
     yield from heading("Does anything change on text?", found)
     yield (
         f"Perplexity of windows of {WINDOW:,} tokens of held-out text, alone and behind an image, and its change "
-        "against the base, ± standard error by window. A row is a window."
+        "against the base, ± standard error by window. A row is a window. T-DRS as its paper sets it acts on all "
+        "pairs of tokens, not only on those with an image."
     )
     yield ""
     header = ["", *(part for condition in base for part in (f"text {condition}", "change"))]
@@ -99,17 +106,21 @@ def _row(case: str, cells: Cells) -> list[str]:
 def _about_text(cells: Cells) -> Iterator[Claim]:
     base = cells["base"]
     others = {case: by for case, by in cells.items() if case not in ("base", LANGUAGE_MODEL)}
-    for case, by in others.items():
-        same = by[ALONE]["loss"] == base[ALONE]["loss"]
-        change = math.expm1(paired(by[ALONE]["loss"], base[ALONE]["loss"])[0])
-        yield f"Without an image, {_name(case)} leaves text as it is, to the bit", same, f"{100 * change:+.2f} %"
+    changed = [case for case, by in others.items() if by[ALONE]["loss"] != base[ALONE]["loss"]]
+    yield (
+        "Without an image, methods and adapters leave text as it is, to the bit",
+        not changed,
+        f"all but {', '.join(map(_name, changed))}" if changed else f"all {len(others)}",
+    )
     costs = {case: paired(by[BEHIND_IMAGE]["loss"], base[BEHIND_IMAGE]["loss"])[0] for case, by in others.items()}
-    for case, cost in costs.items():
-        yield (
-            f"Behind an image, {_name(case)} costs text no more than {LARGEST_LOSS} % of perplexity",
-            100 * math.expm1(cost) <= LARGEST_LOSS,
-            f"{100 * math.expm1(cost):+.2f} %",
-        )
+    dear = [case for case, cost in costs.items() if 100 * math.expm1(cost) > LARGEST_LOSS]
+    yield (
+        f"Behind an image, none of them costs text more than {LARGEST_LOSS} % of perplexity",
+        not dear,
+        "all but " + ", ".join(f"{_name(case)} ({100 * math.expm1(costs[case]):+.1f} %)" for case in dear)
+        if dear
+        else f"all {len(others)}",
+    )
     if LANGUAGE_MODEL in cells:
         gained, error = paired(base[ALONE]["loss"], cells[LANGUAGE_MODEL][ALONE]["loss"])
         yield (

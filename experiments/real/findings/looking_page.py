@@ -73,7 +73,7 @@ def distance(cell: Cell, other: Cell, by_head: bool = False) -> float:
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rank correlation. Equal numbers rank in their order, so that equal pairs agree."""
-    ranks = torch.tensor([first, second], dtype=torch.float64).argsort(1, stable=True).argsort(1)
+    ranks = torch.tensor([first, second], dtype=torch.float64).argsort(dim=1, stable=True).argsort(1)
     return float(torch.corrcoef(ranks.double())[0, 1])
 
 
