@@ -511,6 +511,13 @@ def test_more_text_than_there_is_is_refused(folder, tmp_path):
         find(folder, FindingPlan(("text",), rows=10**5), tmp_path)
 
 
+@pytest.mark.parametrize("missing", [{"adapters": ["nowhere"]}, {"gguf": Path("nowhere.gguf")}])
+def test_what_is_not_there_is_refused_at_once(folder, tmp_path, missing, monkeypatch):
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", None)
+    with pytest.raises(FileNotFoundError, match=r"There is no file nowhere[./\w]*, which the finding 'text' needs"):
+        find(folder, FindingPlan(), tmp_path, **missing)
+
+
 def test_a_base_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="Make the base first: make real-base"):
         find(tmp_path / "none", FindingPlan(), tmp_path)

@@ -33,6 +33,7 @@ PROBED = (("in sight", 0), ("hidden", 0), ("in sight", 1024))  # the image, and 
 WINDOW = 1024  # tokens of text
 CONDITIONS = ALONE, BEHIND_IMAGE = "alone", "behind an image"
 LANGUAGE_MODEL = "language model"  # the case of what the base was made from
+WEIGHTS = "adapter_model.safetensors"  # of an adapter's folder
 READERS = ("base", "dipe-128", "dipe", "t-drs")
 
 
@@ -125,7 +126,7 @@ def text(study: Study) -> None:
                 study.measured(name, condition, partial(_read, study, lambda: study.model, condition))
     for folder in study.adapters:
         # Another adapter may have the same name: a hash of its weights tells them apart.
-        weights = fingerprint(Path(folder, "adapter_model.safetensors"))
+        weights = fingerprint(Path(folder, WEIGHTS))
         model = partial(_with_adapter, study, folder)
         for condition in CONDITIONS:
             study.measured(f"{Path(folder).name} ({weights})", condition, partial(_read, study, model, condition))

@@ -10,7 +10,7 @@ from pathlib import Path
 from peft_pvm.demo.mosaic import Split
 
 from ..training import one_thread
-from .knowing import readable, text
+from .knowing import WEIGHTS, readable, text
 from .looking import attention, calibration, dipe_layers, limit
 from .study import Study
 
@@ -78,6 +78,9 @@ def find(
         FileNotFoundError: There is no such base or adapter.
         ValueError: Something cannot be read, or the results that are there are about something else.
     """
+    for path in [*(Path(folder, WEIGHTS) for folder in adapters), *([] if gguf is None else [gguf])]:
+        if not path.is_file():  # now, not after an hour
+            raise FileNotFoundError(f"There is no file {path}, which the finding 'text' needs.")
     paths = []
     for name in plan.names:
         path = Path(out, f"{name}.json")
