@@ -76,7 +76,8 @@ def text_section(found: Recorded) -> Iterator[str]:
     yield (
         f"Perplexity of windows of {WINDOW:,} tokens of held-out text, alone and behind an image, and its change "
         "against the base, ± standard error by window. A row is a window. T-DRS as its paper sets it acts on all "
-        "pairs of tokens, not only on those with an image."
+        "pairs of tokens, not only on those with an image. Adapters come with `--adapter`, the language model with "
+        "`--gguf`."
     )
     yield ""
     header = ["", *(part for condition in base for part in (f"text {condition}", "change"))]
