@@ -202,6 +202,9 @@ def test_claims_about_attention_turn_with_the_numbers(tmp_path):
         length: planted(0.9 + mass / 10, 30 / mass, asked=mass / 50, right="11") for length, mass in masses.items()
     }
     assert verdicts(tmp_path, "attention", {"base": base, "dipe": dipe}) == ["holds", "holds", "does not hold"]
+    assert "from each length to the next: 1.00, 1.00 |" in render_findings(tmp_path)
+    base["256"]["text tokens in sight"] = 300
+    assert verdicts(tmp_path, "attention", {"base": base, "dipe": dipe})[0] == "does not hold", "it is bent"
     flat = {
         length: {**cell, "right of nine": "55", "text tokens in sight": 100.0 / mass**3}
         for (length, cell), mass in zip(base.items(), masses.values())

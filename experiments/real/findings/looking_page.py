@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from statistics import fmean
 
 import torch
@@ -20,6 +20,7 @@ from .words import TITLES, Claim, claims_table, heading, paired, said, table
 
 SHORTEST_FADING = 64  # tokens: below, the question is as long as the text
 LIKE_1_OVER_T = (0.8, 1.2)  # exponents
+LARGEST_ERROR = 0.1  # of an exponent: beyond it, the curve is not one power
 NEGLIGIBLE = 0.01  # nats, as for `peft-pvm calibrate`
 
 
@@ -119,6 +120,15 @@ def _exponents(by_length: dict[str, Cell]) -> list[str]:
     return [_exponent(fading(far, list(map(mean_mass, far)))), *_kinds(by_layer), *_kinds(by_head)]
 
 
+def _steps(cells: Sequence[Cell]) -> list[float]:
+    """The exponent from each length of text to the next."""
+    return [
+        math.log(mean_mass(near) / mean_mass(far))
+        / math.log(far["text tokens in sight"] / near["text tokens in sight"])
+        for near, far in pairwise(cells)
+    ]
+
+
 def _exponent(fit: PowerLaw | None) -> str:
     return "unknown" if fit is None else f"{fit.exponent:.2f} ± {fit.standard_error:.2f}"
 
@@ -132,12 +142,13 @@ def _kinds(fits: Sequence[PowerLaw | None]) -> list[str]:
 
 def _about_attention(cells: Cells) -> Iterator[Claim]:
     base, dipe = cells[BASE], cells["dipe"]
-    fit = fading(_far(base), list(map(mean_mass, _far(base))))
+    far = _far(base)
+    fit = fading(far, list(map(mean_mass, far)))
     low, high = LIKE_1_OVER_T
     yield (
-        "The base's attention on the image falls like 1/t",
-        fit is not None and low <= fit.exponent <= high,
-        f"a = {_exponent(fit)}",
+        "The base's attention on the image falls like 1/t, by one power of t from end to end",
+        fit is not None and low <= fit.exponent <= high and fit.standard_error <= LARGEST_ERROR,
+        f"a = {_exponent(fit)}; from each length to the next: {', '.join(f'{a:.2f}' for a in _steps(far))}",
     )
     everything = [cell for by_length in cells.values() for cell in by_length.values()]
     goodness = [-fmean(cell["loss by row"]) for cell in everything]
