@@ -224,7 +224,7 @@ def test_claims_about_dipe_turn_with_the_numbers(tmp_path, hurts):
     near, far = planted(0.2, 0.1, asked=0.1), planted(0.1, 0.5, asked=0.05)
     base = {"0": near, "1024": far}
     dipe = {"0": planted(0.5, 2, asked=0.01, right="11")} if hurts else {"0": planted(0.1, 0.1, asked=0.2)}
-    limited = {"0": near, "1024": planted(0.1, 0.2, asked=0.09)} if hurts else {"0": far, "1024": far}
+    limited = {"0": near, "1024": planted(0.1, 0.2, asked=0.09)} if hurts else {"0": planted(0.2, 0.3), "1024": far}
     cells = {
         "base": base,
         "all layers": {**dipe, "1024": far},
