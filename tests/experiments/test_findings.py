@@ -191,6 +191,7 @@ def test_the_rule_of_the_limit_is_judged_by_the_answers(tmp_path, loss, verdict)
         "128": {"1024": planted(0.2, 0.5)},
     }
     assert verdicts(tmp_path, "limit", cells) == [verdict] * 2
+    assert f"so as good are {'32, ' if verdict == 'holds' else ''}128 |" in render_findings(tmp_path)
 
 
 def test_claims_about_attention_turn_with_the_numbers(tmp_path):

@@ -281,15 +281,21 @@ def _about_limit(cells: Cells, near: str, lengths: Sequence[str]) -> Iterator[Cl
     limits = {case: [by[n] for n in lengths] for case, by in cells.items() if case != BASE}
     losses = {case: list(map(fmean, zip(*(cell["loss by row"] for cell in by)))) for case, by in limits.items()}
     best = min(losses, key=lambda case: fmean(losses[case]))
+    as_good = [case for case, found in losses.items() if _is_tie(found, losses[best])]
     for kind, by_head in {"layers": False, "heads": True}.items():
         picked = min(limits, key=lambda case: fmean(distance(cell, wanted, by_head) for cell in limits[case]))
         more, error = paired(losses[picked], losses[best])
         yield (
             f"Over {kind}, the rule picks a limit that answers as well as the best",
-            more <= max(NEGLIGIBLE, error),
+            picked in as_good,
             f"it picks {picked}, the least loss has {best}: {more:.4f} ± {error:.4f} nats more. Less than "
-            f"{NEGLIGIBLE} or a standard error counts as none",
+            f"{NEGLIGIBLE} or a standard error counts as none, so as good are {', '.join(as_good)}",
         )
+
+
+def _is_tie(losses: Sequence[float], best: Sequence[float]) -> bool:
+    more, error = paired(losses, best)
+    return not more > max(NEGLIGIBLE, error)
 
 
 def calibration_section(found: Recorded) -> Iterator[str]:
