@@ -295,7 +295,7 @@ def _about_limit(cells: Cells, near: str, lengths: Sequence[str]) -> Iterator[Cl
 
 def _is_tie(losses: Sequence[float], best: Sequence[float]) -> bool:
     more, error = paired(losses, best)
-    return not more > max(NEGLIGIBLE, error)
+    return more <= max(NEGLIGIBLE, error)
 
 
 def calibration_section(found: Recorded) -> Iterator[str]:
