@@ -426,7 +426,8 @@ def test_every_finding_is_measured_once_and_put_into_words(folder, adapter, tmp_
     before = [path.read_bytes() for path in paths]
     page = render_findings(tmp_path)
     assert page.count("\n### ") == len(FINDINGS)
-    assert all(f"--only {name}`: 2 rows of the test split." in page for name in FINDINGS)
+    counted = {"calibrate": "chats of the validation", "text": "windows of the test"}
+    assert all(f"--only {name}`: 2 {counted.get(name, 'rows of the test')} split." in page for name in FINDINGS)
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", None)
     find(folder, few, tmp_path, [str(adapter)])
     assert [path.read_bytes() for path in paths] == before, "and not again"

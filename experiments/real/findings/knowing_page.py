@@ -72,10 +72,10 @@ def _about_readable(cells: Cells) -> Iterator[Claim]:
 def text_section(found: Recorded) -> Iterator[str]:
     """Whether anything changes on text."""
     cells, base = found.cells, found.cells["base"]
-    yield from heading("Does anything change on text?", found)
+    yield from heading("Does anything change on text?", found, "windows")
     yield (
         f"Perplexity of windows of {WINDOW:,} tokens of held-out text, alone and behind an image, and its change "
-        "against the base, ± standard error by window. A row is a window. T-DRS as its paper sets it acts on all "
+        "against the base, ± standard error by window. T-DRS as its paper sets it acts on all "
         "pairs of tokens, not only on those with an image. Adapters come with `--adapter`, the language model with "
         "`--gguf`."
     )

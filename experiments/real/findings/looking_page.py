@@ -301,8 +301,8 @@ def _is_tie(losses: Sequence[float], best: Sequence[float]) -> bool:
 def calibration_section(found: Recorded) -> Iterator[str]:
     """What `peft-pvm calibrate` proposes."""
     (cell,) = found.cells["calibrate"].values()
-    yield from heading("What does `peft-pvm calibrate` propose?", found)
-    yield f"On chats of the validation split, it took {cell['CPU seconds']:,.0f} CPU seconds on one thread, and said:"
+    yield from heading("What does `peft-pvm calibrate` propose?", found, "chats", "validation")
+    yield f"It took {cell['CPU seconds']:,.0f} CPU seconds on one thread, and said:"
     yield ""
     yield f"> {cell['reason']}"
     yield ""

@@ -18,13 +18,20 @@ HOLDS, FAILS = "holds", "does not hold"
 Claim = tuple[str, bool, str]  # the claim, whether it holds, and the numbers
 
 
-def heading(title: str, found: Recorded) -> Iterator[str]:
-    """The heading of a finding, and the command that measured it."""
-    name, rows, split = (found.about[key] for key in ("finding", "rows", "split"))
+def heading(title: str, found: Recorded, counted: str = "rows", split: str | None = None) -> Iterator[str]:
+    """The heading of a finding, and the command that measured it.
+
+    Args:
+        title: The question.
+        found: The finding.
+        counted: What its rows are.
+        split: Where they come from, if not from the split that it was measured on.
+    """
+    name, rows = found.about["finding"], found.about["rows"]
     yield f"### {title}"
     yield ""
     command = f"python -m experiments real-findings --base runs/real/base --only {name}"
-    yield f"`{command}`: {rows} rows of the {split} split."
+    yield f"`{command}`: {rows} {counted} of the {split or found.about['split']} split."
     yield ""
 
 
