@@ -14,15 +14,17 @@ from torch import nn
 
 from peft_pvm.demo.mosaic import NUM_CELLS, Split, draw_pictures
 from peft_pvm.demo.train import step_generator
+from peft_pvm.methods.dipe import DIPEConfig
+from peft_pvm.methods.tdrs import TDRSConfig
 from peft_pvm.probe.observers import layers_observed
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.training.hidden import images_hidden
 from peft_pvm.tuners.active import attached
+from peft_pvm.tuners.base import VisualConfig
 from peft_pvm.tuners.saving import load_adapters
 
 from ...base import fingerprint
 from ...pvm_limits import probe_accuracy
-from ..evaluation import METHODS
 from ..language_model import load_language_model
 from ..questions import START_OF_TURN, Turn
 from .study import Cell, Study
@@ -34,7 +36,12 @@ WINDOW = 1024  # tokens of text
 CONDITIONS = ALONE, BEHIND_IMAGE = "alone", "behind an image"
 LANGUAGE_MODEL = "language model"  # the case of what the base was made from
 WEIGHTS = "adapter_model.safetensors"  # of an adapter's folder
-READERS = ("base", "dipe-128", "dipe", "t-drs")
+READERS: dict[str, VisualConfig | None] = {
+    "base": None,
+    "dipe-128": DIPEConfig(max_distance=128),
+    "dipe": DIPEConfig(max_distance=0),
+    "t-drs": TDRSConfig(),
+}
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,7 @@ def text(study: Study) -> None:
 
     With the GGUF file, also that of the language model which the base was made from, on text alone.
     """
-    for name in READERS:
-        config = METHODS[name]
+    for name, config in READERS.items():
         with attached(study.model, *([] if config is None else [config])):
             for condition in CONDITIONS:
                 study.measured(name, condition, partial(_read, study, lambda: study.model, condition))

@@ -19,26 +19,25 @@ from peft_pvm.tuners.active import attached
 from peft_pvm.tuners.base import VisualConfig
 
 from ..chats import make_real_chats
-from ..evaluation import METHODS
 from .study import Cell, Study
 
 
 LENGTHS = (0, 64, 256, 1024, 2048, 4096, 7500)  # tokens of text between image and question
-LOOKERS = ("base", "dipe", "dipe-128")
 GROUP = 5  # decoder layers that have DIPE together
 GROUP_LENGTHS = (0, 1024)
 LIMITS = (0, 16, 32, 64, 128, 256, 512)
 LIMIT_LENGTHS = (1024, 4096)
 CALIBRATED = None  # tokens of text: as the command has them by default
 BASE = "base"  # the case without DIPE
+LOOKERS = {BASE: None, "dipe": DIPEConfig(max_distance=0), "dipe-128": DIPEConfig(max_distance=128)}
 ALL_LAYERS, LIMITED = "all layers", "all layers, limit 128"  # cases of DIPE, and the beginnings of others
 LAYERS, ALONE, OTHERS = "layers ", " alone", "all but layers "
 
 
 def attention(study: Study) -> None:
     """Attention on the image after ever more text, and the answers that come of it: base, DIPE, DIPE with a limit."""
-    for name in LOOKERS:
-        _look_at(study, name, METHODS[name], LENGTHS)
+    for name, config in LOOKERS.items():
+        _look_at(study, name, config, LENGTHS)
 
 
 def dipe_layers(study: Study) -> None:
