@@ -29,6 +29,8 @@ from peft_pvm.utils.terminal import Terminal, say
 from .chats import make_real_chats
 from .evaluation import LENGTHS, TASKS, WRITING, EvalPlan, Place, evaluate, planned, table_of
 from .export import export_adapters
+from .findings.page import render_findings
+from .findings.plan import FINDINGS, FindingPlan, find
 from .language_model import PACKAGE, load_language_model
 from .methods import METHODS
 from .runs import load_questions, train_method
@@ -176,6 +178,33 @@ def export_command(
         say(folder)
 
 
+def findings_command(
+    base: Base,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(callback=one_of(FINDINGS), help=f"One or several of: {', '.join(FINDINGS)}; by default all."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Folders of adapters, which `text` tests beside the methods.")
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help=f"The GGUF file of {PACKAGE}: `text` tests also what the base was made from.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, max=MANY, help="Of each finding; by default as many as are recorded.")
+    ] = None,
+    split: Annotated[
+        Split, typer.Option(help="Where digits and text come from: validation to choose by, test to report.")
+    ] = "test",
+    results: Annotated[Path, typer.Option(callback=new_folder, help="Folder of the findings.")] = RECORDED
+    / "findings",
+    seed: Seed = 0,
+) -> None:
+    """Measure what is behind the real base's results, finding by finding. What was measured before is kept."""
+    find(base, FindingPlan(tuple(only or FINDINGS), rows, split, seed), results, adapter or [], gguf)
+    say(render_findings(results))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "train-real-base": train_command,
     "real-base": build_command,
@@ -183,4 +212,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "real-eval": evaluate_command,
     "real-chats": chats_command,
     "real-export": export_command,
+    "real-findings": findings_command,
 }

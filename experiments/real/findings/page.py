@@ -1,0 +1,53 @@
+"""The findings as a section of docs/real-model.md, made from their JSON and from nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from peft_pvm.folders.data_file import holding
+
+from ...markdown import machines
+from .knowing_page import readable_section, text_section
+from .looking_page import attention_section, calibration_section, dipe_section, limit_section
+from .study import Recorded, read_finding
+
+
+SECTIONS: dict[str, Callable[[Recorded], Iterator[str]]] = {
+    "attention": attention_section,
+    "dipe-layers": dipe_section,
+    "limit": limit_section,
+    "calibrate": calibration_section,
+    "readable": readable_section,
+    "text": text_section,
+}
+
+
+def render_findings(folder: str | os.PathLike) -> str:
+    """The section, in Markdown: the same bytes from the same files. A finding that was not measured is left out.
+
+    Args:
+        folder: Folder of the findings.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    lines = [
+        "## What is behind it",
+        "",
+        "`python -m experiments real-findings` asks why these numbers are as they are. Each finding has a JSON file "
+        "in `experiments/results/real/findings/`, from which its tables are made. All of it is about this base alone. "
+        "Errors of accuracy are standard errors by row.",
+    ]
+    environments = []
+    for name, section in SECTIONS.items():
+        path = Path(folder, f"{name}.json")
+        if path.is_file():
+            found = read_finding(path)
+            with holding(path, "a finding that python -m experiments real-findings measured to its end"):
+                lines += ["", *section(found)]
+                environments.append(found.environment)
+    if environments:
+        lines += ["", *machines(environments)]
+    return "\n".join(lines) + "\n"
