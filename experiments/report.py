@@ -15,6 +15,7 @@ from .claims import NOT_TESTED, Claim, claims
 from .markdown import folded, machines, one_level_down, table
 from .methods import METHODS
 from .real.claims import claims as real_claims
+from .real.findings.page import render_findings
 from .real.report import draw_real, read_bases, render_base
 from .real.summary import Results as RealResults
 from .runs import MAIN_RECIPE, RECIPES
@@ -76,6 +77,8 @@ def render(toy: Results, bases: Mapping[str, RealResults]) -> str:
     ]
     for title, results in bases.items():
         parts += ["", f"## {title}", "", *render_base(results)]
+        if results.findings.is_dir():
+            parts += ["", *one_level_down(render_findings(results.findings).splitlines())]
     return "\n".join([*parts, "", "## The toy", "", *one_level_down(_toy(toy))]) + "\n"
 
 

@@ -11,6 +11,7 @@ from ..claims import (
     BOTH_BEAT_DIPE,
     BOTH_BEAT_PVM,
     COSTS_NOTHING,
+    DECAYS,
     GAIN_GROWS,
     HOLDS,
     KEEPS_FLAT,
@@ -21,7 +22,11 @@ from ..claims import (
     UNCLEAR,
     Claim,
     verdict_on,
+    verdict_on_decay,
 )
+from .findings.looking import BASE
+from .findings.looking_page import fading, far_from, mean_mass
+from .findings.study import read_finding
 from .summary import Entry, Estimate, Results, Term, contrast
 
 
@@ -54,6 +59,7 @@ ENOUGH = 0.95
 def claims(results: Results) -> list[Claim]:
     """All claims. Those for which there are no results say so."""
     return [
+        *_fading(results),
         *_pvm_against_controls(results),
         *_pvm_against_pvm(results),
         *_dipe(results),
@@ -63,6 +69,18 @@ def claims(results: Results) -> list[Claim]:
         *_no_loss(results),
         *_half_won_back(results),
     ]
+
+
+def _fading(results: Results) -> Iterator[Claim]:
+    path = results.findings / "attention.json"
+    if not path.is_file():
+        yield Claim(DECAYS, NOT_TESTED, "")
+        return
+    far = far_from(read_finding(path).cells[BASE])
+    fit = fading(far, list(map(mean_mass, far)))
+    if fit is not None:
+        numbers = f"a = {fit.exponent:.2f} ± {fit.standard_error:.2f} for the mean over layers"
+        yield Claim(DECAYS, verdict_on_decay(fit), numbers)
 
 
 def _judge(text: str, estimate: Estimate | None, numbers: str, setting: str, margin: float = 0.0) -> Claim:

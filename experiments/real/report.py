@@ -22,7 +22,7 @@ BASES = {
     "real": "The real language model",
     "real-digits": "The real language model, visual tokens learnt through it",
 }
-IN_PICTURE = ("base", "lora", "mlp", "pvm", "dipe", "dipe-128", "dipe+lora")
+IN_PICTURE = ("base", "log-bias", "lora", "pvm", "dipe", "dipe-128", "dipe+lora")
 BESIDE = ("interfering", "transcription")  # the first of them that was tested is the right half of the picture
 ROUNDS = (1, 2, 4, 8, 16, 28)  # shown of a task with more lengths than there is room for
 MOST_LENGTHS = 8

@@ -230,6 +230,7 @@ class Results:
     Attributes:
         runs: One for each file.
         base: Fingerprint of the base.
+        findings: Folder of what else was measured on it; it need not be there.
 
     Raises:
         FileNotFoundError: There are none.
@@ -241,6 +242,7 @@ class Results:
         files = read_results(folder, paths, "real-eval", lambda file: (Run.of(file), str(file["base"])))
         self.runs = [run for run, _ in files]
         self.base = files[0][1]
+        self.findings = Path(folder, FINDINGS)
         questions = {run.questions for run in self.runs}
         if any(split != "test" for split, _ in questions):
             raise ValueError(f"{folder} has results of {_listed(questions)}. The report is of split test alone.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -16,7 +17,7 @@ from experiments.real import report as real_report
 from experiments.real.claims import claims
 from experiments.real.methods import METHODS
 from experiments.real.report import draw_real, read_bases, render_base
-from experiments.real.summary import Entry, Estimate, Results, Term, contrast
+from experiments.real.summary import FINDINGS, Entry, Estimate, Results, Term, contrast
 from experiments.report import _verdicts, render, write_report
 from experiments.summary import Results as ToyResults
 from peft_pvm.env import environment
@@ -335,11 +336,22 @@ def test_without_results_of_a_real_base_there_is_the_toy_alone(folder, tmp_path)
     assert page.partition(start)[2] == whole.partition(start)[2] != ""
 
 
+def test_findings_stand_behind_the_tables_of_their_base(folder):
+    assert "What is behind it" not in render(ToyResults(RECORDED), read_bases(folder))
+    shutil.copytree(RECORDED / "real" / FINDINGS, folder / "real" / FINDINGS)
+    page = render(ToyResults(RECORDED), read_bases(folder))
+    places = [page.index(text) for text in ("## The real language model", "### What is behind it", "## The toy")]
+    assert places == sorted(places)
+    (fit,) = (row for row in rows_of(page, toy_claims.DECAYS) if "The real language model" in row)
+    exponent = re.search(r"a = ([\d.]+) ± [\d.]+ for the mean over layers", fit[-1])[1]
+    assert f"| base | {exponent} ±" in page, "of the findings' own table"
+
+
 def test_claims_that_were_tested_on_both_stand_side_by_side(folder):
     toy = ToyResults(RECORDED)
     write_result(folder / "real", "look-up", "dipe", {0: FULL, 4096: "0" * 12})
     on_both = {claim.text for claim in claims(Results(folder / "real"))} & {c.text for c in toy_claims.claims(toy)}
-    assert len(on_both) == 11
+    assert len(on_both) == 12
     page = render(toy, read_bases(folder))
     row, *numbers_of_tested = rows_of(page, toy_claims.KEEPS_FLAT)
     assert len(numbers_of_tested) == 4  # the toy's, two of the first base, one of the second

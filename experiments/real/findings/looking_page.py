@@ -110,12 +110,13 @@ def attention_section(found: Recorded) -> Iterator[str]:
     yield from claims_table(_about_attention(cells))
 
 
-def _far(by_length: dict[str, Cell]) -> list[Cell]:
+def far_from(by_length: dict[str, Cell]) -> list[Cell]:
+    """The cells with so much text that its length is that of what is in sight."""
     return [cell for length, cell in by_length.items() if int(length) >= SHORTEST_FADING]
 
 
 def _exponents(by_length: dict[str, Cell]) -> list[str]:
-    far = _far(by_length)
+    far = far_from(by_length)
     by_layer = [fading(far, masses) for masses in zip(*map(on_image, far))]
     by_head = [fading(far, masses) for masses in zip(*(chain(*heads_of(cell)) for cell in far))]
     return [_exponent(fading(far, list(map(mean_mass, far)))), *_kinds(by_layer), *_kinds(by_head)]
@@ -143,7 +144,7 @@ def _kinds(fits: Sequence[PowerLaw | None]) -> list[str]:
 
 def _about_attention(cells: Cells) -> Iterator[Claim]:
     base, dipe = cells[BASE], cells["dipe"]
-    far = _far(base)
+    far = far_from(base)
     fit = fading(far, list(map(mean_mass, far)))
     low, high = LIKE_1_OVER_T
     yield (

@@ -1,4 +1,4 @@
-"""The findings as a section of docs/real-model.md, made from their JSON and from nothing else."""
+"""The findings as a section of docs/results.md, made from their JSON and from nothing else."""
 
 from __future__ import annotations
 
