@@ -60,7 +60,8 @@ def _card(folders: Sequence[Path], folder: Path, trained_by: str, results: Resul
     data = ModelCardData(library_name="peft", license="apache-2.0", tags=["peft-pvm", folder.name, "vision-language"])
     to_root = "../" * len(folder.parts)
     names = [str(other) for other in folders]
-    beside = f" It belongs together with {', '.join(names[1:])}." if len(folders) > 1 else ""
+    others = [str(other) for other in folders if other != folder]
+    beside = f" It belongs together with {', '.join(others)}." if others else ""
     method = "+".join(other.name for other in folders)
     return f"""---
 {data.to_yaml()}

@@ -16,6 +16,7 @@ from peft_pvm.demo.questions import Questions
 from peft_pvm.demo.train import fit
 from peft_pvm.folders.base_checkpoint import SINGLE
 from peft_pvm.training.gates import parameter_groups
+from peft_pvm.tuners.saving import save_adapter
 
 from ..base import fingerprint
 from ..checkpoint import CheckpointFile
@@ -48,8 +49,8 @@ def load_questions(base: str | os.PathLike) -> Questions:
 
 
 def run_folder(runs: str | os.PathLike, name: str, seed: int) -> Path:
-    """The folder of one training."""
-    return Path(runs, f"{name}.seed{seed}")
+    """The folder of one training. Its name has no `+`, which would part two adapters."""
+    return Path(runs, f"{name.replace('+', '-')}.seed{seed}")
 
 
 def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.PathLike, device: str = "cpu") -> Path:
@@ -63,7 +64,7 @@ def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.P
         device: Where.
 
     Returns:
-        The run's folder: the weights, and how they were made.
+        The run's folder: the weights, and how they were made; and the adapters, each as a folder of its own.
 
     Raises:
         FileNotFoundError: There is no base.
@@ -99,6 +100,8 @@ def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.P
         "tokens": tokens,
         "seconds": round(time.perf_counter() - start),
     }
+    for adapter in METHODS[name].adapters():
+        save_adapter(model, adapter, folder / adapter)
     save_run(folder, model, run)
     return folder
 

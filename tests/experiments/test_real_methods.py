@@ -31,7 +31,6 @@ from peft_pvm.demo import train
 from peft_pvm.demo.mosaic import NUM_CELLS, Batch, Pictures
 from peft_pvm.demo.questions import PLACES, Questions
 from peft_pvm.tuners.active import acting_adapters
-from peft_pvm.tuners.saving import save_adapter
 
 
 BASE = Path(__file__).parents[2] / "runs" / "real" / "base"
@@ -365,7 +364,7 @@ def test_methods_and_adapters_act_while_they_are_tested(folder, asked, tmp_path)
 def test_exported_adapters_are_those_in_bf16(short, folder, questions, tmp_path):
     train_method("dipe+lora", 0, folder, tmp_path / "runs")
     trained, _ = load_method("dipe+lora", 0, folder, tmp_path / "runs")
-    sources = [str(save_adapter(trained, name, tmp_path / name)) for name in ("dipe", "lora")]
+    sources = [str(tmp_path / "runs" / "dipe-lora.seed0" / name) for name in ("dipe", "lora")]
     together = "+".join(sources)
     tested = evaluate(Place(folder), [Run("base")], [together], PLAN, tmp_path / "results")
     exported = export_adapters(folder, sources, "a command", tmp_path / "results", tmp_path / "shared")
