@@ -104,8 +104,8 @@ def batches_of(recipe: Recipe) -> list[Batch]:
     drawn: list[Batch] = []
     fit = train.fit
 
-    def looking(model, groups, draw, steps, description, checkpoint, hidden_steps):
-        assert hidden_steps == recipe.hidden_steps
+    def looking(model, groups, draw, steps, description, checkpoint, is_hidden):
+        assert [is_hidden(step) for step in range(steps)] == [step < recipe.hidden_steps for step in range(steps)]
         drawn.extend(draw(step) for step in range(steps))
         return fit(model, groups, draw, 1, description)
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments.real import commands
 from experiments.real.chats import make_real_chats
-from experiments.real.evaluation import METHODS, TASKS, EvalPlan, Results
+from experiments.real.evaluation import METHODS, TASKS, WRITING, EvalPlan, Results
 from experiments.real.language_model import load_language_model
 from experiments.real.trained import NOTE, build_base, save_trained
 from experiments.real.training import (
@@ -362,9 +362,11 @@ def test_what_is_recorded_belongs_together():
     files = {path: json.loads(path.read_text()) for path in paths}
     assert len({(file["base"], file["split"], file["seed"]) for file in files.values()}) == 1
     for path, file in files.items():
-        assert path.parent.name in TASKS
-        assert path.stem in METHODS or file["adapters"]
-        results = Results(path, {"task": path.parent.name, "method": path.stem})
+        assert path.parent.name in {*TASKS, WRITING}
+        method, _, seed = path.stem.partition(".seed")
+        assert method in METHODS or file["adapters"]
+        assert (file["training"] or {}).get("seed", "") == (int(seed) if seed else "")
+        results = Results(path, {"task": path.parent.name, "method": method})
         for length, cell in file["by tokens of text"].items():
             assert round(results.accuracy(int(length), len(cell["right of nine"])).value, 4) == cell["accuracy"]
     assert TRAINED.stat().st_size < 6 * 2**20
