@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ from peft_pvm import load_adapters
 from transformers import AutoModelForImageTextToText
 
 model = AutoModelForImageTextToText.from_pretrained("runs/real/base")  # from `make real-base`
-load_adapters(model, {names})
+load_adapters(model, {json.dumps(names)})
 ```
 
 **Data**: mosaics of scikit-learn's handwritten digits and the text of Python's help topics. Digits and texts of the

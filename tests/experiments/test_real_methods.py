@@ -383,4 +383,4 @@ def test_exported_adapters_are_those_in_bf16(short, folder, questions, tmp_path)
     assert "`a command`, rounded to bf16" in card
     accuracy = tested[together].accuracy(20, 2)
     assert f"{accuracy.value:.3f} ± {accuracy.standard_error:.3f} |" in card
-    assert f"{exported[0]}, {exported[1]}" in card.replace("'", "")
+    assert f"{exported[0]}, {exported[1]}" in card.replace('"', "")
