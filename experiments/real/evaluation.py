@@ -80,10 +80,13 @@ class Results:
                     "to another folder with --results, or remove the file."
                 )
 
-    def add(self, length: int, right: int, seconds: float) -> None:
-        """Note one more row, and write the file."""
-        self.right.setdefault(length, []).append(right)
+    def note(self, length: int, right: Sequence[int], seconds: float) -> None:
+        """Take up more rows of a length, and the CPU time that they took together."""
+        self.right.setdefault(length, []).extend(right)
         self.seconds[length] = self.seconds.get(length, 0.0) + seconds
+
+    def write(self) -> None:
+        """Write the file."""
         cells = {str(length): self._cell(length) for length in sorted(self.right)}
         write_json(self.path, {**self.about, "by tokens of text": cells, "environment": environment()})
 
@@ -177,6 +180,8 @@ def evaluate(
     """
     questions = load_questions(place.base)
     shared = {"task": plan.task, "base": fingerprint(Path(place.base, SINGLE)), "split": plan.split, "seed": plan.seed}
+    if plan.task == WRITING:
+        shared["longest"] = max(plan.lengths)
     tested = {}
 
     def ask(name: str, file: str, model: nn.Module, **about: Any) -> None:
@@ -215,9 +220,8 @@ def _ask(model: nn.Module, questions: Questions, plan: EvalPlan, results: Result
                 rows = range(first, min(first + at_once, plan.rows))
                 batch = _draw(questions, plan, length, rows).to(device)
                 right = (target_logits(model, batch).argmax(-1) == batch.targets).sum(1).tolist()
-                seconds = (time.process_time() - start) / len(rows)
-                for of_row in right:
-                    results.add(length, of_row, seconds)
+                results.note(length, right, time.process_time() - start)
+                results.write()
                 bar.advance(task, len(rows))
 
 
@@ -233,15 +237,16 @@ def _draw(questions: Questions, plan: EvalPlan, length: int, rows: Iterable[int]
 
 
 def _watch(model: Any, questions: Questions, plan: EvalPlan, results: Results) -> None:
-    """Have the model transcribe, in all rows at once. There is no part of it to keep."""
+    """Have the model transcribe, in all rows at once. It is kept when it is done: an interrupted one begins anew."""
     if len(results.right.get(0, [])) >= plan.rows:
         return
     results.right.clear()
+    results.seconds.clear()
     start = time.process_time()
     for distance, right in transcribe(model, questions, plan.split, plan.rows, plan.seed, max(plan.lengths)):
         seconds, start = time.process_time() - start, time.process_time()
-        for of_row in right:
-            results.add(distance, of_row, seconds / len(right))
+        results.note(distance, right, seconds)
+    results.write()
 
 
 def _hash_of_folder(folder: str) -> str:

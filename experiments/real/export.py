@@ -92,9 +92,17 @@ tests are others, split by a hash of their content.
 
 {NEWLINE.join(_results(results, method))}
 
-`python -m experiments real-eval --base runs/real/base --adapter {"+".join(names)}` repeats them.
+{_measured(results, method)} `python -m experiments real-eval --base runs/real/base --adapter {"+".join(names)}`
+tests them, with `--task` for the other tasks, and the same rows for all.
 [All results]({to_root}docs/results.md), with what does not work.
 """
+
+
+def _measured(results: Results, method: str) -> str:
+    """Whether the numbers are of the adapters as they are here."""
+    runs = [run for task in results.tasks for run in results.find(task, method).runs]
+    rounded = all(run.training is None for run in runs)  # else it was the experiment's training that was tested
+    return "Measured with these files." if rounded else "Measured before rounding."
 
 
 def _results(results: Results, method: str) -> list[str]:

@@ -54,7 +54,7 @@ def run_folder(runs: str | os.PathLike, name: str, seed: int) -> Path:
 
 
 def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.PathLike, device: str = "cpu") -> Path:
-    """Train one method. On a CPU, an interrupted training goes on to the same weights.
+    """Train one method. On a CPU its state is kept every 100 steps, from which it goes on to the same weights.
 
     Args:
         name: A key of `METHODS` with a training.
@@ -79,26 +79,24 @@ def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.P
         return folder
     questions, model = load_questions(base), _with_method(name, seed, base).to(device)
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = 0
 
     def draw(step: int) -> Batch:
-        nonlocal tokens
-        batch = training.draw(questions, seed, step)
-        tokens += batch.inputs["input_ids"].numel()
-        return batch.to(model.device)
+        return training.draw(questions, seed, step).to(model.device)
 
     start = time.perf_counter()
     groups = parameter_groups(model, training.learning_rate, training.faster_gates)
     checkpoint = CheckpointFile(folder / "checkpoint.safetensors", training) if device == "cpu" else None
     with one_thread():
         fit(model, groups, draw, training.steps, folder.name, checkpoint, lambda step: training.is_hidden(seed, step))
+    seconds = time.perf_counter() - start
     run = {
         "recipe": asdict(training),
         "seed": seed,
         "base": fingerprint(Path(base, SINGLE)),
         "parameters": sum(parameter.numel() for parameter in trained_parameters(model).values()),
-        "tokens": tokens,
-        "seconds": round(time.perf_counter() - start),
+        # Counted afterwards, so that those before an interruption are among them.
+        "tokens": sum(draw(step).inputs["input_ids"].numel() for step in range(training.steps)),
+        "seconds": round(seconds),
     }
     for adapter in METHODS[name].adapters():
         save_adapter(model, adapter, folder / adapter)

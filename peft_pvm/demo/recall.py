@@ -113,7 +113,7 @@ def look_up(
     seed: int = 0,
     description: str = "Testing",
 ) -> Accuracy:
-    """The same in natural language: ask a model for all nine cells after some text.
+    """Ask the lab's real base, in natural language, for all nine cells after some text.
 
     Args:
         model: The lab's real base, with or without adapters, in eval mode.
@@ -123,6 +123,9 @@ def look_up(
         split: Where digits and text come from.
         seed: Decides them: two models tested with the same one are asked the same.
         description: What the progress bar says.
+
+    Raises:
+        ValueError: There is not so much text in the split.
     """
     right = []
     with progress_bar() as bar:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 
 from experiments import anchors, pvm_limits
 from experiments.commands import app
+from experiments.real.methods import METHODS as REAL_METHODS
+from experiments.real.methods import Training
 from experiments.runs import MAIN_RECIPE, RECIPES
 from experiments.tdrs_readings import READINGS
 from peft_pvm.demo.mosaic import FIRST_QUERY, IMAGE_LENGTH, VISION_START
@@ -106,9 +109,18 @@ def test_the_real_base_from_training_to_results(tmp_path, monkeypatch):
     run("real-base", *gguf, "--out", base, "--from-trained", trained)
     options = ("--base", base, "--method", "base", "--method", "dipe-64", "--task", "three-turns")
     options = (*options, "--lengths", "0,5", "--rows", 2)
-    rows = [line for line in run("real-eval", *options, "--results", tmp_path).splitlines() if line.count("±") == 2]
-    assert [line.strip("│").split("│")[0].strip() for line in rows] == ["base", "dipe-64"]
-    assert {path.name for path in (tmp_path / "three-turns").iterdir()} == {"base.json", "dipe-64.json"}
+    lora = replace(REAL_METHODS["lora"], training=Training(steps=1, max_text=4, rows=1))
+    monkeypatch.setitem(REAL_METHODS, "lora", lora)
+    runs, trained_lora = ("--training-seed", 1, "--runs", tmp_path / "runs"), tmp_path / "runs" / "lora.seed1"
+    assert run("real-train", "--base", base, "--method", "lora", *runs).strip() == str(trained_lora)
+    output = run("real-eval", *options, "--method", "lora", *runs, "--results", tmp_path / "results")
+    rows = [line for line in output.splitlines() if line.count("±") == 2]
+    assert [line.strip("│").split("│")[0].strip() for line in rows] == ["base", "dipe-64", "lora.seed1"]
+    files = {path.stem for path in (tmp_path / "results" / "three-turns").iterdir()}
+    assert files == {"base", "dipe-64", "lora.seed1"}
+    export = ("--base", base, "--adapter", trained_lora / "lora", "--trained-by", "a command")
+    run("real-export", *export, "--results", tmp_path / "results", "--out", tmp_path / "shared")
+    assert "Measured before rounding." in (tmp_path / "shared" / "lora" / "README.md").read_text()
 
 
 def test_real_chats(tmp_path):

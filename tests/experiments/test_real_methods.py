@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from experiments.methods import attach, trained_parameters
-from experiments.real import evaluation, methods, writing
+from experiments.real import evaluation, methods, runs, writing
 from experiments.real.evaluation import TASKS, EvalPlan, Place, Run, evaluate, planned, table_of
 from experiments.real.export import export_adapters
 from experiments.real.methods import METHODS, PVM_PARAMETERS, Training
@@ -96,13 +96,13 @@ def test_the_controls_have_the_size_of_pvm():
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_what_was_trained_is_what_is_tested(name: str, short, folder, questions, tmp_path, monkeypatch):
     trained = {}
-    save = train_method.__globals__["save_run"]
+    save = runs.save_run
 
     def keep(path, model, run):
         trained.update(model=model.eval(), run=run)
         save(path, model, run)
 
-    monkeypatch.setitem(train_method.__globals__, "save_run", keep)
+    monkeypatch.setattr(runs, "save_run", keep)
     path = train_method(name, 1, folder, tmp_path)
     assert train_method(name, 1, folder, tmp_path) == path, "a finished training is not repeated"
     model, run = load_method(name, 1, folder, tmp_path)
@@ -202,10 +202,11 @@ class Writer:
 
 def spoil(answer: str, turn: int, row: int) -> str:
     cells = answer.removeprefix("Digits: ").split(", ")
+    wrong = [f"{cell[:-1]}{(int(cell[-1]) + 1) % 10}" for cell in cells]
     if (turn, row) == (2, 1):  # two are wrong
-        cells[:2] = [f"{cell[:-1]}{(int(cell[-1]) + 1) % 10}" for cell in cells[:2]]
-    if (turn, row) == (3, 0):  # one over and over
-        cells = cells[:1] * NUM_CELLS
+        cells[:2] = wrong[:2]
+    if (turn, row) == (3, 0):  # one is told over and over, and rightly the first time alone
+        cells = [cells[0], *wrong[:1] * (NUM_CELLS - 1)]
     return "Digits: " + ", ".join(cells)
 
 
@@ -257,6 +258,47 @@ def test_transcriptions_are_kept(folder, tmp_path):
     before = file.read_bytes()
     evaluate(Place(folder), [Run("base")], [], plan, tmp_path)
     assert file.read_bytes() == before
+
+
+def test_an_interrupted_transcription_begins_anew(folder, tmp_path, monkeypatch):
+    plan = EvalPlan("transcription", (200,), rows=2)
+    whole = evaluate(Place(folder), [Run("base")], [], plan, tmp_path / "whole")["base"]
+
+    def until_the_second_round(*args):
+        yield next(transcribe(*args))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "transcribe", until_the_second_round)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(Place(folder), [Run("base")], [], plan, tmp_path / "parts")
+    again = evaluate(Place(folder), [Run("base")], [], plan, tmp_path / "parts")["base"]
+    assert again.right == whole.right
+    assert len(again.right) > 1
+    with pytest.raises(ValueError, match="has results with longest 200, but these would be with 300"):
+        evaluate(Place(folder), [Run("base")], [], replace(plan, lengths=(300,)), tmp_path / "parts")
+
+
+def test_a_resumed_training_is_told_as_a_whole(short, folder, tmp_path, monkeypatch):
+    """Its weights and the tokens that it read are those of one that nothing interrupted."""
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 1)
+    whole = train_method("lora", 0, folder, tmp_path / "whole")
+    draw = Training.draw
+
+    def until_the_second_step(training, questions, seed, step):
+        if step == 1:
+            raise KeyboardInterrupt
+        return draw(training, questions, seed, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "draw", until_the_second_step)
+        with pytest.raises(KeyboardInterrupt):
+            train_method("lora", 0, folder, tmp_path / "parts")
+    parts = train_method("lora", 0, folder, tmp_path / "parts")
+    told, of_whole = (json.loads((path / "run.json").read_text()) for path in (parts, whole))
+    assert (told["tokens"], told["parameters"]) == (of_whole["tokens"], of_whole["parameters"])
+    weights = [load_file(path / "weights.safetensors") for path in (parts, whole)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
 
 
 @pytest.mark.skipif(not BASE.is_dir(), reason="the real base is not there: make real-base")
@@ -381,6 +423,7 @@ def test_exported_adapters_are_those_in_bf16(short, folder, questions, tmp_path)
     }
     card = (exported[1] / "README.md").read_text()
     assert "`a command`, rounded to bf16" in card
+    assert "Measured with these files." in card
     accuracy = tested[together].accuracy(20, 2)
     assert f"{accuracy.value:.3f} ± {accuracy.standard_error:.3f} |" in card
     assert f"{exported[0]}, {exported[1]}" in card.replace('"', "")
