@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tarfile
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft
@@ -90,17 +92,27 @@ def suite(pytestconfig) -> type:
                 pytest.skip(f"PEFT's tests could not be fetched from the package index: {run.stderr.strip()[-300:]}")
             with tarfile.open(folder / f"{source.name}.tar.gz") as archive:
                 archive.extractall(folder, filter="data")
-    # The suite imports them for other tests than ours.
-    for name, attribute in (("diffusers", "StableDiffusionPipeline"), ("datasets", "load_dataset")):
-        if importlib.util.find_spec(name) is None:
-            stand_in = types.ModuleType(name)
-            setattr(stand_in, attribute, type(attribute, (), {}))
-            stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None)
-            sys.modules[name] = stand_in
     package = types.ModuleType("peft_tests")
     package.__path__ = [str(source / "tests")]
     sys.modules["peft_tests"] = package
-    return importlib.import_module("peft_tests.testing_common").PeftCommonTester
+    with stand_ins(diffusers="StableDiffusionPipeline", datasets="load_dataset"):
+        return importlib.import_module("peft_tests.testing_common").PeftCommonTester
+
+
+@contextmanager
+def stand_ins(**attributes: str) -> Iterator[None]:
+    """Packages that the suite imports for other tests than ours, where they are not installed; gone again afterwards,
+    for a test that asks whether one is installed."""
+    missing = [name for name in attributes if importlib.util.find_spec(name) is None]
+    for name in missing:
+        sys.modules[name] = stand_in = types.ModuleType(name)
+        setattr(stand_in, attributes[name], type(attributes[name], (), {}))
+        stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
