@@ -26,6 +26,7 @@ from peft_pvm.demo.mosaic import Split
 from peft_pvm.utils.packages import require
 from peft_pvm.utils.terminal import Terminal, say
 
+from ..checkpoint import CheckpointFile
 from .chats import make_real_chats
 from .evaluation import LENGTHS, TASKS, WRITING, EvalPlan, Place, evaluate, planned, table_of
 from .export import export_adapters
@@ -71,15 +72,20 @@ def train_command(
     single_steps: Annotated[
         int, typer.Option(min=0, max=MANY, help="The first of them, with one picture and one turn a chat.")
     ] = RealRecipe.single_steps,
+    on_text: Annotated[bool, typer.Option(help="Text and questions count like the answers.")] = RealRecipe.on_text,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Train vision tower, projector and LoRA of the real base, and write them into one file."""
+    """Train vision tower, projector and LoRA of the real base, and write them into one file.
+
+    On a CPU, an interrupted training goes on from its last hundredth step to the same file.
+    """
     check_device(device)
     language_model = load_language_model(gguf)
-    recipe = RealRecipe(seeing, seeing_steps, steps, single_steps, seed=seed)
+    recipe = RealRecipe(seeing, seeing_steps, steps, single_steps, on_text=on_text, seed=seed)
     start = time.perf_counter()
-    model = train_real_base(language_model, recipe, device)
+    checkpoint = CheckpointFile(out.with_suffix(".checkpoint.safetensors"), recipe) if device == "cpu" else None
+    model = train_real_base(language_model, recipe, device, checkpoint)
     seconds = time.perf_counter() - start
     save_trained(model, language_model, recipe, out)
     say(f"Trained in {seconds:.0f} s on the language model {language_model.fingerprint}, saved to {out}.")

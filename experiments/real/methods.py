@@ -33,7 +33,7 @@ LONG = 1024
 
 @dataclass(frozen=True)
 class Training:
-    """How a method is trained on the real base: steps of eight chats, of which the answers count.
+    """How a method is trained on the real base: steps of eight chats.
 
     Attributes:
         steps: Optimizer steps in all.
@@ -42,6 +42,7 @@ class Training:
         max_text: The most tokens of text in the other steps; every length is as likely.
         several: Chats are of all kinds, as the base's were: a third with one picture, a third with several, a third
             with several turns, every fourth text telling of other pictures. Otherwise one picture, one turn.
+        on_text: Whether text and questions count like the answers, so that a method learns to leave them as they are.
         learning_rate: Its peak.
         faster_gates: The gates' learning rate over that of the rest.
         rows: Chats in a step.
@@ -52,6 +53,7 @@ class Training:
     hidden_share: float = 0.0
     max_text: int = SHORT
     several: bool = False
+    on_text: bool = False
     learning_rate: float = 2e-3
     faster_gates: float = 1.0
     rows: int = 8
@@ -62,7 +64,7 @@ class Training:
         most = SHORT if step < self.hidden_steps else self.max_text
         text = int(torch.randint(most + 1, (), generator=generator))
         turns = draw_turns(most, generator) if self.several else [Turn(text_tokens=text)]
-        return questions.draw("train", self.rows, turns, generator, augmented=True)
+        return questions.draw("train", self.rows, turns, generator, augmented=True, on_text=self.on_text)
 
     def is_hidden(self, seed: int, step: int) -> bool:
         """Whether the images of a step are hidden."""
@@ -137,6 +139,9 @@ METHODS: dict[str, RealMethod] = {
         training=Training(steps=100, max_text=LONG, faster_gates=10.0),
     ),
     "pvm": RealMethod("PVM", _pvm(), training=HIDDEN),
+    "pvm-on-text": RealMethod(
+        "PVM, trained on text too", _pvm(), training=Training(steps=400, hidden_steps=400, on_text=True)
+    ),
     "pvm-plain": RealMethod("PVM, image never hidden", _pvm(), training=PLAIN),
     "pvm-then-long": RealMethod(
         "PVM, then long texts",

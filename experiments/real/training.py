@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS, Batch, draw_pictures
 from peft_pvm.demo.questions import COLOURS, Questions, Turn, augment
-from peft_pvm.demo.train import fit, learning_rate_factor, step_generator
+from peft_pvm.demo.train import Checkpoint, fit, learning_rate_factor, step_generator
 from peft_pvm.utils.terminal import progress_bar
 
 from .language_model import LanguageModel
@@ -39,6 +39,7 @@ class RealRecipe:
         single_steps: The first of them, in which chats have one picture and one turn.
         rows: Rows of nine questions in each step of the second stage.
         max_text: The most tokens of text between image and question there.
+        on_text: Whether text and questions count there like the answers, so that the language model keeps its text.
         seed: Decides initial weights and questions.
     """
 
@@ -48,6 +49,7 @@ class RealRecipe:
     single_steps: int = 0
     rows: int = 8
     max_text: int = 64
+    on_text: bool = False
     seed: int = 0
 
 
@@ -67,13 +69,17 @@ def lora_config() -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o)_proj")
 
 
-def train_real_base(language_model: LanguageModel, recipe: RealRecipe, device: str = "cpu") -> PeftModel:
+def train_real_base(
+    language_model: LanguageModel, recipe: RealRecipe, device: str = "cpu", checkpoint: Checkpoint | None = None
+) -> PeftModel:
     """Train both stages.
 
     Args:
         language_model: What reads in the end. It stays as it is.
         recipe: How to train.
         device: Where. On a CPU, the same seed gives the same bits.
+        checkpoint: Keeps the state of the second stage every 100 steps, so that an interrupted one goes on to the same
+            weights. It is removed at the end.
 
     Returns:
         The base in bf16, in eval mode, with the LoRA beside it and not merged.
@@ -87,7 +93,8 @@ def train_real_base(language_model: LanguageModel, recipe: RealRecipe, device: s
             turns = [draw_turn(1, NUM_CELLS, recipe.max_text, generator)]
         else:
             turns = draw_turns(recipe.max_text, generator)
-        return questions.draw("train", recipe.rows, turns, generator, augmented=True).to(vlm.device)
+        batch = questions.draw("train", recipe.rows, turns, generator, augmented=True, on_text=recipe.on_text)
+        return batch.to(vlm.device)
 
     with one_thread():
         if recipe.seeing == "words":
@@ -105,7 +112,7 @@ def train_real_base(language_model: LanguageModel, recipe: RealRecipe, device: s
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         peak = 1e-3 if recipe.seeing == "words" else 5e-4
         groups = [{"params": trained, "lr": peak, "weight_decay": 0.0}]
-        fit(model, groups, draw, recipe.steps, "Learning to answer")
+        fit(model, groups, draw, recipe.steps, "Learning to answer", checkpoint)
         round_parameters(vision)
     return model
 

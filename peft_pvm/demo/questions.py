@@ -94,7 +94,13 @@ class Questions:
         return cls(AutoTokenizer.from_pretrained(base))
 
     def draw(
-        self, split: Split, rows: int, turns: Sequence[Turn], generator: torch.Generator, augmented: bool = False
+        self,
+        split: Split,
+        rows: int,
+        turns: Sequence[Turn],
+        generator: torch.Generator,
+        augmented: bool = False,
+        on_text: bool = False,
     ) -> Batch:
         """Draw rows of chats. With one generator, chats that differ in their text alone show and ask the same.
 
@@ -104,9 +110,11 @@ class Questions:
             turns: The shape of the chats.
             generator: All that is drawn comes from it.
             augmented: Move digits by a pixel and add noise, so that training has more than the split's images.
+            on_text: Text and questions are targets too.
 
         Returns:
-            The targets are the answers with their ends of turn, `(rows, tokens)`.
+            The targets are the answers with their ends of turn, or with `on_text` all tokens but the visual ones and
+            the first, `(rows, tokens)`.
 
         Raises:
             ValueError: There is not so much text in the split, or a turn asks for more cells than are left.
@@ -117,14 +125,19 @@ class Questions:
         texts = [self.draw_text(split, rows, turn, generator).tolist() for turn in turns]
         tokens = [list(self._tokens(turns, chat, [text[row] for text in texts])) for row, chat in enumerate(chats)]
         input_ids = torch.tensor([[token for token, _ in row] for row in tokens])
-        answers = torch.tensor([is_answer for _, is_answer in tokens[0]]).nonzero()[:, 0]
+        if on_text:
+            counts = input_ids[0] != self.visual
+            counts[0] = False  # nothing comes before it
+        else:
+            counts = torch.tensor([is_answer for _, is_answer in tokens[0]])
+        targets = counts.nonzero()[:, 0]
         inputs = {
             "input_ids": input_ids[:, :-1],
             "attention_mask": torch.ones_like(input_ids[:, :-1]),
             "pixel_values": mosaics * 2 - 1,
-            "logits_to_keep": answers - 1,
+            "logits_to_keep": targets - 1,
         }
-        return Batch(inputs, input_ids[:, answers])
+        return Batch(inputs, input_ids[:, targets])
 
     def draw_text(self, split: Split, rows: int, turn: Turn, generator: torch.Generator) -> torch.Tensor:
         """Draw the text of a turn, `(rows, text_tokens)` tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from experiments.checkpoint import CheckpointFile
 from experiments.real import commands
 from experiments.real.chats import make_real_chats
 from experiments.real.evaluation import METHODS, TASKS, WRITING, EvalPlan, Results
@@ -34,6 +35,7 @@ from experiments.real.training import (
 )
 from experiments.real.vlm import new_vlm, save_vlm, vlm_processor
 from peft_pvm import DIPEConfig, PVMConfig, load_adapters
+from peft_pvm.demo import train
 from peft_pvm.demo.for_trainers import write_chats
 from peft_pvm.demo.mosaic import NUM_CELLS, Batch, draw_pictures, load_material
 from peft_pvm.demo.questions import COLOURS, PLACES, Questions, Turn, augment, converse
@@ -115,6 +117,14 @@ def test_chats_tell_what_their_mosaics_show(questions, language_model, turns, in
     longer = questions.draw("test", 3, [replace(turn, text_tokens=25) for turn in turns], generator())
     assert longer.inputs["input_ids"].shape[1] - ids.shape[1] == sum(25 - turn.text_tokens for turn in turns)
     assert torch.equal(longer.targets, batch.targets), "chats that differ in their text alone ask the same"
+    everything = questions.draw("test", 3, turns, generator(), on_text=True)
+    assert torch.equal(everything.inputs["input_ids"], ids)
+    whole = torch.cat([ids, batch.targets[:, -1:]], 1)
+    for row in range(3):
+        rest = whole[row, 1:]
+        assert torch.equal(everything.targets[row], rest[rest != questions.visual])
+    after = everything.inputs["logits_to_keep"] + 1
+    assert torch.equal(whole[:, after], everything.targets)
 
 
 def test_text_that_interferes_tells_of_other_pictures(questions, language_model):
@@ -245,11 +255,35 @@ def test_training_follows_its_seed(language_model, trained, tmp_path):
         assert (path.read_bytes() == trained.read_bytes()) == (seed == 0)
 
 
+@pytest.mark.parametrize("seeing", ["words", "digits"])
+def test_an_interrupted_training_goes_on_to_the_same_file(language_model, tmp_path, monkeypatch, seeing):
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 1)
+    recipe = replace(RECIPE, seeing=seeing, steps=4)
+    whole, resumed, file = tmp_path / "whole", tmp_path / "resumed", tmp_path / "checkpoint"
+    save_trained(train_real_base(language_model, recipe), language_model, recipe, whole)
+
+    def draw(self, *args, **kwargs) -> Batch:
+        drawn.append(args)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    drawn, original = [], Questions.draw
+    monkeypatch.setattr(Questions, "draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        train_real_base(language_model, recipe, checkpoint=CheckpointFile(file, recipe))
+    model = train_real_base(language_model, recipe, checkpoint=CheckpointFile(file, recipe))
+    save_trained(model, language_model, recipe, resumed)
+    assert len(drawn) == 3 + 2
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not file.exists()
+
+
 def test_each_step_of_each_seed_draws_its_own_questions(language_model, monkeypatch):
     drawn = []
 
-    def draw(self, split, rows, turns, generator, augmented=False) -> Batch:
-        batch = original(self, split, rows, turns, generator, augmented)
+    def draw(self, split, rows, turns, generator, augmented=False, on_text=False) -> Batch:
+        batch = original(self, split, rows, turns, generator, augmented, on_text)
         drawn.append((split, rows, all(turn.text_tokens <= RECIPE.max_text for turn in turns), augmented))
         targets.append(batch.targets)
         return batch
@@ -371,7 +405,7 @@ def test_what_is_recorded_belongs_together():
             assert round(results.accuracy(int(length), len(cell["right of nine"])).value, 4) == cell["accuracy"]
     assert TRAINED.stat().st_size < 6 * 2**20
     with safe_open(TRAINED, framework="pt") as file:
-        assert json.loads(file.metadata()[NOTE])["recipe"] == asdict(RealRecipe())
+        assert RealRecipe(**json.loads(file.metadata()[NOTE])["recipe"]) == RealRecipe()
 
 
 def test_another_language_model_is_refused(trained):
