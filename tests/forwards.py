@@ -36,8 +36,12 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
 
+def in_dtype(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+
+
 def in_double(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    return in_dtype(inputs, torch.float64)
 
 
 def generate(tiny: TinyVLM, model: PeftModel, *prompts: str, seed: int | None = None, **kwargs):

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tiny_vlms import IMAGE, VIDEO
+from forwards import difference, in_double, logits
+from peft import get_peft_model
+from tiny_vlms import IMAGE, VIDEO, TinyVLM
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -20,6 +22,8 @@ from peft_pvm import DIPEConfig
 from peft_pvm.methods.tdrs.weights import reweighted
 
 
+ORACLE_TOLERANCE = 2e-5  # of logits in fp32
+LEAST = -1e4  # a logit: models suppress tokens by the least number of the dtype
 NEIGHBOURS = {"cohere", "cohere2", "glm4v_text", "llama4_text"}  # text models that rotate neighbouring channels
 
 
@@ -97,6 +101,8 @@ ByPair = Callable[[Tokens, int], torch.Tensor]
 def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Tensor:
     """By which angles an attention module turns channels at some positions, `(batch, seq_len, frequencies)`."""
     config, rotary = text_model.config, text_model.rotary_emb
+    if getattr(text_model, "rope_types", None) and text_model.rope_types[attention.layer_idx] == "unscaled":
+        rotary = text_model.rotary_emb_unscaled
     layer_type = config.layer_types[attention.layer_idx] if getattr(config, "layer_types", None) else None
     no_rotation = (config.model_type == "llama4_text" and not config.no_rope_layers[attention.layer_idx]) or (
         config.model_type == "cohere2" and layer_type == "full_attention"
@@ -123,6 +129,19 @@ def to_complex(states: torch.Tensor, frequencies: int, model_type: str) -> tuple
     if model_type in NEIGHBOURS:
         return torch.complex(rotated[..., 0::2].contiguous(), rotated[..., 1::2].contiguous()), rest
     return torch.complex(rotated[..., :frequencies].contiguous(), rotated[..., frequencies:].contiguous()), rest
+
+
+class OracleName(str):
+    """The name of eager attention to a model that asks for it, by which the oracle is found instead."""
+
+    def __eq__(self, other: object) -> bool:
+        return other in ("eager", "oracle")
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash("oracle")
 
 
 def oracle_attention(
@@ -214,10 +233,31 @@ def oracle(
     kernel = text_model.config._attn_implementation
     AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs, scale, bias))
     AttentionMaskInterface.register("oracle", eager_mask)
-    text_model.config._attn_implementation = "oracle"
+    text_model.config._attn_implementation = OracleName("eager")
     text_model.config._experts_implementation = "eager"  # the only one that takes float64
     try:
         yield model
     finally:
         handle.remove()
         text_model.config._attn_implementation = kernel
+
+
+def agrees_with_the_oracle(
+    family: TinyVLM,
+    dipe: DIPEConfig | None = None,
+    tdrs: Any = None,
+    batch: tuple[str, ...] = ("t4 i t3 i t6", "i t9", "t9"),
+) -> None:
+    """Assert that the base computes what the oracle does without methods, and the method what it does with it."""
+    model = family.build()
+    inputs = family.inputs(model, *batch)
+    real = inputs["attention_mask"].bool()
+    base = logits(model, inputs)[real].clamp(min=LEAST)
+    with oracle(family.build(), inputs) as reference:
+        bare = logits(reference, in_double(inputs))[real].clamp(min=LEAST)
+        assert difference(bare, base.double()) < ORACLE_TOLERANCE
+    with oracle(family.build(), inputs, dipe, tdrs) as reference:
+        expected = logits(reference, in_double(inputs))[real].clamp(min=LEAST)
+    computed = logits(get_peft_model(model, dipe or tdrs), inputs)[real].clamp(min=LEAST)
+    assert difference(expected, base.double()) > 100 * ORACLE_TOLERANCE
+    assert difference(computed.double(), expected) < ORACLE_TOLERANCE

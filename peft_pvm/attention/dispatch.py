@@ -1,9 +1,9 @@
 """How adapters reach attention.
 
 While an adapter that changes attention is attached, every self-attention module of the text model looks up its kernel
-through a view of its config, which names a steered function instead of the kernel. Nothing else sees another name, so
-masks are those of the kernel, and `set_attn_implementation` is followed. Where no adapter acts, the steered function
-calls the kernel with what it was given.
+through a view of its config, whose name for it finds a steered function instead of the kernel. For whoever compares or
+prints the name it is the kernel's own, so masks are those of the kernel, and `set_attn_implementation` is followed.
+Where no adapter acts, the steered function calls the kernel with what it was given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ..tokens.families import VisionLanguageModel
@@ -49,8 +48,34 @@ def steered_attention(
     return output
 
 
+class SteeredName(str):
+    """A kernel's name that finds its steered form in transformers' attention interface.
+
+    It equals both names: models test for "eager" or "sdpa" before they make a mask, and must find what they would
+    without adapters. Its hash is that of the steered name, so that a table is searched for this one.
+    """
+
+    steered: str
+
+    def __new__(cls, kernel: str) -> SteeredName:
+        name = super().__new__(cls, kernel)
+        name.steered = PREFIX + kernel
+        return name
+
+    # In plain Python, on plain strings, which torch.compile can follow.
+
+    def __eq__(self, other: object) -> bool:
+        return other in (self.steered, self.steered.removeprefix(PREFIX))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.steered)
+
+
 class ConfigView:
-    """A config in which the attention implementation has another name.
+    """A config in which the attention implementation has a name that finds its steered form.
 
     Args:
         config: The config. Whatever else is read or written is its own.
@@ -73,12 +98,15 @@ class ConfigView:
         setattr(self.config, name, value)
 
 
-def steered_name(kernel: str) -> str:
-    """The name under which the steered form of a kernel is registered with transformers."""
-    name = PREFIX + kernel
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, functools.partial(steered_attention, kernel=kernel))
-    return name
+def steered_name(kernel: str) -> SteeredName:
+    """The name by which the steered form of a kernel is found, once it is registered with transformers."""
+    if kernel not in _STEERED:
+        AttentionInterface.register(PREFIX + kernel, functools.partial(steered_attention, kernel=kernel))
+        _STEERED[kernel] = SteeredName(kernel)
+    return _STEERED[kernel]
+
+
+_STEERED: dict[str, SteeredName] = {}
 
 
 class SteeringHandle:

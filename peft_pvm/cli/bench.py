@@ -111,6 +111,10 @@ def bench(
         compile=compile,
         seed=seed,
     )
+    if model is not None:
+        vlm = find_vlm(without_weights(model, attn_implementation))
+        if any("pvm" in name for name in settings.methods):
+            _ = vlm.block  # raises where PVM could not be attached
     result = _measured(_built(model, preset, layers, dtype, device, attn_implementation), settings)
     if json_file is not None:
         write_json(json_file, result)
@@ -126,7 +130,6 @@ def _built(
         built = build_random(preset, layers, kind, device)
         set_kernel(built, attn_implementation)
         return built
-    find_vlm(without_weights(model, attn_implementation))
     with reading("a model that reads images", model):
         return load(model, kind, device, attn_implementation)
 

@@ -52,6 +52,7 @@ def layers(
     require("train", "datasets", "PIL")
     check_device(device)
     vlm = _without_weights(model, attn_implementation)
+    _ = vlm.block  # raises where PVM could not be attached
     if count > len(vlm.layers):
         raise typer.BadParameter(
             f"{count} is more than the {len(vlm.layers)} layers of {model}.", param_hint="--count"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,9 +67,11 @@ PRE_NORM = DecoderBlock()
 PRE_NORM_CHILDREN = {*PRE_NORM.token_mixers, "input_layernorm", PRE_NORM.ffn_norm, PRE_NORM.ffn_end}
 SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_layernorm")
 
-# By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. What is not listed must be of
-# exactly the common pre-norm shape.
-BLOCKS: dict[str, DecoderBlock] = {
+POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # the FFN reads the stream as it is
+
+# By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. A function, where its config
+# decides. What is not listed must be of exactly the common pre-norm shape.
+BLOCKS: dict[str, DecoderBlock | Callable[[Any], DecoderBlock]] = {
     "cohere": DecoderBlock(ffn_norm=None),
     "cohere2": DecoderBlock(ffn_norm=None),
     "gemma2": SANDWICH,
@@ -76,6 +79,7 @@ BLOCKS: dict[str, DecoderBlock] = {
     "gemma4_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
+    "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
 }
 
 
@@ -83,6 +87,14 @@ BLOCKS: dict[str, DecoderBlock] = {
 # do whose `use_rope` does not say otherwise.
 ROTATES: dict[str, Callable[[nn.Module], bool]] = {
     "cohere2": lambda attention: attention.sliding_window is not None,
+}
+
+
+# By the text model's `model_type`: the name of the rotary embedding of each layer, where a text model has several.
+ROTARY_NAMES: dict[str, Callable[[Any, int], str]] = {
+    "molmo2_text": lambda config, layer_idx: (
+        "rotary_emb" if layer_idx in config.rope_scaling_layers else "rotary_emb_unscaled"
+    ),
 }
 
 
@@ -136,7 +148,6 @@ class VisionLanguageModel:
         multimodal: The module that takes `input_ids` together with pixel values and calls the text model.
         text_model: The decoder stack (`layers`, `embed_tokens`).
         text_model_name: Its name inside the model.
-        block: The shape of the decoder layers.
         placeholder_ids: For each modality, its placeholder token ids.
     """
 
@@ -144,8 +155,16 @@ class VisionLanguageModel:
     multimodal: nn.Module
     text_model: nn.Module
     text_model_name: str
-    block: DecoderBlock
     placeholder_ids: Mapping[str, tuple[int, ...]]
+
+    @functools.cached_property
+    def block(self) -> DecoderBlock:
+        """The shape of the decoder layers around their FFN, which only what acts there needs to know.
+
+        Raises:
+            ValueError: It is not known; the message names the layer, what it holds and what was looked for.
+        """
+        return _find_block(self.model, self.text_model)
 
     @property
     def text_config(self) -> Any:
@@ -174,6 +193,13 @@ class VisionLanguageModel:
         rotates = ROTATES.get(self.text_config.model_type, lambda module: bool(getattr(module, "use_rope", True)))
         return rotates(attention)
 
+    def rotary_of(self, layer_idx: int) -> nn.Module | None:
+        """What rotates the queries and keys of a layer; `None` where nothing does."""
+        if self.rotary is None or not self.rotates(self.self_attentions[layer_idx]):
+            return None
+        name_of = ROTARY_NAMES.get(self.text_config.model_type)
+        return self.rotary if name_of is None else getattr(self.text_model, name_of(self.text_config, layer_idx))
+
     def layer_type(self, layer_idx: int) -> str | None:
         """The type of a layer, for a rotary embedding that tells types apart."""
         layer_types = getattr(self.text_config, "layer_types", None)
@@ -193,8 +219,8 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
     """Find the parts of a vision-language model.
 
     Families in `FAMILIES` are known and tested. Any other model is taken if it has the common shape: a config with an
-    image placeholder id, one module that takes `pixel_values`, below it one text model, whose decoder layers are
-    pre-norm blocks.
+    image placeholder id, one module that takes `pixel_values`, below it one text model. What is inside the decoder
+    layers is asked for by what needs it.
 
     Args:
         model: A transformers model, not wrapped by PEFT.
@@ -218,8 +244,8 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
             "a module whose forward takes input_ids and pixel_values and which calls the text model",
         )
     text_model = modules[text_model_name]
-    block = _check_layers(model, text_model)
-    return VisionLanguageModel(model, multimodal, text_model, text_model_name, block, placeholder_ids)
+    _refuse_cross_attention(model, text_model)
+    return VisionLanguageModel(model, multimodal, text_model, text_model_name, placeholder_ids)
 
 
 def _refusal(model: nn.Module, found: str, looked_for: str) -> ValueError:
@@ -270,11 +296,7 @@ def _nearest_multimodal(modules: Mapping[str, nn.Module], text_model_name: str) 
     return None
 
 
-def _check_layers(model: nn.Module, text_model: Any) -> DecoderBlock:
-    """The shape of the decoder layers, if all of them have it."""
-    text_type = getattr(text_model.config, "model_type", "")
-    is_listed = text_type in BLOCKS
-    block = BLOCKS.get(text_type, PRE_NORM)
+def _refuse_cross_attention(model: nn.Module, text_model: Any) -> None:
     for layer_idx, layer in enumerate(map(unwrapped, text_model.layers)):
         if hasattr(layer, "cross_attn"):
             raise _refusal(
@@ -283,23 +305,34 @@ def _check_layers(model: nn.Module, text_model: Any) -> DecoderBlock:
                 "that no image token stands among the text tokens whose distance could grow",
                 "image tokens in the sequence that self-attention reads",
             )
+
+
+def _find_block(model: nn.Module, text_model: Any) -> DecoderBlock:
+    """The shape of the decoder layers, if all of them have it."""
+    text_type = getattr(text_model.config, "model_type", "")
+    is_listed = text_type in BLOCKS
+    row = BLOCKS.get(text_type, PRE_NORM)
+    block = row if isinstance(row, DecoderBlock) else row(text_model.config)
+    of_model = f"{type(model).__name__} (text model type {text_type!r})"
+    for layer_idx, layer in enumerate(map(unwrapped, text_model.layers)):
         children = {name for name, child in layer.named_children() if not is_tuner_child(child)}
         # Norms in unknown places change where the branch belongs, so an unlisted layer must have no other children.
         if not block.fits(layer) or (not is_listed and not children <= PRE_NORM_CHILDREN):
-            looked_for = f"a decoder layer with {block.looked_for}"
-            raise _refusal(
-                model,
-                f"decoder layer {layer_idx} ({type(layer).__name__} of text model type {text_type!r}) holds "
-                f"{sorted(children)}",
-                looked_for if is_listed else f"{looked_for} and no other norm",
+            raise ValueError(
+                f"Nothing can be put beside the FFNs of {of_model}: decoder layer {layer_idx} "
+                f"({type(layer).__name__}) holds {sorted(children)}. Looked for {block.looked_for}"
+                f"{'' if is_listed else ' and no other norm'}. {NEEDS_NO_BLOCK}, and a row in "
+                "peft_pvm/tokens/families.py makes this one known."
             )
     if getattr(text_model.config, "residual_multiplier", 1) != 1:
-        raise _refusal(
-            model,
-            f"its text model (type {text_type!r}) scales what its layers add to the residual stream",
-            "a text model without residual_multiplier",
+        raise ValueError(
+            f"Nothing can be put beside the FFNs of {of_model}: its layers scale what they add to the residual stream "
+            f"(residual_multiplier). {NEEDS_NO_BLOCK}."
         )
     return block
+
+
+NEEDS_NO_BLOCK = "Adapters that change attention alone do not need to know the FFN"
 
 
 def plain_name(name: str) -> str:

@@ -194,8 +194,9 @@ class Tap:
     def _note_positions(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         in_flight = self._in_flight.get(this_thread())
         context = None if in_flight is None else in_flight()
-        if context is not None:
-            context.note_positions(_by_name(module, args, kwargs)["position_ids"])
+        position_ids = _by_name(module, args, kwargs).get("position_ids")
+        if context is not None and position_ids is not None:  # without them, what needs them raises
+            context.note_positions(position_ids)
 
     def _end_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Put the memory on the cache, which may be one that the text model made itself."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..attention.dispatch import SteeringHandle, steerable_attentions
 from ..attention.rotation import ROTARY_FUNCTIONS, has_rotary_function
+from ..attention.rotation_check import RotationCheck
 from ..attention.stages import LayerStages, Stage
 from ..folders.adapter_file import FORMAT_VERSION, SAFETENSORS_WEIGHTS_NAME
 from ..folders.writing import written_whole
@@ -33,7 +34,7 @@ class SteeredLayer:
 
     Attributes:
         layer_idx: Its index.
-        rotary: The text model's rotary embedding; `None` in a layer that does not rotate queries and keys.
+        rotary: The rotary embedding that it uses; `None` in a layer that does not rotate queries and keys.
         layer_type: Its type, for a rotary embedding that tells types apart.
     """
 
@@ -149,13 +150,8 @@ class AttentionMethodLayer(VisualTunerLayer):
 
     def __init__(self, vlm: VisionLanguageModel):
         super().__init__(vlm)
-        attentions = vlm.self_attentions
         self.layers = {
-            layer_idx: SteeredLayer(
-                layer_idx,
-                vlm.rotary if vlm.rotates(attentions[layer_idx]) else None,
-                vlm.layer_type(layer_idx),
-            )
+            layer_idx: SteeredLayer(layer_idx, vlm.rotary_of(layer_idx), vlm.layer_type(layer_idx))
             for layer_idx in self.method_cls.layers_on(vlm)
         }
 
@@ -167,7 +163,14 @@ class AttentionMethodLayer(VisualTunerLayer):
 
     def new_hooks(self) -> list[Any]:
         start = self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True)
-        return [start, *map(SteeringHandle, self.vlm.self_attentions.values())]
+        attentions = self.vlm.self_attentions
+        handles = [start, *map(SteeringHandle, attentions.values())]
+        if self.method_cls.rotates:
+            handles += [
+                RotationCheck(attentions[layer_idx], layer.rotary, layer.layer_type, self.acting)
+                for layer_idx, layer in self.layers.items()
+            ]
+        return handles
 
     def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = cast(VisualContext, kwargs[CONTEXT])

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny_vlms
 import torch
 import transformers as T
+from oracle import agrees_with_the_oracle
 from peft import LoraConfig, PeftConfig, get_peft_model
 from tiny_vlms import TinyVLM
+from unusual_vlms import UNUSUAL
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
 from peft_pvm.attention import rotation
-from peft_pvm.tokens.families import BLOCKS, FAMILIES, find_vlm
+from peft_pvm.tokens.families import BLOCKS, FAMILIES, ROTARY_NAMES, find_vlm
 
 
 def test_every_row_of_the_tables_is_tested():
     configs = [family.build().config for family in tiny_vlms.FAMILIES.values()]
     assert {config.model_type for config in configs} == set(FAMILIES)
-    assert set(BLOCKS) <= {config.get_text_config().model_type for config in configs}
+    configs += [family.config() for family in UNUSUAL.values() if hasattr(T, family.model_class)]
+    text_types = {config.get_text_config().model_type for config in configs}
+    of_the_newest = {"molmo2_text"} if not hasattr(T, "Molmo2Config") else set()
+    assert set(BLOCKS) | set(ROTARY_NAMES) <= text_types | of_the_newest
 
 
 def test_every_family_with_videos_is_tested_with_videos(family: TinyVLM):
@@ -88,28 +95,9 @@ def _cross_attention():
     return T.MllamaForConditionalGeneration(config)
 
 
-def _other_block():
-    config = T.LlavaConfig(
-        vision_config=T.CLIPVisionConfig(**tiny_vlms.SIGLIP),
-        text_config=T.Olmo2Config(**tiny_vlms.TEXT),
-        image_token_index=tiny_vlms.IMAGE,
-    )
-    return T.LlavaForConditionalGeneration(config)
-
-
-def _scaled_residual():
-    config = T.LlavaConfig(
-        vision_config=T.CLIPVisionConfig(**tiny_vlms.SIGLIP),
-        text_config=T.GraniteConfig(**tiny_vlms.TEXT, residual_multiplier=0.1),
-        image_token_index=tiny_vlms.IMAGE,
-    )
-    return T.LlavaForConditionalGeneration(config)
-
-
 @pytest.mark.parametrize(
     ("build", "complaint"),
     [
-        (_scaled_residual, r"its text model \(type 'granite'\) scales what its layers add.*residual_multiplier"),
         (
             _text_only,
             r"LlamaForCausalLM \(model_type 'llama'\).*no image placeholder.*Looked for config.image_token_id",
@@ -118,10 +106,9 @@ def _scaled_residual():
             _cross_attention,
             r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer\) looks at the image by cross-attention, so",
         ),
-        (_other_block, r"Olmo2DecoderLayer of text model type 'olmo2'.*post_feedforward_layernorm.*no other norm"),
         (lambda: torch.nn.Linear(2, 2), r"Linear \(model_type ''\)"),
     ],
-    ids=["scaled residual", "text only", "cross-attention", "unknown block", "no transformers model"],
+    ids=["text only", "cross-attention", "no transformers model"],
 )
 @pytest.mark.parametrize(
     "config", [PVMConfig(r=32), DIPEConfig(max_distance=0), TDRSConfig()], ids=["pvm", "dipe", "tdrs"]
@@ -132,6 +119,37 @@ def test_refuses_others_by_name(build, complaint: str, config: PeftConfig):
     with pytest.raises(ValueError, match=complaint):
         get_peft_model(model, config)
     assert [name for name, _ in model.named_modules()] == names
+
+
+# Text models whose FFN is not known, or not added as it is.
+UNKNOWN_FFNS = {
+    "unknown block": (
+        lambda: T.Olmo2Config(**tiny_vlms.TEXT),
+        r"\(text model type 'olmo2'\): decoder layer 0 \(Olmo2DecoderLayer\) holds .*post_feedforward_layernorm.*"
+        "no other norm. Adapters that change attention alone do not need",
+    ),
+    "scaled residual": (
+        lambda: T.GraniteConfig(**tiny_vlms.TEXT, residual_multiplier=0.1),
+        r"\(text model type 'granite'\): its layers scale what they add.*residual_multiplier",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_FFNS)
+def test_pvm_refuses_an_unknown_ffn(name: str):
+    text_config, complaint = UNKNOWN_FFNS[name]
+    model = _llava_over(text_config()).build()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=complaint):
+        get_peft_model(model, PVMConfig(r=32))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize(("keyword", "config"), {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}.items())
+@pytest.mark.parametrize("name", UNKNOWN_FFNS)
+def test_what_changes_attention_alone_needs_no_known_ffn(name: str, keyword: str, config: PeftConfig):
+    family = _llava_over(UNKNOWN_FFNS[name][0]())
+    agrees_with_the_oracle(family, **{keyword: config})
 
 
 def test_unlisted_model_of_the_common_shape_works():
@@ -151,18 +169,16 @@ def test_unlisted_model_of_the_common_shape_works():
 CONFIGS = {"pvm": PVMConfig(r=32, init_weights=False), "dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
 
 
-def _llava_over(text_config: T.PreTrainedConfig) -> T.PreTrainedModel:
+def _llava_over(text_config: T.PreTrainedConfig) -> TinyVLM:
     config = tiny_vlms.FAMILIES["llava"].config()
     config.text_config = text_config
-    return tiny_vlms.TinyVLM(
-        "LlavaForConditionalGeneration", lambda: config, tiny_vlms.FAMILIES["llava"].image
-    ).build()
+    return replace(tiny_vlms.FAMILIES["llava"], config=lambda: config)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_layers_that_drop_keyword_arguments_are_found_out(config: PeftConfig):
     """Nemotron's do: the adapter would attach and do nothing."""
-    model = get_peft_model(_llava_over(T.NemotronConfig(**tiny_vlms.TEXT, head_dim=16)), config)
+    model = get_peft_model(_llava_over(T.NemotronConfig(**tiny_vlms.TEXT, head_dim=16)).build(), config)
     inputs = tiny_vlms.FAMILIES["llava"].inputs(model.get_base_model(), "t4 i t6")
     with pytest.raises(NotImplementedError, match="do not pass keyword arguments on to their attention"):
         model(**inputs)
@@ -173,7 +189,7 @@ def test_layers_that_drop_keyword_arguments_are_found_out(config: PeftConfig):
 def test_layers_without_rotation_of_an_unlisted_model():
     """SmolLM3 says by `use_rope` which layers rotate."""
     text = T.SmolLM3Config(**tiny_vlms.TEXT, no_rope_layers=[1, 0, 1], layer_types=["full_attention"] * 3)
-    model = _llava_over(text)
+    model = _llava_over(text).build()
     assert DIPEConfig.layers_on(get_peft_model(model, DIPEConfig(max_distance=0)).base_model.vlm) == [0, 2]
 
 
@@ -183,7 +199,7 @@ def test_latent_attention_is_refused(config: PeftConfig):
         tiny_vlms.TEXT, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16
     )
     experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32)
-    model = _llava_over(T.DeepseekV3Config(**text, **experts, first_k_dense_replace=3))
+    model = _llava_over(T.DeepseekV3Config(**text, **experts, first_k_dense_replace=3)).build()
     with pytest.raises(ValueError, match=r"has \['kv_lora_rank'\]"):
         get_peft_model(model, config)
 

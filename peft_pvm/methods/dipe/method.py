@@ -132,7 +132,7 @@ class AnchoredPositions(Positions):
         a_ij = min(p_i, min(anchor_i, end_j) + max_distance)
 
     Args:
-        rotary: The text model's rotary embedding.
+        rotary: The rotary embedding of the layer.
         layer_type: The layer's type, for a rotary embedding that tells types apart.
         max_distance: How many positions a query moves on with its run.
         by_image: What is an image, as `VisualContext.images` takes it. `None`: a query has one anchor.
@@ -182,7 +182,7 @@ class AnchoredPositions(Positions):
             moves = reached - context.noted()[0][:, -num_queries:].unsqueeze(1)
             return unit(rotation_tables(self.rotary, moves.flatten(1, 2), self.layer_type)), moves.shape[1]
 
-        key = ("dipe", self.layer_type, self.max_distance, self.by_image, num_queries)
+        key = ("dipe", self.rotary, self.layer_type, self.max_distance, self.by_image, num_queries)
         tables, num_images = context.derived(key, turn)
         return list(rotate(call.module, call.query.repeat(1, 1, num_images, 1), tables).split(num_queries, 2))
 

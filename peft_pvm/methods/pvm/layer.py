@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from dataclasses import replace
 from typing import Any, cast
@@ -15,6 +14,7 @@ from ...tokens.families import VisionLanguageModel
 from ...tokens.tap import this_thread
 from ...tuners.base import VisualTunerLayer
 from ...utils.packages import execution_device
+from .block_check import BlockCheck
 from .branch import Branch, fresh_weights
 from .config import WEIGHTS, BranchShape, PVMConfig, weight_name
 
@@ -46,6 +46,7 @@ class PVMLayer(VisualTunerLayer):
         # What the hooks of one forward hand on, by thread: a server may run several conversations on one model. The
         # decoder layer itself holds all of it until it adds up its output: nothing outlives it, however it ends.
         self._in_flight: dict[int, dict[str, weakref.ref[Any]]] = {}
+        self._has_memory = False
 
     def update_layer(self, adapter_name: str, config: PVMConfig, text_config: Any) -> None:
         """Add an adapter, freshly initialised.
@@ -78,7 +79,9 @@ class PVMLayer(VisualTunerLayer):
         # The dtype of the FFN's norm: unlike the matrices it is never quantised.
         decoder_layer = self.decoder_layer
         norm = self.vlm.block.norm(decoder_layer)
-        reference = next(itertools.chain(norm.parameters(), decoder_layer.parameters()))
+        parameters = [*norm.parameters(), *decoder_layer.parameters()]
+        # A vector, where the block's first module is the FFN itself.
+        reference = next((each for each in parameters if each.dim() == 1 and each.is_floating_point()), parameters[0])
         device = device or reference.device
         if device.type == "meta":  # the base's weights are on the disk, and accelerate brings them to where they run
             device = execution_device(norm)
@@ -111,13 +114,24 @@ class PVMLayer(VisualTunerLayer):
         ]
         if block.is_parallel:
             hooks.append(mixer.register_forward_hook(self._take_attention))
-        return hooks
+        return [*hooks, BlockCheck(layer, block, self.acting)]
 
     def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = kwargs.get(CONTEXT)
         if context is not None and self.acting(context.adapter_names):
             context.check()
             context.await_layer(self.layer_idx, branches_missed)
+            self._check_memory(context)
+
+    def _check_memory(self, context: VisualContext) -> None:
+        """Once for this layer, see that there are embeddings to read. Waits for the device."""
+        if self._has_memory or context.visual_mask is None or torch.compiler.is_compiling():
+            return
+        names = self.acting(context.adapter_names)
+        if any(branch.config.memory_source == "embeddings" for name in names for branch in self.pvm_branches[name]):
+            if not context.derived("embeddings", lambda: bool(context.memory.embeddings.any())):
+                raise no_embeddings(type(self.vlm.model).__name__)
+            self._has_memory = True
 
     # The other hooks run within the forward of the decoder layer, also when gradient checkpointing runs it again: in
     # this order, but in a parallel block the norm comes first.
@@ -194,6 +208,15 @@ def branches_missed(layers: list[int], model: str) -> NotImplementedError:
     """The error for decoder layers in which a branch was to act and did not."""
     return NotImplementedError(
         f"PVM did not act in decoder layers {layers} of {model}: a layer, or its attention, norm or FFN, was "
-        "replaced after the adapter was attached (by fused kernels, for instance), or was not called. Replace "
-        "modules first and attach the adapter then."
+        "replaced after the adapter was attached (by fused kernels, for instance), or was not called, or not in the "
+        "order attention, norm, FFN. Replace modules first and attach the adapter then."
+    )
+
+
+def no_embeddings(model: str) -> NotImplementedError:
+    """The error for a model whose features are not in its input embeddings."""
+    return NotImplementedError(
+        f"{model} does not put the features of images into the input embeddings of its text model: at its visual "
+        "tokens these are 0, or there are none, because the features enter inside the layers or the text model reads "
+        "the pixels itself. PVM has nothing to remember of them. Use PVMConfig(memory_source='hidden_states')."
     )

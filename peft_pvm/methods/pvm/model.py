@@ -145,6 +145,7 @@ class PVMModel(VisualTuner):
 
     def resolve(self, config: PVMConfig) -> PVMConfig:
         vlm = self.vlm
+        _ = vlm.block  # raises where it is not known
         for part in config.parts():
             BranchShape.of(part, vlm.text_config)
         if _starts_fresh(config):

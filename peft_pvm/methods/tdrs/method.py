@@ -141,7 +141,7 @@ class Reweighting:
 
     Args:
         config: The adapter's configuration.
-        rotary: The text model's rotary embedding; `None` in a layer that does not rotate.
+        rotary: The rotary embedding of the layer; `None` in a layer that does not rotate.
         layer_type: The layer's type, for a rotary embedding that tells types apart.
     """
 
@@ -225,7 +225,7 @@ class Reweighting:
         of_keys = F.pad(of_keys, (0, 0, 0, num_keys - of_keys.shape[1]))  # what a static cache has not filled yet
 
         def undo(what: str, positions: torch.Tensor) -> Tables:
-            key = ("tdrs", what, self.layer_type, positions.shape[1])
+            key = ("tdrs", what, rotary, self.layer_type, positions.shape[1])
             return context.derived(key, lambda: inverse(rotation_tables(rotary, positions, self.layer_type)))
 
         def content(states: torch.Tensor, tables: Tables) -> torch.Tensor:

@@ -1,0 +1,131 @@
+"""Whether an attention module rotates as adapters take for granted, found out from the module itself, once.
+
+Adapters that rotate queries and keys assume that the rotation is the last thing done to them, and that it is by the
+rotary embedding they take. Both are tried on a few tokens of the first forward, at their own positions and at others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from ..tokens.context import CONTEXT, VisualContext
+from .call import AttentionCall, Output
+from .rotation import Tables, inverse, rotate, rotation_tables, unit
+
+
+FEW = 4  # tokens
+FURTHER = 128  # positions, so that most channels turn
+TABLES = "position_embeddings"  # the keyword by which a module is given the rotations of its tokens
+
+
+class RotationCheck:
+    """Checks an attention module when an adapter first acts on it, and is gone then: as the handle of a hook.
+
+    Args:
+        attention: The module.
+        rotary: What rotates its queries and keys. `None`: nothing, so that they must not depend on positions.
+        layer_type: The type of its layer, for a rotary embedding that tells types apart.
+        acts: Whether an adapter acts now.
+    """
+
+    def __init__(self, attention: Any, rotary: nn.Module | None, layer_type: str | None, acts: Callable[[], Any]):
+        self.rotary = rotary
+        self.layer_type = layer_type
+        self.acts = acts
+        self._handle = attention.register_forward_pre_hook(self._check_once, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Do not check any more."""
+        self._handle.remove()
+
+    def _check_once(self, attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        context: VisualContext | None = kwargs.get(CONTEXT)
+        if torch.compiler.is_compiling() or context is None or not self.acts():
+            return
+        context.check()
+        fault = self._fault(attention, args[0] if args else kwargs["hidden_states"], kwargs, context)
+        if fault:
+            raise NotImplementedError(
+                f"{type(attention).__name__} (decoder layer {attention.layer_idx}) {fault}, so that the adapter would "
+                "rotate them wrongly. Take it off with unload(); adapters that do not rotate queries and keys work."
+            )
+        self.remove()
+
+    @torch.no_grad()
+    def _fault(self, attention: Any, states: torch.Tensor, kwargs: dict[str, Any], context: VisualContext) -> str:
+        """What is not as adapters assume of queries and keys; "" if all is."""
+        given = kwargs.get(TABLES)
+        if given is None:
+            return "" if self.rotary is None else f"is given no {TABLES} for its queries and keys"
+        states = states[:1, -FEW:]
+        given = _mapped(given, lambda table: table[..., :1, -FEW:, :])
+        if self.rotary is None:
+            here, there = (_caught(attention, states, tables, kwargs) for tables in (given, inverse(given)))
+            turned = here
+        else:
+            positions = context.noted()[0][:1, -states.shape[1] :].to(states.device)
+            by_positions = [
+                rotation_tables(self.rotary, moved, self.layer_type)
+                for moved in (positions, positions + FURTHER, torch.full_like(positions, FURTHER))
+            ]
+            if not _agree(given, by_positions[0]):
+                return "is given other rotations of queries and keys than the text model's rotary embedding makes"
+            further = _like(by_positions[1], given)
+            here, there = (_caught(attention, states, tables, kwargs) for tables in (given, further))
+            turned = [rotate(attention, tensor, unit(by_positions[2])) for tensor in here]
+        query_agrees, key_agrees = map(_agree, turned, there)
+        if query_agrees and (key_agrees or torch.equal(here[1], there[1])):  # another layer's keys are checked there
+            return ""
+        return "changes queries or keys after their rotation, or does not rotate them by its rotary embedding"
+
+
+class _Caught:
+    """Stands where the stages of a layer do, and keeps the queries and keys that it is given."""
+
+    def attend(self, call: AttentionCall) -> Output:
+        self.states = [call.query, call.key]
+        batch, heads, num_queries, _ = call.query.shape
+        return call.value.new_zeros(batch, num_queries, heads, call.value.shape[-1]), None
+
+
+def _caught(attention: Any, states: torch.Tensor, tables: Tables, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The queries and keys that a module makes of some states, without a cache and without any other effect."""
+    others = {
+        name: dict(value) if isinstance(value, dict) else value  # the module may write into it
+        for name, value in kwargs.items()
+        if name not in ("hidden_states", "attention_mask", TABLES) and not isinstance(value, torch.Tensor | Cache)
+    }
+    caught = _Caught()
+    context = VisualContext(None)
+    context.stages[attention.layer_idx] = caught
+    with torch.random.fork_rng():  # with dropout, the same in both
+        torch.manual_seed(0)
+        attention.forward(states, attention_mask=None, **{**others, TABLES: tables, CONTEXT: context})
+    return caught.states
+
+
+def _mapped(tables: Tables, function: Callable[[torch.Tensor], torch.Tensor]) -> Tables:
+    return function(tables) if isinstance(tables, torch.Tensor) else (function(tables[0]), function(tables[1]))
+
+
+def _like(tables: Tables, others: Tables) -> Tables:
+    """Tables in the dtype of others."""
+    first = others if isinstance(others, torch.Tensor) else others[0]
+    return _mapped(tables, lambda table: table.to(first.dtype))
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Whether tensors, or pairs of them, are equal but for rounding. Waits for the device."""
+    if not isinstance(one, torch.Tensor):
+        return all(map(_agree, one, other))
+    if one.shape != other.shape:
+        return False
+    dtype = min(one.dtype, other.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
+    wide = torch.complex64 if one.is_complex() else torch.float32
+    one, other = one.to(wide), other.to(wide)
+    return bool((one - other).norm() <= max(1e-3, 2 * torch.finfo(dtype).eps) * one.norm())

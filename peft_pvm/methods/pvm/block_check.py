@@ -1,0 +1,95 @@
+"""Whether a decoder layer adds its FFN to the residual stream as a branch takes for granted, found out once.
+
+A branch reads the stream after attention, and what it returns is added where the FFN's output is. So the output of the
+layer must be the sum of both, times a number at most, or a later module of the layer must read that sum, as in Gemma 4
+with inputs by layer. That is tried on a few tokens of the first forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...tokens.families import DecoderBlock
+from ...tokens.tap import this_thread
+from ...utils.packages import is_tuner_child
+
+
+FEW = 4  # tokens
+FIT = 0.9  # of the numbers must agree: a few may suffer from rounding
+SMALL = 0.02  # of what the FFN adds
+
+
+class BlockCheck:
+    """Checks a decoder layer when a branch first acts on it, and is gone then: as the handle of a hook.
+
+    Args:
+        layer: The decoder layer, on whose FFN the branch has its own hooks already.
+        block: Its shape.
+        acts: Whether a branch acts now.
+    """
+
+    def __init__(self, layer: nn.Module, block: DecoderBlock, acts: Callable[[], Any]):
+        self.acts = acts
+        # What the layer must add up, by thread. If a forward ends before, a few numbers are left.
+        self._parts: dict[int, list[torch.Tensor]] = {}
+        self._num_parts = 3 if block.is_parallel else 2
+        self._handles = [
+            block.norm(layer).register_forward_pre_hook(self._start),
+            getattr(layer, block.ffn_end).register_forward_hook(self._note),
+            *(child.register_forward_pre_hook(self._read) for child in layer.children() if not is_tuner_child(child)),
+            layer.register_forward_hook(self._compare),
+        ]
+        if block.is_parallel:
+            self._handles.append(block.token_mixer(layer).register_forward_hook(self._note))
+
+    def remove(self) -> None:
+        """Do not check any more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self, module: nn.Module, args: tuple) -> None:
+        if self.acts() and not torch.compiler.is_compiling():
+            self._parts[this_thread()] = [_last(args[0], min(FEW, args[0].shape[1]))]
+
+    def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if parts := self._parts.get(this_thread()):
+            parts.append(_last(output, len(parts[0])))
+
+    def _read(self, module: nn.Module, args: tuple) -> None:
+        parts = self._parts.get(this_thread(), [])
+        if len(parts) == self._num_parts and args and _is_sum(_last(args[0], len(parts[0])), parts):
+            del self._parts[this_thread()]
+            self.remove()
+
+    def _compare(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        parts = self._parts.pop(this_thread(), [])
+        if len(parts) == self._num_parts:  # otherwise the branch was not reached either, which the forward's end tells
+            if not _is_sum(_last(output, len(parts[0])), parts):
+                raise NotImplementedError(
+                    f"{type(layer).__name__} does not return the sum of its residual stream after attention and of "
+                    "what its FFN returns, so that PVM would not be added to what it reads. Take it off with "
+                    "unload(); the methods that change attention alone work. A row in "
+                    "peft_pvm/tokens/families.py can say where the two are in these layers."
+                )
+            self.remove()
+
+
+def _last(output: Any, num_tokens: int) -> torch.Tensor:
+    """A copy of the last tokens, whatever is returned with them, `(num_tokens, hidden_size)`."""
+    states = output[0] if isinstance(output, tuple) else output
+    return states.detach().flatten(0, -2)[-num_tokens:].clone()
+
+
+def _is_sum(output: torch.Tensor, parts: list[torch.Tensor]) -> bool:
+    """Whether an output is a multiple of the sum of some parts, but for rounding. Waits for the device."""
+    rounding = 4 * torch.finfo(output.dtype).eps
+    output, *parts = (tensor.float() for tensor in (output, *parts))
+    stacked = torch.stack(parts)
+    total, size = stacked.sum(0), stacked.abs().sum(0)
+    scale = (output * total).sum() / total.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    allowed = (rounding * size + SMALL * parts[-1].abs()) * scale.abs()
+    return bool(((output - scale * total).abs() <= allowed).float().mean() >= FIT)
