@@ -384,6 +384,11 @@ class TinyVLM:
     broken: tuple[str, str] | None = None
 
     @property
+    def is_there(self) -> bool:
+        """Whether the installed transformers has it."""
+        return hasattr(T, self.model_class)
+
+    @property
     def is_broken(self) -> bool:
         """Whether the model itself raises in the installed version of transformers."""
         return self.broken is not None and T.__version__.startswith(self.broken[0])

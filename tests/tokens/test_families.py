@@ -8,10 +8,10 @@ import pytest
 import tiny_vlms
 import torch
 import transformers as T
+from architectures import ARCHITECTURES
 from oracle import agrees_with_the_oracle
 from peft import LoraConfig, PeftConfig, get_peft_model
 from tiny_vlms import TinyVLM
-from unusual_vlms import UNUSUAL
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
 from peft_pvm.attention import rotation
@@ -21,7 +21,7 @@ from peft_pvm.tokens.families import BLOCKS, FAMILIES, ROTARY_NAMES, find_vlm
 def test_every_row_of_the_tables_is_tested():
     configs = [family.build().config for family in tiny_vlms.FAMILIES.values()]
     assert {config.model_type for config in configs} == set(FAMILIES)
-    configs += [family.config() for family in UNUSUAL.values() if hasattr(T, family.model_class)]
+    configs += [row.tiny.config() for row in ARCHITECTURES.values() if row.tiny.is_there]
     text_types = {config.get_text_config().model_type for config in configs}
     of_the_newest = {"molmo2_text"} if not hasattr(T, "Molmo2Config") else set()
     assert set(BLOCKS) | set(ROTARY_NAMES) <= text_types | of_the_newest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import transformers as T
 from tiny_vlms import (
@@ -16,30 +15,20 @@ from tiny_vlms import (
     VIDEO,
     VIDEO_BY_FRAME,
     VOCAB,
-    TinyVLM,
     _tiled_visual,
 )
 
+from .rows import AnyVLM, Architecture
 
-class UnusualVLM(TinyVLM):
-    """A model that not every supported transformers has, and whose norms have weights as a trained model's have."""
+
+class Molmo2(AnyVLM):
+    """It counts patches over the whole batch."""
 
     def _collate(self, pixels):
         batch = super()._collate(pixels)
-        if "image_token_pooling" in batch:  # counts patches over the whole batch
+        if "image_token_pooling" in batch:
             batch["image_token_pooling"] = torch.arange(len(batch["image_token_pooling"]))[:, None]
         return batch
-
-    def build_anyway(self, seed: int = 0, **kwargs: Any) -> T.PreTrainedModel:
-        if not hasattr(T, self.model_class):
-            pytest.skip(f"transformers {T.__version__} has no {self.model_class}")
-        model = super().build_anyway(seed, **kwargs)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.dim() == 1 and "norm" in name and name.endswith("weight"):
-                    parameter.add_(0.5 * torch.rand(parameter.shape, generator=generator, device="cpu"))
-        return model
 
 
 def _minimax_m3_vl():
@@ -160,17 +149,35 @@ def _granite4_vision():
     )
 
 
-# Every method works on these.
-UNUSUAL = {
-    "minimax_m3_vl": UnusualVLM("MiniMaxM3SparseForConditionalGeneration", _minimax_m3_vl, GRID, VIDEO_BY_FRAME),
-    "molmo2": UnusualVLM("Molmo2ForConditionalGeneration", _molmo2, _molmo2_visual),
-    "molmo2_norm_after": UnusualVLM(
-        "Molmo2ForConditionalGeneration", lambda: _molmo2(norm_after=True), _molmo2_visual
+NO_FEATURES = "does not put the features of images into the input embeddings"
+MOLMO2 = "Molmo2ForConditionalGeneration"
+
+ROWS = {
+    "minimax_m3_vl": Architecture(
+        "MiniMax M3",
+        AnyVLM("MiniMaxM3SparseForConditionalGeneration", _minimax_m3_vl, GRID, VIDEO_BY_FRAME),
+        refused={"tdrs": "The heads of this attention see different keys"},
+        differs={"padded": "its blocks of keys are counted from the first column"}
+        | ({"cached": "it computes something else with a cache"} if T.__version__.startswith("5.16.") else {}),
     ),
-    "molmo2_two_ropes": UnusualVLM(
-        "Molmo2ForConditionalGeneration", lambda: _molmo2(rope_scaling_layers=[1]), _molmo2_visual
+    "molmo2": Architecture("Molmo2", Molmo2(MOLMO2, _molmo2, _molmo2_visual)),
+    "molmo2/norm_after": Architecture("", Molmo2(MOLMO2, lambda: _molmo2(norm_after=True), _molmo2_visual)),
+    "molmo2/two_ropes": Architecture("", Molmo2(MOLMO2, lambda: _molmo2(rope_scaling_layers=[1]), _molmo2_visual)),
+    "hunyuan_vl": Architecture(
+        "Hunyuan-OCR",
+        AnyVLM("HunYuanVLForConditionalGeneration", _hunyuan_vl, _hunyuan_visual),
+        refused=dict.fromkeys(("dipe", "tdrs"), "changes queries or keys after their rotation"),
+        differs={"padded": "it counts images over the whole batch"},
     ),
-    "hunyuan_vl": UnusualVLM("HunYuanVLForConditionalGeneration", _hunyuan_vl, _hunyuan_visual),
-    "chameleon": UnusualVLM("ChameleonForConditionalGeneration", _chameleon, _chameleon_visual),
-    "granite4_vision": UnusualVLM("Granite4VisionForConditionalGeneration", _granite4_vision, _tiled_visual(10)),
+    "chameleon": Architecture(
+        "Chameleon",
+        AnyVLM("ChameleonForConditionalGeneration", _chameleon, _chameleon_visual),
+        refused={"pvm": NO_FEATURES},
+    ),
+    "granite4_vision": Architecture(
+        "Granite 4 Vision",
+        AnyVLM("Granite4VisionForConditionalGeneration", _granite4_vision, _tiled_visual(10)),
+        refused={"pvm": NO_FEATURES},
+        differs={"cached": "it makes no cache itself"},
+    ),
 }

@@ -1,0 +1,50 @@
+"""What a row of the table of architectures says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from tiny_vlms import TinyVLM
+
+
+class AnyVLM(TinyVLM):
+    """A model that not every supported transformers has, and whose norms have weights as a trained model's have."""
+
+    def build_anyway(self, seed: int = 0, **kwargs: Any) -> T.PreTrainedModel:
+        if not self.is_there:
+            pytest.skip(f"transformers {T.__version__} has no {self.model_class}")
+        model = super().build_anyway(seed, **kwargs)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 and "norm" in name and name.endswith("weight"):
+                    parameter.add_(0.5 * torch.rand(parameter.shape, generator=generator, device="cpu"))
+        return model
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One type of model that takes images and text, or a form of it.
+
+    Attributes:
+        known_as: The models that people know it by, as `docs/models.md` lists them.
+        tiny: A tiny model of it.
+        refused: By method, the words of the refusal that say why. Methods are "pvm", "pvm-hidden-states" (PVM with
+            `memory_source="hidden_states"`), "dipe" and "tdrs"; "all" stands for all of them.
+        differs: What does not hold of the model itself, without any adapter, and why: "cached" (a cache changes
+            nothing) or "padded" (rows of a batch are what they are alone).
+    """
+
+    known_as: str
+    tiny: TinyVLM
+    refused: Mapping[str, str] = field(default_factory=dict)
+    differs: Mapping[str, str] = field(default_factory=dict)
+
+    def refusal(self, method: str) -> str | None:
+        """Why a method does not work on it; `None`: it does."""
+        return self.refused.get(method, self.refused.get("all"))

@@ -1,0 +1,89 @@
+"""Every architecture works, or is refused for its true reason."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import test_five_properties as properties
+import torch
+from architectures import ARCHITECTURES, core
+from forwards import TOLERANCE, logits
+from methods_under_test import METHODS
+from oracle import agrees_with_the_oracle
+from tiny_vlms import TinyVLM
+
+from peft_pvm import DIPEConfig, TDRSConfig
+from peft_pvm.tokens.families import find_vlm
+
+
+ROTATING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
+FFN = re.compile("mlp|feed_forward|ffn|moe|expert")  # a parameter of an FFN, by its name in the decoder layer
+
+
+@pytest.mark.parametrize("method", ["pvm", "pvm-hidden-states", *ROTATING])
+@pytest.mark.parametrize("name", ARCHITECTURES.keys() - core.ROWS.keys())
+def test_architecture(name: str, method: str):
+    """Off is off, a cache changes nothing, rows of a batch are what they are alone, and the sums are right."""
+    row = ARCHITECTURES[name]
+    reason = row.refusal(method)
+    if reason:
+        is_refused(row.tiny, method, reason)
+        return
+    properties.test_off_is_bit_identical(row.tiny, METHODS[method])
+    if "cached" not in row.differs:
+        properties.test_cached_decoding_equals_the_full_forward(row.tiny, METHODS[method])
+    if "padded" not in row.differs:
+        properties.test_left_padded_batch_equals_its_rows_alone(row.tiny, METHODS[method])
+    if method in ROTATING:
+        # Where padded rows differ anyway, kernels may disagree on them.
+        batch = ("t4 i t3 i t6",) if "padded" in row.differs else ("t4 i t3 i t6", "i t9", "t9")
+        agrees_with_the_oracle(row.tiny, **{method: ROTATING[method]}, batch=batch)
+    else:
+        is_added_to_the_stream(row.tiny, method)
+
+
+def is_refused(tiny: TinyVLM, method: str, reason: str) -> None:
+    """When it is attached, or in the first forward; and the model is as it was."""
+    model = tiny.build().requires_grad_(False)
+    inputs = tiny.inputs(model, "t4 i t3 i t6")
+    base = logits(model, inputs)
+    names, hooks = set(model.state_dict()), properties._hooks(model)
+    attached = []
+
+    def attach_and_run() -> None:
+        attached.append(METHODS[method].attach(model))
+        logits(attached[0], inputs)
+
+    with pytest.raises((ValueError, NotImplementedError), match=re.escape(reason)):
+        attach_and_run()
+    for peft_model in attached:
+        peft_model.unload()
+    assert torch.equal(logits(model, inputs), base)
+    assert set(model.state_dict()) == names
+    assert properties._hooks(model) == hooks
+
+
+def is_added_to_the_stream(tiny: TinyVLM, method: str) -> None:
+    """A branch reads the residual stream after attention, and is added to it as it is.
+
+    Independent of how a block is built: with an FFN of zeros, a layer returns that stream.
+    """
+    attached = METHODS[method].attach(tiny.build())
+    vlm = find_vlm(attached.get_base_model())
+    branch, layer = next((layer.pvm, layer) for layer in vlm.layers if hasattr(layer, "pvm"))
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if FFN.search(name) and ".pvm_" not in f".{name}" and parameter.dim() >= 2:
+                parameter.zero_()
+    seen = {}
+    branch.register_forward_hook(lambda module, args, output: seen.update(stream=args[0], update=output))
+    layer.register_forward_hook(lambda module, args, output: seen.update(layer=_first(output)))
+    inputs = tiny.inputs(attached.get_base_model(), "t4 i t3 i t6")
+    logits(attached, inputs)
+    assert seen["update"].abs().amax() > 100 * TOLERANCE
+    torch.testing.assert_close(seen["layer"], seen["stream"] + seen["update"], rtol=0, atol=TOLERANCE)
+
+
+def _first(output):
+    return output if isinstance(output, torch.Tensor) else output[0]
