@@ -1,8 +1,18 @@
 """The table of architectures: every type of transformers' image-text models, and what works on it."""
 
-from . import core, unusual
+from . import blocks, core, latent, omni, readers, refused, stacks, unusual, wrappers
 from .rows import Architecture
 
 
 # By the model's `model_type`, with the form after a slash where one type has several.
-ARCHITECTURES: dict[str, Architecture] = {**core.ROWS, **unusual.ROWS}
+ARCHITECTURES: dict[str, Architecture] = {
+    **core.ROWS,
+    **wrappers.ROWS,
+    **readers.ROWS,
+    **omni.ROWS,
+    **unusual.ROWS,
+    **latent.ROWS,
+    **blocks.ROWS,
+    **stacks.ROWS,
+    **refused.ROWS,
+}

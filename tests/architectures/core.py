@@ -31,4 +31,7 @@ KNOWN_AS = {
     "aya_vision": "Aya Vision",
     "llama4": "Llama 4",
 }
-ROWS = {name: Architecture(known_as, tiny) for (name, known_as), tiny in zip(KNOWN_AS.items(), FAMILIES.values())}
+ROWS = {
+    name: Architecture(known_as, tiny)
+    for (name, known_as), tiny in zip(KNOWN_AS.items(), FAMILIES.values(), strict=True)
+}
