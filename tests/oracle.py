@@ -24,7 +24,7 @@ from peft_pvm.methods.tdrs.weights import reweighted
 
 ORACLE_TOLERANCE = 2e-5  # of logits in fp32
 LEAST = -1e4  # a logit: models suppress tokens by the least number of the dtype
-NEIGHBOURS = {"cohere", "cohere2", "glm4v_text", "llama4_text"}  # text models that rotate neighbouring channels
+NEIGHBOURS = {"cohere", "cohere2", "ernie4_5_vl_moe_text", "glm4v_text", "llama4_text"}  # text models that rotate neighbouring channels
 
 
 @dataclass
@@ -104,18 +104,24 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
     if getattr(text_model, "rope_types", None) and text_model.rope_types[attention.layer_idx] == "unscaled":
         rotary = text_model.rotary_emb_unscaled
     layer_type = config.layer_types[attention.layer_idx] if getattr(config, "layer_types", None) else None
-    no_rotation = (config.model_type == "llama4_text" and not config.no_rope_layers[attention.layer_idx]) or (
-        config.model_type == "cohere2" and layer_type == "full_attention"
+    no_rotation = (
+        (config.model_type == "llama4_text" and not config.no_rope_layers[attention.layer_idx])
+        or (config.model_type == "cohere2" and layer_type == "full_attention")
+        or (config.model_type.startswith("muse_") and config.layer_rope_theta[attention.layer_idx] == 0)
     )
     name = f"{layer_type}_inv_freq"
     frequencies = (getattr(rotary, name) if hasattr(rotary, name) else rotary.inv_freq).double()
     if no_rotation:
         frequencies = frequencies * 0
-    axes = torch.zeros(len(frequencies), dtype=torch.long)
+    axes = torch.zeros(frequencies.shape[-1], dtype=torch.long)
     rope = config.rope_parameters
     if positions.shape[-1] == 3:
         sections = rope["mrope_section"]
-        if rope.get("mrope_interleaved"):
+        if config.model_type in ("cosmos3_edge_text", "ernie4_5_vl_moe_text"):  # they keep them in another order
+            frequencies = rope["rope_theta"] ** -(torch.arange(len(axes)).double() / len(axes))
+        if config.model_type == "ernie4_5_vl_moe_text":  # heights and widths in turn, times behind
+            axes[: sections[0] + sections[1]] = 1 + torch.arange(sections[0] + sections[1]) % 2
+        elif rope.get("mrope_interleaved") or config.model_type == "cosmos3_edge_text":
             for axis in (1, 2):
                 axes[axis : 3 * sections[axis] : 3] = axis
         else:

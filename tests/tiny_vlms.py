@@ -431,7 +431,8 @@ class TinyVLM:
             "position_ids": self._position_ids(model, rows, input_ids, types, attention_mask)[..., start:stop],
             **self._collate(pixels),
         }
-        if "image_grid_thw" in batch or "video_grid_thw" in batch:
+        takes = inspect.signature(getattr(model, "model", model).forward).parameters
+        if "mm_token_type_ids" in takes and ("image_grid_thw" in batch or "video_grid_thw" in batch):
             batch["mm_token_type_ids"] = types[:, start:stop]
         if self.is_prefix_lm:
             batch["token_type_ids"] = torch.ones_like(batch["input_ids"])  # all suffix, which is causal

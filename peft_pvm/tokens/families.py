@@ -77,16 +77,24 @@ BLOCKS: dict[str, DecoderBlock | Callable[[Any], DecoderBlock]] = {
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
     "gemma4_text": SANDWICH,
+    "gemma4_unified_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
     "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
+    "muse_glimmer_text": SANDWICH,
 }
+
+
+def _has_rope_theta(attention: Any) -> bool:
+    return bool(attention.config.layer_rope_theta[attention.layer_idx])
 
 
 # By the text model's `model_type`: which attention modules rotate queries and keys by position. Elsewhere those
 # do whose `use_rope` does not say otherwise.
-ROTATES: dict[str, Callable[[nn.Module], bool]] = {
+ROTATES: dict[str, Callable[[Any], bool]] = {
     "cohere2": lambda attention: attention.sliding_window is not None,
+    "muse_glimmer_text": _has_rope_theta,
+    "muse_spark_text": _has_rope_theta,
 }
 
 
@@ -120,8 +128,10 @@ FAMILIES: dict[str, VLMFamily] = {
     "deepseek_vl": VLMFamily(),
     "gemma3": VLMFamily(),
     "gemma4": VLMFamily(),
+    "glm46v": _GLM,
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
+    "glmga": _GLM,
     "idefics3": VLMFamily(),
     "internvl": VLMFamily(),
     "llama4": VLMFamily(),
