@@ -57,6 +57,7 @@ CHANGED = {  # parameters
     "dropped_keywords": "it names the layers",
     "register": "a configuration says its name itself, and its tuner can be made from it",
     **dict.fromkeys(("Scoring", "Weighing", "Steering", "SteeringLayer", "SteeringTuner"), STAGES),
+    "VisionLanguageModel": "find_vlm makes it; its block is looked for when it is asked for",
 }
 
 Parameters = dict[str, dict[str, str]]

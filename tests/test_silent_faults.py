@@ -131,6 +131,8 @@ def test_modules_are_checked_once(config):
     assert len(attention._forward_pre_hooks) == 1, "nothing was checked while the adapter was off"
     logits(model, family.inputs(model.get_base_model(), *BATCH))
     assert not attention._forward_pre_hooks
+    model.add_adapter("second", config)
+    assert not attention._forward_pre_hooks
 
 
 # ---- the branch reads the stream that the layer adds to
@@ -225,6 +227,8 @@ def test_layers_are_checked_once():
         logits(model, family.inputs(model.get_base_model(), *BATCH))
     assert layer._forward_hooks, "nothing was checked while the adapter was off"
     logits(model, family.inputs(model.get_base_model(), *BATCH))
+    assert not layer._forward_hooks
+    model.add_adapter("second", METHODS["pvm"].config())
     assert not layer._forward_hooks
 
 

@@ -120,6 +120,7 @@ METHODS: dict[str, RealMethod] = {
     "t-drs-sd": RealMethod("T-DRS, SD alone", _tdrs(dc_strength=0.0, re_strength=0.0)),
     "t-drs-dc": RealMethod("T-DRS, DC alone", _tdrs(sd_strength=0.0, re_strength=0.0)),
     "t-drs-re": RealMethod("T-DRS, re alone", _tdrs(sd_strength=0.0, dc_strength=0.0)),
+    "t-drs-inter": RealMethod("T-DRS, pairs of text and image alone", _tdrs(pairs="inter")),
     "vaf": RealMethod("VAF", lambda: {"vaf": VAFConfig()}),
     "log-bias": RealMethod("Log-bias", lambda: {"log-bias": LogBiasConfig()}),
     "lora": RealMethod("LoRA", _lora, training=LORA),

@@ -31,12 +31,21 @@ class RotationCheck:
         rotary: What rotates its queries and keys. `None`: nothing, so that they must not depend on positions.
         layer_type: The type of its layer, for a rotary embedding that tells types apart.
         acts: Whether an adapter acts now.
+        passed: Called when it is found out that all is as it should be.
     """
 
-    def __init__(self, attention: Any, rotary: nn.Module | None, layer_type: str | None, acts: Callable[[], Any]):
+    def __init__(
+        self,
+        attention: Any,
+        rotary: nn.Module | None,
+        layer_type: str | None,
+        acts: Callable[[], Any],
+        passed: Callable[[], None],
+    ):
         self.rotary = rotary
         self.layer_type = layer_type
         self.acts = acts
+        self.passed = passed
         self._handle = attention.register_forward_pre_hook(self._check_once, with_kwargs=True)
 
     def remove(self) -> None:
@@ -54,6 +63,7 @@ class RotationCheck:
                 f"{type(attention).__name__} (decoder layer {attention.layer_idx}) {fault}, so that the adapter would "
                 "rotate them wrongly. Take it off with unload(); adapters that do not rotate queries and keys work."
             )
+        self.passed()
         self.remove()
 
     @torch.no_grad()
@@ -66,7 +76,7 @@ class RotationCheck:
         given = _mapped(given, lambda table: table[..., :1, -FEW:, :])
         if self.rotary is None:
             here, there = (_caught(attention, states, tables, kwargs) for tables in (given, inverse(given)))
-            turned = here
+            agrees = _agree
         else:
             positions = context.noted()[0][:1, -states.shape[1] :].to(states.device)
             by_positions = [
@@ -77,9 +87,12 @@ class RotationCheck:
                 return "is given other rotations of queries and keys than the text model's rotary embedding makes"
             further = _like(by_positions[1], given)
             here, there = (_caught(attention, states, tables, kwargs) for tables in (given, further))
-            turned = [rotate(attention, tensor, unit(by_positions[2])) for tensor in here]
-        query_agrees, key_agrees = map(_agree, turned, there)
-        if query_agrees and (key_agrees or torch.equal(here[1], there[1])):  # another layer's keys are checked there
+
+            def agrees(one: torch.Tensor, other: torch.Tensor) -> bool:
+                return _agree(rotate(attention, one, unit(by_positions[2])), other)
+
+        queries, keys = zip(here, there)
+        if agrees(*queries) and (torch.equal(*keys) or agrees(*keys)):  # another layer's keys are checked there
             return ""
         return "changes queries or keys after their rotation, or does not rotate them by its rotary embedding"
 

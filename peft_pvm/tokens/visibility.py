@@ -103,6 +103,11 @@ class Visibility:
         mask = self.attention_mask
         return isinstance(mask, BlockMask) or (mask is not None and mask.dim() == 4)
 
+    @property
+    def differs_by_head(self) -> bool:
+        """Whether heads may see different keys, as in block-sparse attention."""
+        return isinstance(self.attention_mask, torch.Tensor) and self.mask_decides and self.attention_mask.shape[1] > 1
+
     def ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """How many real tokens stand before each key and before each query's own key.
 
@@ -110,9 +115,6 @@ class Visibility:
 
         Returns:
             `(batch or 1, 1, num_keys)` and `(batch or 1, 1, num_queries)`, int64. Of padding itself: anything.
-
-        Raises:
-            NotImplementedError: Heads see different keys.
         """
         if self.ranked_by is not None:
             return self.ranked_by.ranks()
@@ -126,12 +128,6 @@ class Visibility:
             return self._keys(slice(None))[None, None], self.columns[None, None]
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             real = self._padded(mask)
-        elif isinstance(mask, torch.Tensor) and mask.shape[1] > 1:
-            raise NotImplementedError(
-                "The heads of this attention see different keys (block-sparse attention, for instance), so that it "
-                "does not tell how far apart tokens are, which an active adapter has to know. Take it off with "
-                "unload()."
-            )
         else:
             real = self._of_four_axes(slice(None), slice(None)).any(dim=2).any(dim=1)
         ranks = (real.long().cumsum(1) - 1).unsqueeze(1)

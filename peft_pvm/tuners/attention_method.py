@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -154,6 +155,7 @@ class AttentionMethodLayer(VisualTunerLayer):
             layer_idx: SteeredLayer(layer_idx, vlm.rotary_of(layer_idx), vlm.layer_type(layer_idx))
             for layer_idx in self.method_cls.layers_on(vlm)
         }
+        self._unchecked = set(self.layers if self.method_cls.rotates else ())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         pass  # nothing to move
@@ -164,13 +166,12 @@ class AttentionMethodLayer(VisualTunerLayer):
     def new_hooks(self) -> list[Any]:
         start = self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True)
         attentions = self.vlm.self_attentions
-        handles = [start, *map(SteeringHandle, attentions.values())]
-        if self.method_cls.rotates:
-            handles += [
-                RotationCheck(attentions[layer_idx], layer.rotary, layer.layer_type, self.acting)
-                for layer_idx, layer in self.layers.items()
-            ]
-        return handles
+        return [start, *map(SteeringHandle, attentions.values()), *map(self._new_check, sorted(self._unchecked))]
+
+    def _new_check(self, layer_idx: int) -> RotationCheck:
+        layer, attention = self.layers[layer_idx], self.vlm.self_attentions[layer_idx]
+        passed = functools.partial(self._unchecked.discard, layer_idx)
+        return RotationCheck(attention, layer.rotary, layer.layer_type, self.acting, passed)
 
     def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = cast(VisualContext, kwargs[CONTEXT])

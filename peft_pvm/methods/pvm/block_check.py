@@ -30,10 +30,12 @@ class BlockCheck:
         layer: The decoder layer, on whose FFN the branch has its own hooks already.
         block: Its shape.
         acts: Whether a branch acts now.
+        passed: Called when it is found out that all is as it should be.
     """
 
-    def __init__(self, layer: nn.Module, block: DecoderBlock, acts: Callable[[], Any]):
+    def __init__(self, layer: nn.Module, block: DecoderBlock, acts: Callable[[], Any], passed: Callable[[], None]):
         self.acts = acts
+        self.passed = passed
         # What the layer must add up, by thread. If a forward ends before, a few numbers are left.
         self._parts: dict[int, list[torch.Tensor]] = {}
         self._num_parts = 3 if block.is_parallel else 2
@@ -63,7 +65,7 @@ class BlockCheck:
         parts = self._parts.get(this_thread(), [])
         if len(parts) == self._num_parts and args and _is_sum(_last(args[0], len(parts[0])), parts):
             del self._parts[this_thread()]
-            self.remove()
+            self._pass()
 
     def _compare(self, layer: nn.Module, args: tuple, output: Any) -> None:
         parts = self._parts.pop(this_thread(), [])
@@ -75,7 +77,11 @@ class BlockCheck:
                     "unload(); the methods that change attention alone work. A row in "
                     "peft_pvm/tokens/families.py can say where the two are in these layers."
                 )
-            self.remove()
+            self._pass()
+
+    def _pass(self) -> None:
+        self.passed()
+        self.remove()
 
 
 def _last(output: Any, num_tokens: int) -> torch.Tensor:

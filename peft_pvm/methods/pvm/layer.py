@@ -47,6 +47,7 @@ class PVMLayer(VisualTunerLayer):
         # decoder layer itself holds all of it until it adds up its output: nothing outlives it, however it ends.
         self._in_flight: dict[int, dict[str, weakref.ref[Any]]] = {}
         self._has_memory = False
+        self._is_checked = False
 
     def update_layer(self, adapter_name: str, config: PVMConfig, text_config: Any) -> None:
         """Add an adapter, freshly initialised.
@@ -106,7 +107,7 @@ class PVMLayer(VisualTunerLayer):
     def new_hooks(self) -> list[Any]:
         layer, block = self.decoder_layer, self.vlm.block
         mixer = block.token_mixer(layer)
-        hooks = [
+        hooks: list[Any] = [
             self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True),
             mixer.register_forward_pre_hook(self._take_context, with_kwargs=True),
             block.norm(layer).register_forward_pre_hook(self._take_residual),
@@ -114,7 +115,12 @@ class PVMLayer(VisualTunerLayer):
         ]
         if block.is_parallel:
             hooks.append(mixer.register_forward_hook(self._take_attention))
-        return [*hooks, BlockCheck(layer, block, self.acting)]
+        if not self._is_checked:
+            hooks.append(BlockCheck(layer, block, self.acting, self._pass_check))
+        return hooks
+
+    def _pass_check(self) -> None:
+        self._is_checked = True
 
     def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = kwargs.get(CONTEXT)

@@ -151,7 +151,17 @@ class Reweighting:
         self.layer_type = layer_type
 
     def attend(self, call: AttentionCall) -> Output:
-        """What the attention function returns."""
+        """What the attention function returns.
+
+        Raises:
+            NotImplementedError: Heads see different keys.
+        """
+        if call.visibility.differs_by_head:
+            raise NotImplementedError(
+                "The heads of this attention see different keys (block-sparse attention, for instance). A key that "
+                "one query does not see need not be padding, so T-DRS cannot count the tokens between two. Take it "
+                "off with unload()."
+            )
         query, key = call.scored_by
         inter = None
         if self.config.pairs == "inter":
