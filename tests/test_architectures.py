@@ -76,6 +76,8 @@ def is_added_to_the_stream(tiny: TinyVLM, method: str) -> None:
         for name, parameter in layer.named_parameters():
             if FFN.search(name) and ".pvm_" not in f".{name}" and parameter.dim() >= 2:
                 parameter.zero_()
+            if name.startswith("post_feedforward_residual_gate."):  # closed: it lets the stream pass as it is
+                parameter.fill_(-100)
     seen = {}
     branch.register_forward_hook(lambda module, args, output: seen.update(stream=args[0], update=output))
     layer.register_forward_hook(lambda module, args, output: seen.update(layer=_first(output)))

@@ -24,7 +24,7 @@ from ..attention.reference import ReferenceStages
 from ..methods.dipe import DIPEConfig
 from ..methods.pvm import PVMConfig
 from ..methods.pvm.branch import PlainBranch
-from ..methods.pvm.config import BranchShape
+from ..methods.pvm.config import BranchShape, with_global_sizes
 from ..methods.pvm.layer import PVMLayer
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import find_vlm
@@ -274,8 +274,9 @@ class Method:
 def pvm_config(model: nn.Module) -> PVMConfig:
     """PVM of the paper's proportions: one branch for twelve layers, an eighth as wide as the model."""
     vlm = find_vlm(model)
-    depth, hidden_size = len(vlm.layers), vlm.text_config.hidden_size
-    head_dim = getattr(vlm.text_config, "head_dim", None) or hidden_size // vlm.text_config.num_attention_heads
+    text_config = with_global_sizes(vlm.text_config)
+    depth, hidden_size = len(vlm.layers), text_config.hidden_size
+    head_dim = getattr(text_config, "head_dim", None) or hidden_size // text_config.num_attention_heads
     branches = max(1, round(PAPER_SHARE * depth))
     layers = [round((number + 0.5) * depth / branches - 0.5) for number in range(branches)]
     return PVMConfig(r=max(1, round(PAPER_WIDTH * hidden_size / head_dim)) * head_dim, layers_to_transform=layers)

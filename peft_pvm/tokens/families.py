@@ -29,11 +29,14 @@ class DecoderBlock:
             where FFN and attention read the same normed input: there that stream is layer input + attention output.
         ffn_end: The submodule whose *output* is what the FFN adds to the residual stream.
         token_mixers: The submodules that mix tokens; a layer has one of them.
+        ends_with_sum: Whether the output of `ffn_end` is the residual stream with the FFN added already: a gate that
+            weighs both.
     """
 
     ffn_norm: str | None = "post_attention_layernorm"
     ffn_end: str = "mlp"
     token_mixers: tuple[str, ...] = ("self_attn", "linear_attn")
+    ends_with_sum: bool = False
 
     @property
     def is_parallel(self) -> bool:
@@ -70,8 +73,8 @@ SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feed
 POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # the FFN reads the stream as it is
 
 # By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. A function, where its config
-# decides. What is not listed must be of exactly the common pre-norm shape.
-BLOCKS: dict[str, DecoderBlock | Callable[[Any], DecoderBlock]] = {
+# decides. What is not listed must be of exactly the common pre-norm shape. A string says why no branch fits in.
+BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "cohere": DecoderBlock(ffn_norm=None),
     "cohere2": DecoderBlock(ffn_norm=None),
     "gemma2": SANDWICH,
@@ -79,9 +82,13 @@ BLOCKS: dict[str, DecoderBlock | Callable[[Any], DecoderBlock]] = {
     "gemma4_text": SANDWICH,
     "gemma4_unified_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
+    "hy_v4_vl_text": "its residual is several streams, which each layer mixes, and no single one to read and add to",
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
     "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
     "muse_glimmer_text": SANDWICH,
+    "muse_spark_text": DecoderBlock(
+        ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_residual_gate", ends_with_sum=True
+    ),
 }
 
 
@@ -322,8 +329,10 @@ def _find_block(model: nn.Module, text_model: Any) -> DecoderBlock:
     text_type = getattr(text_model.config, "model_type", "")
     is_listed = text_type in BLOCKS
     row = BLOCKS.get(text_type, PRE_NORM)
-    block = row if isinstance(row, DecoderBlock) else row(text_model.config)
     of_model = f"{type(model).__name__} (text model type {text_type!r})"
+    if isinstance(row, str):
+        raise ValueError(f"Nothing can be put beside the FFNs of {of_model}: {row}. {NEEDS_NO_BLOCK}.")
+    block = row if isinstance(row, DecoderBlock) else row(text_model.config)
     for layer_idx, layer in enumerate(map(unwrapped, text_model.layers)):
         children = {name for name, child in layer.named_children() if not is_tuner_child(child)}
         # Norms in unknown places change where the branch belongs, so an unlisted layer must have no other children.

@@ -57,36 +57,31 @@ class Thinker(AnyVLM):
         return positions.long()
 
 
-class ByModality(AnyVLM):
-    """It is told which tokens are visual.
-
-    Attributes:
-        argument: The keyword.
-        others: Tokens that count as visual besides.
-    """
-
-    argument = "mm_token_type_ids"
-    others: tuple[int, ...] = ()
+class Ernie(AnyVLM):
+    """It is told which tokens go to the experts of images."""
 
     def inputs(self, model, *conversations, **cut):
         batch = super().inputs(model, *conversations, **cut)
-        visual = torch.isin(batch["input_ids"], torch.tensor((IMAGE, VIDEO, *self.others)))
-        return {**batch, self.argument: visual.int()}
+        visual = torch.isin(batch["input_ids"], torch.tensor((START, IMAGE, VIDEO, END)))
+        return {**batch, "moe_mm_token_type_ids": visual.int()}
 
 
-class Gemma4Unified(ByModality):
+class Gemma4Unified(AnyVLM):
     """Its scores are not scaled: what it trains for queries makes up for that."""
 
     def build_anyway(self, seed: int = 0, **kwargs: Any) -> T.PreTrainedModel:
         model = super().build_anyway(seed, **kwargs)
         for layer in model.model.language_model.layers:
-            layer.self_attn.q_norm.weight.data *= 0.4
+            layer.self_attn.q_norm.weight.data *= 0.3
         return model
 
 
-class Ernie(ByModality):
-    argument = "moe_mm_token_type_ids"
-    others = (START, END)
+class Gemma4UnifiedInBlocks(Gemma4Unified):
+    """The tokens of an image attend to each other in both directions."""
+
+    def inputs(self, model, *conversations, **cut):
+        batch = super().inputs(model, *conversations, **cut)
+        return {**batch, "mm_token_type_ids": (batch["input_ids"] == IMAGE).int()}
 
 
 def _qwen3_5_moe():
@@ -306,6 +301,7 @@ def _merged_patches(modality: str, frames: int = 1):
     return make
 
 
+GEMMA4_UNIFIED = "Gemma4UnifiedForConditionalGeneration"
 GLM46V = "Glm46VForConditionalGeneration"
 FLAT, FLAT_VIDEO = _patches("image", 4), _patches("video", 4, frames=2, runs=2)
 TIMED_VIDEO = _patches("video", 8, frames=2, channels=6, second_per_grid=[1.0])
@@ -314,7 +310,7 @@ MUSE, MUSE_VIDEO = _patches("image", 4, channels=6), _patches("video", 8, frames
 ROWS: dict[str, Architecture] = {
     "qwen3_5_moe": Architecture(
         "Qwen3.5 35B-A3B, 122B-A10B and 397B-A17B",
-        AnyVLM("Qwen3_5MoeForConditionalGeneration", _qwen3_5_moe, GRID, VIDEO_BY_FRAME),
+        AnyVLM("Qwen3_5MoeForConditionalGeneration", _qwen3_5_moe, GRID, VIDEO_BY_FRAME, seed=8),
     ),
     "qwen3_omni_moe_thinker": Architecture(
         "Qwen3-Omni 30B-A3B",
@@ -348,14 +344,21 @@ ROWS: dict[str, Architecture] = {
     ),
     "gemma4_unified": Architecture(
         "Gemma 4 12B",
-        Gemma4Unified(
-            "Gemma4UnifiedForConditionalGeneration",
-            _gemma4_unified,
-            _merged_patches("image"),
-            _merged_patches("video", frames=2),
-        ),
+        Gemma4Unified(GEMMA4_UNIFIED, _gemma4_unified, _merged_patches("image"), _merged_patches("video", frames=2)),
     ),
-    "hy_v4_vl": Architecture("Hy4", AnyVLM("HYV4VLForConditionalGeneration", _hy_v4_vl, _patches("image", 6))),
+    "gemma4_unified/blocks": Architecture(
+        "",
+        Gemma4UnifiedInBlocks(GEMMA4_UNIFIED, _gemma4_unified, _merged_patches("image")),
+        differs={"cached": "with a cache, it counts the tokens of a new image from the first column"},
+    ),
+    "hy_v4_vl": Architecture(
+        "Hy4",
+        AnyVLM("HYV4VLForConditionalGeneration", _hy_v4_vl, _patches("image", 6), _patches("video", 12, frames=2)),
+        refused={
+            **dict.fromkeys(("pvm", "pvm-hidden-states"), "its residual is several streams"),
+            **dict.fromkeys(("dipe", "tdrs"), "attention sinks"),
+        },
+    ),
     "muse_glimmer": Architecture(
         "Muse Glimmer 30B", AnyVLM("MuseGlimmerForConditionalGeneration", _muse_glimmer, MUSE, MUSE_VIDEO)
     ),

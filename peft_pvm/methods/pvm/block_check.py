@@ -39,6 +39,7 @@ class BlockCheck:
         # What the layer must add up, by thread. If a forward ends before, a few numbers are left.
         self._parts: dict[int, list[torch.Tensor]] = {}
         self._num_parts = 3 if block.is_parallel else 2
+        self._added_up = slice(1, None) if block.ends_with_sum else slice(None)
         self._handles = [
             block.norm(layer).register_forward_pre_hook(self._start),
             getattr(layer, block.ffn_end).register_forward_hook(self._note),
@@ -63,14 +64,14 @@ class BlockCheck:
 
     def _read(self, module: nn.Module, args: tuple) -> None:
         parts = self._parts.get(this_thread(), [])
-        if len(parts) == self._num_parts and args and _is_sum(_last(args[0], len(parts[0])), parts):
+        if len(parts) == self._num_parts and args and self._is_sum(args[0], parts):
             del self._parts[this_thread()]
             self._pass()
 
     def _compare(self, layer: nn.Module, args: tuple, output: Any) -> None:
         parts = self._parts.pop(this_thread(), [])
         if len(parts) == self._num_parts:  # otherwise the branch was not reached either, which the forward's end tells
-            if not _is_sum(_last(output, len(parts[0])), parts):
+            if not self._is_sum(output, parts):
                 raise NotImplementedError(
                     f"{type(layer).__name__} does not return the sum of its residual stream after attention and of "
                     "what its FFN returns, so that PVM would not be added to what it reads. Take it off with "
@@ -78,6 +79,9 @@ class BlockCheck:
                     "peft_pvm/tokens/families.py can say where the two are in these layers."
                 )
             self._pass()
+
+    def _is_sum(self, output: Any, parts: list[torch.Tensor]) -> bool:
+        return _is_sum(_last(output, len(parts[0])), parts[self._added_up])
 
     def _pass(self) -> None:
         self.passed()
