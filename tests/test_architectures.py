@@ -8,20 +8,22 @@ import pytest
 import test_five_properties as properties
 import torch
 from architectures import ARCHITECTURES, core
-from forwards import TOLERANCE, logits
+from forwards import TOLERANCE, difference, logits
 from methods_under_test import METHODS
 from oracle import agrees_with_the_oracle
-from tiny_vlms import TinyVLM
+from tiny_vlms import IMAGE, VIDEO, TinyVLM
 
 from peft_pvm import DIPEConfig, TDRSConfig
+from peft_pvm.tokens.context import CONTEXT
 from peft_pvm.tokens.families import find_vlm
 
 
 ROTATING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
+TESTED = ("pvm", "pvm-hidden-states", *ROTATING)
 FFN = re.compile("mlp|feed_forward|ffn|moe|expert")  # a parameter of an FFN, by its name in the decoder layer
 
 
-@pytest.mark.parametrize("method", ["pvm", "pvm-hidden-states", *ROTATING])
+@pytest.mark.parametrize("method", TESTED)
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in core.ROWS])
 def test_architecture(name: str, method: str):
     """Off is off, a cache changes nothing, rows of a batch are what they are alone, and the sums are right."""
@@ -41,6 +43,24 @@ def test_architecture(name: str, method: str):
         agrees_with_the_oracle(row.tiny, **{method: ROTATING[method]}, batch=batch)
     else:
         is_added_to_the_stream(row.tiny, method)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.tiny.video])
+def test_videos_are_visual(name: str):
+    """Adapters know the tokens that stand for them."""
+    row = ARCHITECTURES[name]
+    method = next((method for method in TESTED if not row.refusal(method)), None)
+    if method is None:
+        pytest.skip(f"No method acts on {name}")
+    model = METHODS[method].attach(row.tiny.build())
+    inputs = row.tiny.inputs(model.get_base_model(), "t4 v t5")
+    seen = {}
+    text_model = find_vlm(model.get_base_model()).text_model
+    text_model.register_forward_pre_hook(lambda *args: seen.update(args[-1]), with_kwargs=True)
+    on = logits(model, inputs)
+    assert torch.equal(seen[CONTEXT].visual_mask, torch.isin(inputs["input_ids"], torch.tensor((IMAGE, VIDEO))))
+    with model.disable_adapter():
+        assert difference(on, logits(model, inputs)) > 100 * TOLERANCE
 
 
 def is_refused(tiny: TinyVLM, method: str, reason: str) -> None:

@@ -24,7 +24,7 @@ from ..attention.reference import ReferenceStages
 from ..methods.dipe import DIPEConfig
 from ..methods.pvm import PVMConfig
 from ..methods.pvm.branch import PlainBranch
-from ..methods.pvm.config import BranchShape, with_global_sizes
+from ..methods.pvm.config import BranchShape
 from ..methods.pvm.layer import PVMLayer
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import find_vlm
@@ -274,7 +274,7 @@ class Method:
 def pvm_config(model: nn.Module) -> PVMConfig:
     """PVM of the paper's proportions: one branch for twelve layers, an eighth as wide as the model."""
     vlm = find_vlm(model)
-    text_config = with_global_sizes(vlm.text_config)
+    text_config = vlm.text_config.per_layer_config[0]  # as PVM takes sizes, where layers differ
     depth, hidden_size = len(vlm.layers), text_config.hidden_size
     head_dim = getattr(text_config, "head_dim", None) or hidden_size // text_config.num_attention_heads
     branches = max(1, round(PAPER_SHARE * depth))

@@ -16,7 +16,6 @@ from tiny_vlms import (
     GRID,
     HIDDEN,
     IMAGE,
-    LAYERS,
     MOE,
     MROPE,
     MROPE_INTERLEAVED,
@@ -85,9 +84,7 @@ class Gemma4UnifiedInBlocks(Gemma4Unified):
 
 
 def _qwen3_5_moe():
-    linear = dict(
-        linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2
-    )
+    linear = dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2)
     text = dict(
         {name: value for name, value in TEXT.items() if name != "intermediate_size"},
         head_dim=32,
@@ -101,7 +98,9 @@ def _qwen3_5_moe():
 
 
 def _qwen3_omni():
-    text = dict(TEXT, head_dim=16, rope_parameters=MROPE_INTERLEAVED, decoder_sparse_step=1, mlp_only_layers=[1], **MOE)
+    text = dict(
+        TEXT, head_dim=16, rope_parameters=MROPE_INTERLEAVED, decoder_sparse_step=1, mlp_only_layers=[1], **MOE
+    )
     return T.Qwen3OmniMoeThinkerConfig(
         text_config=text,
         vision_config=dict(QWEN3_VISION, deepstack_visual_indexes=[0, 1]),
@@ -188,7 +187,9 @@ def _video_llama_3():
 
 def _gemma4_unified():
     """Heads of the layers with full attention are wider, fewer and their own values."""
-    text = dict({**TEXT, **SLIDING, "head_dim": 8}, global_head_dim=16, attention_k_eq_v=True, num_global_key_value_heads=1)
+    text = dict(
+        {**TEXT, **SLIDING, "head_dim": 8}, global_head_dim=16, attention_k_eq_v=True, num_global_key_value_heads=1
+    )
     return T.Gemma4UnifiedConfig(
         text_config=T.Gemma4UnifiedTextConfig(**text),
         vision_config=dict(
@@ -331,7 +332,8 @@ ROWS: dict[str, Architecture] = {
     "glm46v/moe": Architecture("", AnyVLM(GLM46V, _glm46v_moe, GRID, GLM_VIDEO)),
     "glmga": Architecture("", AnyVLM(GLM46V, lambda: _glm46v("GlmgaConfig"), GRID, GLM_VIDEO)),
     "ernie4_5_vl_moe": Architecture(
-        "ERNIE 4.5 VL 28B-A3B", Ernie("Ernie4_5_VLMoeForConditionalGeneration", _ernie4_5_vl_moe, FLAT, _patches("video", 4, frames=2))
+        "ERNIE 4.5 VL 28B-A3B",
+        Ernie("Ernie4_5_VLMoeForConditionalGeneration", _ernie4_5_vl_moe, FLAT, _patches("video", 4, frames=2)),
     ),
     "video_llama_3": Architecture(
         "VideoLLaMA 3",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -276,7 +275,7 @@ class BranchShape:
             ValueError: `config.r` is not a multiple of the head size, the MLP would have no width or an absurd one, or
                 `text_config` lacks what the sizes come from.
         """
-        text_config = with_global_sizes(text_config)
+        text_config = text_config.per_layer_config[0]  # layers may differ, as in Step 3.7: all branches have one shape
         base_heads = text_config.num_attention_heads
         head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // base_heads
         if config.r % head_dim:
@@ -322,16 +321,6 @@ class BranchShape:
             1: 1,
         }
         return {name: tuple(sizes[size] for size in wanted) for name, wanted in SIZES.items()}
-
-
-def with_global_sizes(text_config: Any) -> Any:
-    """A copy that can be asked for sizes that some layers have of their own: branches take those of the others.
-
-    Gemma 4 has wider heads in layers with full attention.
-    """
-    text_config = copy.copy(text_config)
-    text_config.allow_global_per_layer_attribute_access = True  # otherwise transformers raises
-    return text_config
 
 
 def _first(text_config: Any, *names: str, hint: str = "") -> Any:
