@@ -30,9 +30,7 @@ def inspect(
     adapter: Annotated[str | None, typer.Argument(help="Folder or Hub id of an adapter.")] = None,
     base: Annotated[
         str | None,
-        typer.Option(
-            help="Folder or Hub id of a base model: does the adapter fit it? Alone: which methods work on it?"
-        ),
+        typer.Option(help="Folder or Hub id of a base model. Does the adapter fit it? Alone: which methods work?"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
