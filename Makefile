@@ -85,8 +85,10 @@ style: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(VENV)/bin/mkdocs build --strict
 
-# What code writes into docs/: the drawn figures, the table of files, and the page of the command line.
+# What code writes: the drawn figures, the table of files, the page of the command line, and the table of models, also as the
+# file in the package that `peft-pvm models` reads.
 generate: $(VENV)/.installed
+	cd tests && PYTHONPATH=.. ../$(VENV)/bin/python -m architectures.page
 	PYTHONPATH=. $(VENV)/bin/python docs/figures/draw.py
 	$(VENV)/bin/typer peft_pvm.cli.app utils docs --name peft-pvm --title "Command line" --output docs/api/cli.md
 

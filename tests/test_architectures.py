@@ -7,11 +7,14 @@ import re
 import pytest
 import test_five_properties as properties
 import torch
-from architectures import ARCHITECTURES, core
+import transformers as T
+from architectures import ARCHITECTURES, OF_THE_NEWEST, core, type_of
+from architectures.page import NEWEST, OLDEST
 from forwards import TOLERANCE, difference, logits
 from methods_under_test import METHODS
 from oracle import agrees_with_the_oracle
 from tiny_vlms import IMAGE, VIDEO, TinyVLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from peft_pvm import DIPEConfig, TDRSConfig
 from peft_pvm.tokens.context import CONTEXT
@@ -21,6 +24,23 @@ from peft_pvm.tokens.families import find_vlm
 ROTATING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
 TESTED = ("pvm", "pvm-hidden-states", *ROTATING)
 FFN = re.compile("mlp|feed_forward|ffn|moe|expert")  # a parameter of an FFN, by its name in the decoder layer
+
+
+def test_every_type_of_transformers_has_a_row():
+    missing = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(map(type_of, ARCHITECTURES))
+    assert not missing, (
+        f"tests/architectures/ lacks types of transformers {T.__version__}: {', '.join(sorted(missing))}. Write a row "
+        "with a tiny model for each, run `pytest -k TYPE`, and say in the row what is refused and with which words. "
+        "`make generate` brings it into docs/models.md."
+    )
+
+
+def test_the_types_of_the_newest_transformers_are_known():
+    lacking = {type_of(name) for name, row in ARCHITECTURES.items() if not row.tiny.is_there}
+    if T.__version__ == OLDEST:
+        assert lacking == OF_THE_NEWEST & set(map(type_of, ARCHITECTURES))
+    if T.__version__ == NEWEST:
+        assert not lacking
 
 
 @pytest.mark.parametrize("method", TESTED)

@@ -17,6 +17,7 @@ from ..methods.pvm.checkpoints import convert_reference_checkpoint, export_refer
 from ..methods.pvm.merging import CombinationType
 from ..utils.terminal import Terminal, say
 from ..utils.text import plain, quoted
+from .models import describe_base
 from .options import finite_number, new_folder, one_of, separated
 from .refusals import reading
 
@@ -26,13 +27,23 @@ COMBINATIONS = get_args(CombinationType)
 
 
 def inspect(
-    adapter: Adapter,
+    adapter: Annotated[str | None, typer.Argument(help="Folder or Hub id of an adapter.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a base model: does the adapter fit it?")
+        str | None,
+        typer.Option(help="Folder or Hub id of a base model. Does the adapter fit it? Alone: which methods work?"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what an adapter is: method, sizes, layers, gates, lineage, and whether it fits a base model."""
+    """Show what an adapter is, and whether it fits a base model; or which methods work on a base model.
+
+    An adapter is shown with its method, sizes, layers, gates and lineage. Only the configuration of a base model is
+    read.
+    """
+    if adapter is None:
+        if base is None:
+            raise typer.BadParameter("Give an adapter, or the base model to be asked about.", param_hint=["--base"])
+        describe_base(base, as_json)
+        return
     with reading("an adapter", adapter):
         found = inspect_adapter(adapter)
     if base is not None:

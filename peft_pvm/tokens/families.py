@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..utils.packages import is_tuner_child
+from .unsuited import why_unsuited
 
 
 # Where a wrapper keeps what it wraps: FSDP 1, activation checkpointing and offloading, torch.compile.
@@ -250,9 +251,17 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
             "The model is already a PeftModel. Attach to what it wraps: get_peft_model(model.get_base_model(), "
             "config), or peft_pvm.add_adapters(model.get_base_model(), ...) for adapters of several types."
         )
-    placeholder_ids = _find_placeholder_ids(model)
     modules = dict(model.named_modules())
-    text_model_name = _find_text_model(model, modules)
+    text_models = _find_text_models(modules)
+    if reason := why_unsuited(model, modules, text_models):
+        raise ValueError(
+            f"{_named(model)} {reason}. Adapters act on images whose tokens stand among those of the text."
+        )
+    placeholder_ids = _find_placeholder_ids(model)
+    if len(text_models) != 1:
+        found = f"it holds {len(text_models)} text models {text_models}"
+        raise _refusal(model, found, "one module with layers and embed_tokens")
+    text_model_name = text_models[0]
     multimodal = _nearest_multimodal(modules, text_model_name)
     if multimodal is None:
         raise _refusal(
@@ -260,17 +269,19 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
             f"no module above its text model {text_model_name!r} takes pixel values",
             "a module whose forward takes input_ids and pixel_values and which calls the text model",
         )
-    text_model = modules[text_model_name]
-    _refuse_cross_attention(model, text_model)
-    return VisionLanguageModel(model, multimodal, text_model, text_model_name, placeholder_ids)
+    return VisionLanguageModel(model, multimodal, modules[text_model_name], text_model_name, placeholder_ids)
+
+
+def _named(model: nn.Module) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    return f"{type(model).__name__} (model_type {model_type!r})"
 
 
 def _refusal(model: nn.Module, found: str, looked_for: str) -> ValueError:
-    model_type = getattr(getattr(model, "config", None), "model_type", "")
     return ValueError(
-        f"{type(model).__name__} (model_type {model_type!r}) is not a vision-language model that peft_pvm can "
-        f"attach to: {found}. Looked for {looked_for}. Families known by name: {', '.join(sorted(FAMILIES))}; a "
-        "model of the same shape works without being listed, any other needs a row in peft_pvm/tokens/families.py."
+        f"{_named(model)} is not a vision-language model that peft_pvm can attach to: {found}. Looked for "
+        f"{looked_for}. `peft-pvm models` lists those that are tested; a model of the same shape works without being "
+        "listed, any other needs a row in peft_pvm/tokens/families.py."
     )
 
 
@@ -283,24 +294,22 @@ def _find_placeholder_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
         placeholder_ids[modality] = tuple(token_id for token_id in ids if token_id is not None)
     if not placeholder_ids["image"]:
         looked_for = " or ".join(f"config.{name}" for name in family.placeholders["image"])
-        raise _refusal(model, "its config names no image placeholder token", looked_for)
+        raise ValueError(
+            f"{_named(model)} names no image placeholder token in its config, so nothing in input_ids says where "
+            f"images are. Looked for {looked_for}; another name needs a row in peft_pvm/tokens/families.py."
+        )
     return placeholder_ids
 
 
-def _find_text_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
-    """The name of the one decoder stack."""
-    text_models = [
+def _find_text_models(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names of the decoder stacks."""
+    return [
         name
         for name, module in modules.items()
         if unwrapped(module) is module  # a wrapper has the attributes of what it wraps
         and isinstance(getattr(module, "layers", None), nn.ModuleList)
         and hasattr(module, "embed_tokens")
     ]
-    if len(text_models) != 1:
-        raise _refusal(
-            model, f"it holds {len(text_models)} text models {text_models}", "one module with layers and embed_tokens"
-        )
-    return text_models[0]
 
 
 def _nearest_multimodal(modules: Mapping[str, nn.Module], text_model_name: str) -> nn.Module | None:
@@ -311,17 +320,6 @@ def _nearest_multimodal(modules: Mapping[str, nn.Module], text_model_name: str) 
         if "input_ids" in parameters and "pixel_values" in parameters:
             return modules[name]
     return None
-
-
-def _refuse_cross_attention(model: nn.Module, text_model: Any) -> None:
-    for layer_idx, layer in enumerate(map(unwrapped, text_model.layers)):
-        if hasattr(layer, "cross_attn"):
-            raise _refusal(
-                model,
-                f"its decoder layer {layer_idx} ({type(layer).__name__}) looks at the image by cross-attention, so "
-                "that no image token stands among the text tokens whose distance could grow",
-                "image tokens in the sequence that self-attention reads",
-            )
 
 
 def _find_block(model: nn.Module, text_model: Any) -> DecoderBlock:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from methods_under_test import give_weight
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -17,21 +18,6 @@ from tiny_vlms import FAMILIES, TinyVLM
 from peft_pvm import DIPEConfig, PVMConfig, add_adapters, save_adapter
 from peft_pvm.folders.adapter_file import inspect_adapter
 from peft_pvm.utils.text import plain
-
-
-pytest.importorskip("typer", reason="the command line needs the extra `lab`")
-pytest.importorskip("matplotlib", reason="the command line needs the extra `lab`")
-
-from typer.testing import CliRunner
-
-from peft_pvm.cli.app import app
-
-
-def run(*arguments: object, fails: bool = False) -> str:
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, arguments)))
-    assert bool(result.exit_code) == fails, result.output
-    assert isinstance(result.exception, SystemExit | None), result.exception
-    return result.output
 
 
 def save(tiny: TinyVLM, folder: Path, seed: int = 0, **fields) -> Path:

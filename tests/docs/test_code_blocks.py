@@ -136,7 +136,7 @@ def test_commands_that_are_not_run_exist(name, block, checkout):
     [
         ["peft-pvm", "prob"],
         ["peft-pvm", "lab", "recall", "--bytes", "3"],
-        ["peft-pvm", "inspect"],
+        ["peft-pvm", "card"],
         ["python", "-m", "experiments", "trian"],
         ["python", "-m", "experiments", "limits", "--bytes", "3"],
         ["make", "tests"],

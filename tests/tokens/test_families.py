@@ -76,40 +76,18 @@ def _text_only():
     return T.LlamaForCausalLM(T.LlamaConfig(**tiny_vlms.TEXT))
 
 
-def _cross_attention():
-    text = dict(tiny_vlms.TEXT, num_hidden_layers=4, cross_attention_layers=[1, 3])
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_global_layers=1,
-        attention_heads=2,
-        image_size=28,
-        patch_size=14,
-        vision_output_dim=64,
-        intermediate_layers_indices=[0],
-        supported_aspect_ratios=[[1, 1]],
-        max_num_tiles=1,
-    )
-    config = T.MllamaConfig(text_config=text, vision_config=vision, image_token_index=tiny_vlms.IMAGE)
-    return T.MllamaForConditionalGeneration(config)
-
-
 @pytest.mark.parametrize(
     ("build", "complaint"),
     [
+        (_text_only, r"LlamaForCausalLM \(model_type 'llama'\) reads no images: the forward of none"),
         (
-            _text_only,
-            r"LlamaForCausalLM \(model_type 'llama'\).*no image placeholder.*Looked for config.image_token_id",
+            ARCHITECTURES["mllama"].tiny.build,
+            r"looks at images by cross-attention \(model.language_model.layers.1.cross_attn\), so that no",
         ),
-        (
-            _cross_attention,
-            r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer\) looks at the image by cross-attention, so",
-        ),
-        (lambda: torch.nn.Linear(2, 2), r"Linear \(model_type ''\)"),
+        (ARCHITECTURES["git"].tiny.build, r"no image placeholder token .*Looked for config.image_token_id;"),
+        (lambda: torch.nn.Linear(2, 2), r"Linear \(model_type ''\) reads no images"),
     ],
-    ids=["text only", "cross-attention", "no transformers model"],
+    ids=["text only", "cross-attention", "no placeholder", "no transformers model"],
 )
 @pytest.mark.parametrize(
     "config", [PVMConfig(r=32), DIPEConfig(max_distance=0), TDRSConfig()], ids=["pvm", "dipe", "tdrs"]
