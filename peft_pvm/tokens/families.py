@@ -72,12 +72,17 @@ POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # 
 # By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. A function, where its config
 # decides. What is not listed must be of exactly the common pre-norm shape.
 BLOCKS: dict[str, DecoderBlock | Callable[[Any], DecoderBlock]] = {
+    "apertus1p5_text": DecoderBlock(ffn_norm="feedforward_layernorm"),
     "cohere": DecoderBlock(ffn_norm=None),
     "cohere2": DecoderBlock(ffn_norm=None),
+    "cohere_compass_text": DecoderBlock(ffn_norm=None),
+    "emu3_text_model": PRE_NORM,
+    "exaone4": DecoderBlock(ffn_norm="mlp", ffn_end="post_feedforward_layernorm"),
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
     "gemma4_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
+    "hyperclovax": DecoderBlock(ffn_end="post_norm2"),
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
     "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
 }
@@ -87,6 +92,10 @@ BLOCKS: dict[str, DecoderBlock | Callable[[Any], DecoderBlock]] = {
 # do whose `use_rope` does not say otherwise.
 ROTATES: dict[str, Callable[[nn.Module], bool]] = {
     "cohere2": lambda attention: attention.sliding_window is not None,
+    "cohere_compass_text": lambda attention: (
+        attention.config.rope_parameters[attention.config.layer_types[attention.layer_idx]] is not None
+    ),
+    "exaone4": lambda attention: attention.sliding_window is None or attention.is_sliding,
 }
 
 
