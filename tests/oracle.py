@@ -105,16 +105,17 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
         rotary = text_model.rotary_emb_unscaled
     layer_type = config.layer_types[attention.layer_idx] if getattr(config, "layer_types", None) else None
     rope = config.rope_parameters.get(layer_type, config.rope_parameters)
+    if rope is None:  # there are no frequencies for a layer type that does not rotate
+        return positions.new_zeros(*positions.shape[:-1], 0).double()
     no_rotation = (
         (config.model_type == "llama4_text" and not config.no_rope_layers[attention.layer_idx])
         or (config.model_type == "cohere2" and layer_type == "full_attention")
         or (config.model_type == "exaone4" and layer_type == "full_attention" and config.sliding_window is not None)
-        or rope is None
     )
-    if no_rotation:
-        return positions.new_zeros(*positions.shape[:-1], 0).double()
     name = f"{layer_type}_inv_freq"
     frequencies = (getattr(rotary, name) if hasattr(rotary, name) else rotary.inv_freq).double()
+    if no_rotation:
+        frequencies = frequencies * 0
     axes = torch.zeros(len(frequencies), dtype=torch.long)
     if positions.shape[-1] == 3:
         sections = rope["mrope_section"]

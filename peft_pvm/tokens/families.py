@@ -90,7 +90,7 @@ BLOCKS: dict[str, DecoderBlock | Callable[[Any], DecoderBlock]] = {
 
 # By the text model's `model_type`: which attention modules rotate queries and keys by position. Elsewhere those
 # do whose `use_rope` does not say otherwise.
-ROTATES: dict[str, Callable[[nn.Module], bool]] = {
+ROTATES: dict[str, Callable[[Any], bool]] = {
     "cohere2": lambda attention: attention.sliding_window is not None,
     "cohere_compass_text": lambda attention: (
         attention.config.rope_parameters[attention.config.layer_types[attention.layer_idx]] is not None

@@ -104,11 +104,18 @@ def _perception_lm():
     )
 
 
-def _perception_lm_visual(token_id: int, name: str):
+def _tiles(token_id: int, name: str, tokens_of_each: int):
+    """Two tiles of an image, or two frames of a video."""
+
     def make(model, generator):
-        return [token_id] * 2, {name: torch.randn(1, 2, 3, 28, 28, generator=generator, device="cpu")}
+        pixels = torch.randn(1, 2, 3, 28, 28, generator=generator, device="cpu")
+        return [token_id] * 2 * tokens_of_each, {name: pixels}
 
     return make
+
+
+def _frames(tokens_of_each: int):
+    return _tiles(VIDEO, "pixel_values_videos", tokens_of_each)
 
 
 def _fast_vlm():
@@ -137,17 +144,9 @@ def _video_llava():
 
 def _video_llava_image(model, generator):
     ids, pixels = _square_visual(4)(model, generator)
-    if "pixel_values_images" in inspect.signature(model.forward).parameters:  # transformers before 5.17
+    if "pixel_values_images" in inspect.signature(model.forward).parameters:  # as in transformers 5.16
         return ids, {"pixel_values_images": pixels["pixel_values"]}
     return ids, pixels
-
-
-def _frames(tokens_per_frame: int):
-    def make(model, generator):
-        pixels = torch.randn(1, 2, 3, 28, 28, generator=generator, device="cpu")
-        return [VIDEO] * 2 * tokens_per_frame, {"pixel_values_videos": pixels}
-
-    return make
 
 
 def _llava_next_video():
@@ -232,7 +231,8 @@ def _tokenized(num_tokens: int):
 
     def make(model, generator):
         pixels = torch.randn(1, 3, SMALL_IMAGE, SMALL_IMAGE, generator=generator, device="cpu")
-        return [IMAGE] * num_tokens, {"pixel_values": pixels, "image_sizes": torch.tensor([[SMALL_IMAGE, SMALL_IMAGE]])}
+        sizes = torch.tensor([[SMALL_IMAGE, SMALL_IMAGE]])
+        return [IMAGE] * num_tokens, {"pixel_values": pixels, "image_sizes": sizes}
 
     return make
 
@@ -249,10 +249,6 @@ def _shieldgemma2():
     )
 
 
-PERCEPTION_LM = [
-    _perception_lm_visual(IMAGE, "pixel_values"),
-    _perception_lm_visual(VIDEO, "pixel_values_videos"),
-]
 EXAONE = "Exaone4_5_ForConditionalGeneration"
 
 ROWS = {
@@ -267,7 +263,8 @@ ROWS = {
     "janus": Architecture("Janus, Janus-Pro", AnyVLM("JanusForConditionalGeneration", _janus, _square_visual(4))),
     "ovis2": Architecture("Ovis2", AnyVLM("Ovis2ForConditionalGeneration", _ovis2, _between_indicators)),
     "perception_lm": Architecture(
-        "PerceptionLM", AnyVLM("PerceptionLMForConditionalGeneration", _perception_lm, *PERCEPTION_LM)
+        "PerceptionLM",
+        AnyVLM("PerceptionLMForConditionalGeneration", _perception_lm, _tiles(IMAGE, "pixel_values", 1), _frames(1)),
     ),
     "fast_vlm": Architecture("FastVLM", AnyVLM("FastVlmForConditionalGeneration", _fast_vlm, _square_visual(4))),
     "vipllava": Architecture("ViP-LLaVA", AnyVLM("VipLlavaForConditionalGeneration", _vipllava, _square_visual(4))),
@@ -286,7 +283,7 @@ ROWS = {
         "", AnyVLM(EXAONE, lambda: _exaone4_5(sliding_window=None, layer_types=["full_attention"] * LAYERS), GRID)
     ),
     "hyperclovax_vision_v2": Architecture(
-        "HyperCLOVA X SEED",
+        "HyperCLOVA X SEED Think 32B",
         AnyVLM("HyperCLOVAXVisionV2ForConditionalGeneration", _hyperclovax_vision_v2, GRID, VIDEO_IN_ONE),
     ),
     "cohere_compass": Architecture(
