@@ -105,9 +105,13 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
     if getattr(text_model, "rope_types", None) and text_model.rope_types[attention.layer_idx] == "unscaled":
         rotary = text_model.rotary_emb_unscaled
     layer_type = config.layer_types[attention.layer_idx] if getattr(config, "layer_types", None) else None
+    rope = config.rope_parameters.get(layer_type, config.rope_parameters)
+    if rope is None:  # there are no frequencies for a layer type that does not rotate
+        return positions.new_zeros(*positions.shape[:-1], 0).double()
     no_rotation = (
         (config.model_type == "llama4_text" and not config.no_rope_layers[attention.layer_idx])
         or (config.model_type == "cohere2" and layer_type == "full_attention")
+        or (config.model_type == "exaone4" and layer_type == "full_attention" and config.sliding_window is not None)
         or (config.model_type.startswith("muse_") and config.layer_rope_theta[attention.layer_idx] == 0)
     )
     name = f"{layer_type}_inv_freq"
@@ -115,7 +119,6 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
     if no_rotation:
         frequencies = frequencies * 0
     axes = torch.zeros(frequencies.shape[-1], dtype=torch.long)
-    rope = config.rope_parameters
     if positions.shape[-1] == 3:
         sections = rope["mrope_section"]
         if config.model_type in ("cosmos3_edge_text", "ernie4_5_vl_moe_text"):  # they keep them in another order

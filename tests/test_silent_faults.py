@@ -183,6 +183,21 @@ class NormLast(Changed):
         return after + self.post_attention_layernorm(self.mlp(after))
 
 
+class DropsOut(Changed):
+    """Right, with dropout of what is added; wrong, where that is scaled as well."""
+
+    dropout, scale = 0.5, 1.0
+
+    def joined(self, after):
+        rate = self.dropout if isinstance(self.dropout, float) else self.dropout.p
+        update = self.mlp(self.post_attention_layernorm(after))
+        return after + self.scale * F.dropout(update, rate, self.training)
+
+
+class DropsOutByModule(DropsOut):
+    dropout = torch.nn.Dropout(0.5)
+
+
 def _with_layer(layer_cls: type, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     model = tiny_vlms.FAMILIES["llava"].build()
     for layer in model.model.language_model.layers:
@@ -208,6 +223,17 @@ def test_a_sum_that_is_scaled_as_a_whole_or_read_is_one(layer_cls, dtype):
     attached = _with_layer(layer_cls, dtype)
     inputs = in_dtype(tiny_vlms.FAMILIES["llava"].inputs(attached.get_base_model(), *BATCH), dtype)
     assert logits(attached, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("layer_cls", [DropsOut, DropsOutByModule])
+def test_with_dropout_layers_are_checked_in_evaluation(layer_cls):
+    attached = _with_layer(layer_cls)
+    inputs = tiny_vlms.FAMILIES["llava"].inputs(attached.get_base_model(), *BATCH)
+    assert logits(attached.train(), inputs).isfinite().all()
+    attached = _with_layer(type("Wrong", (layer_cls,), {"scale": 0.5}))
+    assert logits(attached.train(), inputs).isfinite().all()
+    with pytest.raises(NotImplementedError, match=r"^Wrong does not return the sum"):
+        logits(attached.eval(), inputs)
 
 
 def test_another_order_is_noticed():

@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..utils.packages import is_tuner_child
+from ..utils.packages import FEATURE_KEYWORDS, is_tuner_child
 from .unsuited import why_unsuited
 
 
@@ -76,14 +76,19 @@ POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # 
 # By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. A function, where its config
 # decides. What is not listed must be of exactly the common pre-norm shape. A string says why no branch fits in.
 BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
+    "apertus1p5_text": DecoderBlock(ffn_norm="feedforward_layernorm"),
     "cohere": DecoderBlock(ffn_norm=None),
     "cohere2": DecoderBlock(ffn_norm=None),
+    "cohere_compass_text": DecoderBlock(ffn_norm=None),
+    "emu3_text_model": PRE_NORM,
+    "exaone4": DecoderBlock(ffn_norm="mlp", ffn_end="post_feedforward_layernorm"),
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
     "gemma4_text": SANDWICH,
     "gemma4_unified_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
     "hy_v4_vl_text": "its residual is several streams, which each layer mixes, and no single one to read and add to",
+    "hyperclovax": DecoderBlock(ffn_end="post_norm2"),
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
     "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
     "muse_glimmer_text": SANDWICH,
@@ -103,6 +108,10 @@ ROTATES: dict[str, Callable[[Any], bool]] = {
     "cohere2": lambda attention: attention.sliding_window is not None,
     "muse_glimmer_text": _has_rope_theta,
     "muse_spark_text": _has_rope_theta,
+    "cohere_compass_text": lambda attention: (
+        attention.config.rope_parameters[attention.config.layer_types[attention.layer_idx]] is not None
+    ),
+    "exaone4": lambda attention: attention.sliding_window is None or attention.is_sliding,
 }
 
 
@@ -317,7 +326,7 @@ def _nearest_multimodal(modules: Mapping[str, nn.Module], text_model_name: str) 
     while name:
         name = name.rpartition(".")[0]
         parameters = inspect.signature(type(modules[name]).forward).parameters
-        if "input_ids" in parameters and "pixel_values" in parameters:
+        if "input_ids" in parameters and not parameters.keys().isdisjoint(FEATURE_KEYWORDS["image"]):
             return modules[name]
     return None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from transformers.activations import ACT2FN
 
 from ...folders.adapter_file import PEFT_PREFIX
 from ...tuners.base import VisualConfig
@@ -252,7 +253,7 @@ class BranchShape:
         num_heads: `r / head_dim`.
         num_key_value_heads: `num_heads` by the base's grouping ratio, at least 1, a divisor of `num_heads`.
         intermediate_size: Width of the branch's MLP.
-        hidden_act: The base's activation function, by name.
+        hidden_act: The base's activation function, by name; SiLU where that has weights of its own.
         eps: The base's norm epsilon.
         initializer_range: Standard deviation of fresh matrices.
     """
@@ -305,7 +306,7 @@ class BranchShape:
             num_heads=num_heads,
             num_key_value_heads=num_key_value_heads,
             intermediate_size=int(config.r * ratio),
-            hidden_act=_first(text_config, "hidden_act", "hidden_activation"),
+            hidden_act=_activation(text_config),
             eps=_first(text_config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"),
             initializer_range=text_config.initializer_range,
         )
@@ -321,6 +322,12 @@ class BranchShape:
             1: 1,
         }
         return {name: tuple(sizes[size] for size in wanted) for name, wanted in SIZES.items()}
+
+
+def _activation(text_config: Any) -> str:
+    """The base's activation function, by name; the paper's where it has weights, which a branch has no place for."""
+    name = _first(text_config, "hidden_act", "hidden_activation")
+    return "silu" if list(ACT2FN[name].parameters()) else name
 
 
 def _first(text_config: Any, *names: str, hint: str = "") -> Any:

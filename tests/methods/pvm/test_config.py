@@ -118,6 +118,12 @@ def test_sizes_of_weights_are_those_of_the_modules():
     assert shape.weights().keys() == set(WEIGHTS)
 
 
+@pytest.mark.parametrize(("base", "branch"), [("gelu", "gelu"), ("xielu", "silu")])
+def test_activation_is_the_bases_unless_it_has_weights(base: str, branch: str):
+    text_config = LlamaConfig(hidden_size=1024, num_attention_heads=8, hidden_act=base)
+    assert BranchShape.of(PVMConfig(), text_config).hidden_act == branch
+
+
 def test_mlp_width():
     text_config = Qwen3VLTextConfig(hidden_size=4096, intermediate_size=12288, num_attention_heads=32)
     assert BranchShape.of(PVMConfig(), text_config).intermediate_size == 1536
