@@ -2,12 +2,12 @@
 
 A branch reads the stream after attention, and what it returns is added where the FFN's output is. So the output of the
 layer must be the sum of both, times a number at most, or a later module of the layer must read that sum, as in Gemma 4
-with inputs by layer. That is tried on a few tokens of the first forward.
+with inputs by layer or in the AltUp of Gemma 3n. That is tried on a few tokens of the first forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class BlockCheck:
         self._handles = [
             block.norm(layer).register_forward_pre_hook(self._start),
             getattr(layer, block.ffn_end).register_forward_hook(self._note),
-            *(child.register_forward_pre_hook(self._read) for child in layer.children() if not is_tuner_child(child)),
+            *(module.register_forward_pre_hook(self._read) for module in _inside(layer)),
             layer.register_forward_hook(self._compare),
         ]
         if block.is_parallel:
@@ -86,6 +86,13 @@ class BlockCheck:
     def _pass(self) -> None:
         self.passed()
         self.remove()
+
+
+def _inside(layer: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a decoder layer, at any depth."""
+    for child in layer.children():
+        if not is_tuner_child(child):
+            yield from child.modules()
 
 
 def _last(output: Any, num_tokens: int) -> torch.Tensor:
