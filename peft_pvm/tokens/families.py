@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..utils.packages import is_tuner_child
+from ..utils.packages import FEATURE_KEYWORDS, is_tuner_child
 from .unsuited import why_unsuited
 
 
@@ -323,7 +323,7 @@ def _nearest_multimodal(modules: Mapping[str, nn.Module], text_model_name: str) 
     while name:
         name = name.rpartition(".")[0]
         parameters = inspect.signature(type(modules[name]).forward).parameters
-        if "input_ids" in parameters and "pixel_values" in parameters:
+        if "input_ids" in parameters and not parameters.keys().isdisjoint(FEATURE_KEYWORDS["image"]):
             return modules[name]
     return None
 

@@ -40,9 +40,10 @@ CACHE_NAMES = ("cache", "past_key_values")
 CACHE = next(field.name for field in dataclasses.fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
 
 # By modality, the keywords of a multimodal forward that bring its features. `generate` encodes them beforehand and
-# hands over a dict by modality; Idefics3 and its kin also take a tensor of image features, under either name.
+# hands over a dict by modality; Idefics3 and its kin also take a tensor of image features, under either name. Older
+# versions call the pixel values of Fuyu patches.
 FEATURE_KEYWORDS = {
-    "image": ("pixel_values", "image_hidden_states"),
+    "image": ("pixel_values", "image_hidden_states", "image_patches"),
     "video": ("pixel_values_videos",),
 }
 ENCODED_FEATURES = "mm_encoder_outputs"

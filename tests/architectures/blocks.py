@@ -97,9 +97,7 @@ def _inkling_visual(model, generator):
 def _fuyu():
     """Only a part of each head is handed to the rotary function; images are patches that no tower reads."""
     text = {name: value for name, value in TEXT.items() if name != "num_key_value_heads"}
-    return T.FuyuConfig(
-        text_config=dict(text, model_type="persimmon"), patch_size=4, image_size=8, image_token_id=IMAGE
-    )
+    return T.FuyuConfig(**text, patch_size=4, image_size=8, image_token_id=IMAGE)
 
 
 def _fuyu_visual(model, generator):
@@ -159,12 +157,22 @@ LFM2 = "Lfm2VlForConditionalGeneration"
 LFM3 = "Lfm3VlForConditionalGeneration"
 
 ROWS: dict[str, Architecture] = {
-    "lfm2_vl": Architecture("LFM2-VL", AnyVLM(LFM2, _lfm2_vl, _lfm2_visual)),
+    "lfm2_vl": Architecture(
+        "LFM2-VL",
+        AnyVLM(LFM2, _lfm2_vl, _lfm2_visual),
+        refused=dict.fromkeys(("pvm", "pvm-hidden-states"), "do not pass keyword arguments on")
+        if T.__version__.startswith("5.16.")  # to their convolutions
+        else {},
+    ),
     "lfm3_vl": Architecture("LFM3-VL", AnyVLM(LFM3, _lfm3_vl, GRID, VIDEO_BY_FRAME)),
     "lfm3_vl/one_norm": Architecture(
         "", AnyVLM(LFM3, lambda: _lfm3_vl(use_sandwich_norm=False), GRID, VIDEO_BY_FRAME)
     ),
-    "inkling_mm_model": Architecture("Inkling", AnyVLM("InklingForConditionalGeneration", _inkling, _inkling_visual)),
+    "inkling_mm_model": Architecture(
+        "Inkling",
+        AnyVLM("InklingForConditionalGeneration", _inkling, _inkling_visual),
+        refused={"dipe": "no layer that rotates queries and keys", "tdrs": "has ['position_bias']"},
+    ),
     "fuyu": Architecture("Fuyu-8B", AnyVLM("FuyuForCausalLM", _fuyu, _fuyu_visual)),
     "gemma3n": Architecture(
         "Gemma 3n",
