@@ -64,7 +64,9 @@ class BlockCheck:
 
     def _read(self, module: nn.Module, args: tuple) -> None:
         parts = self._parts.get(this_thread(), [])
-        if len(parts) == self._num_parts and args and self._is_sum(args[0], parts):
+        if len(parts) != self._num_parts or not args or not isinstance(args[0], torch.Tensor) or args[0].dim() < 2:
+            return
+        if self._is_sum(args[0], parts):
             del self._parts[this_thread()]
             self._pass()
 
@@ -103,6 +105,8 @@ def _last(output: Any, num_tokens: int) -> torch.Tensor:
 
 def _is_sum(output: torch.Tensor, parts: list[torch.Tensor]) -> bool:
     """Whether an output is a multiple of the sum of some parts, but for rounding. Waits for the device."""
+    if output.shape != parts[0].shape or not output.is_floating_point():
+        return False
     rounding = 4 * torch.finfo(output.dtype).eps
     output, *parts = (tensor.float() for tensor in (output, *parts))
     stacked = torch.stack(parts)
