@@ -123,13 +123,25 @@ def is_added_to_the_stream(row: Architecture, method: str) -> None:
     if row.sum_reader is None:
         layer.register_forward_hook(lambda module, args, output: seen.update(layer=_first(output)))
     else:
-        layer.get_submodule(row.sum_reader).register_forward_pre_hook(
-            lambda module, args: seen.update(layer=args[0])
-        )
+        layer.get_submodule(row.sum_reader).register_forward_pre_hook(lambda module, args: seen.update(layer=args[0]))
     inputs = row.tiny.inputs(attached.get_base_model(), "t4 i t3 i t6")
     logits(attached, inputs)
     assert seen["update"].abs().amax() > 100 * TOLERANCE
     torch.testing.assert_close(seen["layer"], seen["stream"] + seen["update"], rtol=0, atol=TOLERANCE)
+
+
+def test_dropout_of_the_ffn_spares_the_branch():
+    """Fuyu's is a module after the FFN. All of the FFN is dropped, so that a layer adds the branch alone."""
+    tiny = ARCHITECTURES["fuyu"].tiny
+    attached = METHODS["pvm"].attach(tiny.build())
+    layer = find_vlm(attached.get_base_model()).layers[1].train()
+    layer.dropout.p = 1.0
+    seen = {}
+    layer.pvm.register_forward_hook(lambda module, args, output: seen.update(stream=args[0], update=output))
+    layer.register_forward_hook(lambda module, args, output: seen.update(layer=output))
+    logits(attached, tiny.inputs(attached.get_base_model(), "t4 i t3 i t6"))
+    assert seen["update"].abs().amax() > 100 * TOLERANCE
+    torch.testing.assert_close(seen["layer"], seen["stream"] + seen["update"])
 
 
 def _first(output):

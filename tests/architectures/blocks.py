@@ -175,7 +175,7 @@ ROWS: dict[str, Architecture] = {
     "inkling_mm_model": Architecture(
         "Inkling",
         AnyVLM("InklingForConditionalGeneration", _inkling, _inkling_visual),
-        refused={"dipe": "no layer that rotates queries and keys", "tdrs": "has ['position_bias']"},
+        refused={"dipe": "no layer that rotates queries and keys"},
     ),
     "fuyu": Architecture("Fuyu-8B", AnyVLM("FuyuForCausalLM", _fuyu, _fuyu_visual)),
     "gemma3n": Architecture(

@@ -77,7 +77,8 @@ class PVMConfig(VisualConfig):
             "hidden_states": the hidden states of the visual tokens at the same layer, the paper's ablation, which did
             far worse than no branch at all (33.4 against 59.4; the paper does not say which states, this is our
             reading).
-        mlp_ratio: Width of the branch's MLP, as a multiple of `r`. `None` takes the base model's ratio, of its widest layer.
+        mlp_ratio: Width of the branch's MLP, as a multiple of `r`. `None` takes the base model's ratio,
+            that of its widest layer.
         modules_to_save: Modules of the base model that are trained and saved along with the adapter.
         branches: Of an adapter that was put together from several ("cat" of `add_weighted_adapter`): what each branch
             is made with, as dicts of `r`, `layers_to_transform` (indices), `memory_visibility`, `memory_source` and
@@ -291,7 +292,9 @@ class BranchShape:
         ratio = config.mlp_ratio
         if ratio is None:
             width = _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio")
-            ratio = (max(width) if isinstance(width, Sequence) else width) / text_config.hidden_size  # Gemma 3n: a list
+            ratio = (
+                max(width) if isinstance(width, Sequence) else width
+            ) / text_config.hidden_size  # Gemma 3n: a list
         if not 1 <= int(config.r * ratio) <= WIDEST:
             raise ValueError(
                 f"PVMConfig.mlp_ratio is {ratio}, which makes the branch's MLP {int(config.r * ratio)} wide at "
