@@ -87,7 +87,8 @@ def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.
         rotated, _ = function(wide, wide[:, :0], *tables, sections)
     else:
         rotated, _ = function(wide, wide[:, :0], *tables)  # it wants keys as well: none
-    return torch.cat([rotated, rest], -1).to(states.dtype)
+    rotated = torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
+    return rotated.to(states.dtype)
 
 
 def has_rotary_function(attention: nn.Module) -> bool:

@@ -206,10 +206,6 @@ class Reweighting:
                 raise NotImplementedError(
                     "The Triton kernel does not return attention weights. Use TDRSConfig(kernel='auto')."
                 )
-            if inputs.bias is not None:
-                raise NotImplementedError(
-                    "The Triton kernel knows no bias by position. Use TDRSConfig(kernel='auto')."
-                )
             if not _has_triton():
                 raise ImportError("TDRSConfig(kernel='triton') needs Triton, which is not installed.")
             if torch.compiler.is_compiling():
