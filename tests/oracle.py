@@ -101,7 +101,9 @@ ByPair = Callable[[Tokens, int], torch.Tensor]
 
 def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Tensor:
     """By which angles an attention module turns channels at some positions, `(batch, seq_len, frequencies)`."""
-    config, rotary = text_model.config, text_model.rotary_emb
+    config, rotary = text_model.config, getattr(text_model, "rotary_emb", None)
+    if rotary is None:
+        return positions.double()[..., :0]
     if getattr(text_model, "rope_types", None) and text_model.rope_types[attention.layer_idx] == "unscaled":
         rotary = text_model.rotary_emb_unscaled
     layer_type = config.layer_types[attention.layer_idx] if getattr(config, "layer_types", None) else None
@@ -164,7 +166,7 @@ def oracle_attention(
 ):
     met_from: list[torch.Tensor] = []  # the same for all layers
 
-    def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+    def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, position_bias=None, **kwargs):
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         own = angles(module, text_model, tokens.positions)
@@ -191,6 +193,8 @@ def oracle_attention(
         scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if position_bias is not None:
+            scores = scores + position_bias
         if bias is not None:
             scores = scores + bias(tokens, module.layer_idx)[:, None]
         visible = (
@@ -232,14 +236,15 @@ def oracle(
     text_model = next(m for m in model.modules() if hasattr(m, "embed_tokens") and hasattr(m, "layers"))
     ids = inputs["input_ids"]
     visual = (ids == IMAGE) | (ids == VIDEO)
-    tokens = Tokens(torch.empty(0), visual, inputs["attention_mask"].bool())
+    tokens = Tokens(torch.zeros(*ids.shape, 1), visual, inputs["attention_mask"].bool())
 
     def note(module, args, kwargs):
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
         positions = positions if positions.dim() == 3 else positions[None]
         tokens.positions = positions.movedim(0, -1).expand(*ids.shape, -1)
 
-    handle = text_model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
+    rotary = getattr(text_model, "rotary_emb", torch.nn.Module())
+    handle = rotary.register_forward_pre_hook(note, with_kwargs=True)
     kernel = text_model.config._attn_implementation
     AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs, scale, bias))
     AttentionMaskInterface.register("oracle", eager_mask)

@@ -8,7 +8,7 @@ import pytest
 import test_five_properties as properties
 import torch
 import transformers as T
-from architectures import ARCHITECTURES, OF_THE_NEWEST, core, type_of
+from architectures import ARCHITECTURES, OF_THE_NEWEST, Architecture, core, type_of
 from architectures.page import NEWEST, OLDEST
 from forwards import TOLERANCE, difference, logits
 from methods_under_test import METHODS
@@ -62,7 +62,7 @@ def test_architecture(name: str, method: str):
         batch = ("t4 i t3 i t6",) if "padded" in row.differs else ("t4 i t3 i t6", "i t9", "t9")
         agrees_with_the_oracle(row.tiny, **{method: ROTATING[method]}, batch=batch)
     else:
-        is_added_to_the_stream(row.tiny, method)
+        is_added_to_the_stream(row, method)
 
 
 @pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.tiny.video])
@@ -104,12 +104,12 @@ def is_refused(tiny: TinyVLM, method: str, reason: str) -> None:
     assert properties._hooks(model) == hooks
 
 
-def is_added_to_the_stream(tiny: TinyVLM, method: str) -> None:
+def is_added_to_the_stream(row: Architecture, method: str) -> None:
     """A branch reads the residual stream after attention, and is added to it as it is.
 
     Independent of how a block is built: with an FFN of zeros, a layer returns that stream.
     """
-    attached = METHODS[method].attach(tiny.build())
+    attached = METHODS[method].attach(row.tiny.build())
     vlm = find_vlm(attached.get_base_model())
     branch, layer = next((layer.pvm, layer) for layer in vlm.layers if hasattr(layer, "pvm"))
     with torch.no_grad():
@@ -120,11 +120,28 @@ def is_added_to_the_stream(tiny: TinyVLM, method: str) -> None:
                 parameter.fill_(-100)
     seen = {}
     branch.register_forward_hook(lambda module, args, output: seen.update(stream=args[0], update=output))
-    layer.register_forward_hook(lambda module, args, output: seen.update(layer=_first(output)))
-    inputs = tiny.inputs(attached.get_base_model(), "t4 i t3 i t6")
+    if row.sum_reader is None:
+        layer.register_forward_hook(lambda module, args, output: seen.update(layer=_first(output)))
+    else:
+        layer.get_submodule(row.sum_reader).register_forward_pre_hook(lambda module, args: seen.update(layer=args[0]))
+    inputs = row.tiny.inputs(attached.get_base_model(), "t4 i t3 i t6")
     logits(attached, inputs)
     assert seen["update"].abs().amax() > 100 * TOLERANCE
     torch.testing.assert_close(seen["layer"], seen["stream"] + seen["update"], rtol=0, atol=TOLERANCE)
+
+
+def test_dropout_of_the_ffn_spares_the_branch():
+    """Fuyu's is a module after the FFN. All of the FFN is dropped, so that a layer adds the branch alone."""
+    tiny = ARCHITECTURES["fuyu"].tiny
+    attached = METHODS["pvm"].attach(tiny.build())
+    layer = find_vlm(attached.get_base_model()).layers[1].train()
+    layer.dropout.p = 1.0
+    seen = {}
+    layer.pvm.register_forward_hook(lambda module, args, output: seen.update(stream=args[0], update=output))
+    layer.register_forward_hook(lambda module, args, output: seen.update(layer=output))
+    logits(attached, tiny.inputs(attached.get_base_model(), "t4 i t3 i t6"))
+    assert seen["update"].abs().amax() > 100 * TOLERANCE
+    torch.testing.assert_close(seen["layer"], seen["stream"] + seen["update"])
 
 
 def _first(output):

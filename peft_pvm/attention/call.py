@@ -59,6 +59,11 @@ class AttentionCall:
         return self.query.shape[-1] ** -0.5 if scaling is None else scaling
 
     @property
+    def position_bias(self) -> torch.Tensor | None:
+        """What the model adds to scores after scaling, by the distance, `(batch, heads, num_queries, num_keys)`."""
+        return self.kwargs.get("position_bias")
+
+    @property
     def wants_weights(self) -> bool:
         """Whether the caller asked for the attention weights."""
         config = self.module.config
@@ -107,10 +112,9 @@ class AttentionCall:
         """
         stages = self.context.stages.get(self.module.layer_idx)
         if stages is not None:
-            unknown = [name for name in ("s_aux", "position_bias") if self.kwargs.get(name) is not None]
-            if unknown:
+            if self.kwargs.get("s_aux") is not None:
                 raise NotImplementedError(
-                    f"{type(self.module).__name__} has {unknown}, which the active adapters do not know."
+                    f"{type(self.module).__name__} has ['s_aux'], which the active adapters do not know."
                 )
             return stages.attend(self)
         kernel = base_kernel(self.kernel, self.module)
@@ -151,6 +155,8 @@ class AttentionCall:
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.reshape(len(scores), -1, 1, scores.shape[-1])  # all heads, as masks have them
+        if self.position_bias is not None:
+            scores = scores + self.position_bias
         mask, bias = self.visibility.mask(), self.visibility.bias()
         if bias is not None:
             scores = scores + bias

@@ -33,7 +33,8 @@ class ReferenceStages(LayerStages):
         for bias in self._of_kind(Bias):
             scores = scores + _by_pair(call, bias, 0)
         visible, mask_bias = call.visibility.mask(), call.visibility.bias()
-        scores = scores if mask_bias is None else scores + mask_bias
+        for added in (mask_bias, call.position_bias):
+            scores = scores if added is None else scores + added
         hidden = scores.new_zeros(1, dtype=torch.bool).expand_as(scores) if visible is None else ~visible
         weights = None
         for stage in self._of_kind(Weights):

@@ -75,6 +75,9 @@ def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.
     if isinstance(tables, torch.Tensor):
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * tables.unsqueeze(1)).flatten(-2).to(states.dtype)
+    # Persimmon hands its function the channels that it rotates, and no others.
+    channels = getattr(attention, "rotary_ndims", wide.shape[-1])
+    wide, rest = wide[..., :channels], wide[..., channels:]
     attention_cls: Any = type(attention)
     function, parameters = _rotary_function(attention_cls)
     if "x" in parameters:
@@ -84,6 +87,7 @@ def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.
         rotated, _ = function(wide, wide[:, :0], *tables, sections)
     else:
         rotated, _ = function(wide, wide[:, :0], *tables)  # it wants keys as well: none
+    rotated = torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
     return rotated.to(states.dtype)
 
 

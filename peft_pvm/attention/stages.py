@@ -196,6 +196,11 @@ class Positions(Stage):
     def attend(self, call: AttentionCall, later: Later) -> Output:
         if not self.acts_on(call):
             return later(call)
+        if call.position_bias is not None:
+            raise NotImplementedError(
+                f"{type(call.module).__name__} adds a bias to scores that depends on positions, which an active "
+                "adapter changes in the rotation of queries and keys alone. Take it off with unload()."
+            )
         return later(replace(call, widened=self.widen(call))) if later.stages else self.attend_alone(call)
 
 

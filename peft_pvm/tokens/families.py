@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftModel
@@ -71,6 +71,7 @@ PRE_NORM = DecoderBlock()
 PRE_NORM_CHILDREN = {*PRE_NORM.token_mixers, "input_layernorm", PRE_NORM.ffn_norm, PRE_NORM.ffn_end}
 SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_layernorm")
 
+CONV = DecoderBlock(ffn_norm="ffn_norm", ffn_end="feed_forward", token_mixers=("self_attn", "conv"))
 POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # the FFN reads the stream as it is
 
 # By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. A function, where its config
@@ -84,17 +85,22 @@ BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "exaone4": DecoderBlock(ffn_norm="mlp", ffn_end="post_feedforward_layernorm"),
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
+    "gemma3n_text": SANDWICH,  # within the residual stream that a layer computes; AltUp passes it on to the others
     "gemma4_text": SANDWICH,
     "gemma4_unified_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
     "hy_v4_vl_text": "its residual is several streams, which each layer mixes, and no single one to read and add to",
     "hyperclovax": DecoderBlock(ffn_end="post_norm2"),
+    "inkling_text": DecoderBlock(ffn_end="mlp_sconv"),  # a convolution over tokens, which must not spread a branch
+    "lfm2": CONV,
+    "lfm3": replace(CONV, ffn_end="post_ffn_norm"),
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
     "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
     "muse_glimmer_text": SANDWICH,
     "muse_spark_text": DecoderBlock(
         ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_residual_gate", ends_with_sum=True
     ),
+    "persimmon": DecoderBlock(ffn_end="dropout"),
 }
 
 

@@ -41,9 +41,9 @@ CACHE = next(field.name for field in dataclasses.fields(BaseModelOutputWithPast)
 
 # By modality, the keywords of a multimodal forward that bring its features. `generate` encodes them beforehand and
 # hands over a dict by modality; Idefics3 and its kin also take a tensor of image features, under either name. In
-# older transformers, Video-LLaVA has its own name for pixels.
+# older transformers, Video-LLaVA and Fuyu have their own names for pixels.
 FEATURE_KEYWORDS = {
-    "image": ("pixel_values", "pixel_values_images", "image_hidden_states"),
+    "image": ("pixel_values", "pixel_values_images", "image_patches", "image_hidden_states"),
     "video": ("pixel_values_videos",),
 }
 ENCODED_FEATURES = "mm_encoder_outputs"

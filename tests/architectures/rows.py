@@ -38,12 +38,15 @@ class Architecture:
             `memory_source="hidden_states"`), "dipe" and "tdrs"; "all" stands for all of them.
         differs: What does not hold of the model itself, without any adapter, and why: "cached" (a cache changes
             nothing) or "padded" (rows of a batch are what they are alone).
+        sum_reader: The submodule of a decoder layer that reads the residual stream after the FFN, where the layer
+            returns something else.
     """
 
     known_as: str
     tiny: TinyVLM
     refused: Mapping[str, str] = field(default_factory=dict)
     differs: Mapping[str, str] = field(default_factory=dict)
+    sum_reader: str | None = None
 
     def refusal(self, method: str) -> str | None:
         """Why a method does not work on it; `None`: it does."""

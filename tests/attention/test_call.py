@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from peft_pvm import TDRSConfig
 from peft_pvm.attention.call import WIDEST_FOR_FLASH, AttentionCall, base_kernel, records_gradients
 from peft_pvm.attention.dispatch import SteeringHandle
-from peft_pvm.attention.stages import KeyScale, LayerStages, Stage
+from peft_pvm.attention.reference import ReferenceStages
+from peft_pvm.attention.stages import Bias, KeyScale, LayerStages, Positions, Stage, Values
 from peft_pvm.tokens.context import VisualContext
 from peft_pvm.tokens.memory import Coverage, VisualMemory
+from peft_pvm.tuners.attention_method import SteeredLayer
 
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS, WIDTH = 2, 4, 2, 3, 5, 8
@@ -223,19 +227,53 @@ def test_attend_to_other_values_has_the_same_weights(attention: LlamaAttention, 
     )
 
 
-@pytest.mark.parametrize("name", ["s_aux", "position_bias"])
-def test_arguments_that_change_the_weights_are_refused_where_stages_act(
-    attention: LlamaAttention, spied: list, name: str
-):
-    call = call_of(attention, "spy", kwargs={name: torch.ones(1), "mine": 2})
+def test_attention_sinks_are_refused_where_stages_act(attention: LlamaAttention, spied: list):
+    call = call_of(attention, "spy", kwargs={"s_aux": torch.ones(1), "mine": 2})
     call.attend()
-    assert spied[0][name] is call.kwargs[name], "without stages it is the kernel's affair"
+    assert spied[0]["s_aux"] is call.kwargs["s_aux"], "without stages it is the kernel's affair"
     add_stages(call, KeyScale(lambda call: torch.ones(1, KEYS)))
-    with pytest.raises(NotImplementedError, match=rf"LlamaAttention has \['{name}'\], which the active adapters"):
+    with pytest.raises(NotImplementedError, match=r"LlamaAttention has \['s_aux'\], which the active adapters"):
         call.attend()
-    call.kwargs[name] = None
+    call.kwargs["s_aux"] = None
     call.attend()
     assert len(spied) == 2
+
+
+class Moved(Positions):
+    def widen(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        return call.query, call.key
+
+
+NUMBERS = torch.linspace(0.5, 2, KEYS)[None]
+STAGES = {
+    "keys": KeyScale(lambda call: NUMBERS),
+    "values": Values(lambda call: NUMBERS),
+    "bias": Bias(lambda call: NUMBERS),
+    "weights": TDRSConfig(kernel="blockwise").stages(SteeredLayer(0, None, None)),
+}
+
+
+@pytest.mark.parametrize("num_queries", [QUERIES, 1])
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_a_bias_by_position_is_a_part_of_the_scores(attention: LlamaAttention, stage: Stage, num_queries: int):
+    """As if the mask held it."""
+    bias = torch.randn(BATCH, HEADS, num_queries, KEYS, generator=torch.Generator().manual_seed(0)).double()
+    call = call_of(attention, "sdpa")
+    call.query, call.attention_mask = call.query[:, :, -num_queries:], call.attention_mask[:, :, -num_queries:]
+    layer = add_stages(call, stage)
+    reference = ReferenceStages(layer.stages, layer.adapters)
+    expected = reference.attend(replace(call, attention_mask=call.attention_mask + bias))[0]
+    assert (call.attend()[0] - expected).abs().max() > 0.1
+    call.kwargs = {"position_bias": bias}
+    for found in (call.attend()[0], reference.attend(call)[0]):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_other_positions_do_not_go_with_a_bias_by_position(attention: LlamaAttention):
+    call = call_of(attention, kwargs={"position_bias": torch.zeros(BATCH, HEADS, QUERIES, KEYS)})
+    add_stages(call, Moved())
+    with pytest.raises(NotImplementedError, match=r"LlamaAttention adds a bias to scores that depends on positions"):
+        call.attend()
 
 
 def test_stages_of_other_layers_do_not_act(attention: LlamaAttention):

@@ -2,12 +2,12 @@
 
 A branch reads the stream after attention, and what it returns is added where the FFN's output is. So the output of the
 layer must be the sum of both, times a number at most, or a later module of the layer must read that sum, as in Gemma 4
-with inputs by layer. That is tried on a few tokens of the first forward.
+with inputs by layer or in the AltUp of Gemma 3n. That is tried on a few tokens of the first forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class BlockCheck:
         self._handles = [
             block.norm(layer).register_forward_pre_hook(self._start),
             getattr(layer, block.ffn_end).register_forward_hook(self._note),
-            *(child.register_forward_pre_hook(self._read) for child in layer.children() if not is_tuner_child(child)),
+            *(module.register_forward_pre_hook(self._read) for module in _inside(layer)),
             layer.register_forward_hook(self._compare),
         ]
         if block.is_parallel:
@@ -64,7 +64,9 @@ class BlockCheck:
 
     def _read(self, module: nn.Module, args: tuple) -> None:
         parts = self._parts.get(this_thread(), [])
-        if len(parts) == self._num_parts and args and self._is_sum(args[0], parts):
+        if len(parts) != self._num_parts or not args or not isinstance(args[0], torch.Tensor) or args[0].dim() < 2:
+            return
+        if self._is_sum(args[0], parts):
             del self._parts[this_thread()]
             self._pass()
 
@@ -95,6 +97,13 @@ def _drops_out(layer: nn.Module) -> bool:
     return layer.training and bool(getattr(dropout, "p", dropout))
 
 
+def _inside(layer: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a decoder layer, at any depth."""
+    for child in layer.children():
+        if not is_tuner_child(child):
+            yield from child.modules()
+
+
 def _last(output: Any, num_tokens: int) -> torch.Tensor:
     """A copy of the last tokens, whatever is returned with them, `(num_tokens, hidden_size)`."""
     states = output[0] if isinstance(output, tuple) else output
@@ -103,6 +112,8 @@ def _last(output: Any, num_tokens: int) -> torch.Tensor:
 
 def _is_sum(output: torch.Tensor, parts: list[torch.Tensor]) -> bool:
     """Whether an output is a multiple of the sum of some parts, but for rounding. Waits for the device."""
+    if output.shape != parts[0].shape or not output.is_floating_point():
+        return False
     rounding = 4 * torch.finfo(output.dtype).eps
     output, *parts = (tensor.float() for tensor in (output, *parts))
     stacked = torch.stack(parts)

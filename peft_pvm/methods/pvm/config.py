@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -78,7 +78,8 @@ class PVMConfig(VisualConfig):
             "hidden_states": the hidden states of the visual tokens at the same layer, the paper's ablation, which did
             far worse than no branch at all (33.4 against 59.4; the paper does not say which states, this is our
             reading).
-        mlp_ratio: Width of the branch's MLP, as a multiple of `r`. `None` takes the base model's ratio.
+        mlp_ratio: Width of the branch's MLP, as a multiple of `r`. `None` takes the base model's ratio,
+            that of its widest layer.
         modules_to_save: Modules of the base model that are trained and saved along with the adapter.
         branches: Of an adapter that was put together from several ("cat" of `add_weighted_adapter`): what each branch
             is made with, as dicts of `r`, `layers_to_transform` (indices), `memory_visibility`, `memory_source` and
@@ -291,9 +292,10 @@ class BranchShape:
             num_key_value_heads -= 1
         ratio = config.mlp_ratio
         if ratio is None:
+            width = _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio")
             ratio = (
-                _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio") / text_config.hidden_size
-            )
+                max(width) if isinstance(width, Sequence) else width
+            ) / text_config.hidden_size  # Gemma 3n: a list
         if not 1 <= int(config.r * ratio) <= WIDEST:
             raise ValueError(
                 f"PVMConfig.mlp_ratio is {ratio}, which makes the branch's MLP {int(config.r * ratio)} wide at "
@@ -325,15 +327,16 @@ class BranchShape:
 
 
 def _activation(text_config: Any) -> str:
-    """The base's activation function, by name; the paper's where it has weights, which a branch has no place for."""
-    name = _first(text_config, "hidden_act", "hidden_activation")
+    """The base's activation function, by name; the paper's where it has weights, which a branch has no place for, or
+    where the config leaves it to the code, as that of LFM2 does."""
+    name = _first(text_config, "hidden_act", "hidden_activation", default="silu")
     return "silu" if list(ACT2FN[name].parameters()) else name
 
 
-def _first(text_config: Any, *names: str, hint: str = "") -> Any:
-    for name in names:
-        if (value := getattr(text_config, name, None)) is not None:
-            return value
+def _first(text_config: Any, *names: str, default: Any = None, hint: str = "") -> Any:
+    values = (getattr(text_config, name, None) for name in names)
+    if (value := next((value for value in values if value is not None), default)) is not None:
+        return value
     raise ValueError(
         f"{type(text_config).__name__} has none of {', '.join(names)}, which PVM's sizes come from{hint}."
     )

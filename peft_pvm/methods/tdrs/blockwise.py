@@ -41,6 +41,7 @@ class Inputs:
         scaling: What products are multiplied by.
         softcap: Scores are bent towards at most this. `None`: they are not.
         dropout: Share of the weights that is dropped.
+        bias: What is added to scores after that, `(batch or 1, heads, num_queries, num_keys)`. `None`: nothing.
     """
 
     query: torch.Tensor
@@ -53,6 +54,7 @@ class Inputs:
     scaling: float
     softcap: float | None = None
     dropout: float = 0.0
+    bias: torch.Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +83,9 @@ def blockwise_attention(
         dtype of the values.
     """
     num_queries, num_keys, dtype = inputs.query.shape[2], inputs.key.shape[2], inputs.value.dtype
-    records = records_gradients(inputs.query, inputs.key, inputs.value, inputs.content_query, inputs.content_key)
+    records = records_gradients(
+        inputs.query, inputs.key, inputs.value, inputs.content_query, inputs.content_key, inputs.bias
+    )
     outputs, all_weights = [], []
     # Scores want fp32 also where the model runs under autocast.
     with torch.autocast(inputs.query.device.type, enabled=False):
@@ -139,6 +143,9 @@ class _Rows:
         visible, bias = visibility.mask(queries, slice(always, keys.stop)), visibility.bias(queries, keys)
         if bias is not None and visible is not None:
             bias = (bias * LOG2_E).masked_fill(~visible, 0)  # not -inf, of which gradients would be undefined
+        if inputs.bias is not None:
+            own = inputs.bias[:, :, queries, keys].to(inputs.dtype) * LOG2_E
+            bias = own if bias is None else bias + own
         applies = None
         if inputs.inter is not None:
             of_queries, of_keys = inputs.inter

@@ -180,6 +180,7 @@ class Reweighting:
             scaling=call.scaling,
             softcap=call.kwargs.get("softcap"),
             dropout=call.kwargs.get("dropout", 0.0),
+            bias=call.position_bias,
         )
         if self.takes_triton(inputs, call.wants_weights):
             from .triton_kernel import triton_attention
@@ -214,6 +215,7 @@ class Reweighting:
                 )
             return True
         needs_blockwise = wants_weights or inputs.dropout > 0 or inputs.query.dtype == torch.float64
+        needs_blockwise |= inputs.bias is not None
         records = records_gradients(inputs.query, inputs.key, inputs.value)
         needs_blockwise |= torch.compiler.is_compiling()  # inductor fails on the kernel
         return inputs.query.is_cuda and _has_triton() and not needs_blockwise and not records

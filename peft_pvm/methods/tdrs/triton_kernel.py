@@ -37,7 +37,7 @@ def triton_attention(inputs: Inputs, config: Steps) -> torch.Tensor:
         `(batch, num_queries, heads, value_dim)`, in the dtype of the values.
 
     Raises:
-        NotImplementedError: Gradients or dropout are asked for, or there is no GPU.
+        NotImplementedError: Gradients, dropout or a bias by position are asked for, or there is no GPU.
         ValueError: A tensor of another dtype.
     """
     tensors = [inputs.query, inputs.key, inputs.content_query, inputs.content_of(slice(None)), inputs.value]
@@ -49,6 +49,8 @@ def triton_attention(inputs: Inputs, config: Steps) -> torch.Tensor:
         raise NotImplementedError(
             f"The Triton kernel has no dropout; given {inputs.dropout}. Use kernel='blockwise', or set it to 0."
         )
+    if inputs.bias is not None:
+        raise NotImplementedError("The Triton kernel adds no bias by position. Use kernel='blockwise'.")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise NotImplementedError("The Triton kernel has no gradients. Use kernel='blockwise', or torch.no_grad().")
     given = {tensor.dtype for tensor in tensors}

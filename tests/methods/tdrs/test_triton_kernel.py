@@ -260,6 +260,8 @@ if INTERPRETED or DEVICE.type == "cuda":
         config = TDRSConfig()
         with pytest.raises(NotImplementedError, match="dropout"):
             triton_kernel.triton_attention(Case(inputs={"dropout": 0.1}).build(), config)
+        with pytest.raises(NotImplementedError, match="bias by position"):
+            triton_kernel.triton_attention(Case(inputs={"bias": torch.zeros(1)}).build(), config)
         inputs = Case().build()
         inputs.value.requires_grad_()
         with pytest.raises(NotImplementedError, match="gradients"):
