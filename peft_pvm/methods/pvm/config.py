@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -241,6 +242,37 @@ class PVMConfig(VisualConfig):
         return gates
 
 
+def _experts_of_a_token(text_config: Any) -> int:
+    shared = getattr(text_config, "shared_expert_intermediate_size", 0)
+    return text_config.num_experts_per_tok * text_config.moe_intermediate_size + shared
+
+
+def _rounded_by_lfm2(text_config: Any) -> int:
+    width = text_config.intermediate_size
+    if text_config.block_auto_adjust_ff_dim:
+        width = int(2 * width / 3)
+        if text_config.block_ffn_dim_multiplier is not None:
+            multiple = text_config.block_multiple_of
+            width = multiple * math.ceil(int(text_config.block_ffn_dim_multiplier * width) / multiple)
+    return width
+
+
+# By the text model's `model_type`: the width of the FFN that a token passes, where `intermediate_size` is not that.
+FFN_WIDTHS: dict[str, Callable[[Any], int]] = {
+    "lfm2": _rounded_by_lfm2,
+    "qwen3_5_moe_text": _experts_of_a_token,  # has no `intermediate_size`
+    "qwen3_omni_moe_text": _experts_of_a_token,  # that of the published config is one expert's
+}
+
+
+def ffn_width(text_config: Any) -> int:
+    """The width of the base model's FFN, of which a branch's MLP keeps the ratio to `hidden_size`."""
+    width_of = FFN_WIDTHS.get(getattr(text_config, "model_type", ""))
+    if width_of is not None:
+        return width_of(text_config)
+    return _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio")
+
+
 @dataclass(frozen=True)
 class BranchShape:
     """The sizes of a branch, derived from the base model's.
@@ -275,6 +307,7 @@ class BranchShape:
             ValueError: `config.r` is not a multiple of the head size, the MLP would have no width or an absurd one, or
                 `text_config` lacks what the sizes come from.
         """
+        text_config = text_config.per_layer_config[0]  # layers may differ, as in Step 3.7: all branches have one shape
         base_heads = text_config.num_attention_heads
         head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // base_heads
         if config.r % head_dim:
@@ -289,9 +322,7 @@ class BranchShape:
             num_key_value_heads -= 1
         ratio = config.mlp_ratio
         if ratio is None:
-            ratio = (
-                _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio") / text_config.hidden_size
-            )
+            ratio = ffn_width(text_config) / text_config.hidden_size
         if not 1 <= int(config.r * ratio) <= WIDEST:
             raise ValueError(
                 f"PVMConfig.mlp_ratio is {ratio}, which makes the branch's MLP {int(config.r * ratio)} wide at "
