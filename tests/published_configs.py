@@ -6,8 +6,8 @@ no adapter stands there. Models are built on the meta device, so that no weight 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ import torch
 import transformers as T
 from torch import nn
 
-from peft_pvm import DIPEConfig, PVMConfig
+from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
 from peft_pvm.methods.pvm.config import BranchShape
 from peft_pvm.methods.pvm.model import strided_layers
 from peft_pvm.tokens.families import VisionLanguageModel, find_vlm
+from peft_pvm.tuners.attention_method import AttentionMethod
 
 
 Sizes = dict[str, Any]
@@ -282,3 +283,98 @@ CHECKPOINTS = {
     "LFM2-VL-450M": _lfm2_vl(_sizes(1024, 6656, 16, 16, 8, 65536)),
     "LFM2-VL-1.6B": _lfm2_vl(_sizes(2048, 12288, 16, 32, 8, 65536)),
 }
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What adapters with the default settings come to on a model.
+
+    Attributes:
+        base: Parameters of the text model.
+        depth: Its decoder layers.
+        layers: Those that get a branch of PVM.
+        shape: The sizes of a branch; `None` where PVM is refused.
+        steered: How many layers DIPE and T-DRS act on; `None` where they are refused.
+    """
+
+    base: int
+    depth: int
+    layers: list[int]
+    shape: BranchShape | None
+    steered: tuple[int | None, int | None]
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters a PVM adapter has."""
+        assert self.shape is not None
+        return len(self.layers) * sum(map(math.prod, self.shape.weights().values()))
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What PVM keeps of a visual token with the KV cache, base in bfloat16 and adapter in float32.
+
+        Its embedding, where it stands, and in each branch a key and a value.
+        """
+        assert self.shape is not None
+        projected = 2 * self.shape.num_key_value_heads * self.shape.head_dim
+        return 2 * self.shape.hidden_size + 8 + 4 * len(self.layers) * projected
+
+
+def figures_of(model: nn.Module) -> Figures:
+    """What adapters with the default settings come to on a model, found out without attaching any."""
+    vlm = find_vlm(model)
+    base = sum(parameter.numel() for parameter in vlm.text_model.parameters())
+    steered = (_steered(DIPEConfig, vlm), _steered(TDRSConfig, vlm))
+    return Figures(base, len(vlm.layers), strided_layers(vlm.text_config), _branch_shape(vlm), steered)
+
+
+def _branch_shape(vlm: VisionLanguageModel) -> BranchShape | None:
+    try:
+        _ = vlm.block
+        return BranchShape.of(PVMConfig(), vlm.text_config)
+    except ValueError:
+        return None
+
+
+def _steered(method: type[AttentionMethod], vlm: VisionLanguageModel) -> int | None:
+    try:
+        return len(method.layers_on(vlm))
+    except ValueError:
+        return None
+
+
+# ---- docs/checkpoints.md
+
+TABLE = re.compile(r"(<!-- checkpoints:[^>]*-->\n).*?(<!-- checkpoints end -->)", re.DOTALL)
+HEAD = """| Checkpoint | Text model | Layers | PVM in | Heads | MLP | Parameters | Bytes | DIPE | T-DRS |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def row_of(name: str, figures: Figures) -> str:
+    """The row of a checkpoint in docs/checkpoints.md."""
+    size = f"{figures.base / 1e9:,.2f} B"
+    pvm = ["no"] + 4 * [""]
+    if (shape := figures.shape) is not None:
+        heads = f"{shape.num_heads} x {shape.head_dim}, {shape.num_key_value_heads}"
+        sizes = (shape.intermediate_size, figures.parameters, figures.bytes_per_token)
+        pvm = [", ".join(map(str, figures.layers)), heads, *(f"{size:,}" for size in sizes)]
+    steered = ["no" if number is None else str(number) for number in figures.steered]
+    return f"| {' | '.join([name, size, str(figures.depth), *pvm, *steered])} |"
+
+
+def table() -> str:
+    """The table of docs/checkpoints.md, and where the sizes were read."""
+    rows = (row_of(name, figures_of(checkpoint.build())) for name, checkpoint in CHECKPOINTS.items())
+    sources = (source_of(name, checkpoint) for name, checkpoint in CHECKPOINTS.items())
+    folded = ['<details markdown="1">', "<summary>Where the sizes were read</summary>", "", *sources, "", "</details>"]
+    return "\n".join([HEAD, *rows, "", *folded])
+
+
+def source_of(name: str, checkpoint: Checkpoint) -> str:
+    """Where the sizes of a checkpoint were read, as docs/checkpoints.md lists it."""
+    return f"- {name}: {checkpoint.source}"
+
+
+def with_table(page: str) -> str:
+    """docs/checkpoints.md with the table as it is now."""
+    return TABLE.sub(lambda found: f"{found[1]}\n{table()}\n\n{found[2]}", page)

@@ -257,8 +257,14 @@ def _rounded_by_lfm2(text_config: Any) -> int:
     return width
 
 
+def _with_experts_beside(text_config: Any) -> int:
+    experts = text_config.top_k_experts * text_config.moe_intermediate_size if text_config.enable_moe_block else 0
+    return text_config.intermediate_size + experts
+
+
 # By the text model's `model_type`: the width of the FFN that a token passes, where `intermediate_size` is not that.
 FFN_WIDTHS: dict[str, Callable[[Any], int]] = {
+    "gemma4_text": _with_experts_beside,
     "lfm2": _rounded_by_lfm2,
     "qwen3_5_moe_text": _experts_of_a_token,  # has no `intermediate_size`
     "qwen3_omni_moe_text": _experts_of_a_token,  # that of the published config is one expert's
