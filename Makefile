@@ -85,7 +85,7 @@ style: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(VENV)/bin/mkdocs build --strict
 
-# What code writes into docs/: the drawn figures, the table of files, and the page of the command line.
+# What code writes into docs/: the drawn figures, the tables of files and of checkpoints, and the page of the command line.
 generate: $(VENV)/.installed
 	PYTHONPATH=. $(VENV)/bin/python docs/figures/draw.py
 	$(VENV)/bin/typer peft_pvm.cli.app utils docs --name peft-pvm --title "Command line" --output docs/api/cli.md

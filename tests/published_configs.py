@@ -140,9 +140,7 @@ def _gemma4_small(text: Sizes, sliding: int, num_shared: int, **others: Any) -> 
 
 def _gemma4_large(text: Sizes, global_kv_heads: int, **others: Any) -> Checkpoint:
     none = dict(num_kv_shared_layers=0, hidden_size_per_layer_input=0)
-    return _gemma4(
-        text, 5, attention_k_eq_v=True, num_global_key_value_heads=global_kv_heads, **none, **others
-    )
+    return _gemma4(text, 5, attention_k_eq_v=True, num_global_key_value_heads=global_kv_heads, **none, **others)
 
 
 def _lfm2_vl(text: Sizes) -> Checkpoint:

@@ -17,7 +17,7 @@ from torch import nn
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
 from peft_pvm.methods.pvm.config import BranchShape, ffn_width
-from peft_pvm.tokens.families import VisionLanguageModel, find_vlm
+from peft_pvm.tokens.families import find_vlm
 from peft_pvm.utils.packages import CACHE
 
 
@@ -42,6 +42,15 @@ ROUTING = re.compile("router|gate.weight$")
 IN_WHOLE = re.compile(r"(\d+(?:\.\d+)?)B\b")  # parameters, as a checkpoint's name gives them
 
 
+def test_the_page_lists_them():
+    table, _, sources = PAGE.partition("<summary>")
+    assert re.findall(r"^\| (.+?) \| [\d.,]+ B \|", table, re.MULTILINE) == list(CHECKPOINTS)
+    assert re.findall(r"^- (.+?): ", sources.partition("</details>")[0], re.MULTILINE) == list(CHECKPOINTS)
+    text = CHECKPOINTS["Qwen3-VL-8B"].text
+    cache = 2 * 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["head_dim"]
+    assert f"holds {cache:,} bytes of each token" in " ".join(table.split())
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint(name: str):
     checkpoint = CHECKPOINTS[name]
@@ -49,11 +58,19 @@ def test_checkpoint(name: str):
         pytest.skip(f"this version of transformers has no {checkpoint.model}")
     model = checkpoint.build()
     figures = figures_of(model)
-    assert row_of(name, figures) in PAGE and source_of(name, checkpoint) in PAGE, "run `make generate`"
+    assert row_of(name, figures) in PAGE, "run `make generate`"
+    assert source_of(name, checkpoint) in PAGE, "run `make generate`"
     if (named := IN_WHOLE.search(name)) and not name.startswith(("Gemma 3n", "Gemma 4 E")):  # effective parameters
         assert 0.7 < figures.base / 1e9 / float(named[1]) < 1.1, "not the sizes of this checkpoint"
-    if figures.shape is not None:
-        is_shaped_as_its_base(name, figures.shape, find_vlm(model), figures.layers[-1])
+    vlm = find_vlm(model)
+    width = ffn_width(vlm.text_config)
+    ffn = ffn_of_a_token(vlm.layers[figures.layers[-1]], vlm.text_config)
+    assert ffn == pytest.approx(width * OTHER_WIDTHS.get(name, 1), rel=1e-3)
+    if (shape := figures.shape) is not None:
+        heads = {attention.head_dim for attention in vlm.self_attentions.values() if hasattr(attention, "head_dim")}
+        assert shape.head_dim == min(heads, default=shape.head_dim)
+        assert shape.num_heads * shape.head_dim == shape.r == 512
+        assert shape.intermediate_size == int(512 * (width / vlm.text_config.hidden_size))
 
     names, refused = set(model.state_dict()), set()
     for method, config in CONFIGS.items():
@@ -70,18 +87,6 @@ def test_checkpoint(name: str):
         attached.unload()
     assert refused == REFUSED.get(name, set())
     assert set(model.state_dict()) == names
-
-
-def is_shaped_as_its_base(name: str, shape: BranchShape, vlm: VisionLanguageModel, layer_idx: int) -> None:
-    """A branch's heads are the base's, and its MLP is as wide, in proportion, as the FFN that a token passes."""
-    assert shape.num_heads * shape.head_dim == shape.r == 512
-    heads = {attention.head_dim for attention in vlm.self_attentions.values() if hasattr(attention, "head_dim")}
-    assert shape.head_dim == min(heads, default=shape.head_dim)
-    text_config = vlm.text_config
-    assert ffn_of_a_token(vlm.layers[layer_idx], text_config) == pytest.approx(
-        ffn_width(text_config) * OTHER_WIDTHS.get(name, 1), rel=1e-3
-    )
-    assert shape.intermediate_size == int(512 * (ffn_width(text_config) / text_config.hidden_size))
 
 
 def ffn_of_a_token(layer: nn.Module, text_config: Any) -> float:

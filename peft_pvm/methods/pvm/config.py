@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -276,7 +276,8 @@ def ffn_width(text_config: Any) -> int:
     width_of = FFN_WIDTHS.get(getattr(text_config, "model_type", ""))
     if width_of is not None:
         return width_of(text_config)
-    return _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio")
+    width = _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio")
+    return max(width) if isinstance(width, Sequence) else width  # Gemma 3n: a list
 
 
 @dataclass(frozen=True)
