@@ -85,8 +85,8 @@ style: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(VENV)/bin/mkdocs build --strict
 
-# What code writes: the drawn figures, the table of files, the page of the command line, and the table of models, also as the
-# file in the package that `peft-pvm models` reads.
+# What code writes: the drawn figures, the tables of files and of checkpoints, the page of the command line, and the table of
+# models, also as the file in the package that `peft-pvm models` reads.
 generate: $(VENV)/.installed
 	cd tests && PYTHONPATH=.. ../$(VENV)/bin/python -m architectures.page
 	PYTHONPATH=. $(VENV)/bin/python docs/figures/draw.py

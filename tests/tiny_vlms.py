@@ -226,7 +226,7 @@ def _gemma3():
 
 def _gemma4(**text):
     text = {**TEXT, **SLIDING, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, **text}
-    text = T.Gemma4TextConfig(**text, global_head_dim=16)
+    text = T.Gemma4TextConfig(**text, global_head_dim=32)
     vision = T.Gemma4VisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -507,7 +507,7 @@ FAMILIES = {
     "paligemma": TinyVLM("PaliGemmaForConditionalGeneration", _paligemma, _square_visual(4), is_prefix_lm=True),
     "paligemma2": TinyVLM("PaliGemmaForConditionalGeneration", _paligemma2, _square_visual(4), is_prefix_lm=True),
     "gemma3": TinyVLM("Gemma3ForConditionalGeneration", _gemma3, _square_visual(4)),
-    "gemma4": TinyVLM("Gemma4ForConditionalGeneration", _gemma4, _gemma4_image, _gemma4_video),
+    "gemma4": TinyVLM("Gemma4ForConditionalGeneration", _gemma4, _gemma4_image, _gemma4_video, seed=21),
     "glm4v": TinyVLM("Glm4vForConditionalGeneration", _glm4v, GRID, GLM_VIDEO),
     "glm4v_moe": TinyVLM("Glm4vMoeForConditionalGeneration", _glm4v_moe, GRID, GLM_VIDEO),
     "aya_vision": TinyVLM("AyaVisionForConditionalGeneration", _aya_vision, _square_visual(1)),

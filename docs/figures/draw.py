@@ -1,4 +1,4 @@
-"""The drawn figures of the docs, as SVG beside this file, and the table of files in docs/design.md: `make generate`.
+"""The drawn figures of the docs, as SVG beside this file, and the tables that code writes into pages: `make generate`.
 
 Nothing in them is drawn by eye that can be computed: DIPE's distances and T-DRS's factors come from the functions that
 the adapters use, measured curves from the JSON in `experiments/results/`, arrows between rooms from the imports, and
@@ -28,6 +28,7 @@ from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS
 from peft_pvm.methods.tdrs.weights import Floor, distance_boost, semantic_position
 from peft_pvm.tokens.positions import PADDING, modalities, run_anchors, run_starts
 from peft_pvm.utils.plotting import COLOURS, logarithmic, new_figure, styled
+from tests import published_configs
 from tests.test_rooms import PACKAGE, House, Module
 
 
@@ -352,3 +353,6 @@ if __name__ == "__main__":
     design = FIGURES.parent / "design.md"
     design.write_text(with_table(design.read_text()))
     print(design)
+    checkpoints = FIGURES.parent / "checkpoints.md"
+    checkpoints.write_text(published_configs.with_table(checkpoints.read_text()))
+    print(checkpoints)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -243,6 +244,44 @@ class PVMConfig(VisualConfig):
         return gates
 
 
+def _experts_of_a_token(text_config: Any) -> int:
+    shared = getattr(text_config, "shared_expert_intermediate_size", 0)
+    return text_config.num_experts_per_tok * text_config.moe_intermediate_size + shared
+
+
+def _rounded_by_lfm2(text_config: Any) -> int:
+    width = text_config.intermediate_size
+    if text_config.block_auto_adjust_ff_dim:
+        width = int(2 * width / 3)
+        if text_config.block_ffn_dim_multiplier is not None:
+            multiple = text_config.block_multiple_of
+            width = multiple * math.ceil(int(text_config.block_ffn_dim_multiplier * width) / multiple)
+    return width
+
+
+def _with_experts_beside(text_config: Any) -> int:
+    experts = text_config.top_k_experts * text_config.moe_intermediate_size if text_config.enable_moe_block else 0
+    return text_config.intermediate_size + experts
+
+
+# By the text model's `model_type`: the width of the FFN that a token passes, where `intermediate_size` is not that.
+FFN_WIDTHS: dict[str, Callable[[Any], int]] = {
+    "gemma4_text": _with_experts_beside,
+    "lfm2": _rounded_by_lfm2,
+    "qwen3_5_moe_text": _experts_of_a_token,  # has no `intermediate_size`
+    "qwen3_omni_moe_text": _experts_of_a_token,  # that of the published config is one expert's
+}
+
+
+def ffn_width(text_config: Any) -> int:
+    """The width of the base model's FFN, of which a branch's MLP keeps the ratio to `hidden_size`."""
+    width_of = FFN_WIDTHS.get(getattr(text_config, "model_type", ""))
+    if width_of is not None:
+        return width_of(text_config)
+    width = _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio")
+    return max(width) if isinstance(width, Sequence) else width  # Gemma 3n: a list
+
+
 @dataclass(frozen=True)
 class BranchShape:
     """The sizes of a branch, derived from the base model's.
@@ -292,10 +331,7 @@ class BranchShape:
             num_key_value_heads -= 1
         ratio = config.mlp_ratio
         if ratio is None:
-            width = _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio")
-            ratio = (
-                max(width) if isinstance(width, Sequence) else width
-            ) / text_config.hidden_size  # Gemma 3n: a list
+            ratio = ffn_width(text_config) / text_config.hidden_size
         if not 1 <= int(config.r * ratio) <= WIDEST:
             raise ValueError(
                 f"PVMConfig.mlp_ratio is {ratio}, which makes the branch's MLP {int(config.r * ratio)} wide at "
