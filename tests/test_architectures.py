@@ -8,7 +8,7 @@ import pytest
 import test_five_properties as properties
 import torch
 from architectures import ARCHITECTURES, core
-from forwards import TOLERANCE, logits
+from forwards import TOLERANCE, difference, logits
 from methods_under_test import METHODS
 from oracle import agrees_with_the_oracle
 from tiny_vlms import TinyVLM
@@ -41,6 +41,16 @@ def test_architecture(name: str, method: str):
         agrees_with_the_oracle(row.tiny, **{method: ROTATING[method]}, batch=batch)
     else:
         is_added_to_the_stream(row.tiny, method)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.tiny.video and name not in core.ROWS])
+def test_videos_are_visual(name: str):
+    row = ARCHITECTURES[name]
+    attached = METHODS["log_bias"].attach(row.tiny.build())
+    inputs = row.tiny.inputs(attached.get_base_model(), "t4 v t3")
+    with attached.disable_adapter():
+        base = logits(attached, inputs)
+    assert difference(logits(attached, inputs)[:, -3:], base[:, -3:]) > 100 * TOLERANCE
 
 
 def is_refused(tiny: TinyVLM, method: str, reason: str) -> None:

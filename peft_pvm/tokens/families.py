@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftModel
@@ -29,11 +29,13 @@ class DecoderBlock:
             where FFN and attention read the same normed input: there that stream is layer input + attention output.
         ffn_end: The submodule whose *output* is what the FFN adds to the residual stream.
         token_mixers: The submodules that mix tokens; a layer has one of them.
+        ffn_scale: What a layer multiplies that output by before it adds it: Granite's `residual_multiplier`.
     """
 
     ffn_norm: str | None = "post_attention_layernorm"
     ffn_end: str = "mlp"
     token_mixers: tuple[str, ...] = ("self_attn", "linear_attn")
+    ffn_scale: float = 1.0
 
     @property
     def is_parallel(self) -> bool:
@@ -78,6 +80,7 @@ BLOCKS: dict[str, DecoderBlock | Callable[[Any], DecoderBlock]] = {
     "gemma3_text": SANDWICH,
     "gemma4_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
+    "glm_ocr_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
     "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
 }
@@ -122,6 +125,7 @@ FAMILIES: dict[str, VLMFamily] = {
     "gemma4": VLMFamily(),
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
+    "glm_ocr": _GLM,
     "idefics3": VLMFamily(),
     "internvl": VLMFamily(),
     "llama4": VLMFamily(),
@@ -324,12 +328,7 @@ def _find_block(model: nn.Module, text_model: Any) -> DecoderBlock:
                 f"{'' if is_listed else ' and no other norm'}. {NEEDS_NO_BLOCK}, and a row in "
                 "peft_pvm/tokens/families.py makes this one known."
             )
-    if getattr(text_model.config, "residual_multiplier", 1) != 1:
-        raise ValueError(
-            f"Nothing can be put beside the FFNs of {of_model}: its layers scale what they add to the residual stream "
-            f"(residual_multiplier). {NEEDS_NO_BLOCK}."
-        )
-    return block
+    return replace(block, ffn_scale=getattr(text_model.config, "residual_multiplier", 1.0))
 
 
 NEEDS_NO_BLOCK = "Adapters that change attention alone do not need to know the FFN"

@@ -20,8 +20,9 @@ from peft_pvm.tokens.families import BLOCKS, FAMILIES, ROTARY_NAMES, find_vlm
 
 def test_every_row_of_the_tables_is_tested():
     configs = [family.build().config for family in tiny_vlms.FAMILIES.values()]
-    assert {config.model_type for config in configs} == set(FAMILIES)
+    assert {config.model_type for config in configs} <= set(FAMILIES)
     configs += [row.tiny.config() for row in ARCHITECTURES.values() if row.tiny.is_there]
+    assert set(FAMILIES) <= {config.model_type for config in configs}
     text_types = {config.get_text_config().model_type for config in configs}
     of_the_newest = {"molmo2_text"} if not hasattr(T, "Molmo2Config") else set()
     assert set(BLOCKS) | set(ROTARY_NAMES) <= text_types | of_the_newest
@@ -121,16 +122,12 @@ def test_refuses_others_by_name(build, complaint: str, config: PeftConfig):
     assert [name for name, _ in model.named_modules()] == names
 
 
-# Text models whose FFN is not known, or not added as it is.
+# Text models whose FFN is not known.
 UNKNOWN_FFNS = {
     "unknown block": (
         lambda: T.Olmo2Config(**tiny_vlms.TEXT),
         r"\(text model type 'olmo2'\): decoder layer 0 \(Olmo2DecoderLayer\) holds .*post_feedforward_layernorm.*"
         "no other norm. Adapters that change attention alone do not need",
-    ),
-    "scaled residual": (
-        lambda: T.GraniteConfig(**tiny_vlms.TEXT, residual_multiplier=0.1),
-        r"\(text model type 'granite'\): its layers scale what they add.*residual_multiplier",
     ),
 }
 
