@@ -24,7 +24,8 @@ from peft_pvm.methods.tdrs.weights import reweighted
 
 ORACLE_TOLERANCE = 2e-5  # of logits in fp32
 LEAST = -1e4  # a logit: models suppress tokens by the least number of the dtype
-NEIGHBOURS = {"cohere", "cohere2", "glm4v_text", "glm_ocr_text", "llama4_text"}  # text models that rotate neighbouring channels
+# Text models that rotate neighbouring channels.
+NEIGHBOURS = {"cohere", "cohere2", "glm4v_text", "glm_ocr_text", "llama4_text"}
 
 
 @dataclass

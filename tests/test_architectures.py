@@ -18,11 +18,12 @@ from peft_pvm.tokens.families import find_vlm
 
 
 ROTATING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
+BEYOND_CORE = [name for name in ARCHITECTURES if name not in core.ROWS]
 FFN = re.compile("mlp|feed_forward|ffn|moe|expert")  # a parameter of an FFN, by its name in the decoder layer
 
 
 @pytest.mark.parametrize("method", ["pvm", "pvm-hidden-states", *ROTATING])
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in core.ROWS])
+@pytest.mark.parametrize("name", BEYOND_CORE)
 def test_architecture(name: str, method: str):
     """Off is off, a cache changes nothing, rows of a batch are what they are alone, and the sums are right."""
     row = ARCHITECTURES[name]
@@ -43,7 +44,7 @@ def test_architecture(name: str, method: str):
         is_added_to_the_stream(row.tiny, method)
 
 
-@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.tiny.video and name not in core.ROWS])
+@pytest.mark.parametrize("name", [name for name in BEYOND_CORE if ARCHITECTURES[name].tiny.video])
 def test_videos_are_visual(name: str):
     row = ARCHITECTURES[name]
     attached = METHODS["log_bias"].attach(row.tiny.build())

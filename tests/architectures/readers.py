@@ -25,7 +25,9 @@ from tiny_vlms import (
     VISION_CLIP_LIKE,
     Rendered,
     _image_sizes,
+    _llava_next,
     _square_visual,
+    _tiled_visual,
 )
 
 from .rows import AnyVLM, Architecture
@@ -120,6 +122,12 @@ def _granite_docling():
     return T.GraniteDoclingConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
 
 
+def _granite_vision():
+    config = _llava_next()
+    config.text_config = T.GraniteConfig(**TEXT, residual_multiplier=0.3, attention_multiplier=0.5)
+    return config
+
+
 class GraniteDocling(AnyVLM):
     """It is told which tiles are there."""
 
@@ -202,6 +210,7 @@ class MiniCPM(AnyVLM):
 
 GOT = "GotOcr2ForConditionalGeneration"
 UNLIMITED = "UnlimitedOcrForConditionalGeneration"
+UNLIMITED_WINDOW = AnyVLM(UNLIMITED, lambda: _unlimited_ocr(sliding_window=4), _square_visual(7))
 
 ROWS = {
     "got_ocr2": Architecture("GOT-OCR 2.0", AnyVLM(GOT, _got_ocr2, _square_visual(4))),
@@ -233,9 +242,11 @@ ROWS = {
             "GraniteDoclingForConditionalGeneration", _granite_docling, _square_visual(4), pixels_by_row=True
         ),
     ),
-    "step3p7": Architecture(
-        "Step-3.7-Flash", AnyVLM("Step3p7ForConditionalGeneration", _step3p7, _square_visual(4))
+    "llava_next/granite": Architecture(
+        "Granite Vision 3.2 and 3.3",
+        AnyVLM("LlavaNextForConditionalGeneration", _granite_vision, _tiled_visual(10)),
     ),
+    "step3p7": Architecture("Step-3.7-Flash", AnyVLM("Step3p7ForConditionalGeneration", _step3p7, _square_visual(4))),
     "minicpmv4_6": Architecture(
         "MiniCPM-V 4.6",
         MiniCPM("MiniCPMV4_6ForConditionalGeneration", lambda: _minicpm("MiniCPMV4_6Config"), _minicpm_visual),
