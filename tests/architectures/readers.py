@@ -243,7 +243,7 @@ ROWS = {
         ),
     ),
     "llava_next/granite": Architecture(
-        "Granite Vision 3.2 and 3.3",
+        "Granite Vision 3.1 and 3.2",
         AnyVLM("LlavaNextForConditionalGeneration", _granite_vision, _tiled_visual(10)),
     ),
     "step3p7": Architecture("Step-3.7-Flash", AnyVLM("Step3p7ForConditionalGeneration", _step3p7, _square_visual(4))),
