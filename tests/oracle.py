@@ -25,7 +25,7 @@ from peft_pvm.methods.tdrs.weights import reweighted
 ORACLE_TOLERANCE = 2e-5  # of logits in fp32
 LEAST = -1e4  # a logit: models suppress tokens by the least number of the dtype
 # Text models that rotate neighbouring channels.
-NEIGHBOURS = {"cohere", "cohere2", "ernie4_5_vl_moe_text", "glm4v_text", "llama4_text"}
+NEIGHBOURS = {"cohere", "cohere2", "ernie4_5_vl_moe_text", "glm4v_text", "glm_ocr_text", "llama4_text"}
 
 
 @dataclass

@@ -79,9 +79,10 @@ class AttentionCall:
 
         def make() -> Visibility:
             first_query = context.past_length + context.seq_len - num_queries
-            first_column = first_query - context.first_key(num_keys)
-            mask = self.attention_mask
-            return Visibility(mask, num_queries, num_keys, first_column, is_causal, window, self.query.device)
+            dropped = context.num_dropped(num_keys)
+            sizes = num_queries, num_keys, first_query - dropped
+            gap = context.num_fixed_keys, dropped
+            return Visibility(self.attention_mask, *sizes, is_causal, window, self.query.device, gap)
 
         # The mask lives as long as what is derived from it, so that its id names it.
         return context.derived((id(self.attention_mask), num_queries, num_keys, is_causal, window), make)

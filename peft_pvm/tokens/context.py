@@ -51,6 +51,7 @@ class VisualContext:
         past_length: Number of tokens read before this forward; a tensor for a static cache.
         is_evicted: Whether the cache has lost keys of some of them.
         keys_before: How many keys each layer of the cache held before this forward.
+        num_fixed_keys: How many keys, from the first, layers with a sliding window keep for good.
         position_ids: What the rotary embedding was given, `(batch, seq_len, axes)`, int64.
         anchors: The position of the first token of the run that holds each token, `(batch, seq_len)`, int64.
         keeps: What is to be kept of every token in the memory, by name: a function that gives it for this forward's
@@ -72,6 +73,7 @@ class VisualContext:
         self.past_length: int | torch.Tensor = 0
         self.is_evicted = False
         self.keys_before: list[int | None] = []
+        self.num_fixed_keys = 0
         self.batch_size = self.seq_len = 0
         self.device = torch.device("cpu")
         self.records_gradients = False
@@ -271,13 +273,26 @@ class VisualContext:
             self._derived[key] = make()
         return self._derived[key]
 
-    def first_key(self, num_keys: int) -> int | torch.Tensor:
-        """The position in the cache of the first of the last `num_keys` keys; a tensor for a static cache.
+    def num_dropped(self, num_keys: int) -> int | torch.Tensor:
+        """How many tokens have none of the keys that a layer hands to its attention; a tensor for a static cache.
 
-        Layers with a sliding window hand out fewer keys than there are tokens, static caches hand out more.
+        They stand behind the first `num_fixed_keys`. Layers with a sliding window hand out fewer keys than there are
+        tokens, static caches hand out more.
+
+        Args:
+            num_keys: How many keys that are.
         """
-        first = self.past_length + self.seq_len - num_keys
-        return max(first, 0) if isinstance(first, int) else first.clamp(min=0)
+        dropped = self.past_length + self.seq_len - num_keys
+        return max(dropped, 0) if isinstance(dropped, int) else dropped.clamp(min=0)
+
+    def slots_of_keys(self, num_keys: int) -> torch.Tensor:
+        """Where the keys that a layer hands to its attention stand in the cache, `(num_keys,)`, int64.
+
+        Args:
+            num_keys: How many keys that are.
+        """
+        keys = torch.arange(num_keys, device=self.device)
+        return keys + self.num_dropped(num_keys) * (keys >= self.num_fixed_keys)
 
     def visual_keys(self, num_keys: int) -> torch.Tensor:
         """Which of the keys that a layer hands to its attention belong to visual tokens.
@@ -294,10 +309,11 @@ class VisualContext:
         mask = torch.zeros(self.batch_size, num_keys + 1, dtype=torch.bool, device=self.device)
         if self.memory.is_empty:
             return mask[:, :num_keys]
-        slots = self.memory.slots - self.first_key(num_keys)
+        slots, fixed = self.memory.slots, self.num_fixed_keys
+        keys = slots - self.num_dropped(num_keys) * (slots >= fixed)
         # What is not among the keys (padding, or fallen out of a sliding window) goes to an extra column.
-        slots = torch.where((self.memory.slots >= 0) & (slots >= 0), slots, num_keys)
-        return mask.scatter_(1, slots, True)[:, :num_keys]
+        keys = torch.where((slots >= 0) & (keys >= slots.clamp(max=fixed)), keys, num_keys)
+        return mask.scatter_(1, keys, True)[:, :num_keys]
 
     def images(self, image_gap: int, max_images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where images begin, and where the text behind them does: see `Runs.images`."""
@@ -317,8 +333,7 @@ class VisualContext:
             `(batch, num_keys)`, int64. The number for a text token has no meaning.
         """
         starts, _ = self.images(image_gap, max_images)
-        slots = torch.arange(num_keys, device=self.device) + self.first_key(num_keys)
-        slots = slots.expand(len(starts), -1).contiguous()
+        slots = self.slots_of_keys(num_keys).expand(len(starts), -1).contiguous()
         return (torch.searchsorted(starts, slots, right=True) - 1).clamp(min=0)
 
     @property
@@ -351,7 +366,7 @@ class VisualContext:
         def compare() -> torch.Tensor:
             if self.memory.is_empty:
                 return torch.zeros(self.batch_size, num_keys, dtype=torch.bool, device=self.device)
-            slots = torch.arange(num_keys, device=self.device) + self.first_key(num_keys)
+            slots = self.slots_of_keys(num_keys)
             return (slots < self._first_slots()) & (self.memory.slots >= 0).any(1, keepdim=True)
 
         return self.derived(("text before images", num_keys), compare)

@@ -32,12 +32,14 @@ class DecoderBlock:
         token_mixers: The submodules that mix tokens; a layer has one of them.
         ends_with_sum: Whether the output of `ffn_end` is the residual stream with the FFN added already: a gate that
             weighs both.
+        ffn_scale: What a layer multiplies that output by before it adds it: Granite's `residual_multiplier`.
     """
 
     ffn_norm: str | None = "post_attention_layernorm"
     ffn_end: str = "mlp"
     token_mixers: tuple[str, ...] = ("self_attn", "linear_attn")
     ends_with_sum: bool = False
+    ffn_scale: float = 1.0
 
     @property
     def is_parallel(self) -> bool:
@@ -89,6 +91,7 @@ BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "gemma4_text": SANDWICH,
     "gemma4_unified_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
+    "glm_ocr_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
     "hy_v4_vl_text": "its residual is several streams, which each layer mixes, and no single one to read and add to",
     "hyperclovax": DecoderBlock(ffn_end="post_norm2"),
     "inkling_text": DecoderBlock(ffn_end="mlp_sconv"),  # a convolution over tokens, which must not spread a branch
@@ -155,6 +158,7 @@ FAMILIES: dict[str, VLMFamily] = {
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
     "glmga": _GLM,
+    "glm_ocr": _GLM,
     "idefics3": VLMFamily(),
     "internvl": VLMFamily(),
     "llama4": VLMFamily(),
@@ -356,12 +360,7 @@ def _find_block(model: nn.Module, text_model: Any) -> DecoderBlock:
                 f"{'' if is_listed else ' and no other norm'}. {NEEDS_NO_BLOCK}, and a row in "
                 "peft_pvm/tokens/families.py makes this one known."
             )
-    if getattr(text_model.config, "residual_multiplier", 1) != 1:
-        raise ValueError(
-            f"Nothing can be put beside the FFNs of {of_model}: its layers scale what they add to the residual stream "
-            f"(residual_multiplier). {NEEDS_NO_BLOCK}."
-        )
-    return block
+    return replace(block, ffn_scale=getattr(text_model.config, "residual_multiplier", 1.0))
 
 
 NEEDS_NO_BLOCK = "Adapters that change attention alone do not need to know the FFN"

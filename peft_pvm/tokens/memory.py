@@ -304,6 +304,14 @@ def keys_by_layer(cache: Cache | None) -> list[int | None]:
     return [_num_keys(layer) for layer in getattr(cache, "layers", ())]
 
 
+def num_fixed_keys(cache: Cache | None) -> int:
+    """How many keys, from the first, stay in layers that drop others: those of the prompt, or none.
+
+    In reference sliding-window attention (Unlimited-OCR), a window slides over what is decoded alone.
+    """
+    return max((_num_fixed(layer) for layer in getattr(cache, "layers", ())), default=0)
+
+
 def has_lost_keys(cache: Cache, keys_before: list[int | None], seq_len: int) -> bool:
     """Whether keys were taken out of a cache while a forward ran.
 
@@ -318,7 +326,7 @@ def has_lost_keys(cache: Cache, keys_before: list[int | None], seq_len: int) -> 
         layer = cache.layers[layer_idx]
         expected = seq_len + ((keys_before[layer_idx] or 0) if layer_idx < len(keys_before) else 0)
         if layer.is_sliding:
-            expected = min(expected, layer.sliding_window - 1)
+            expected = min(expected, _num_fixed(layer) + layer.sliding_window - 1)
         if num_keys < expected:
             return True
     return False
@@ -328,4 +336,11 @@ def _num_keys(layer: Any) -> int | None:
     if layer.is_compileable or getattr(layer, "keys", None) is None:
         return None
     # A layer with a sliding window counts all tokens; one that quantises holds only its last keys as they are.
-    return layer.keys.shape[-2] if layer.is_sliding else layer.get_seq_length()
+    if not layer.is_sliding:
+        return layer.get_seq_length()
+    held = [keys for keys in (getattr(layer, "prefill_keys", None), layer.keys) if keys is not None and keys.numel()]
+    return sum(keys.shape[-2] for keys in held)
+
+
+def _num_fixed(layer: Any) -> int:
+    return getattr(layer, "prefill_cumulative_length", 0)

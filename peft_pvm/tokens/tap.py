@@ -36,7 +36,16 @@ from ..utils.packages import (
 )
 from .context import CONTEXT, VisualContext
 from .families import VisionLanguageModel
-from .memory import Coverage, VisualMemory, attach_memory, coverage_of, has_lost_keys, keys_by_layer, memory_of
+from .memory import (
+    Coverage,
+    VisualMemory,
+    attach_memory,
+    coverage_of,
+    has_lost_keys,
+    keys_by_layer,
+    memory_of,
+    num_fixed_keys,
+)
 from .positions import placeholder_mask
 
 
@@ -187,6 +196,7 @@ class Tap:
         if context.refusal is None:
             context.read(inputs_embeds, memory, coverage)
             context.keys_before = keys_by_layer(cache)
+            context.num_fixed_keys = num_fixed_keys(cache)
         context.adapter_names = self.by_row.names(len(inputs_embeds))
         self._in_flight[this_thread()] = weakref.ref(context)
         return args, {**kwargs, CONTEXT: context}

@@ -24,6 +24,7 @@ class Visibility:
         is_causal: Whether a query sees only keys up to its own, where the mask does not say.
         sliding_window: How many keys up to its own a query sees, where the mask does not say. `None`: all.
         device: Where to build masks.
+        gap: Behind how many keys how many others are left out, none of them padding.
         ranked_by: Where padding is looked up, if this mask hides other tokens as well. `None`: here.
     """
 
@@ -34,6 +35,7 @@ class Visibility:
     is_causal: bool = True
     sliding_window: int | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
+    gap: tuple[int, int | torch.Tensor] = (0, 0)
     ranked_by: Visibility | None = None
     _ranks: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
@@ -123,15 +125,20 @@ class Visibility:
         return self._ranks
 
     def _count_ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        real = self._real_keys()
+        ranks = self._keys(slice(None))[None, None] if real is None else (real.long().cumsum(1) - 1).unsqueeze(1)
+        if self.gap[0]:
+            ranks = ranks + self.gap[1] * (self._keys(slice(None)) >= self.gap[0])
+        return ranks, ranks[..., self.columns]
+
+    def _real_keys(self) -> torch.Tensor | None:
+        """Which keys are not padding, `(batch or 1, num_keys)`. `None`: all."""
         mask = self.attention_mask
         if mask is None:
-            return self._keys(slice(None))[None, None], self.columns[None, None]
+            return None
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            real = self._padded(mask)
-        else:
-            real = self._of_four_axes(slice(None), slice(None)).any(dim=2).any(dim=1)
-        ranks = (real.long().cumsum(1) - 1).unsqueeze(1)
-        return ranks, ranks[..., self.columns]
+            return self._padded(mask)
+        return self._of_four_axes(slice(None), slice(None)).any(dim=2).any(dim=1)
 
     def _of_four_axes(self, queries: slice, keys: slice) -> torch.Tensor:
         mask = self.attention_mask

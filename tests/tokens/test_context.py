@@ -153,7 +153,7 @@ def test_keys(seed: int, cuts: list[int], static: bool):
     for (_, stop), context in zip(batch.pieces(cuts), contexts):
         for num_keys in {1, 2, stop // 2 + 1, stop - 1 or 1, stop, stop + 3}:
             first = max(stop - num_keys, 0)
-            assert context.first_key(num_keys) == first
+            assert context.num_dropped(num_keys) == first
             visual, before = context.visual_keys(num_keys), context.text_before_images(num_keys)
             assert visual.shape == before.shape == (len(batch.kinds), num_keys)
             assert context.visual_keys(num_keys) is visual, "made once for all layers"

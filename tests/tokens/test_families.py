@@ -100,16 +100,12 @@ def test_refuses_others_by_name(build, complaint: str, config: PeftConfig):
     assert [name for name, _ in model.named_modules()] == names
 
 
-# Text models whose FFN is not known, or not added as it is.
+# Text models whose FFN is not known.
 UNKNOWN_FFNS = {
     "unknown block": (
         lambda: T.Olmo2Config(**tiny_vlms.TEXT),
         r"\(text model type 'olmo2'\): decoder layer 0 \(Olmo2DecoderLayer\) holds .*post_feedforward_layernorm.*"
         "no other norm. Adapters that change attention alone do not need",
-    ),
-    "scaled residual": (
-        lambda: T.GraniteConfig(**tiny_vlms.TEXT, residual_multiplier=0.1),
-        r"\(text model type 'granite'\): its layers scale what they add.*residual_multiplier",
     ),
 }
 

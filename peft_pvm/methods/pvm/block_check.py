@@ -36,6 +36,7 @@ class BlockCheck:
     def __init__(self, layer: nn.Module, block: DecoderBlock, acts: Callable[[], Any], passed: Callable[[], None]):
         self.acts = acts
         self.passed = passed
+        self.ffn_scale = block.ffn_scale
         # What the layer must add up, by thread. If a forward ends before, a few numbers are left.
         self._parts: dict[int, list[torch.Tensor]] = {}
         self._num_parts = 3 if block.is_parallel else 2
@@ -60,7 +61,7 @@ class BlockCheck:
 
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
         if parts := self._parts.get(this_thread()):
-            parts.append(_last(output, len(parts[0])))
+            parts.append(self.ffn_scale * _last(output, len(parts[0])))
 
     def _read(self, module: nn.Module, args: tuple) -> None:
         parts = self._parts.get(this_thread(), [])

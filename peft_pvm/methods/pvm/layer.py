@@ -171,6 +171,8 @@ class PVMLayer(VisualTunerLayer):
         context.reached(self.layer_idx, branches_missed)
         if update is None:
             return None
+        if self.vlm.block.ffn_scale != 1:  # the layer will multiply it as well
+            update = update / self.vlm.block.ffn_scale
         if isinstance(output, tuple):  # a mixture of experts may return its router's logits as well
             return (output[0] + update.view_as(output[0]), *output[1:])
         return output + update.view_as(output)

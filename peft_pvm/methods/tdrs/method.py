@@ -233,7 +233,10 @@ class Reweighting:
                 "The KV cache holds tokens whose positions nobody kept: T-DRS must be attached from the first token "
                 "on. Start with a new cache."
             )
-        of_keys = positions[:, max(positions.shape[1] - num_keys, 0) :]
+        dropped, fixed = max(positions.shape[1] - num_keys, 0), context.num_fixed_keys
+        of_keys = positions[:, dropped:]
+        if dropped and fixed:
+            of_keys = torch.cat([positions[:, :fixed], positions[:, fixed + dropped :]], 1)
         of_keys = F.pad(of_keys, (0, 0, 0, num_keys - of_keys.shape[1]))  # what a static cache has not filled yet
 
         def undo(what: str, positions: torch.Tensor) -> Tables:
