@@ -106,8 +106,7 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
         rotary = text_model.rotary_emb_unscaled
     layer_type = config.layer_types[attention.layer_idx] if getattr(config, "layer_types", None) else None
     no_rotation = (
-        config.model_type in ("llama4_text", "mistral_large4_text")
-        and not config.no_rope_layers[attention.layer_idx]
+        config.model_type in ("llama4_text", "mistral_large4_text") and not config.no_rope_layers[attention.layer_idx]
     ) or (config.model_type == "cohere2" and layer_type == "full_attention")
     name = f"{layer_type}_inv_freq"
     frequencies = (getattr(rotary, name) if hasattr(rotary, name) else rotary.inv_freq).double()

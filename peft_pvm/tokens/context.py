@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -288,20 +288,23 @@ class VisualContext:
             num_keys: How many keys.
 
         Returns:
-            `None` if that mask has another form than one number for each token.
+            `None` if that mask does not say.
         """
-        mask = self.attention_mask
-        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
-            return None
 
-        def make() -> Visibility:
-            first_key, of_keys = self.first_key(num_keys), mask
-            if of_keys is not None:
-                of_keys = F.pad(of_keys.bool(), (0, num_keys))  # what a static cache has not filled
-                slots = torch.arange(num_keys, device=of_keys.device) + first_key
-                of_keys = of_keys.index_select(1, slots)
+        def make() -> Visibility | None:
+            mask, first_key = self.attention_mask, self.first_key(num_keys)
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                slots = torch.arange(num_keys, device=mask.device) + first_key
+                mask = F.pad(mask.bool(), (0, num_keys)).index_select(1, slots)  # a static cache is not full
+            elif mask is not None:
+                masks = mask.values() if isinstance(mask, Mapping) else [mask]
+                fits = [one for one in masks if isinstance(one, torch.Tensor) and one.shape[-1] == num_keys]
+                if not fits:
+                    return None
+                mask = fits[0]
             first_column = self.past_length + self.seq_len - num_queries - first_key
-            return Visibility(of_keys, num_queries, num_keys, first_column, device=self.device)
+            mask = None if mask is None else mask.to(self.device)
+            return Visibility(mask, num_queries, num_keys, first_column, device=self.device)
 
         return self.derived(("padding", num_queries, num_keys), make)
 
