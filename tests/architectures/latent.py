@@ -143,18 +143,6 @@ def _dots3_note():
     )
 
 
-def _hy_v4_vl():
-    """Several residual streams, attention sinks."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-    text = dict(SPARSE, rope_parameters=rope, indexer_types=["full", "full", "shared"], hc_mult=2)
-    return T.HYV4VLConfig(
-        text_config=text,
-        vision_config=dict(VISION, max_image_size=32, out_hidden_size=HIDDEN),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-    )
-
-
 def _llava_of(text_config: Any):
     config = _llava()
     config.text_config = text_config
@@ -186,18 +174,6 @@ ROWS = {
             _patches("image", [IMAGE] * 4, 3 * 4 * 4),
             _patches("video", [VIDEO] * 8, 3 * 4 * 4, frames=2),
         ),
-    ),
-    "hy_v4_vl": Architecture(
-        "Hy4",
-        AnyVLM(
-            "HYV4VLForConditionalGeneration",
-            _hy_v4_vl,
-            _patches("image", [IMAGE] * 6, 3 * 4 * 4),  # each row of tokens ends with one more
-        ),
-        refused={
-            **dict.fromkeys(("pvm", "pvm-hidden-states"), "Nothing can be put beside the FFNs"),
-            **dict.fromkeys(("dipe", "tdrs"), "has attention sinks"),
-        },
     ),
     # Halves are rotated, and neighbouring channels that stay where they are.
     "llava/deepseek_v3": Architecture(
