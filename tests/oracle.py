@@ -25,7 +25,9 @@ from peft_pvm.methods.tdrs.weights import reweighted
 ORACLE_TOLERANCE = 2e-5  # of logits in fp32
 LEAST = -1e4  # a logit: models suppress tokens by the least number of the dtype
 # Text models that rotate neighbouring channels.
-NEIGHBOURS = {"cohere", "cohere2", "ernie4_5_vl_moe_text", "glm4v_text", "glm_ocr_text", "llama4_text"}
+NEIGHBOURS = {"cohere", "cohere2", "deepseek_v2", "ernie4_5_vl_moe_text", "glm4v_text", "glm_ocr_text", "llama4_text"}
+
+NO_ROPE = {"llama4_text", "mistral_large4_text"}  # text models that say which layers do not rotate
 
 
 @dataclass
@@ -111,13 +113,15 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
     if rope is None:  # there are no frequencies for a layer type that does not rotate
         return positions.new_zeros(*positions.shape[:-1], 0).double()
     no_rotation = (
-        (config.model_type == "llama4_text" and not config.no_rope_layers[attention.layer_idx])
+        (config.model_type in NO_ROPE and not config.no_rope_layers[attention.layer_idx])
         or (config.model_type == "cohere2" and layer_type == "full_attention")
         or (config.model_type == "exaone4" and layer_type == "full_attention" and config.sliding_window is not None)
         or (config.model_type.startswith("muse_") and config.layer_rope_theta[attention.layer_idx] == 0)
     )
     name = f"{layer_type}_inv_freq"
     frequencies = (getattr(rotary, name) if hasattr(rotary, name) else rotary.inv_freq).double()
+    if hasattr(rotary, "alpha"):  # Mistral Large 4 learns them
+        frequencies = frequencies * rotary.alpha.double().exp()
     if no_rotation:
         frequencies = frequencies * 0
     axes = torch.zeros(frequencies.shape[-1], dtype=torch.long)
@@ -135,10 +139,13 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
     return positions.double()[:, :, axes] * frequencies
 
 
-def to_complex(states: torch.Tensor, frequencies: int, model_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+def to_complex(states: torch.Tensor, frequencies: int, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The channels that are rotated, as complex numbers, and the others. `(batch, heads, seq_len, ...)` each."""
-    rotated, rest = states[..., : 2 * frequencies], states[..., 2 * frequencies :]
-    if model_type in NEIGHBOURS:
+    if hasattr(attention, "kv_lora_rank"):  # the latent part first
+        rest, rotated = states.split([states.shape[-1] - 2 * frequencies, 2 * frequencies], -1)
+    else:
+        rotated, rest = states[..., : 2 * frequencies], states[..., 2 * frequencies :]
+    if attention.config.model_type in NEIGHBOURS:
         return torch.complex(rotated[..., 0::2].contiguous(), rotated[..., 1::2].contiguous()), rest
     return torch.complex(rotated[..., :frequencies].contiguous(), rotated[..., frequencies:].contiguous()), rest
 
@@ -171,8 +178,8 @@ def oracle_attention(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         own = angles(module, text_model, tokens.positions)
         turn = torch.polar(torch.ones_like(own), own)[:, None]
-        query_turned, query_rest = to_complex(query, own.shape[-1], text_model.config.model_type)
-        key_turned, key_rest = to_complex(key, own.shape[-1], text_model.config.model_type)
+        query_turned, query_rest = to_complex(query, own.shape[-1], module)
+        key_turned, key_rest = to_complex(key, own.shape[-1], module)
         content_query, content_key = query_turned / turn, key_turned / turn
 
         def product(left, right):

@@ -82,7 +82,10 @@ class AttentionCall:
             dropped = context.num_dropped(num_keys)
             sizes = num_queries, num_keys, first_query - dropped
             gap = context.num_fixed_keys, dropped
-            return Visibility(self.attention_mask, *sizes, is_causal, window, self.query.device, gap)
+            visibility = Visibility(self.attention_mask, *sizes, is_causal, window, self.query.device, gap)
+            if visibility.mask_decides:  # it may hide more than padding
+                visibility.ranked_by = context.padding(num_queries, num_keys)
+            return visibility
 
         # The mask lives as long as what is derived from it, so that its id names it.
         return context.derived((id(self.attention_mask), num_queries, num_keys, is_causal, window), make)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 
 from .memory import Coverage, Runs, VisualMemory
 from .positions import (
@@ -20,7 +21,7 @@ from .positions import (
     run_anchors,
     run_starts,
 )
-from .visibility import real_tokens
+from .visibility import Visibility, real_tokens
 
 
 CONTEXT = "visual_context"  # the keyword argument
@@ -293,6 +294,34 @@ class VisualContext:
         """
         keys = torch.arange(num_keys, device=self.device)
         return keys + self.num_dropped(num_keys) * (keys >= self.num_fixed_keys)
+
+    def padding(self, num_queries: int, num_keys: int) -> Visibility | None:
+        """Which of the keys that a layer hands to its attention are padding, by the mask that the model was given.
+
+        Args:
+            num_queries: How many queries there are.
+            num_keys: How many keys.
+
+        Returns:
+            `None` if that mask does not say.
+        """
+
+        def make() -> Visibility | None:
+            mask, dropped = self.attention_mask, self.num_dropped(num_keys)
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                slots = self.slots_of_keys(num_keys).to(mask.device)
+                mask = F.pad(mask.bool(), (0, num_keys)).index_select(1, slots)  # a static cache is not full
+            elif mask is not None:
+                masks = mask.values() if isinstance(mask, Mapping) else [mask]
+                fits = [one for one in masks if isinstance(one, torch.Tensor) and one.shape[-1] == num_keys]
+                if not fits:
+                    return None
+                mask = fits[0]
+            mask = None if mask is None else mask.to(self.device)
+            sizes = num_queries, num_keys, self.past_length + self.seq_len - num_queries - dropped
+            return Visibility(mask, *sizes, device=self.device, gap=(self.num_fixed_keys, dropped))
+
+        return self.derived(("padding", num_queries, num_keys), make)
 
     def visual_keys(self, num_keys: int) -> torch.Tensor:
         """Which of the keys that a layer hands to its attention belong to visual tokens.
