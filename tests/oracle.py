@@ -24,6 +24,7 @@ from peft_pvm.methods.tdrs.weights import reweighted
 
 ORACLE_TOLERANCE = 2e-5  # of logits in fp32
 LEAST = -1e4  # a logit: models suppress tokens by the least number of the dtype
+EMBEDDINGS = ("embed_tokens", "embeddings")  # how text models call theirs
 NEIGHBOURS = {"cohere", "cohere2", "glm4v_text", "llama4_text"}  # text models that rotate neighbouring channels
 
 
@@ -100,7 +101,9 @@ ByPair = Callable[[Tokens, int], torch.Tensor]
 
 def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Tensor:
     """By which angles an attention module turns channels at some positions, `(batch, seq_len, frequencies)`."""
-    config, rotary = text_model.config, text_model.rotary_emb
+    config, rotary = text_model.config, getattr(text_model, "rotary_emb", None)
+    if rotary is None:
+        return positions.new_zeros(*positions.shape[:2], 0, dtype=torch.float64)
     if getattr(text_model, "rope_types", None) and text_model.rope_types[attention.layer_idx] == "unscaled":
         rotary = text_model.rotary_emb_unscaled
     layer_type = config.layer_types[attention.layer_idx] if getattr(config, "layer_types", None) else None
@@ -219,17 +222,18 @@ def oracle(
         bias: What is added to them after scaling, likewise. `None`: 0.
     """
     model = model.double()
-    text_model = next(m for m in model.modules() if hasattr(m, "embed_tokens") and hasattr(m, "layers"))
+    text_model = next(m for m in model.modules() if any(hasattr(m, name) for name in EMBEDDINGS) and hasattr(m, "layers"))
     ids = inputs["input_ids"]
     visual = (ids == IMAGE) | (ids == VIDEO)
-    tokens = Tokens(torch.empty(0), visual, inputs["attention_mask"].bool())
+    tokens = Tokens(torch.zeros(*ids.shape, 1), visual, inputs["attention_mask"].bool())
 
     def note(module, args, kwargs):
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
         positions = positions if positions.dim() == 3 else positions[None]
         tokens.positions = positions.movedim(0, -1).expand(*ids.shape, -1)
 
-    handle = text_model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
+    rotary = getattr(text_model, "rotary_emb", torch.nn.Identity())
+    handle = rotary.register_forward_pre_hook(note, with_kwargs=True)
     kernel = text_model.config._attn_implementation
     AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs, scale, bias))
     AttentionMaskInterface.register("oracle", eager_mask)

@@ -70,8 +70,8 @@ SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feed
 POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # the FFN reads the stream as it is
 
 # By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. A function, where its config
-# decides. What is not listed must be of exactly the common pre-norm shape.
-BLOCKS: dict[str, DecoderBlock | Callable[[Any], DecoderBlock]] = {
+# decides. What is not listed must be of exactly the common pre-norm shape. A string says why no branch fits in.
+BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "cohere": DecoderBlock(ffn_norm=None),
     "cohere2": DecoderBlock(ffn_norm=None),
     "gemma2": SANDWICH,
@@ -80,7 +80,15 @@ BLOCKS: dict[str, DecoderBlock | Callable[[Any], DecoderBlock]] = {
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
     "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
+    "nemotron_h": "each layer is attention or an FFN, not both",
 }
+
+
+# By the text model's `model_type`: the name of the self-attention of a layer, where it is another than `self_attn`.
+ATTENTION_NAMES: dict[str, str] = {
+    "nemotron_h": "mixer",
+}
+WITHOUT_SCORES = ("linear_attention", "mlp", "moe")  # types of layers that have no self-attention
 
 
 # By the text model's `model_type`: which attention modules rotate queries and keys by position. Elsewhere those
@@ -129,6 +137,7 @@ FAMILIES: dict[str, VLMFamily] = {
     "llava_next": VLMFamily(),
     "llava_onevision": VLMFamily(),
     "mistral3": VLMFamily(),
+    "nemotron_h_omni": _GLM,
     "paligemma": VLMFamily(),
     "qwen2_5_vl": VLMFamily(),
     "qwen2_vl": VLMFamily(),
@@ -185,8 +194,12 @@ class VisionLanguageModel:
     @property
     def self_attentions(self) -> dict[int, nn.Module]:
         """By layer index, the self-attention modules. Layers of linear attention, which has no scores, have none."""
-        by_layer = {layer_idx: getattr(layer, "self_attn", None) for layer_idx, layer in enumerate(self.layers)}
-        return {layer_idx: unwrapped(module) for layer_idx, module in by_layer.items() if module is not None}
+        name = ATTENTION_NAMES.get(self.text_config.model_type, "self_attn")
+        return {
+            layer_idx: unwrapped(getattr(layer, name))
+            for layer_idx, layer in enumerate(self.layers)
+            if hasattr(layer, name) and self.layer_type(layer_idx) not in WITHOUT_SCORES
+        }
 
     def rotates(self, attention: nn.Module) -> bool:
         """Whether an attention module rotates queries and keys by their positions."""
@@ -277,7 +290,7 @@ def _find_text_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
         for name, module in modules.items()
         if unwrapped(module) is module  # a wrapper has the attributes of what it wraps
         and isinstance(getattr(module, "layers", None), nn.ModuleList)
-        and hasattr(module, "embed_tokens")
+        and (hasattr(module, "embed_tokens") or isinstance(getattr(module, "embeddings", None), nn.Embedding))
     ]
     if len(text_models) != 1:
         raise _refusal(
@@ -312,8 +325,10 @@ def _find_block(model: nn.Module, text_model: Any) -> DecoderBlock:
     text_type = getattr(text_model.config, "model_type", "")
     is_listed = text_type in BLOCKS
     row = BLOCKS.get(text_type, PRE_NORM)
-    block = row if isinstance(row, DecoderBlock) else row(text_model.config)
     of_model = f"{type(model).__name__} (text model type {text_type!r})"
+    if isinstance(row, str):
+        raise ValueError(f"Nothing can be put beside the FFNs of {of_model}: {row}. {NEEDS_NO_BLOCK}.")
+    block = row if isinstance(row, DecoderBlock) else row(text_model.config)
     for layer_idx, layer in enumerate(map(unwrapped, text_model.layers)):
         children = {name for name, child in layer.named_children() if not is_tuner_child(child)}
         # Norms in unknown places change where the branch belongs, so an unlisted layer must have no other children.
