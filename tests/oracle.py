@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -156,8 +157,12 @@ def oracle_attention(
     bias: ByPair | None,
 ):
     met_from: list[torch.Tensor] = []  # the same for all layers
+    own_modules = set(text_model.modules())
 
     def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+        if module not in own_modules:  # of a projector that has the text model's config
+            eager = sys.modules[type(module).__module__].eager_attention_forward
+            return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         own = angles(module, text_model, tokens.positions)

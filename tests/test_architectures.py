@@ -7,8 +7,8 @@ import re
 import pytest
 import test_five_properties as properties
 import torch
-from architectures import ARCHITECTURES, core
-from forwards import TOLERANCE, logits
+from architectures import ARCHITECTURES, core, stacks
+from forwards import TOLERANCE, difference, generate, logits
 from methods_under_test import METHODS
 from oracle import agrees_with_the_oracle
 from tiny_vlms import TinyVLM
@@ -18,7 +18,7 @@ from peft_pvm.tokens.families import find_vlm
 
 
 ROTATING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
-FFN = re.compile("mlp|feed_forward|ffn|moe|expert")  # a parameter of an FFN, by its name in the decoder layer
+FFN = re.compile("mlp|feed_forward|ffn|moe|expert|fc[12]")  # a parameter of an FFN, by its name in the decoder layer
 
 
 @pytest.mark.parametrize("method", ["pvm", "pvm-hidden-states", *ROTATING])
@@ -87,3 +87,22 @@ def is_added_to_the_stream(tiny: TinyVLM, method: str) -> None:
 
 def _first(output):
     return output if isinstance(output, torch.Tensor) else output[0]
+
+
+@pytest.mark.parametrize("name", stacks.ROWS)
+def test_generates_as_whole_forwards_do(name: str):
+    """Also where `generate` hands embeddings, or features, to that of an inner model."""
+    row = ARCHITECTURES[name]
+    for method in [method for method in ("pvm", "tdrs") if row.refusal(method) is None]:
+        model = METHODS[method].attach(row.tiny.build())
+        prompt = row.tiny.prompt(model.get_base_model(), "t4 i t3 i t6")
+        generated = generate(row.tiny, model, "t4 i t3 i t6")
+        whole = {**prompt, "input_ids": generated.sequences}
+        longer = generated.sequences.shape[1] - prompt["input_ids"].shape[1]
+        for mask_name, value in (("attention_mask", 1), ("image_embeds_position_mask", 0)):
+            if mask_name in prompt:
+                whole[mask_name] = torch.nn.functional.pad(prompt[mask_name], (0, longer), value=value)
+        expected = logits(model, whole)[:, -longer - 1 : -1]
+        assert difference(torch.stack(generated.logits, 1), expected) < TOLERANCE
+        with model.disable_adapter():
+            assert difference(logits(model, whole)[:, -longer - 1 : -1], expected) > 100 * TOLERANCE

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers import GenerationMixin
 
 from ..utils.packages import is_tuner_child
 
@@ -67,6 +68,7 @@ PRE_NORM = DecoderBlock()
 PRE_NORM_CHILDREN = {*PRE_NORM.token_mixers, "input_layernorm", PRE_NORM.ffn_norm, PRE_NORM.ffn_end}
 SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_layernorm")
 
+KOSMOS = DecoderBlock(ffn_norm="final_layer_norm", ffn_end="ffn")
 POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # the FFN reads the stream as it is
 
 # By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. A function, where its config
@@ -78,9 +80,12 @@ BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "gemma3_text": SANDWICH,
     "gemma4_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
+    "kosmos_2_5_text_model": KOSMOS,
+    "kosmos_2_text_model": KOSMOS,
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
     "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
     "nemotron_h": "each layer is attention or an FFN, not both",
+    "opt": DecoderBlock(ffn_norm="final_layer_norm", ffn_end="fc2"),
 }
 
 
@@ -112,15 +117,23 @@ class VLMFamily:
 
     Attributes:
         placeholders: For each modality, the config fields that hold the ids of its placeholder tokens.
+        image_mask: The keyword of a mask that says where images are, of a text model that puts their features
+            (`image_embeds`) in itself. `None`: placeholder tokens say so.
+        images_first: Whether images count in the first forward of a conversation alone, as the model has it.
     """
 
     placeholders: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"image": ("image_token_id",), "video": ("video_token_id",)}
     )
+    image_mask: str | None = None
+    images_first: bool = False
 
 
 # The frames of a video use the placeholder of images.
 _GLM = VLMFamily(placeholders={"image": ("image_token_id",), "video": ("image_token_id",)})
+
+# The frames of a video come as `pixel_values`.
+_VIDEO = VLMFamily(placeholders={"image": ("video_token_id",), "video": ("video_token_id",)})
 
 # By the model's `model_type`: the families that the tests cover.
 FAMILIES: dict[str, VLMFamily] = {
@@ -131,7 +144,10 @@ FAMILIES: dict[str, VLMFamily] = {
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
     "idefics3": VLMFamily(),
+    "instructblipvideo": _VIDEO,
     "internvl": VLMFamily(),
+    "kosmos-2": VLMFamily(placeholders={}, image_mask="image_embeds_position_mask", images_first=True),
+    "kosmos-2.5": VLMFamily(placeholders={}, image_mask="image_embeds_position_mask"),
     "llama4": VLMFamily(),
     "llava": VLMFamily(),
     "llava_next": VLMFamily(),
@@ -158,6 +174,7 @@ class VisionLanguageModel:
         text_model: The decoder stack (`layers`, `embed_tokens`).
         text_model_name: Its name inside the model.
         placeholder_ids: For each modality, its placeholder token ids.
+        family: What is special about it.
     """
 
     model: nn.Module
@@ -165,6 +182,7 @@ class VisionLanguageModel:
     text_model: nn.Module
     text_model_name: str
     placeholder_ids: Mapping[str, tuple[int, ...]]
+    family: VLMFamily
 
     @functools.cached_property
     def block(self) -> DecoderBlock:
@@ -179,6 +197,15 @@ class VisionLanguageModel:
     def text_config(self) -> Any:
         """The text model's config."""
         return self.text_model.config
+
+    @property
+    def inner_generator(self) -> nn.Module | None:
+        """The language model whose `generate` that of the multimodal module calls, with the features merged in."""
+        generate = getattr(type(self.multimodal), "generate", GenerationMixin.generate)
+        if generate is GenerationMixin.generate:
+            return None
+        inside = (module for module in self.multimodal.modules() if module is not self.multimodal)
+        return next((each for each in inside if isinstance(each, GenerationMixin) and _holds(each, self.text_model)), None)
 
     @property
     def rotary(self) -> nn.Module | None:
@@ -228,6 +255,10 @@ class VisionLanguageModel:
         return look_inside(f"{self.text_model_name}.layers.{layer_idx}".removeprefix("."), stack[layer_idx])[0]
 
 
+def _holds(module: nn.Module, other: nn.Module) -> bool:
+    return any(each is other for each in module.modules())
+
+
 def find_vlm(model: nn.Module) -> VisionLanguageModel:
     """Find the parts of a vision-language model.
 
@@ -246,10 +277,11 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
             "The model is already a PeftModel. Attach to what it wraps: get_peft_model(model.get_base_model(), "
             "config), or peft_pvm.add_adapters(model.get_base_model(), ...) for adapters of several types."
         )
-    placeholder_ids = _find_placeholder_ids(model)
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), VLMFamily())
+    placeholder_ids = _find_placeholder_ids(model, family)
     modules = dict(model.named_modules())
     text_model_name = _find_text_model(model, modules)
-    multimodal = _nearest_multimodal(modules, text_model_name)
+    multimodal = _nearest_multimodal(modules, text_model_name, family.image_mask or "pixel_values")
     if multimodal is None:
         raise _refusal(
             model,
@@ -258,7 +290,7 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
         )
     text_model = modules[text_model_name]
     _refuse_cross_attention(model, text_model)
-    return VisionLanguageModel(model, multimodal, text_model, text_model_name, placeholder_ids)
+    return VisionLanguageModel(model, multimodal, text_model, text_model_name, placeholder_ids, family)
 
 
 def _refusal(model: nn.Module, found: str, looked_for: str) -> ValueError:
@@ -270,14 +302,13 @@ def _refusal(model: nn.Module, found: str, looked_for: str) -> ValueError:
     )
 
 
-def _find_placeholder_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _find_placeholder_ids(model: nn.Module, family: VLMFamily) -> dict[str, tuple[int, ...]]:
     config = getattr(model, "config", None)
-    family = FAMILIES.get(getattr(config, "model_type", ""), VLMFamily())
     placeholder_ids = {}
     for modality, fields in family.placeholders.items():
         ids = (getattr(config, name, None) for name in fields)
         placeholder_ids[modality] = tuple(token_id for token_id in ids if token_id is not None)
-    if not placeholder_ids["image"]:
+    if not family.image_mask and not placeholder_ids["image"]:
         looked_for = " or ".join(f"config.{name}" for name in family.placeholders["image"])
         raise _refusal(model, "its config names no image placeholder token", looked_for)
     return placeholder_ids
@@ -299,12 +330,12 @@ def _find_text_model(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     return text_models[0]
 
 
-def _nearest_multimodal(modules: Mapping[str, nn.Module], text_model_name: str) -> nn.Module | None:
+def _nearest_multimodal(modules: Mapping[str, nn.Module], text_model_name: str, brings: str) -> nn.Module | None:
     name = text_model_name
     while name:
         name = name.rpartition(".")[0]
         parameters = inspect.signature(type(modules[name]).forward).parameters
-        if "input_ids" in parameters and "pixel_values" in parameters:
+        if "input_ids" in parameters and brings in parameters:
             return modules[name]
     return None
 

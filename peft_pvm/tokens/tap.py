@@ -17,7 +17,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -41,6 +41,7 @@ from .positions import placeholder_mask
 
 
 VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
+FEATURES = "image_embeds"  # the keyword by which a text model that puts features in itself is given them
 ATTRIBUTE = "_visual_tap"  # of the text model, on which its tap stands
 BASE = "__base__"  # what PEFT calls no adapter, where every row has its own
 
@@ -70,10 +71,13 @@ class Tap:
         # generate_batch works in a thread of its own and would only log that. And generate refuses keywords that it
         # does not know.
         self._shadows = {
-            "init_continuous_batching": self._init_continuous_batching,
-            "_validate_model_kwargs": self._validate_model_kwargs,
+            "init_continuous_batching": (vlm.model, self._init_continuous_batching),
+            "_validate_model_kwargs": (vlm.model, self._validate_model_kwargs),
         }
-        vlm.model.__dict__.update(self._shadows)
+        if vlm.inner_generator is not None:
+            self._shadows["prepare_inputs_for_generation"] = (vlm.inner_generator, self._prepare_inputs)
+        for name, (module, method) in self._shadows.items():
+            module.__dict__[name] = method
 
     @staticmethod
     def on(vlm: VisionLanguageModel) -> Tap:
@@ -99,8 +103,8 @@ class Tap:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        for name in self._shadows:
-            del self.vlm.model.__dict__[name]
+        for name, (module, _) in self._shadows.items():
+            del module.__dict__[name]
         del self.vlm.text_model.__dict__[ATTRIBUTE]
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,15 +117,34 @@ class Tap:
         known = {name: value for name, value in model_kwargs.items() if name != VISUAL_MASK}
         check_model_kwargs(self.vlm.model, known)
 
+    # The name `inputs_embeds` tells generate that they may be given.
+    def _prepare_inputs(self, input_ids: torch.Tensor, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Say which of the embeddings are visual that an inner model is to generate from."""
+        model: Any = self.vlm.inner_generator
+        inputs = type(model).prepare_inputs_for_generation(model, input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if inputs.get("inputs_embeds") is not None:
+            token_ids = {token_id for ids in self.vlm.placeholder_ids.values() for token_id in ids}
+            inputs[VISUAL_MASK] = placeholder_mask(input_ids, sorted(token_ids))
+        return inputs
+
     def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = _by_name(module, args, kwargs)
         given_mask = kwargs.pop(VISUAL_MASK, None)
-        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
+        if self.vlm.family.image_mask:
+            context = self._context_of_mask(inputs)
+        elif inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
             context = _context_of_own_embeds(given_mask, inputs["inputs_embeds"])
         else:
             context = self._context_of_ids(inputs)
         context.attention_mask = inputs.get("attention_mask")
         return args, {**kwargs, CONTEXT: context}
+
+    def _context_of_mask(self, inputs: dict[str, Any]) -> VisualContext:
+        """For a text model that puts the features in itself: it is told where."""
+        family, cache = self.vlm.family, cache_in(inputs)
+        mask = inputs.get(cast(str, family.image_mask))
+        is_later = family.images_first and cache is not None and bool(cache.get_seq_length() > 0)
+        return VisualContext(None if mask is None or inputs.get(FEATURES) is None or is_later else mask.bool())
 
     def _context_of_ids(self, inputs: dict[str, Any]) -> VisualContext:
         """The usual case: `input_ids`, and features for the placeholders among them."""
@@ -172,6 +195,8 @@ class Tap:
         if inputs_embeds is None:  # text alone: nothing to read but the shape
             context = context or VisualContext(None)
             inputs_embeds = torch.empty(*inputs["input_ids"].shape, 0, device=inputs["input_ids"].device)
+            if self.vlm.family.image_mask and context.visual_mask is not None:
+                inputs_embeds = _placed(inputs[FEATURES], context.visual_mask)
         elif context is None:  # the text model is called by itself
             context = _context_of_own_embeds(given_mask, inputs_embeds)
         if context.attention_mask is None:
@@ -215,6 +240,13 @@ class Tap:
             # A static cache counts in place, and is not asked.
             num_keys = num_tokens if cache.is_compileable else _length_of(cache)
             attach_memory(cache, context.memory, Coverage(num_tokens, num_keys, is_evicted))
+
+
+def _placed(features: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
+    """Features where they belong, and zeros elsewhere, `(batch, seq_len, hidden_size)`."""
+    placed = features.new_zeros(*visual_mask.shape, features.shape[-1])
+    placed[visual_mask] = features.flatten(0, -2)
+    return placed
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers as T
-from tiny_vlms import HIDDEN, IMAGE, TEXT, VIDEO
+from tiny_vlms import BOS, EOS, HIDDEN, IMAGE, PAD, SIGLIP, TEXT, VIDEO, VOCAB, _square_visual
 
 from .rows import AnyVLM, Architecture
 
@@ -57,9 +59,159 @@ def _nemotron_video(model, generator):
     return [IMAGE] * 8, {"pixel_values_videos": pixels}
 
 
+KOSMOS = dict(
+    vocab_size=VOCAB,
+    embed_dim=HIDDEN,
+    layers=3,
+    ffn_dim=96,
+    attention_heads=4,
+    pad_token_id=PAD,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+)
+
+
+class Kosmos(AnyVLM):
+    """A mask says where images are. Token ids say nothing."""
+
+    def inputs(self, model, *conversations, **cut):
+        batch = super().inputs(model, *conversations, **cut)
+        is_visual = batch["input_ids"] == IMAGE
+        if "pixel_values" not in batch and "flattened_patches" not in batch:
+            batch["image_embeds"] = torch.zeros(0, 4, HIDDEN, dtype=model.dtype)  # it asks for some at every step
+        return {**batch, "image_embeds_position_mask": is_visual.long()}
+
+
+class Kosmos2(Kosmos):
+    """Its mask cannot be made in float64, which the oracle computes in."""
+
+    def build_anyway(self, seed=0, **kwargs):
+        model = super().build_anyway(seed, **kwargs)
+        text_model = model.text_model.model
+        make = text_model._prepare_decoder_attention_mask
+
+        def make_in_fp32(mask, shape, inputs_embeds, length):
+            made = make(mask, shape, inputs_embeds.float(), length)
+            return None if made is None else made.to(inputs_embeds.dtype)
+
+        text_model._prepare_decoder_attention_mask = make_in_fp32
+        return model
+
+
+def _kosmos_2():
+    vision = dict(SIGLIP)
+    return T.Kosmos2Config(text_config=dict(KOSMOS), vision_config=vision, latent_query_num=4)
+
+
+def _kosmos_2_5():
+    vision = dict(
+        hidden_size=32, patch_embed_hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    return T.Kosmos2_5Config(text_config=dict(KOSMOS), vision_config=dict(vision, head_dim=16), latent_query_num=4)
+
+
+def _patches(model, generator):
+    places = torch.tensor([[1.0, 1], [1, 2], [2, 1], [2, 2]])  # row and column, before the pixels
+    pixels = torch.randn(4, 48, generator=generator, device="cpu")
+    return [IMAGE] * 4, {"flattened_patches": torch.cat([places, pixels], 1)[None]}
+
+
+OPT = dict(ffn_dim=96, word_embed_proj_dim=HIDDEN, dropout=0.1, do_layer_norm_before=True)
+QFORMER = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    encoder_hidden_size=32,
+)
+
+
+def _blip(family: str, text: Any):
+    """Images come by a Q-Former, and `generate` hands what it has merged to the language model's own."""
+    ids = {"video_token_index": VIDEO} if family.endswith("Video") else {"image_token_index": IMAGE}
+    return getattr(T, f"{family}Config")(
+        vision_config=dict(SIGLIP), qformer_config=dict(QFORMER), text_config=text, num_query_tokens=4, **ids
+    )
+
+
+def _opt(**fields: Any):
+    return T.OPTConfig(**TEXT, **{**OPT, **fields})
+
+
+def _blip_image(model, generator):
+    pixels = torch.randn(1, 3, 28, 28, generator=generator, device="cpu")
+    return [IMAGE] * 4, {"pixel_values": pixels}
+
+
+def _asked_image(model, generator):
+    """With a question for the Q-Former."""
+    ids, pixels = _blip_image(model, generator)
+    return ids, {**pixels, "qformer_input_ids": torch.randint(10, 290, (1, 5), generator=generator, device="cpu")}
+
+
+class Asked(AnyVLM):
+    """It gives its Q-Former the keywords that it does not know, positions included."""
+
+    def inputs(self, model, *conversations, **cut):
+        batch = super().inputs(model, *conversations, **cut)
+        del batch["position_ids"]
+        return batch
+
+    def prompt(self, model, *conversations):
+        return self.inputs(model, *conversations)
+
+
+def _asked_frames(model, generator):
+    pixels = torch.randn(1, 2, 3, 28, 28, generator=generator, device="cpu")
+    question = torch.randint(10, 290, (1, 5), generator=generator, device="cpu")
+    return [VIDEO] * 8, {"pixel_values": pixels, "qformer_input_ids": question}
+
+
+
 NOTHING_ROTATES = "has no layer that rotates queries and keys by position"
 
+ASKS_FOR_PIXELS = {
+    "cached": "its forward asks for pixels at every step, and returns no cache",
+    "padded": "it cannot read a row of text alone",
+}
+
 ROWS: dict[str, Architecture] = {
+    "blip-2": Architecture(
+        "BLIP-2 (OPT)",
+        AnyVLM("Blip2ForConditionalGeneration", lambda: _blip("Blip2", _opt()), _blip_image),
+        refused={"dipe": NOTHING_ROTATES},
+        differs=ASKS_FOR_PIXELS,
+    ),
+    "instructblip": Architecture(
+        "InstructBLIP (Vicuna)",
+        AnyVLM(
+            "InstructBlipForConditionalGeneration",
+            lambda: _blip("InstructBlip", T.LlamaConfig(**TEXT)),
+            _asked_image,
+        ),
+        differs=ASKS_FOR_PIXELS,
+    ),
+    "instructblipvideo": Architecture(
+        "InstructBLIP (Vicuna) on videos",
+        Asked(
+            "InstructBlipVideoForConditionalGeneration",
+            lambda: _blip("InstructBlipVideo", T.LlamaConfig(**TEXT)),
+            _asked_frames,
+        ),
+        differs=ASKS_FOR_PIXELS,
+    ),
+    "kosmos-2": Architecture(
+        "Kosmos-2",
+        Kosmos2("Kosmos2ForConditionalGeneration", _kosmos_2, _square_visual(4)),
+        refused={"dipe": NOTHING_ROTATES},
+        differs={"cached": "it reads images in the first forward alone"},
+    ),
+    "kosmos-2.5": Architecture(
+        "Kosmos-2.5",
+        Kosmos("Kosmos2_5ForConditionalGeneration", _kosmos_2_5, _patches),
+        refused={"dipe": NOTHING_ROTATES},
+    ),
     "nemotron_h_omni": Architecture(
         "Nemotron 3 Nano Omni",
         AnyVLM("NemotronH_Omni_Reasoning_V3", _nemotron_h_omni, _nemotron_image, _nemotron_video),

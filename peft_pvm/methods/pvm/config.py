@@ -290,7 +290,8 @@ class BranchShape:
         ratio = config.mlp_ratio
         if ratio is None:
             ratio = (
-                _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio") / text_config.hidden_size
+                _first(text_config, "intermediate_size", "ffn_dim", hint="; set PVMConfig.mlp_ratio")
+                / text_config.hidden_size
             )
         if not 1 <= int(config.r * ratio) <= WIDEST:
             raise ValueError(
@@ -304,9 +305,10 @@ class BranchShape:
             num_heads=num_heads,
             num_key_value_heads=num_key_value_heads,
             intermediate_size=int(config.r * ratio),
-            hidden_act=_first(text_config, "hidden_act", "hidden_activation"),
-            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"),
-            initializer_range=text_config.initializer_range,
+            hidden_act=_first(text_config, "hidden_act", "hidden_activation", "activation_function"),
+            # A config that names none leaves it to torch, as that of OPT does.
+            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", default=1e-5),
+            initializer_range=_first(text_config, "initializer_range", "init_std"),
         )
 
     def weights(self) -> dict[str, tuple[int, ...]]:
@@ -322,10 +324,10 @@ class BranchShape:
         return {name: tuple(sizes[size] for size in wanted) for name, wanted in SIZES.items()}
 
 
-def _first(text_config: Any, *names: str, hint: str = "") -> Any:
-    for name in names:
-        if (value := getattr(text_config, name, None)) is not None:
-            return value
+def _first(text_config: Any, *names: str, default: Any = None, hint: str = "") -> Any:
+    values = (getattr(text_config, name, None) for name in names)
+    if (value := next((value for value in values if value is not None), default)) is not None:
+        return value
     raise ValueError(
         f"{type(text_config).__name__} has none of {', '.join(names)}, which PVM's sizes come from{hint}."
     )

@@ -161,6 +161,8 @@ class PVMLayer(VisualTunerLayer):
             hidden_states = None if attention is None else hidden_states + attention
         if context is None or hidden_states is None or self.disable_adapters:
             return None  # if the branch was to act, it is missed when the forward ends
+        if hidden_states.dim() == 2:  # OPT puts the tokens of all rows in one list
+            hidden_states = hidden_states.unflatten(0, (context.batch_size, -1))
         update = self(hidden_states, context)
         context.reached(self.layer_idx, branches_missed)
         if update is None:
