@@ -83,10 +83,13 @@ class Kosmos(AnyVLM):
 
 
 class Kosmos2(Kosmos):
-    """Its mask cannot be made in float64, which the oracle computes in."""
+    """Its mask cannot be made in float64, which the oracle computes in.
+
+    In transformers 5.16, its projector is causal on sdpa, and not on eager attention.
+    """
 
     def build_anyway(self, seed=0, **kwargs):
-        model = super().build_anyway(seed, **kwargs)
+        model = super().build_anyway(seed, **{"attn_implementation": "eager", **kwargs})
         text_model = model.text_model.model
         make = text_model._prepare_decoder_attention_mask
 
