@@ -6,7 +6,24 @@ from typing import Any
 
 import torch
 import transformers as T
-from tiny_vlms import BOS, EOS, HIDDEN, IMAGE, PAD, SIGLIP, TEXT, VIDEO, VOCAB, _square_visual
+from tiny_vlms import (
+    BOS,
+    EOS,
+    GRID,
+    HIDDEN,
+    IMAGE,
+    MOE,
+    MROPE_INTERLEAVED,
+    PAD,
+    QWEN3_VISION,
+    QWEN_IDS,
+    SIGLIP,
+    TEXT,
+    VIDEO,
+    VIDEO_BY_FRAME,
+    VOCAB,
+    _square_visual,
+)
 
 from .rows import AnyVLM, Architecture
 
@@ -172,6 +189,37 @@ def _asked_frames(model, generator):
 
 
 
+def _qwen4_exp():
+    """Several residual streams, keys chosen by an indexer, and positions of all tokens at every step."""
+    text = dict(
+        TEXT,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "indexed_attention"] * 2,
+        head_dim=32,
+        rope_parameters={**MROPE_INTERLEAVED, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25},
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        shared_expert_intermediate_size=32,
+        hc_count=2,
+        hc_lowrank=8,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=16,
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+        ple_layer_ids=[1],
+        heads_per_ngram=2,
+        ngram_vocab_size_base=50,
+        split_ngram_parts=1,
+        **MOE,
+    )
+    del text["intermediate_size"]
+    return T.Qwen4ExpConfig(text_config=text, vision_config=dict(QWEN3_VISION), **QWEN_IDS)
+
+
+SEVERAL_STREAMS = "several residual streams"
 NOTHING_ROTATES = "has no layer that rotates queries and keys by position"
 
 ASKS_FOR_PIXELS = {
@@ -180,6 +228,10 @@ ASKS_FOR_PIXELS = {
 }
 
 ROWS: dict[str, Architecture] = {
+    "qwen4_exp": Architecture(
+        "Qwen4-Exp",
+        AnyVLM("Qwen4ExpForConditionalGeneration", _qwen4_exp, GRID, VIDEO_BY_FRAME),
+    ),
     "blip-2": Architecture(
         "BLIP-2 (OPT)",
         AnyVLM("Blip2ForConditionalGeneration", lambda: _blip("Blip2", _opt()), _blip_image),
