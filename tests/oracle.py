@@ -26,7 +26,8 @@ from peft_pvm.methods.tdrs.weights import reweighted
 ORACLE_TOLERANCE = 2e-5  # of logits in fp32
 LEAST = -1e4  # a logit: models suppress tokens by the least number of the dtype
 EMBEDDINGS = ("embed_tokens", "embeddings")  # how text models call theirs
-NEIGHBOURS = {"cohere", "cohere2", "glm4v_text", "llama4_text"}  # text models that rotate neighbouring channels
+# Text models that leave neighbouring channels rotated.
+NEIGHBOURS = {"cohere", "cohere2", "deepseek_v2", "glm4v_text", "hy_v4_vl_text", "llama4_text"}
 
 
 @dataclass
@@ -108,11 +109,14 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
     if getattr(text_model, "rope_types", None) and text_model.rope_types[attention.layer_idx] == "unscaled":
         rotary = text_model.rotary_emb_unscaled
     layer_type = config.layer_types[attention.layer_idx] if getattr(config, "layer_types", None) else None
-    no_rotation = (config.model_type == "llama4_text" and not config.no_rope_layers[attention.layer_idx]) or (
-        config.model_type == "cohere2" and layer_type == "full_attention"
-    )
+    no_rotation = (
+        config.model_type in ("llama4_text", "mistral_large4_text")
+        and not config.no_rope_layers[attention.layer_idx]
+    ) or (config.model_type == "cohere2" and layer_type == "full_attention")
     name = f"{layer_type}_inv_freq"
     frequencies = (getattr(rotary, name) if hasattr(rotary, name) else rotary.inv_freq).double()
+    if hasattr(rotary, "alpha"):  # Mistral Large 4 learns them
+        frequencies = frequencies * rotary.alpha.double().exp()
     if no_rotation:
         frequencies = frequencies * 0
     axes = torch.zeros(len(frequencies), dtype=torch.long)
@@ -127,10 +131,13 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
     return positions.double()[:, :, axes] * frequencies
 
 
-def to_complex(states: torch.Tensor, frequencies: int, model_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+def to_complex(states: torch.Tensor, frequencies: int, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The channels that are rotated, as complex numbers, and the others. `(batch, heads, seq_len, ...)` each."""
-    rotated, rest = states[..., : 2 * frequencies], states[..., 2 * frequencies :]
-    if model_type in NEIGHBOURS:
+    if hasattr(attention, "kv_lora_rank"):  # the latent part first
+        rest, rotated = states[..., : -2 * frequencies], states[..., -2 * frequencies :]
+    else:
+        rotated, rest = states[..., : 2 * frequencies], states[..., 2 * frequencies :]
+    if attention.config.model_type in NEIGHBOURS:
         return torch.complex(rotated[..., 0::2].contiguous(), rotated[..., 1::2].contiguous()), rest
     return torch.complex(rotated[..., :frequencies].contiguous(), rotated[..., frequencies:].contiguous()), rest
 
@@ -167,8 +174,8 @@ def oracle_attention(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         own = angles(module, text_model, tokens.positions)
         turn = torch.polar(torch.ones_like(own), own)[:, None]
-        query_turned, query_rest = to_complex(query, own.shape[-1], text_model.config.model_type)
-        key_turned, key_rest = to_complex(key, own.shape[-1], text_model.config.model_type)
+        query_turned, query_rest = to_complex(query, own.shape[-1], module)
+        key_turned, key_rest = to_complex(key, own.shape[-1], module)
         content_query, content_key = query_turned / turn, key_turned / turn
 
         def product(left, right):

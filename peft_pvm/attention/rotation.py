@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 
-ROTARY_FUNCTIONS = ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb", "apply_rotary_emb")
+FROM_NEIGHBOURS = "apply_rotary_pos_emb_interleave"  # takes neighbouring channels, and leaves them in halves
+ROTARY_FUNCTIONS = ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb", "apply_rotary_emb", FROM_NEIGHBOURS)
 Tables = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # complex numbers, or cosines and sines
 
 
@@ -71,6 +72,16 @@ def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.
     Returns:
         As `states`, in its dtype; computed in fp32 at least.
     """
+    rotary_dim = getattr(attention, "qk_rope_head_dim", None)
+    if rotary_dim is None:
+        return _rotate(attention, states, tables)
+    # Multi-head latent attention: the last channels alone tell positions.
+    content, rotary = states.split([states.shape[-1] - rotary_dim, rotary_dim], -1)
+    return torch.cat([content, _rotate(attention, rotary, tables)], -1)
+
+
+def _rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """`rotate`, for states of which the module's function is given all channels."""
     wide = states if states.dtype == torch.float64 else states.float()
     if isinstance(tables, torch.Tensor):
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
@@ -103,8 +114,19 @@ def _rotary_function(attention_cls: type) -> tuple[Any, tuple[str, ...]]:
         namespace = vars(sys.modules[cls.__module__])
         for name in ROTARY_FUNCTIONS:
             if name in namespace:
-                return namespace[name], tuple(inspect.signature(namespace[name]).parameters)
+                function = _of_halves(namespace[name]) if name == FROM_NEIGHBOURS else namespace[name]
+                return function, tuple(inspect.signature(namespace[name]).parameters)
     return None, ()
+
+
+def _of_halves(function: Any) -> Any:
+    """A rotary function of neighbouring channels, for those that it has left in halves before."""
+
+    def rotated(query: torch.Tensor, key: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        neighbours = (states.unflatten(-1, (2, -1)).transpose(-2, -1).flatten(-2) for states in (query, key))
+        return function(*neighbours, *tables)
+
+    return rotated
 
 
 @functools.cache

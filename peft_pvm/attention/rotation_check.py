@@ -95,18 +95,44 @@ class _Caught:
 
 def _caught(attention: Any, states: torch.Tensor, tables: Tables, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The queries and keys that a module makes of some states, without a cache and without any other effect."""
-    others = {
-        name: dict(value) if isinstance(value, dict) else value  # the module may write into it
-        for name, value in kwargs.items()
-        if name not in ("hidden_states", "attention_mask", TABLES) and not isinstance(value, torch.Tensor | Cache)
-    }
     caught = _Caught()
     context = VisualContext(None)
     context.stages[attention.layer_idx] = caught
+    others = _for_last(kwargs, states.shape[1])
     with torch.random.fork_rng():  # with dropout, the same in both
         torch.manual_seed(0)
-        attention.forward(states, attention_mask=None, **{**others, TABLES: tables, CONTEXT: context})
+        attention.forward(states, **{**others, TABLES: tables, CONTEXT: context})
     return caught.states
+
+
+def _for_last(kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+    """What else a module is given, for the last tokens of the first row and without a cache."""
+    arguments: dict[str, Any] = {"attention_mask": None}
+    for name, value in kwargs.items():
+        if name in CUT and value is not None:
+            arguments[name] = CUT[name](value, num_tokens)
+        elif name not in ("hidden_states", TABLES) and not isinstance(value, torch.Tensor | Cache):
+            arguments[name] = value
+    return arguments
+
+
+def _of_few(mask: Any, num_tokens: int) -> torch.Tensor | None:
+    """The mask, where the module itself may read it; that of flash or flex attention is the kernel's alone."""
+    is_whole = isinstance(mask, torch.Tensor) and mask.dim() == 4
+    return mask[:1, :, -num_tokens:, -num_tokens:] if is_whole else None
+
+
+# By the keyword: how an argument is cut to what is needed for a few tokens.
+CUT: dict[str, Callable[[Any, int], Any]] = {
+    "attention_mask": _of_few,
+    "position_ids": lambda position_ids, num_tokens: position_ids[..., :1, -num_tokens:],
+    # Keys and values of other layers, in a copy: the module may write into it.
+    "shared_kv_states": lambda states, num_tokens: {
+        key: tuple(tensor[:1, :, -num_tokens:] for tensor in states[key]) for key in states
+    },
+    # The keys that an earlier layer has chosen.
+    "prev_topk_indices": lambda indices, num_tokens: indices[:1, -num_tokens:].clamp(max=num_tokens - 1),
+}
 
 
 def _mapped(tables: Tables, function: Callable[[torch.Tensor], torch.Tensor]) -> Tables:
