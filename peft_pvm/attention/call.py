@@ -75,8 +75,11 @@ class AttentionCall:
         def make() -> Visibility:
             first_query = context.past_length + context.seq_len - num_queries
             first_column = first_query - context.first_key(num_keys)
-            mask = self.attention_mask
-            return Visibility(mask, num_queries, num_keys, first_column, is_causal, window, self.query.device)
+            mask, device = self.attention_mask, self.query.device
+            visibility = Visibility(mask, num_queries, num_keys, first_column, is_causal, window, device)
+            if visibility.mask_decides:  # it may hide more than padding
+                visibility.ranked_by = context.padding(num_queries, num_keys)
+            return visibility
 
         # The mask lives as long as what is derived from it, so that its id names it.
         return context.derived((id(self.attention_mask), num_queries, num_keys, is_causal, window), make)

@@ -125,7 +125,8 @@ def _of_few(mask: Any, num_tokens: int) -> torch.Tensor | None:
 # By the keyword: how an argument is cut to what is needed for a few tokens.
 CUT: dict[str, Callable[[Any, int], Any]] = {
     "attention_mask": _of_few,
-    "position_ids": lambda position_ids, num_tokens: position_ids[..., :1, -num_tokens:],
+    # Where no keys stand before them; what turns them are the tables.
+    "position_ids": lambda ids, num_tokens: torch.arange(num_tokens, device=ids.device).expand(*ids.shape[:-2], 1, -1),
     # Keys and values of other layers, in a copy: the module may write into it.
     "shared_kv_states": lambda states, num_tokens: {
         key: tuple(tensor[:1, :, -num_tokens:] for tensor in states[key]) for key in states

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 
 from .memory import Coverage, Runs, VisualMemory
 from .positions import (
@@ -20,7 +21,7 @@ from .positions import (
     run_anchors,
     run_starts,
 )
-from .visibility import real_tokens
+from .visibility import Visibility, real_tokens
 
 
 CONTEXT = "visual_context"  # the keyword argument
@@ -278,6 +279,31 @@ class VisualContext:
         """
         first = self.past_length + self.seq_len - num_keys
         return max(first, 0) if isinstance(first, int) else first.clamp(min=0)
+
+    def padding(self, num_queries: int, num_keys: int) -> Visibility | None:
+        """Which of the keys that a layer hands to its attention are padding, by the mask that the model was given.
+
+        Args:
+            num_queries: How many queries there are.
+            num_keys: How many keys.
+
+        Returns:
+            `None` if that mask has another form than one number for each token.
+        """
+        mask = self.attention_mask
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+            return None
+
+        def make() -> Visibility:
+            first_key, of_keys = self.first_key(num_keys), mask
+            if of_keys is not None:
+                of_keys = F.pad(of_keys.bool(), (0, num_keys))  # what a static cache has not filled
+                slots = torch.arange(num_keys, device=of_keys.device) + first_key
+                of_keys = of_keys.index_select(1, slots)
+            first_column = self.past_length + self.seq_len - num_queries - first_key
+            return Visibility(of_keys, num_queries, num_keys, first_column, device=self.device)
+
+        return self.derived(("padding", num_queries, num_keys), make)
 
     def visual_keys(self, num_keys: int) -> torch.Tensor:
         """Which of the keys that a layer hands to its attention belong to visual tokens.

@@ -156,7 +156,6 @@ ROWS = {
     "minimax_m3_vl": Architecture(
         "MiniMax M3",
         AnyVLM("MiniMaxM3SparseForConditionalGeneration", _minimax_m3_vl, GRID, VIDEO_BY_FRAME),
-        refused={"tdrs": "The heads of this attention see different keys"},
         differs={"padded": "its blocks of keys are counted from the first column"}
         | ({"cached": "it computes something else with a cache"} if T.__version__.startswith("5.16.") else {}),
     ),

@@ -275,6 +275,8 @@ class BranchShape:
             ValueError: `config.r` is not a multiple of the head size, the MLP would have no width or an absurd one, or
                 `text_config` lacks what the sizes come from.
         """
+        if getattr(text_config, "is_heterogeneous", False):  # layers differ in their number of heads
+            text_config = text_config.per_layer_config[0]
         base_heads = text_config.num_attention_heads
         head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // base_heads
         if config.r % head_dim:
