@@ -22,7 +22,7 @@ from tiny_vlms import (
 from .rows import AnyVLM, Architecture
 
 
-# Heads of queries and keys, of 8 + 8 channels, are as wide as PVM's; those of values are wider.
+# Heads of queries and keys have 8 + 8 channels; those of values are narrower.
 LATENT = dict(
     TEXT,
     num_key_value_heads=HEADS,
@@ -30,7 +30,7 @@ LATENT = dict(
     kv_lora_rank=32,
     qk_nope_head_dim=8,
     qk_rope_head_dim=8,
-    v_head_dim=24,
+    v_head_dim=8,
     first_k_dense_replace=1,
     moe_intermediate_size=32,
     n_routed_experts=4,
@@ -118,7 +118,7 @@ def _dots3_note():
         swa_kv_lora_rank=16,
         swa_head_dim=16,
         swa_qk_nope_head_dim=8,
-        swa_v_head_dim=16,
+        swa_v_head_dim=12,
         shared_experts_intermediate_size=32,
     )
     return T.Dots3NoteConfig(
