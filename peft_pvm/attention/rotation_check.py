@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Cache
 
 from ..tokens.context import CONTEXT, VisualContext
+from ..tokens.tap import by_name
 from .call import AttentionCall, Output
 from .rotation import Tables, inverse, rotate, rotation_tables, unit
 
@@ -48,7 +49,7 @@ class RotationCheck:
         if torch.compiler.is_compiling() or context is None or not self.acts():
             return
         context.check()
-        fault = self._fault(attention, args[0] if args else kwargs["hidden_states"], kwargs, context)
+        fault = self._fault(attention, by_name(attention, args, kwargs), context)
         if fault:
             raise NotImplementedError(
                 f"{type(attention).__name__} (decoder layer {attention.layer_idx}) {fault}, so that the adapter would "
@@ -57,13 +58,13 @@ class RotationCheck:
         self.remove()
 
     @torch.no_grad()
-    def _fault(self, attention: Any, states: torch.Tensor, kwargs: dict[str, Any], context: VisualContext) -> str:
+    def _fault(self, attention: Any, kwargs: dict[str, Any], context: VisualContext) -> str:
         """What is not as adapters assume of queries and keys; "" if all is."""
         given = kwargs.get(TABLES)
         if given is None:
             return "" if self.rotary is None else f"is given no {TABLES} for its queries and keys"
-        states = states[:1, -FEW:]
-        given = _mapped(given, lambda table: table[..., :1, -FEW:, :])
+        states = kwargs["hidden_states"][:1, -FEW:]
+        given = _mapped(given, lambda table: table[..., :1, -states.shape[1] :, :])
         if self.rotary is None:
             here, there = (_caught(attention, states, tables, kwargs) for tables in (given, inverse(given)))
             turned = here

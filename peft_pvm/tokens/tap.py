@@ -128,7 +128,7 @@ class Tap:
         return inputs
 
     def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        inputs = _by_name(module, args, kwargs)
+        inputs = by_name(module, args, kwargs)
         given_mask = kwargs.pop(VISUAL_MASK, None)
         if self.vlm.family.image_mask:
             context = self._context_of_mask(inputs)
@@ -188,7 +188,7 @@ class Tap:
     def _complete_context(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        inputs = _by_name(module, args, kwargs)
+        inputs = by_name(module, args, kwargs)
         inputs_embeds, cache = inputs.get("inputs_embeds"), cache_in(inputs)
         given_mask = kwargs.pop(VISUAL_MASK, None)
         context = kwargs.get(CONTEXT)
@@ -219,7 +219,7 @@ class Tap:
     def _note_positions(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         in_flight = self._in_flight.get(this_thread())
         context = None if in_flight is None else in_flight()
-        position_ids = _by_name(module, args, kwargs).get("position_ids")
+        position_ids = by_name(module, args, kwargs).get("position_ids")
         if context is not None and position_ids is not None:  # without them, what needs them raises
             context.note_positions(position_ids)
 
@@ -234,7 +234,7 @@ class Tap:
         if context.refusal is not None:
             return
         num_tokens = context.past_length + context.seq_len
-        given = cache_in(_by_name(module, args, kwargs))
+        given = cache_in(by_name(module, args, kwargs))
         for cache in caches_in(output) or ([] if given is None else [given]):
             is_evicted = context.is_evicted or has_lost_keys(cache, context.keys_before, context.seq_len)
             # A static cache counts in place, and is not asked.
@@ -249,7 +249,7 @@ def _placed(features: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
     return placed
 
 
-def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All inputs of a forward by name, positional ones included."""
     if not args:
         return kwargs

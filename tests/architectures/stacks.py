@@ -194,7 +194,7 @@ def _qwen4_exp():
     text = dict(
         TEXT,
         num_hidden_layers=4,
-        layer_types=["linear_attention", "indexed_attention"] * 2,
+        layer_types=["linear_attention", "full_attention"] * 2,
         head_dim=32,
         rope_parameters={**MROPE_INTERLEAVED, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25},
         linear_key_head_dim=16,
