@@ -39,6 +39,8 @@ def test_architecture(name: str, method: str):
         # Where padded rows differ anyway, kernels may disagree on them.
         batch = ("t4 i t3 i t6",) if "padded" in row.differs else ("t4 i t3 i t6", "i t9", "t9")
         agrees_with_the_oracle(row.tiny, **{method: ROTATING[method]}, batch=batch)
+    elif row.streams:
+        is_added_to_the_streams(row.tiny, method, *row.streams)
     else:
         is_added_to_the_stream(row.tiny, method)
 
@@ -85,6 +87,29 @@ def is_added_to_the_stream(tiny: TinyVLM, method: str) -> None:
     torch.testing.assert_close(seen["layer"], seen["stream"] + seen["update"], rtol=0, atol=TOLERANCE)
 
 
+def is_added_to_the_streams(tiny: TinyVLM, method: str, reader: str, returner: str) -> None:
+    """A branch reads the mixture that the FFN reads, and its layer returns what it would if the FFN had returned more.
+
+    Independent of how streams are mixed.
+    """
+    attached = METHODS[method].attach(tiny.build())
+    vlm = find_vlm(attached.get_base_model())
+    branch, layer = next((layer.pvm, layer) for layer in vlm.layers if hasattr(layer, "pvm"))
+    seen = {}
+    branch.register_forward_hook(lambda module, args, output: seen.update(stream=args[0], update=output))
+    layer.get_submodule(reader).register_forward_pre_hook(lambda module, args: seen.update(mixture=args[0]))
+    layer.register_forward_hook(lambda module, args, output: seen.update(layer=_first(output)))
+    inputs = tiny.inputs(attached.get_base_model(), "t4 i t3 i t6")
+    logits(attached, inputs)
+    assert seen["update"].abs().amax() > 100 * TOLERANCE
+    assert torch.equal(seen["stream"], seen["mixture"])
+    computed, update = seen["layer"], seen["update"]
+    layer.get_submodule(returner).register_forward_hook(lambda module, args, output: output + update)
+    with attached.disable_adapter():
+        logits(attached, inputs)
+    torch.testing.assert_close(computed, seen["layer"], rtol=0, atol=TOLERANCE)
+
+
 def _first(output):
     return output if isinstance(output, torch.Tensor) else output[0]
 
@@ -99,7 +124,7 @@ def test_generates_as_whole_forwards_do(name: str):
         generated = generate(row.tiny, model, "t4 i t3 i t6")
         whole = {**prompt, "input_ids": generated.sequences}
         longer = generated.sequences.shape[1] - prompt["input_ids"].shape[1]
-        for mask_name, value in (("attention_mask", 1), ("image_embeds_position_mask", 0)):
+        for mask_name, value in (("attention_mask", 1), ("image_embeds_position_mask", 0), ("mm_token_type_ids", 0)):
             if mask_name in prompt:
                 whole[mask_name] = torch.nn.functional.pad(prompt[mask_name], (0, longer), value=value)
         expected = logits(model, whole)[:, -longer - 1 : -1]

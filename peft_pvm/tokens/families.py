@@ -30,11 +30,14 @@ class DecoderBlock:
             where FFN and attention read the same normed input: there that stream is layer input + attention output.
         ffn_end: The submodule whose *output* is what the FFN adds to the residual stream.
         token_mixers: The submodules that mix tokens; a layer has one of them.
+        has_streams: Whether there are several residual streams. The FFN then reads a mixture of them, and what it
+            returns is spread over them. So is what is put beside it, which reads that mixture.
     """
 
     ffn_norm: str | None = "post_attention_layernorm"
     ffn_end: str = "mlp"
     token_mixers: tuple[str, ...] = ("self_attn", "linear_attn")
+    has_streams: bool = False
 
     @property
     def is_parallel(self) -> bool:
@@ -80,12 +83,14 @@ BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "gemma3_text": SANDWICH,
     "gemma4_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
+    "glm5_next_text": DecoderBlock(has_streams=True),
     "kosmos_2_5_text_model": KOSMOS,
     "kosmos_2_text_model": KOSMOS,
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
     "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
     "nemotron_h": "each layer is attention or an FFN, not both",
     "opt": DecoderBlock(ffn_norm="final_layer_norm", ffn_end="fc2"),
+    "qwen4_exp_text": DecoderBlock(ffn_norm="mlp", has_streams=True),
 }
 
 

@@ -38,12 +38,15 @@ class Architecture:
             `memory_source="hidden_states"`), "dipe" and "tdrs"; "all" stands for all of them.
         differs: What does not hold of the model itself, without any adapter, and why: "cached" (a cache changes
             nothing) or "padded" (rows of a batch are what they are alone).
+        streams: Of a decoder layer with several residual streams, the module that reads their mixture for the FFN, and
+            the one that returns what is spread over them.
     """
 
     known_as: str
     tiny: TinyVLM
     refused: Mapping[str, str] = field(default_factory=dict)
     differs: Mapping[str, str] = field(default_factory=dict)
+    streams: tuple[str, str] | None = None
 
     def refusal(self, method: str) -> str | None:
         """Why a method does not work on it; `None`: it does."""

@@ -9,6 +9,7 @@ import transformers as T
 from tiny_vlms import (
     BOS,
     EOS,
+    GLM_IDS,
     GRID,
     HIDDEN,
     IMAGE,
@@ -17,6 +18,7 @@ from tiny_vlms import (
     PAD,
     QWEN3_VISION,
     QWEN_IDS,
+    QWEN_VISION,
     SIGLIP,
     TEXT,
     VIDEO,
@@ -215,11 +217,37 @@ def _qwen4_exp():
         split_ngram_parts=1,
         **MOE,
     )
-    del text["intermediate_size"]
     return T.Qwen4ExpConfig(text_config=text, vision_config=dict(QWEN3_VISION), **QWEN_IDS)
 
 
-SEVERAL_STREAMS = "several residual streams"
+def _glm5_next():
+    """Several residual streams, and latent attention without rotation."""
+    text = dict(
+        TEXT,
+        num_hidden_layers=4,
+        num_key_value_heads=4,
+        layer_types=["linear_attention", "full_attention", "full_attention", "full_attention"],
+        indexer_types=["full", "full", "shared", "full"],
+        mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_nope_head_dim=16,
+        v_head_dim=8,
+        index_topk=8,
+        index_head_dim=16,
+        index_n_heads=2,
+        index_kpool=2,
+        linear_head_dim=16,
+        linear_num_heads=2,
+        hc_mult=2,
+    )
+    vision = dict(QWEN_VISION, intermediate_size=64, image_size=32, projection_intermediate_size=64)
+    return T.Glm5NextConfig(text_config=text, vision_config=vision, **GLM_IDS)
+
+
 NOTHING_ROTATES = "has no layer that rotates queries and keys by position"
 
 ASKS_FOR_PIXELS = {
@@ -228,9 +256,16 @@ ASKS_FOR_PIXELS = {
 }
 
 ROWS: dict[str, Architecture] = {
+    "glm5_next": Architecture(
+        "GLM-5.3-Flash",
+        AnyVLM("Glm5NextForConditionalGeneration", _glm5_next, GRID),
+        refused={"dipe": NOTHING_ROTATES},
+        streams=("post_attention_layernorm", "mlp"),
+    ),
     "qwen4_exp": Architecture(
         "Qwen4-Exp",
         AnyVLM("Qwen4ExpForConditionalGeneration", _qwen4_exp, GRID, VIDEO_BY_FRAME),
+        streams=("mlp", "mlp"),
     ),
     "blip-2": Architecture(
         "BLIP-2 (OPT)",

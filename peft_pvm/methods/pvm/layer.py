@@ -114,7 +114,7 @@ class PVMLayer(VisualTunerLayer):
         ]
         if block.is_parallel:
             hooks.append(mixer.register_forward_hook(self._take_attention))
-        return [*hooks, BlockCheck(layer, block, self.acting)]
+        return hooks if block.has_streams else [*hooks, BlockCheck(layer, block, self.acting)]
 
     def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = kwargs.get(CONTEXT)
