@@ -134,7 +134,7 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
 def to_complex(states: torch.Tensor, frequencies: int, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The channels that are rotated, as complex numbers, and the others. `(batch, heads, seq_len, ...)` each."""
     if hasattr(attention, "kv_lora_rank"):  # the latent part first
-        rest, rotated = states[..., : -2 * frequencies], states[..., -2 * frequencies :]
+        rest, rotated = states.tensor_split([states.shape[-1] - 2 * frequencies], -1)
     else:
         rotated, rest = states[..., : 2 * frequencies], states[..., 2 * frequencies :]
     if attention.config.model_type in NEIGHBOURS:

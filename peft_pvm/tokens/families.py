@@ -71,6 +71,7 @@ PRE_NORM = DecoderBlock()
 PRE_NORM_CHILDREN = {*PRE_NORM.token_mixers, "input_layernorm", PRE_NORM.ffn_norm, PRE_NORM.ffn_end}
 SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_layernorm")
 
+STREAMS = DecoderBlock(ffn_norm="mlp", has_streams=True)
 KOSMOS = DecoderBlock(ffn_norm="final_layer_norm", ffn_end="ffn")
 POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # the FFN reads the stream as it is
 
@@ -83,14 +84,14 @@ BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "gemma3_text": SANDWICH,
     "gemma4_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
-    "glm5_next_text": DecoderBlock(has_streams=True),
+    "glm5_next_text": STREAMS,
     "kosmos_2_5_text_model": KOSMOS,
     "kosmos_2_text_model": KOSMOS,
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
     "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
     "nemotron_h": "each layer is attention or an FFN, not both",
     "opt": DecoderBlock(ffn_norm="final_layer_norm", ffn_end="fc2"),
-    "qwen4_exp_text": DecoderBlock(ffn_norm="mlp", has_streams=True),
+    "qwen4_exp_text": STREAMS,
 }
 
 

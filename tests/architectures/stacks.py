@@ -238,7 +238,7 @@ def _glm5_next():
         v_head_dim=8,
         index_topk=8,
         index_head_dim=16,
-        index_n_heads=2,
+        index_n_heads=16,  # with few, all of some pools' scores are 0, and which of them are chosen is chance
         index_kpool=2,
         linear_head_dim=16,
         linear_num_heads=2,
@@ -260,7 +260,7 @@ ROWS: dict[str, Architecture] = {
         "GLM-5.3-Flash",
         AnyVLM("Glm5NextForConditionalGeneration", _glm5_next, GRID),
         refused={"dipe": NOTHING_ROTATES},
-        streams=("post_attention_layernorm", "mlp"),
+        streams=("mlp", "mlp"),
     ),
     "qwen4_exp": Architecture(
         "Qwen4-Exp",

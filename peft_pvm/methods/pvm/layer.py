@@ -80,6 +80,8 @@ class PVMLayer(VisualTunerLayer):
         decoder_layer = self.decoder_layer
         norm = self.vlm.block.norm(decoder_layer)
         parameters = [*norm.parameters(), *decoder_layer.parameters()]
+        if self.vlm.block.has_streams:  # the FFN itself, whose vectors may be kept in fp32
+            parameters = [parameter for name, parameter in decoder_layer.named_parameters() if "norm" in name]
         # A vector, where the block's first module is the FFN itself.
         reference = next((each for each in parameters if each.dim() == 1 and each.is_floating_point()), parameters[0])
         device = device or reference.device
