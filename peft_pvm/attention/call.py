@@ -110,7 +110,7 @@ class AttentionCall:
         """
         stages = self.context.stages.get(self.module.layer_idx)
         if stages is not None:
-            unknown = [name for name in ("s_aux", "position_bias") if self.kwargs.get(name) is not None]
+            unknown = [name for name in ("s_aux", "sinks", "position_bias") if self.kwargs.get(name) is not None]
             if unknown:
                 raise NotImplementedError(
                     f"{type(self.module).__name__} has {unknown}, which the active adapters do not know."

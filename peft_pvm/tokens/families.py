@@ -71,6 +71,7 @@ PRE_NORM = DecoderBlock()
 PRE_NORM_CHILDREN = {*PRE_NORM.token_mixers, "input_layernorm", PRE_NORM.ffn_norm, PRE_NORM.ffn_end}
 SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_layernorm")
 
+INKLING = "an FFN reads several residual streams by attention, and a convolution would spread a branch over tokens"
 STREAMS = DecoderBlock(ffn_norm="mlp", has_streams=True)
 KOSMOS = DecoderBlock(ffn_norm="final_layer_norm", ffn_end="ffn")
 POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # the FFN reads the stream as it is
@@ -85,6 +86,8 @@ BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "gemma4_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
     "glm5_next_text": STREAMS,
+    "inkling2_loop_text": INKLING,
+    "inkling2_text": INKLING,
     "kosmos_2_5_text_model": KOSMOS,
     "kosmos_2_text_model": KOSMOS,
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),

@@ -248,6 +248,51 @@ def _glm5_next():
     return T.Glm5NextConfig(text_config=text, vision_config=vision, **GLM_IDS)
 
 
+def _inkling2(loops: bool):
+    """Attention over residual streams, with sinks and biases by distance; some layers may run several times."""
+    text = dict(
+        TEXT,
+        num_hidden_layers=6,
+        layer_types=["hybrid_sliding", "hybrid"] * 3,
+        head_dim=16,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=16,
+        sliding_window_size=8,
+        unpadded_vocab_size=VOCAB,
+        rel_extent=16,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_layers_per_attn_res_block=2,
+    )
+    del text["intermediate_size"]
+    vision = dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        patch_size=4,
+        posemb_grid_size=4,
+        projection_hidden_dim=HIDDEN,
+        text_hidden_size=HIDDEN,
+    )
+    if not loops:
+        return T.Inkling2Config(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    looped = dict(text, loop_layer_index_start=2, loop_layer_index_end=4, loop_num_passes=2, loop_gate_rank=8)
+    vision = dict(vision, model_type="inkling2_vision")
+    return T.Inkling2LoopConfig(text_config=looped, vision_config=vision, image_token_id=IMAGE)
+
+
+def _inkling_image(model, generator):
+    pixels = torch.randn(4, 8, 8, 3, generator=generator, device="cpu")
+    return [IMAGE] * 4, {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 2, 2]])}
+
+
+INKLING2 = {
+    "pvm": "reads several residual streams by attention",
+    "pvm-hidden-states": "reads several residual streams by attention",
+    "tdrs": "has ['sinks', 'position_bias'], which the active adapters do not know",
+}
 NOTHING_ROTATES = "has no layer that rotates queries and keys by position"
 
 ASKS_FOR_PIXELS = {
@@ -256,6 +301,16 @@ ASKS_FOR_PIXELS = {
 }
 
 ROWS: dict[str, Architecture] = {
+    "inkling2": Architecture(
+        "Inkling 2 Small",
+        AnyVLM("Inkling2ForConditionalGeneration", lambda: _inkling2(loops=False), _inkling_image),
+        refused={**INKLING2, "dipe": NOTHING_ROTATES},
+    ),
+    "inkling2_loop": Architecture(
+        "Inkling 2 Mini",
+        AnyVLM("Inkling2LoopForConditionalGeneration", lambda: _inkling2(loops=True), _inkling_image),
+        refused={**INKLING2, "dipe": NOTHING_ROTATES},
+    ),
     "glm5_next": Architecture(
         "GLM-5.3-Flash",
         AnyVLM("Glm5NextForConditionalGeneration", _glm5_next, GRID),
