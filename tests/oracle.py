@@ -110,8 +110,7 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
         rotary = text_model.rotary_emb_unscaled
     layer_type = config.layer_types[attention.layer_idx] if getattr(config, "layer_types", None) else None
     no_rotation = (
-        config.model_type in ("llama4_text", "mistral_large4_text")
-        and not config.no_rope_layers[attention.layer_idx]
+        config.model_type in ("llama4_text", "mistral_large4_text") and not config.no_rope_layers[attention.layer_idx]
     ) or (config.model_type == "cohere2" and layer_type == "full_attention")
     name = f"{layer_type}_inv_freq"
     frequencies = (getattr(rotary, name) if hasattr(rotary, name) else rotary.inv_freq).double()
@@ -234,7 +233,9 @@ def oracle(
         bias: What is added to them after scaling, likewise. `None`: 0.
     """
     model = model.double()
-    text_model = next(m for m in model.modules() if any(hasattr(m, name) for name in EMBEDDINGS) and hasattr(m, "layers"))
+    text_model = next(
+        m for m in model.modules() if any(hasattr(m, name) for name in EMBEDDINGS) and hasattr(m, "layers")
+    )
     ids = inputs["input_ids"]
     visual = (ids == IMAGE) | (ids == VIDEO)
     tokens = Tokens(torch.zeros(*ids.shape, 1), visual, inputs["attention_mask"].bool())

@@ -190,7 +190,6 @@ def _asked_frames(model, generator):
     return [VIDEO] * 8, {"pixel_values": pixels, "qformer_input_ids": question}
 
 
-
 def _qwen4_exp():
     """Several residual streams, keys chosen by an indexer, and positions of all tokens at every step."""
     text = dict(

@@ -17,10 +17,11 @@ from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from peft_pvm.tokens.by_row import BASE, AdaptersByRow
 from peft_pvm.tokens.context import CONTEXT, VisualContext
 from peft_pvm.tokens.families import VisionLanguageModel, find_vlm
 from peft_pvm.tokens.memory import coverage_of, memory_of
-from peft_pvm.tokens.tap import BASE, VISUAL_MASK, AdaptersByRow, Tap
+from peft_pvm.tokens.tap import VISUAL_MASK, Tap
 from peft_pvm.utils.packages import CACHE
 
 
