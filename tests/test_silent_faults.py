@@ -8,9 +8,11 @@ import pytest
 import tiny_vlms
 import torch
 import torch.nn.functional as F
+from architectures import ARCHITECTURES
 from forwards import TOLERANCE, difference, in_dtype, logits
 from methods_under_test import METHODS
 from peft import get_peft_model
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
@@ -111,6 +113,23 @@ def test_another_rotary_embedding_is_noticed(config):
     model.model.language_model.layers[2].register_forward_pre_hook(replace, with_kwargs=True)
     with pytest.raises(NotImplementedError, match=r"\(decoder layer 2\) is given other rotations"):
         logits(get_peft_model(model, config), inputs)
+
+
+class RotatedFirst(DeepseekV3Attention):
+    """Its keys begin with the channels that are rotated."""
+
+    def expand_kv(self, *latents):
+        keys, values = super().expand_kv(*latents)
+        return keys.roll(self.qk_rope_head_dim, -1), values
+
+
+@pytest.mark.parametrize("config", ROTATING.values(), ids=ROTATING)
+def test_other_channels_of_latent_attention_are_noticed(config):
+    family = ARCHITECTURES["llava/deepseek_v3"].tiny
+    model = family.build()
+    model.model.language_model.layers[1].self_attn.__class__ = RotatedFirst
+    with pytest.raises(NotImplementedError, match=r"RotatedFirst \(decoder layer 1\) changes"):
+        logits(get_peft_model(model, config), family.inputs(model, *BATCH))
 
 
 @pytest.mark.parametrize("config", [VAFConfig(), LogBiasConfig()], ids=["vaf", "log_bias"])

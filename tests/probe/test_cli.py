@@ -137,10 +137,10 @@ def test_errors_say_what_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_cannot_be_probed_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch):
     attention = T.models.llama.modeling_llama.LlamaAttention
-    monkeypatch.setattr(attention, "kv_lora_rank", 4, raising=False)
+    monkeypatch.setattr(attention, "sinks", 4, raising=False)
     done = run(folder, "llava")
     assert done.exit_code == 1
-    assert re.search(r"Error: .*multi-head latent attention", done.stderr)
+    assert re.search(r"Error: .*attention sinks", done.stderr)
 
 
 def test_no_foreign_code_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -461,8 +461,8 @@ def test_what_cannot_be_probed_is_refused(probed):
     with pytest.raises(ValueError, match="merged"):
         probed(merged)
     attention = find_vlm(model).layers[1].self_attn
-    attention.kv_lora_rank = 4
-    with pytest.raises(ValueError, match="multi-head latent attention"):
+    attention.sinks = 4
+    with pytest.raises(ValueError, match="attention sinks"):
         probed(model)
 
 

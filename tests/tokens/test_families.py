@@ -196,17 +196,6 @@ def test_layers_without_rotation_of_an_unlisted_model():
 
 
 @pytest.mark.parametrize("config", [DIPEConfig(max_distance=0), TDRSConfig()], ids=["dipe", "tdrs"])
-def test_latent_attention_is_refused(config: PeftConfig):
-    text = dict(
-        tiny_vlms.TEXT, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16
-    )
-    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32)
-    model = _llava_over(T.DeepseekV3Config(**text, **experts, first_k_dense_replace=3)).build()
-    with pytest.raises(ValueError, match=r"has \['kv_lora_rank'\]"):
-        get_peft_model(model, config)
-
-
-@pytest.mark.parametrize("config", [DIPEConfig(max_distance=0), TDRSConfig()], ids=["dipe", "tdrs"])
 def test_unknown_ways_to_rotate_are_refused(config: PeftConfig, monkeypatch):
     monkeypatch.setattr(rotation, "ROTARY_FUNCTIONS", ("rotate_somehow",))
     rotation._rotary_function.cache_clear()
