@@ -141,7 +141,7 @@ def test_images_in_the_cache_are_hidden_and_no_padding(attention: Gemma2Attentio
     start = 5
     call = call_of(attention, "sdpa without a mask", start)
     call.context.hidden_rows = ROWS
-    call.attention_mask = (CAUSAL & REAL[:, None])[:, None, start:]
+    call.context.attention_mask, call.attention_mask = REAL, (CAUSAL & REAL[:, None])[:, None, start:]
     hidden = hidden_from_text(call)
     expected = by_hand(call, (CAUSAL & REAL[:, None] & ~(ROWS[:, None] & VISUAL)[:, None])[:, start:])
     text = ~VISUAL[:, start:]
