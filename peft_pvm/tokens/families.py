@@ -186,7 +186,7 @@ class VisionLanguageModel:
     text_model: nn.Module
     text_model_name: str
     placeholder_ids: Mapping[str, tuple[int, ...]]
-    family: VLMFamily
+    family: VLMFamily = field(default_factory=VLMFamily)
 
     @functools.cached_property
     def block(self) -> DecoderBlock:

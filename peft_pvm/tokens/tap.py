@@ -16,11 +16,12 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Cache
 
@@ -33,7 +34,6 @@ from ..utils.packages import (
     modalities_in,
     paged_inputs,
 )
-from .by_row import AdaptersByRow
 from .context import CONTEXT, VisualContext
 from .families import VisionLanguageModel
 from .memory import Coverage, VisualMemory, attach_memory, coverage_of, has_lost_keys, keys_by_layer, memory_of
@@ -43,6 +43,7 @@ from .positions import placeholder_mask
 VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
 FEATURES = "image_embeds"  # the keyword by which a text model that puts features in itself is given them
 ATTRIBUTE = "_visual_tap"  # of the text model, on which its tap stands
+BASE = "__base__"  # what PEFT calls no adapter, where every row has its own
 
 
 class Tap:
@@ -66,9 +67,8 @@ class Tap:
         self._in_flight: dict[int, weakref.ref[VisualContext]] = {}
         self.by_row = AdaptersByRow()
         self._has_warned = False
-        # On this one model, set aside until the tap is removed. The forward refuses packed rows too, but
-        # generate_batch works in a thread of its own and would only log that. And generate refuses keywords that it
-        # does not know.
+        # Set aside until the tap is removed. The forward refuses packed rows too, but generate_batch works in a thread
+        # of its own and would only log that. And generate refuses keywords that it does not know.
         self._shadows: dict[str, tuple[nn.Module, Any]] = {
             "init_continuous_batching": (vlm.model, self._init_continuous_batching),
             "_validate_model_kwargs": (vlm.model, self._validate_model_kwargs),
@@ -191,11 +191,12 @@ class Tap:
         inputs_embeds, cache = inputs.get("inputs_embeds"), cache_in(inputs)
         given_mask = kwargs.pop(VISUAL_MASK, None)
         context = kwargs.get(CONTEXT)
-        if inputs_embeds is None:  # text alone: nothing to read but the shape
+        if self.vlm.family.image_mask and context is not None and context.visual_mask is not None:
+            where, features = context.visual_mask.unsqueeze(-1), inputs[FEATURES]
+            inputs_embeds = features.new_zeros(*where.shape[:2], features.shape[-1]).masked_scatter(where, features)
+        elif inputs_embeds is None:  # text alone: nothing to read but the shape
             context = context or VisualContext(None)
             inputs_embeds = torch.empty(*inputs["input_ids"].shape, 0, device=inputs["input_ids"].device)
-            if self.vlm.family.image_mask and context.visual_mask is not None:
-                inputs_embeds = _placed(inputs[FEATURES], context.visual_mask)
         elif context is None:  # the text model is called by itself
             context = _context_of_own_embeds(given_mask, inputs_embeds)
         if context.attention_mask is None:
@@ -239,13 +240,6 @@ class Tap:
             # A static cache counts in place, and is not asked.
             num_keys = num_tokens if cache.is_compileable else _length_of(cache)
             attach_memory(cache, context.memory, Coverage(num_tokens, num_keys, is_evicted))
-
-
-def _placed(features: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
-    """Features where they belong, and zeros elsewhere, `(batch, seq_len, hidden_size)`."""
-    placed = features.new_zeros(*visual_mask.shape, features.shape[-1])
-    placed[visual_mask] = features.flatten(0, -2)
-    return placed
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -343,6 +337,64 @@ def _remembered(cache: Cache | None, num_keys: int | torch.Tensor, seq_len: int)
             )
         return memory, coverage
     return memory.cropped(num_keys), Coverage(num_keys, num_keys)
+
+
+class AdaptersByRow:
+    """What is said about the forwards of each thread. Other threads may be running through the same model."""
+
+    def __init__(self) -> None:
+        self._by_thread: dict[int, Sequence[str]] = {}
+
+    @contextlib.contextmanager
+    def chosen(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Have each row its own adapter, in the forwards of this thread, for the length of a block.
+
+        Args:
+            adapter_names: Of each row that the user gave. `generate` repeats rows, for beams and several answers.
+        """
+        thread = threading.get_ident()
+        outer = self._by_thread.get(thread)
+        self._by_thread[thread] = adapter_names
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._by_thread[thread]
+            else:
+                self._by_thread[thread] = outer
+
+    def names(self, batch_size: int) -> list[str] | None:
+        """The adapter of each row of a batch in this thread. `None`: rows do not have adapters of their own.
+
+        Raises:
+            ValueError: As many rows cannot come from as many names.
+            NotImplementedError: The forward is being compiled.
+        """
+        if torch.compiler.is_compiling():
+            if self._by_thread:  # a compiled forward cannot ask which thread runs it
+                raise NotImplementedError(
+                    "adapter_names cannot choose adapters in a compiled forward. Make this call on the model that is "
+                    "not compiled, or use set_adapter."
+                )
+            return None
+        adapter_names = self._by_thread.get(threading.get_ident())
+        if adapter_names is None:
+            return None
+        if not adapter_names or batch_size % len(adapter_names):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {batch_size} rows.")
+        return [name for name in adapter_names for _ in range(batch_size // len(adapter_names))]
+
+    def choose_in(self, wrapper: AuxiliaryTrainingWrapper) -> None:
+        """Have a module that PEFT keeps several of (`modules_to_save`) choose among them row by row as well."""
+        if "_visual_choice" not in wrapper.__dict__:
+            wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(self._name_rows, with_kwargs=True)
+
+    def _name_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        names = self.names(len(args[0]))
+        if names is None:
+            return args, kwargs
+        own = held_by(module)
+        return args, {**kwargs, "adapter_names": [name if name in own else BASE for name in names]}
 
 
 def this_thread() -> int:
