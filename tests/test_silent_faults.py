@@ -227,6 +227,25 @@ def test_a_sum_that_is_scaled_as_a_whole_or_read_is_one(layer_cls, dtype):
     assert logits(attached, inputs).isfinite().all()
 
 
+class Dropping(Changed):
+    """Right: what the FFN returns is dropped out in training, as in OPT."""
+
+    dropout = 0.5
+
+    def joined(self, after):
+        return after + F.dropout(self.mlp(self.post_attention_layernorm(after)), self.dropout, self.training)
+
+
+def test_a_sum_with_dropout_is_checked_without():
+    attached = _with_layer(Dropping)
+    inputs = tiny_vlms.FAMILIES["llava"].inputs(attached.get_base_model(), *BATCH)
+    layer = attached.get_base_model().model.language_model.layers[1]
+    assert logits(attached.train(), inputs).isfinite().all()
+    assert layer._forward_hooks
+    logits(attached.eval(), inputs)
+    assert not layer._forward_hooks
+
+
 def test_another_order_is_noticed():
     """Nor does a stream of an earlier forward take the place of one that comes too late."""
     attached = _with_layer(NormLast)

@@ -34,6 +34,7 @@ class BlockCheck:
 
     def __init__(self, layer: nn.Module, block: DecoderBlock, acts: Callable[[], Any]):
         self.acts = acts
+        self.layer = layer
         # What the layer must add up, by thread. If a forward ends before, a few numbers are left.
         self._parts: dict[int, list[torch.Tensor]] = {}
         self._num_parts = 3 if block.is_parallel else 2
@@ -52,7 +53,8 @@ class BlockCheck:
             handle.remove()
 
     def _start(self, module: nn.Module, args: tuple) -> None:
-        if self.acts() and not torch.compiler.is_compiling():
+        drops = self.layer.training and getattr(self.layer, "dropout", 0)  # as OPT does, what its FFN returns
+        if self.acts() and not drops and not torch.compiler.is_compiling():
             self._parts[this_thread()] = [_last(args[0], min(FEW, args[0].shape[1]))]
 
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
