@@ -283,7 +283,14 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
             "The model is already a PeftModel. Attach to what it wraps: get_peft_model(model.get_base_model(), "
             "config), or peft_pvm.add_adapters(model.get_base_model(), ...) for adapters of several types."
         )
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), VLMFamily())
+    config: Any = getattr(model, "config", None)
+    if getattr(getattr(config, "text_config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} (model_type {config.model_type!r}) is an encoder-decoder: images are in the "
+            "encoder, all of which the decoder sees at every step, so that no text comes between them and the text "
+            "that is written. Adapters act on images whose tokens stand among those of the text."
+        )
+    family = FAMILIES.get(getattr(config, "model_type", ""), VLMFamily())
     placeholder_ids = _find_placeholder_ids(model, family)
     modules = dict(model.named_modules())
     text_model_name = _find_text_model(model, modules)

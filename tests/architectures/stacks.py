@@ -121,8 +121,7 @@ class Kosmos2(Kosmos):
 
 
 def _kosmos_2():
-    vision = dict(SIGLIP)
-    return T.Kosmos2Config(text_config=dict(KOSMOS), vision_config=vision, latent_query_num=4)
+    return T.Kosmos2Config(text_config=dict(KOSMOS), vision_config=dict(SIGLIP), latent_query_num=4)
 
 
 def _kosmos_2_5():
@@ -138,7 +137,6 @@ def _patches(model, generator):
     return [IMAGE] * 4, {"flattened_patches": torch.cat([places, pixels], 1)[None]}
 
 
-OPT = dict(ffn_dim=96, word_embed_proj_dim=HIDDEN, dropout=0.1, do_layer_norm_before=True)
 QFORMER = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -157,8 +155,31 @@ def _blip(family: str, text: Any):
     )
 
 
-def _opt(**fields: Any):
-    return T.OPTConfig(**TEXT, **{**OPT, **fields})
+def _opt():
+    return T.OPTConfig(**TEXT, ffn_dim=96, word_embed_proj_dim=HIDDEN)
+
+
+def _t5():
+    return T.T5Config(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=PAD,
+    )
+
+
+class WithT5(AnyVLM):
+    """What it writes is read by a decoder of its own."""
+
+    def inputs(self, model, *conversations, **cut):
+        batch = super().inputs(model, *conversations, **cut)
+        del batch["position_ids"]
+        return {**batch, "decoder_input_ids": torch.zeros(len(conversations), 3, dtype=torch.long)}
 
 
 def _blip_image(model, generator):
@@ -294,6 +315,7 @@ INKLING2 = {
 }
 NOTHING_ROTATES = "has no layer that rotates queries and keys by position"
 
+ENCODER_DECODER = {"all": "is an encoder-decoder: images are in the encoder"}
 ASKS_FOR_PIXELS = {
     "cached": "its forward asks for pixels at every step, and returns no cache",
     "padded": "it cannot read a row of text alone",
@@ -327,6 +349,11 @@ ROWS: dict[str, Architecture] = {
         refused={"dipe": NOTHING_ROTATES},
         differs=ASKS_FOR_PIXELS,
     ),
+    "blip-2/t5": Architecture(
+        "BLIP-2 (Flan-T5)",
+        WithT5("Blip2ForConditionalGeneration", lambda: _blip("Blip2", _t5()), _blip_image),
+        refused=ENCODER_DECODER,
+    ),
     "instructblip": Architecture(
         "InstructBLIP (Vicuna)",
         AnyVLM(
@@ -335,6 +362,11 @@ ROWS: dict[str, Architecture] = {
             _asked_image,
         ),
         differs=ASKS_FOR_PIXELS,
+    ),
+    "instructblip/t5": Architecture(
+        "InstructBLIP (Flan-T5)",
+        WithT5("InstructBlipForConditionalGeneration", lambda: _blip("InstructBlip", _t5()), _asked_image),
+        refused=ENCODER_DECODER,
     ),
     "instructblipvideo": Architecture(
         "InstructBLIP (Vicuna) on videos",

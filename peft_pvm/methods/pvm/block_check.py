@@ -34,7 +34,7 @@ class BlockCheck:
 
     def __init__(self, layer: nn.Module, block: DecoderBlock, acts: Callable[[], Any]):
         self.acts = acts
-        self.layer = layer
+        self.layer: Any = layer
         # What the layer must add up, by thread. If a forward ends before, a few numbers are left.
         self._parts: dict[int, list[torch.Tensor]] = {}
         self._num_parts = 3 if block.is_parallel else 2
