@@ -25,7 +25,6 @@ from peft_pvm.methods.tdrs.weights import reweighted
 
 ORACLE_TOLERANCE = 2e-5  # of logits in fp32
 LEAST = -1e4  # a logit: models suppress tokens by the least number of the dtype
-EMBEDDINGS = ("embed_tokens", "embeddings")  # how text models call theirs
 # Text models that leave neighbouring channels rotated.
 NEIGHBOURS = {"cohere", "cohere2", "deepseek_v2", "glm4v_text", "hy_v4_vl_text", "llama4_text"}
 
@@ -213,6 +212,10 @@ def oracle_attention(
     return attend
 
 
+def embeds_tokens(module: torch.nn.Module) -> bool:
+    return hasattr(module, "embed_tokens") or isinstance(getattr(module, "embeddings", None), torch.nn.Embedding)
+
+
 @contextlib.contextmanager
 def oracle(
     model: Any,
@@ -233,9 +236,7 @@ def oracle(
         bias: What is added to them after scaling, likewise. `None`: 0.
     """
     model = model.double()
-    text_model = next(
-        m for m in model.modules() if any(hasattr(m, name) for name in EMBEDDINGS) and hasattr(m, "layers")
-    )
+    text_model = next(m for m in model.modules() if embeds_tokens(m) and hasattr(m, "layers"))
     ids = inputs["input_ids"]
     visual = (ids == IMAGE) | (ids == VIDEO)
     tokens = Tokens(torch.zeros(*ids.shape, 1), visual, inputs["attention_mask"].bool())
