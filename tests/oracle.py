@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,11 @@ from peft_pvm.methods.tdrs.weights import reweighted
 
 ORACLE_TOLERANCE = 2e-5  # of logits in fp32
 LEAST = -1e4  # a logit: models suppress tokens by the least number of the dtype
-# Text models that rotate neighbouring channels.
-NEIGHBOURS = {"cohere", "cohere2", "deepseek_v2", "ernie4_5_vl_moe_text", "glm4v_text", "glm_ocr_text", "llama4_text"}
-
+# Text models that leave neighbouring channels rotated.
+NEIGHBOURS = {
+    *("cohere", "cohere2", "deepseek_v2", "ernie4_5_vl_moe_text", "glm4v_text", "glm_ocr_text", "hy_v4_vl_text"),
+    "llama4_text",
+}
 NO_ROPE = {"llama4_text", "mistral_large4_text"}  # text models that say which layers do not rotate
 
 
@@ -142,7 +145,7 @@ def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Te
 def to_complex(states: torch.Tensor, frequencies: int, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The channels that are rotated, as complex numbers, and the others. `(batch, heads, seq_len, ...)` each."""
     if hasattr(attention, "kv_lora_rank"):  # the latent part first
-        rest, rotated = states.split([states.shape[-1] - 2 * frequencies, 2 * frequencies], -1)
+        rest, rotated = states.tensor_split([states.shape[-1] - 2 * frequencies], -1)
     else:
         rotated, rest = states[..., : 2 * frequencies], states[..., 2 * frequencies :]
     if attention.config.model_type in NEIGHBOURS:
@@ -172,8 +175,12 @@ def oracle_attention(
     bias: ByPair | None,
 ):
     met_from: list[torch.Tensor] = []  # the same for all layers
+    own_modules = set(text_model.modules())
 
     def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, position_bias=None, **kwargs):
+        if module not in own_modules:  # of a projector that has the text model's config
+            eager = sys.modules[type(module).__module__].eager_attention_forward
+            return eager(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         own = angles(module, text_model, tokens.positions)
@@ -220,6 +227,10 @@ def oracle_attention(
     return attend
 
 
+def embeds_tokens(module: torch.nn.Module) -> bool:
+    return hasattr(module, "embed_tokens") or isinstance(getattr(module, "embeddings", None), torch.nn.Embedding)
+
+
 @contextlib.contextmanager
 def oracle(
     model: Any,
@@ -240,7 +251,7 @@ def oracle(
         bias: What is added to them after scaling, likewise. `None`: 0.
     """
     model = model.double()
-    text_model = next(m for m in model.modules() if hasattr(m, "embed_tokens") and hasattr(m, "layers"))
+    text_model = next(m for m in model.modules() if embeds_tokens(m) and hasattr(m, "layers"))
     ids = inputs["input_ids"]
     visual = (ids == IMAGE) | (ids == VIDEO)
     tokens = Tokens(torch.zeros(*ids.shape, 1), visual, inputs["attention_mask"].bool())

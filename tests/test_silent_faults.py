@@ -132,6 +132,34 @@ def test_other_channels_of_latent_attention_are_noticed(config):
         logits(get_peft_model(model, config), family.inputs(model, *BATCH))
 
 
+def with_something_more(module, query, key, value, attention_mask, **kwargs):
+    """Eager attention that does not spend all weight on values, as with attention sinks that are the module's own."""
+    output, weights = modeling_llama.eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return 0.9 * output, weights
+
+
+class SomethingMore(LlamaAttention):
+    """Its kernel knows something that it is not given."""
+
+
+@pytest.mark.parametrize("config", STEERING.values(), ids=STEERING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_kernel_is_noticed(config, dtype, monkeypatch):
+    monkeypatch.setattr(SomethingMore, "__module__", with_something_more.__module__)
+    monkeypatch.setitem(globals(), "eager_attention_forward", with_something_more)
+    model = _changed(SomethingMore).to(dtype)
+    model.set_attn_implementation("eager")
+    inputs = in_dtype(tiny_vlms.FAMILIES["llava"].inputs(model, *BATCH), dtype)
+    attached = get_peft_model(model, config)
+    for _ in range(2):  # it is not checked once only, if it fails
+        with pytest.raises(
+            NotImplementedError, match=r"SomethingMore \(decoder layer 0\) computes attention from more"
+        ):
+            logits(attached, inputs)
+    with attached.disable_adapter():
+        assert logits(attached, inputs).isfinite().all()
+
+
 @pytest.mark.parametrize("config", [VAFConfig(), LogBiasConfig()], ids=["vaf", "log_bias"])
 def test_what_does_not_rotate_does_not_ask(config):
     model = _changed(NormsAfterwards)

@@ -17,6 +17,7 @@ from ..tokens.context import VisualContext
 from ..tokens.visibility import Visibility
 
 
+SINKS = ("s_aux", "sinks")  # keywords that bring attention sinks
 WIDEST_FOR_FLASH = 256  # channels a head
 Output = tuple[torch.Tensor, torch.Tensor | None]  # (batch, num_queries, heads, value_dim), and weights or None
 
@@ -116,9 +117,11 @@ class AttentionCall:
         """
         stages = self.context.stages.get(self.module.layer_idx)
         if stages is not None:
-            if self.kwargs.get("s_aux") is not None:
+            sinks = [name for name in SINKS if self.kwargs.get(name) is not None]
+            if sinks:
                 raise NotImplementedError(
-                    f"{type(self.module).__name__} has ['s_aux'], which the active adapters do not know."
+                    f"{type(self.module).__name__} has attention sinks ({sinks[0]}), which the active adapters do not "
+                    "know."
                 )
             return stages.attend(self)
         kernel = base_kernel(self.kernel, self.module)

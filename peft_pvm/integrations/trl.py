@@ -33,11 +33,12 @@ from ..folders.data_file import holding, read_json
 from ..folders.replacing import replacing
 from ..folders.writing import write_adapter
 from ..probe.observers import AttentionObserver, branches_observed, observed, undisturbed, visual_mask
-from ..tokens.families import find_vlm, without_wrappers
+from ..tokens.families import find_vlm
 from ..tuners.active import base_of
 from ..tuners.companions import trained_with
 from ..tuners.saving import check_whole
 from ..utils.plotting import as_png, line_look, new_figure, styled
+from ..utils.wrapping import without_wrappers
 
 
 FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)

@@ -121,13 +121,15 @@ class VisualContext:
         """Take in what the rotary embedding is given. Only the first call of a forward counts.
 
         Args:
-            position_ids: `(batch or 1, seq_len)` or `(axes, batch or 1, seq_len)`, integer.
+            position_ids: `(batch or 1, seq_len)` or `(axes, batch or 1, seq_len)`, integer. Those of the tokens in the
+                cache may come before, as in Qwen4-Exp.
         """
         if self.position_ids is not None or self.refusal is not None:
             return
         by_axis = position_ids if position_ids.dim() == 3 else position_ids.unsqueeze(0)
         if position_ids.dim() == 3 and len(by_axis) == 1:  # generate's shorthand for a turn of text
             by_axis = by_axis.expand(MULTIMODAL_AXES, -1, -1)
+        by_axis = by_axis[..., -self.seq_len :]
         self.position_ids = by_axis.movedim(0, -1).expand(self.batch_size, self.seq_len, -1).long()
         is_first = self.memory.runs is None or self.memory.runs.last_start < 0
         self.anchors = self._read_runs(self.position_ids[..., 0])

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers import GenerationMixin
 
 from ..utils.packages import FEATURE_KEYWORDS, is_tuner_child
+from ..utils.wrapping import look_inside, unwrapped
 from .unsuited import why_unsuited
-
-
-# Where a wrapper keeps what it wraps: FSDP 1, activation checkpointing and offloading, torch.compile.
-WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-DISTRIBUTED = "module."  # before all names of a model in DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,8 @@ class DecoderBlock:
         ends_with_sum: Whether the output of `ffn_end` is the residual stream with the FFN added already: a gate that
             weighs both.
         ffn_scale: What a layer multiplies that output by before it adds it: Granite's `residual_multiplier`.
+        has_streams: Whether there are several residual streams. The FFN then reads a mixture of them, and what it
+            returns is spread over them. So is what is put beside it, which reads that mixture.
     """
 
     ffn_norm: str | None = "post_attention_layernorm"
@@ -40,6 +38,7 @@ class DecoderBlock:
     token_mixers: tuple[str, ...] = ("self_attn", "linear_attn")
     ends_with_sum: bool = False
     ffn_scale: float = 1.0
+    has_streams: bool = False
 
     @property
     def is_parallel(self) -> bool:
@@ -74,6 +73,9 @@ PRE_NORM_CHILDREN = {*PRE_NORM.token_mixers, "input_layernorm", PRE_NORM.ffn_nor
 SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_layernorm")
 
 CONV = DecoderBlock(ffn_norm="ffn_norm", ffn_end="feed_forward", token_mixers=("self_attn", "conv"))
+INKLING = "an FFN reads several residual streams by attention, and a convolution would spread a branch over tokens"
+STREAMS = DecoderBlock(ffn_norm="mlp", has_streams=True)
+KOSMOS = DecoderBlock(ffn_norm="final_layer_norm", ffn_end="ffn")
 POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # the FFN reads the stream as it is
 
 # By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. A function, where its config
@@ -91,10 +93,15 @@ BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "gemma4_text": SANDWICH,
     "gemma4_unified_text": SANDWICH,
     "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
+    "glm5_next_text": STREAMS,
     "glm_ocr_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
     "hy_v4_vl_text": "its residual is several streams, which each layer mixes, and no single one to read and add to",
     "hyperclovax": DecoderBlock(ffn_end="post_norm2"),
+    "inkling2_loop_text": INKLING,
+    "inkling2_text": INKLING,
     "inkling_text": DecoderBlock(ffn_end="mlp_sconv"),  # a convolution over tokens, which must not spread a branch
+    "kosmos_2_5_text_model": KOSMOS,
+    "kosmos_2_text_model": KOSMOS,
     "lfm2": CONV,
     "lfm3": replace(CONV, ffn_end="post_ffn_norm"),
     "llama4_text": DecoderBlock(ffn_end="feed_forward"),
@@ -103,8 +110,17 @@ BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "muse_spark_text": DecoderBlock(
         ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_residual_gate", ends_with_sum=True
     ),
+    "nemotron_h": "each layer is attention or an FFN, not both",
+    "opt": DecoderBlock(ffn_norm="final_layer_norm", ffn_end="fc2"),
     "persimmon": DecoderBlock(ffn_end="dropout"),
+    "qwen4_exp_text": STREAMS,
 }
+
+# By the text model's `model_type`: the name of the self-attention of a layer, where it is another than `self_attn`.
+ATTENTION_NAMES: dict[str, str] = {
+    "nemotron_h": "mixer",
+}
+WITHOUT_SCORES = ("linear_attention", "mlp", "moe")  # types of layers that have no self-attention
 
 
 def _has_rope_theta(attention: Any) -> bool:
@@ -138,15 +154,23 @@ class VLMFamily:
 
     Attributes:
         placeholders: For each modality, the config fields that hold the ids of its placeholder tokens.
+        image_mask: The keyword of a mask that says where images are, of a text model that puts their features
+            (`image_embeds`) in itself. `None`: placeholder tokens say so.
+        images_first: Whether images count in the first forward of a conversation alone, as the model has it.
     """
 
     placeholders: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"image": ("image_token_id",), "video": ("video_token_id",)}
     )
+    image_mask: str | None = None
+    images_first: bool = False
 
 
 # The frames of a video use the placeholder of images.
 _GLM = VLMFamily(placeholders={"image": ("image_token_id",), "video": ("image_token_id",)})
+
+# The frames of a video come as `pixel_values`.
+_VIDEO = VLMFamily(placeholders={"image": ("video_token_id",), "video": ("video_token_id",)})
 
 # By the model's `model_type`: the families that the tests cover.
 FAMILIES: dict[str, VLMFamily] = {
@@ -160,12 +184,16 @@ FAMILIES: dict[str, VLMFamily] = {
     "glmga": _GLM,
     "glm_ocr": _GLM,
     "idefics3": VLMFamily(),
+    "instructblipvideo": _VIDEO,
     "internvl": VLMFamily(),
+    "kosmos-2": VLMFamily(placeholders={}, image_mask="image_embeds_position_mask", images_first=True),
+    "kosmos-2.5": VLMFamily(placeholders={}, image_mask="image_embeds_position_mask"),
     "llama4": VLMFamily(),
     "llava": VLMFamily(),
     "llava_next": VLMFamily(),
     "llava_onevision": VLMFamily(),
     "mistral3": VLMFamily(),
+    "nemotron_h_omni": _GLM,
     "paligemma": VLMFamily(),
     "qwen2_5_vl": VLMFamily(),
     "qwen2_vl": VLMFamily(),
@@ -186,6 +214,7 @@ class VisionLanguageModel:
         text_model: The decoder stack (`layers`, `embed_tokens`).
         text_model_name: Its name inside the model.
         placeholder_ids: For each modality, its placeholder token ids.
+        family: What is special about it.
     """
 
     model: nn.Module
@@ -193,6 +222,7 @@ class VisionLanguageModel:
     text_model: nn.Module
     text_model_name: str
     placeholder_ids: Mapping[str, tuple[int, ...]]
+    family: VLMFamily = field(default_factory=VLMFamily)
 
     @functools.cached_property
     def block(self) -> DecoderBlock:
@@ -209,6 +239,17 @@ class VisionLanguageModel:
         return self.text_model.config
 
     @property
+    def inner_generator(self) -> nn.Module | None:
+        """The language model whose `generate` that of the multimodal module calls, with the features merged in."""
+        generate = getattr(type(self.multimodal), "generate", GenerationMixin.generate)
+        if generate is GenerationMixin.generate:
+            return None
+        inside = (module for module in self.multimodal.modules() if module is not self.multimodal)
+        return next(
+            (each for each in inside if isinstance(each, GenerationMixin) and _holds(each, self.text_model)), None
+        )
+
+    @property
     def rotary(self) -> nn.Module | None:
         """The module that turns positions into rotations, where the text model has one."""
         return getattr(self.text_model, "rotary_emb", None)
@@ -222,8 +263,12 @@ class VisionLanguageModel:
     @property
     def self_attentions(self) -> dict[int, nn.Module]:
         """By layer index, the self-attention modules. Layers of linear attention, which has no scores, have none."""
-        by_layer = {layer_idx: getattr(layer, "self_attn", None) for layer_idx, layer in enumerate(self.layers)}
-        return {layer_idx: unwrapped(module) for layer_idx, module in by_layer.items() if module is not None}
+        name = ATTENTION_NAMES.get(self.text_config.model_type, "self_attn")
+        return {
+            layer_idx: unwrapped(getattr(layer, name))
+            for layer_idx, layer in enumerate(self.layers)
+            if hasattr(layer, name) and self.layer_type(layer_idx) not in WITHOUT_SCORES
+        }
 
     def rotates(self, attention: nn.Module) -> bool:
         """Whether an attention module rotates queries and keys by their positions."""
@@ -252,6 +297,10 @@ class VisionLanguageModel:
         return look_inside(f"{self.text_model_name}.layers.{layer_idx}".removeprefix("."), stack[layer_idx])[0]
 
 
+def _holds(module: nn.Module, other: nn.Module) -> bool:
+    return any(each is other for each in module.modules())
+
+
 def find_vlm(model: nn.Module) -> VisionLanguageModel:
     """Find the parts of a vision-language model.
 
@@ -276,19 +325,21 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
         raise ValueError(
             f"{_named(model)} {reason}. Adapters act on images whose tokens stand among those of the text."
         )
-    placeholder_ids = _find_placeholder_ids(model)
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), VLMFamily())
+    placeholder_ids = _find_placeholder_ids(model, family)
     if len(text_models) != 1:
         found = f"it holds {len(text_models)} text models {text_models}"
         raise _refusal(model, found, "one module with layers and embed_tokens")
     text_model_name = text_models[0]
-    multimodal = _nearest_multimodal(modules, text_model_name)
+    brings = [family.image_mask] if family.image_mask else FEATURE_KEYWORDS["image"]
+    multimodal = _nearest_multimodal(modules, text_model_name, brings)
     if multimodal is None:
         raise _refusal(
             model,
             f"no module above its text model {text_model_name!r} takes pixel values",
             "a module whose forward takes input_ids and pixel_values and which calls the text model",
         )
-    return VisionLanguageModel(model, multimodal, modules[text_model_name], text_model_name, placeholder_ids)
+    return VisionLanguageModel(model, multimodal, modules[text_model_name], text_model_name, placeholder_ids, family)
 
 
 def _named(model: nn.Module) -> str:
@@ -304,14 +355,13 @@ def _refusal(model: nn.Module, found: str, looked_for: str) -> ValueError:
     )
 
 
-def _find_placeholder_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _find_placeholder_ids(model: nn.Module, family: VLMFamily) -> dict[str, tuple[int, ...]]:
     config = getattr(model, "config", None)
-    family = FAMILIES.get(getattr(config, "model_type", ""), VLMFamily())
     placeholder_ids = {}
     for modality, fields in family.placeholders.items():
         ids = (getattr(config, name, None) for name in fields)
         placeholder_ids[modality] = tuple(token_id for token_id in ids if token_id is not None)
-    if not placeholder_ids["image"]:
+    if not family.image_mask and not placeholder_ids["image"]:
         looked_for = " or ".join(f"config.{name}" for name in family.placeholders["image"])
         raise ValueError(
             f"{_named(model)} names no image placeholder token in its config, so nothing in input_ids says where "
@@ -327,16 +377,18 @@ def _find_text_models(modules: Mapping[str, nn.Module]) -> list[str]:
         for name, module in modules.items()
         if unwrapped(module) is module  # a wrapper has the attributes of what it wraps
         and isinstance(getattr(module, "layers", None), nn.ModuleList)
-        and hasattr(module, "embed_tokens")
+        and (hasattr(module, "embed_tokens") or isinstance(getattr(module, "embeddings", None), nn.Embedding))
     ]
 
 
-def _nearest_multimodal(modules: Mapping[str, nn.Module], text_model_name: str) -> nn.Module | None:
+def _nearest_multimodal(
+    modules: Mapping[str, nn.Module], text_model_name: str, brings: Collection[str]
+) -> nn.Module | None:
     name = text_model_name
     while name:
         name = name.rpartition(".")[0]
         parameters = inspect.signature(type(modules[name]).forward).parameters
-        if "input_ids" in parameters and not parameters.keys().isdisjoint(FEATURE_KEYWORDS["image"]):
+        if "input_ids" in parameters and not parameters.keys().isdisjoint(brings):
             return modules[name]
     return None
 
@@ -364,49 +416,3 @@ def _find_block(model: nn.Module, text_model: Any) -> DecoderBlock:
 
 
 NEEDS_NO_BLOCK = "Adapters that change attention alone do not need to know the FFN"
-
-
-def plain_name(name: str) -> str:
-    """The name of a module or tensor as if nothing were wrapped.
-
-    Example:
-        >>> plain_name("module.layers.0._checkpoint_wrapped_module.mlp"), plain_name("_orig_mod")
-        ('layers.0.mlp', '')
-    """
-    return ".".join(part for part in name.removeprefix(DISTRIBUTED).split(".") if part not in WRAPPED)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """What a module wraps, or itself."""
-    return look_inside("", module)[1]
-
-
-def look_inside(name: str, module: nn.Module) -> tuple[str, nn.Module]:
-    """What a module wraps, however often, and its name; for a module that wraps nothing, both as given."""
-    for key in WRAPPED:
-        if (inner := module._modules.get(key)) is not None:
-            return look_inside(f"{name}.{key}".removeprefix("."), inner)
-    return name, module
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether a model, or anything inside it, is wrapped."""
-    return any(unwrapped(module) is not module for module in model.modules())
-
-
-@contextlib.contextmanager
-def without_wrappers(model: nn.Module) -> Iterator[None]:
-    """Take the wrappers inside a model away for the length of a block, so that all has its plain name."""
-    wrapped = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child is not None and unwrapped(child) is not child
-    ]
-    try:
-        for parent, name, child in wrapped:
-            parent._modules[name] = unwrapped(child)
-        yield
-    finally:
-        for parent, name, child in wrapped:
-            parent._modules[name] = child

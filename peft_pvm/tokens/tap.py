@@ -17,7 +17,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -50,6 +50,7 @@ from .positions import placeholder_mask
 
 
 VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
+FEATURES = "image_embeds"  # the keyword by which a text model that puts features in itself is given them
 ATTRIBUTE = "_visual_tap"  # of the text model, on which its tap stands
 BASE = "__base__"  # what PEFT calls no adapter, where every row has its own
 
@@ -75,14 +76,16 @@ class Tap:
         self._in_flight: dict[int, weakref.ref[VisualContext]] = {}
         self.by_row = AdaptersByRow()
         self._has_warned = False
-        # On this one model, set aside until the tap is removed. The forward refuses packed rows too, but
-        # generate_batch works in a thread of its own and would only log that. And generate refuses keywords that it
-        # does not know.
-        self._shadows = {
-            "init_continuous_batching": self._init_continuous_batching,
-            "_validate_model_kwargs": self._validate_model_kwargs,
+        # Set aside until the tap is removed. The forward refuses packed rows too, but generate_batch works in a thread
+        # of its own and would only log that. And generate refuses keywords that it does not know.
+        self._shadows: dict[str, tuple[nn.Module, Any]] = {
+            "init_continuous_batching": (vlm.model, self._init_continuous_batching),
+            "_validate_model_kwargs": (vlm.model, self._validate_model_kwargs),
         }
-        vlm.model.__dict__.update(self._shadows)
+        if vlm.inner_generator is not None:
+            self._shadows["prepare_inputs_for_generation"] = (vlm.inner_generator, self._prepare_inputs)
+        for name, (module, method) in self._shadows.items():
+            module.__dict__[name] = method
 
     @staticmethod
     def on(vlm: VisionLanguageModel) -> Tap:
@@ -108,8 +111,8 @@ class Tap:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        for name in self._shadows:
-            del self.vlm.model.__dict__[name]
+        for name, (module, _) in self._shadows.items():
+            del module.__dict__[name]
         del self.vlm.text_model.__dict__[ATTRIBUTE]
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,15 +125,34 @@ class Tap:
         known = {name: value for name, value in model_kwargs.items() if name != VISUAL_MASK}
         check_model_kwargs(self.vlm.model, known)
 
+    # The name `inputs_embeds` tells generate that they may be given.
+    def _prepare_inputs(self, input_ids: torch.Tensor, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Say which of the embeddings are visual that an inner model is to generate from."""
+        model: Any = self.vlm.inner_generator
+        inputs = type(model).prepare_inputs_for_generation(model, input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if inputs.get("inputs_embeds") is not None:
+            token_ids = {token_id for ids in self.vlm.placeholder_ids.values() for token_id in ids}
+            inputs[VISUAL_MASK] = placeholder_mask(input_ids, sorted(token_ids))
+        return inputs
+
     def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        inputs = _by_name(module, args, kwargs)
+        inputs = by_name(module, args, kwargs)
         given_mask = kwargs.pop(VISUAL_MASK, None)
-        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
+        if self.vlm.family.image_mask:
+            context = self._context_of_mask(inputs)
+        elif inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None:
             context = _context_of_own_embeds(given_mask, inputs["inputs_embeds"])
         else:
             context = self._context_of_ids(inputs)
         context.attention_mask = inputs.get("attention_mask")
         return args, {**kwargs, CONTEXT: context}
+
+    def _context_of_mask(self, inputs: dict[str, Any]) -> VisualContext:
+        """For a text model that puts the features in itself: it is told where."""
+        family, cache = self.vlm.family, cache_in(inputs)
+        mask = inputs.get(cast(str, family.image_mask))
+        is_later = family.images_first and cache is not None and bool(cache.get_seq_length() > 0)
+        return VisualContext(None if mask is None or inputs.get(FEATURES) is None or is_later else mask.bool())
 
     def _context_of_ids(self, inputs: dict[str, Any]) -> VisualContext:
         """The usual case: `input_ids`, and features for the placeholders among them."""
@@ -174,11 +196,14 @@ class Tap:
     def _complete_context(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        inputs = _by_name(module, args, kwargs)
+        inputs = by_name(module, args, kwargs)
         inputs_embeds, cache = inputs.get("inputs_embeds"), cache_in(inputs)
         given_mask = kwargs.pop(VISUAL_MASK, None)
         context = kwargs.get(CONTEXT)
-        if inputs_embeds is None:  # text alone: nothing to read but the shape
+        if self.vlm.family.image_mask and context is not None and context.visual_mask is not None:
+            where, features = context.visual_mask.unsqueeze(-1), inputs[FEATURES]
+            inputs_embeds = features.new_zeros(*where.shape[:2], features.shape[-1]).masked_scatter(where, features)
+        elif inputs_embeds is None:  # text alone: nothing to read but the shape
             context = context or VisualContext(None)
             inputs_embeds = torch.empty(*inputs["input_ids"].shape, 0, device=inputs["input_ids"].device)
         elif context is None:  # the text model is called by itself
@@ -204,7 +229,7 @@ class Tap:
     def _note_positions(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         in_flight = self._in_flight.get(this_thread())
         context = None if in_flight is None else in_flight()
-        position_ids = _by_name(module, args, kwargs).get("position_ids")
+        position_ids = by_name(module, args, kwargs).get("position_ids")
         if context is not None and position_ids is not None:  # without them, what needs them raises
             context.note_positions(position_ids)
 
@@ -219,7 +244,7 @@ class Tap:
         if context.refusal is not None:
             return
         num_tokens = context.past_length + context.seq_len
-        given = cache_in(_by_name(module, args, kwargs))
+        given = cache_in(by_name(module, args, kwargs))
         for cache in caches_in(output) or ([] if given is None else [given]):
             is_evicted = context.is_evicted or has_lost_keys(cache, context.keys_before, context.seq_len)
             # A static cache counts in place, and is not asked.
@@ -227,7 +252,7 @@ class Tap:
             attach_memory(cache, context.memory, Coverage(num_tokens, num_keys, is_evicted))
 
 
-def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All inputs of a forward by name, positional ones included."""
     if not args:
         return kwargs

@@ -26,7 +26,7 @@ def why_unsuited(model: Any, modules: Mapping[str, nn.Module], text_models: Coll
         What it is instead, as the end of a sentence that begins with its name; `None`: it may be suited.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    if any(getattr(each, "is_encoder_decoder", False) for each in (config, getattr(config, "text_config", None))):
         return (
             "is an encoder-decoder: images are in the encoder, all of which the decoder sees at every step, so that "
             "no text comes between them and the text that is written"

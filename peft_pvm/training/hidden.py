@@ -20,9 +20,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..attention.dispatch import SteeringHandle, steerable_attentions
 from ..methods.pvm.layer import PVMLayer
 from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
-from ..tokens.families import VisionLanguageModel, unwrapped
+from ..tokens.families import VisionLanguageModel
 from ..tokens.tap import Tap
 from ..utils.checks import is_int, is_number
+from ..utils.wrapping import unwrapped
 
 
 RowsOf = Callable[[int], torch.Tensor | None]  # of a batch of so many rows, which to choose, `(batch,)`, bool

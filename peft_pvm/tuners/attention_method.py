@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..attention.attention_check import AttentionCheck
 from ..attention.dispatch import SteeringHandle, steerable_attentions
 from ..attention.rotation import ROTARY_FUNCTIONS, has_rotary_function
-from ..attention.rotation_check import RotationCheck
 from ..attention.stages import LayerStages, Stage
 from ..folders.adapter_file import FORMAT_VERSION, SAFETENSORS_WEIGHTS_NAME
 from ..folders.writing import written_whole
@@ -155,7 +155,7 @@ class AttentionMethodLayer(VisualTunerLayer):
             layer_idx: SteeredLayer(layer_idx, vlm.rotary_of(layer_idx), vlm.layer_type(layer_idx))
             for layer_idx in self.method_cls.layers_on(vlm)
         }
-        self._unchecked = set(self.layers if self.method_cls.rotates else ())
+        self._unchecked = set(self.layers)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         pass  # nothing to move
@@ -168,10 +168,11 @@ class AttentionMethodLayer(VisualTunerLayer):
         attentions = self.vlm.self_attentions
         return [start, *map(SteeringHandle, attentions.values()), *map(self._new_check, sorted(self._unchecked))]
 
-    def _new_check(self, layer_idx: int) -> RotationCheck:
+    def _new_check(self, layer_idx: int) -> AttentionCheck:
         layer, attention = self.layers[layer_idx], self.vlm.self_attentions[layer_idx]
         passed = functools.partial(self._unchecked.discard, layer_idx)
-        return RotationCheck(attention, layer.rotary, layer.layer_type, self.acting, passed)
+        rotates = self.method_cls.rotates
+        return AttentionCheck(attention, layer.rotary, layer.layer_type, rotates, self.acting, passed)
 
     def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = cast(VisualContext, kwargs[CONTEXT])

@@ -19,11 +19,12 @@ from torch import nn
 from ..folders.adapter_file import FORMAT_VERSION, PEFT_PREFIX, AdapterFile, SavedConfig
 from ..folders.incoming import INCOMING, NOTHING, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
 from ..folders.writing import write_card, written_whole
-from ..tokens.families import VisionLanguageModel, find_vlm, plain_name, unwrapped, without_wrappers
+from ..tokens.families import VisionLanguageModel, find_vlm
 from ..tokens.tap import Tap
 from ..utils.checks import check, check_settings, is_text, setting
 from ..utils.packages import LOADS_MODULES_TO_SAVE, forget_adapters, held_by, loads_adapters_itself
 from ..utils.text import quoted
+from ..utils.wrapping import plain_name, unwrapped, without_wrappers
 from .names import check_adapter_name
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..folders.adapter_file import PEFT_PREFIX, SOURCE, AdapterFile
 from ..folders.companions import Companion, fields_of, hash_of, method_of
-from ..tokens.families import plain_name
 from ..utils.text import listed, plain, quoted
+from ..utils.wrapping import plain_name
 from .active import acting_adapters, base_of
 from .names import FORM
 

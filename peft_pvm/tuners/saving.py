@@ -27,9 +27,9 @@ from torch import nn
 from ..folders.adapter_file import PEFT_PREFIX, AdapterFile, SavedConfig
 from ..folders.incoming import Incoming, loading
 from ..folders.writing import note_companions, write_adapter, written_whole
-from ..tokens.families import is_wrapped, plain_name, without_wrappers
 from ..utils.packages import loads_adapters_itself, saved_along
 from ..utils.text import listed, plain
+from ..utils.wrapping import is_wrapped, plain_name, without_wrappers
 from .active import activate
 from .base import VisualTunerLayer
 from .companions import trained_with, warn_of_missing

@@ -40,6 +40,8 @@ class Architecture:
             nothing) or "padded" (rows of a batch are what they are alone).
         sum_reader: The submodule of a decoder layer that reads the residual stream after the FFN, where the layer
             returns something else.
+        streams: Of a decoder layer with several residual streams, the module that reads their mixture for the FFN, and
+            the one that returns what is spread over them.
     """
 
     known_as: str
@@ -47,6 +49,7 @@ class Architecture:
     refused: Mapping[str, str] = field(default_factory=dict)
     differs: Mapping[str, str] = field(default_factory=dict)
     sum_reader: str | None = None
+    streams: tuple[str, str] | None = None
 
     def refusal(self, method: str) -> str | None:
         """Why a method does not work on it; `None`: it does."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from forwards import generate, logits, prefill
 from methods_under_test import METHODS, Combination, Method
 from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
@@ -397,3 +398,20 @@ def test_nothing_is_said_of_features_or_of_sampled_tokens(plain: TinyVLM, method
                 position_ids=plain.inputs(base, "t30")["position_ids"][..., 9 : 9 + length],
             )
             logits(model, sampled, **{CACHE: cache}, use_cache=True)
+
+
+@pytest.mark.parametrize(("name", "num_images"), [("kosmos-2", 1), ("kosmos-2.5", 2)])
+def test_a_text_model_that_puts_features_in_itself(name: str, num_images: int):
+    """The memory holds them where the model's mask has them, as long as the model itself reads them."""
+    tiny = ARCHITECTURES[name].tiny
+    model = METHODS["pvm"].attach(tiny.build())
+    base = model.get_base_model()
+    features = []
+    base.image_to_text_projection.register_forward_hook(lambda module, args, output: features.append(output[0]))
+    first_turn = tiny.inputs(base, "t4 i t3")["input_ids"].shape[1]
+    with torch.no_grad():
+        cache = model(**tiny.inputs(base, "t4 i t3 i t6", stop=first_turn), use_cache=True)[CACHE]
+        model(**tiny.inputs(base, "t4 i t3 i t6", start=first_turn), **{CACHE: cache}, use_cache=True)
+    memory = memory_of(cache)
+    assert memory.slots.tolist() == [[4, 5, 6, 7, 11, 12, 13, 14][: 4 * num_images]]
+    assert torch.equal(memory.embeddings, torch.cat(features[:num_images], 1))

@@ -24,7 +24,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from peft_pvm.tokens.families import find_vlm, plain_name
+from peft_pvm.tokens.families import find_vlm
+from peft_pvm.utils.wrapping import plain_name
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5")

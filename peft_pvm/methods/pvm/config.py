@@ -278,7 +278,7 @@ def ffn_width(text_config: Any) -> int:
     width_of = FFN_WIDTHS.get(getattr(text_config, "model_type", ""))
     if width_of is not None:
         return width_of(text_config)
-    width = _first(text_config, "intermediate_size", hint="; set PVMConfig.mlp_ratio")
+    width = _first(text_config, "intermediate_size", "ffn_dim", hint="; set PVMConfig.mlp_ratio")
     return max(width) if isinstance(width, Sequence) else width  # Gemma 3n: a list
 
 
@@ -345,8 +345,9 @@ class BranchShape:
             num_key_value_heads=num_key_value_heads,
             intermediate_size=int(config.r * ratio),
             hidden_act=_activation(text_config),
-            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"),
-            initializer_range=text_config.initializer_range,
+            # A config that names none leaves it to torch, as that of OPT does.
+            eps=_first(text_config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", default=1e-5),
+            initializer_range=_first(text_config, "initializer_range", "init_std"),
         )
 
     def weights(self) -> dict[str, tuple[int, ...]]:

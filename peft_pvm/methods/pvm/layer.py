@@ -81,6 +81,8 @@ class PVMLayer(VisualTunerLayer):
         decoder_layer = self.decoder_layer
         norm = self.vlm.block.norm(decoder_layer)
         parameters = [*norm.parameters(), *decoder_layer.parameters()]
+        if self.vlm.block.has_streams:  # the FFN itself, whose vectors may be kept in fp32
+            parameters = [parameter for name, parameter in decoder_layer.named_parameters() if "norm" in name]
         # A vector, where the block's first module is the FFN itself.
         reference = next((each for each in parameters if each.dim() == 1 and each.is_floating_point()), parameters[0])
         device = device or reference.device
@@ -115,7 +117,7 @@ class PVMLayer(VisualTunerLayer):
         ]
         if block.is_parallel:
             hooks.append(mixer.register_forward_hook(self._take_attention))
-        if not self._is_checked:
+        if not self._is_checked and not block.has_streams:
             hooks.append(BlockCheck(layer, block, self.acting, self._pass_check))
         return hooks
 
@@ -167,6 +169,8 @@ class PVMLayer(VisualTunerLayer):
             hidden_states = None if attention is None else hidden_states + attention
         if context is None or hidden_states is None or self.disable_adapters:
             return None  # if the branch was to act, it is missed when the forward ends
+        if hidden_states.dim() == 2:  # OPT puts the tokens of all rows in one list
+            hidden_states = hidden_states.unflatten(0, (context.batch_size, -1))
         update = self(hidden_states, context)
         context.reached(self.layer_idx, branches_missed)
         if update is None:

@@ -1,12 +1,15 @@
-"""Whether an attention module rotates as adapters take for granted, found out from the module itself, once.
+"""Whether an attention module computes as adapters take for granted, found out from the module itself, once.
 
-Adapters that rotate queries and keys assume that the rotation is the last thing done to them, and that it is by the
-rotary embedding they take. Both are tried on a few tokens of the first forward, at their own positions and at others.
+Adapters assume that its output is made of queries, keys, values, the mask, and of what else `AttentionCall` knows.
+Those that rotate queries and keys assume that the rotation is the last thing done to them, and that it is by the
+rotary embedding they take. Both are tried on a few tokens of the first forward, the rotation at other positions too.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +17,9 @@ from torch import nn
 from transformers import Cache
 
 from ..tokens.context import CONTEXT, VisualContext
-from .call import AttentionCall, Output
+from ..tokens.tap import by_name
+from .call import AttentionCall, Output, base_kernel
+from .reference import ReferenceStages
 from .rotation import Tables, inverse, rotate, rotation_tables, unit
 
 
@@ -23,13 +28,14 @@ FURTHER = 128  # positions, so that most channels turn
 TABLES = "position_embeddings"  # the keyword by which a module is given the rotations of its tokens
 
 
-class RotationCheck:
+class AttentionCheck:
     """Checks an attention module when an adapter first acts on it, and is gone then: as the handle of a hook.
 
     Args:
         attention: The module.
         rotary: What rotates its queries and keys. `None`: nothing, so that they must not depend on positions.
         layer_type: The type of its layer, for a rotary embedding that tells types apart.
+        rotates: Whether the adapters rotate them too.
         acts: Whether an adapter acts now.
         passed: Called when it is found out that all is as it should be.
     """
@@ -39,11 +45,13 @@ class RotationCheck:
         attention: Any,
         rotary: nn.Module | None,
         layer_type: str | None,
+        rotates: bool,
         acts: Callable[[], Any],
         passed: Callable[[], None],
     ):
         self.rotary = rotary
         self.layer_type = layer_type
+        self.rotates = rotates
         self.acts = acts
         self.passed = passed
         self._handle = attention.register_forward_pre_hook(self._check_once, with_kwargs=True)
@@ -57,28 +65,34 @@ class RotationCheck:
         if torch.compiler.is_compiling() or context is None or not self.acts():
             return
         context.check()
-        fault = self._fault(attention, args[0] if args else kwargs["hidden_states"], kwargs, context)
-        if fault:
-            raise NotImplementedError(
-                f"{type(attention).__name__} (decoder layer {attention.layer_idx}) {fault}, so that the adapter would "
-                "rotate them wrongly. Take it off with unload(); adapters that do not rotate queries and keys work."
+        if self.rotates and (fault := self._fault_of_rotation(attention, by_name(attention, args, kwargs))):
+            raise _refusal(
+                attention, fault, "would rotate them wrongly", "that do not rotate queries and keys may work"
             )
+        context.observers.append(functools.partial(self._check_output, attention))
+
+    def _check_output(self, attention: Any, call: AttentionCall) -> None:
+        if call.module is not attention:
+            return
+        if not _makes_its_output(call):
+            fault = "computes attention from more than queries, keys, values and a mask (from attention sinks perhaps)"
+            raise _refusal(attention, fault, "would leave that out", "beside the FFN may work")
         self.passed()
         self.remove()
 
     @torch.no_grad()
-    def _fault(self, attention: Any, states: torch.Tensor, kwargs: dict[str, Any], context: VisualContext) -> str:
+    def _fault_of_rotation(self, attention: Any, kwargs: dict[str, Any]) -> str:
         """What is not as adapters assume of queries and keys; "" if all is."""
         given = kwargs.get(TABLES)
         if given is None:
             return "" if self.rotary is None else f"is given no {TABLES} for its queries and keys"
-        states = states[:1, -FEW:]
-        given = _mapped(given, lambda table: table[..., :1, -FEW:, :])
+        states = kwargs["hidden_states"][:1, -FEW:]
+        given = _mapped(given, lambda table: table[..., :1, -states.shape[1] :, :])
         if self.rotary is None:
             here, there = (_caught(attention, states, tables, kwargs) for tables in (given, inverse(given)))
             agrees = _agree
         else:
-            positions = context.noted()[0][:1, -states.shape[1] :].to(states.device)
+            positions = kwargs[CONTEXT].noted()[0][:1, -states.shape[1] :].to(states.device)
             by_positions = [
                 rotation_tables(self.rotary, moved, self.layer_type)
                 for moved in (positions, positions + FURTHER, torch.full_like(positions, FURTHER))
@@ -95,6 +109,13 @@ class RotationCheck:
         if agrees(*queries) and (torch.equal(*keys) or agrees(*keys)):  # another layer's keys are checked there
             return ""
         return "changes queries or keys after their rotation, or does not rotate them by its rotary embedding"
+
+
+def _refusal(attention: Any, fault: str, consequence: str, others: str) -> NotImplementedError:
+    where = f"{type(attention).__name__} (decoder layer {attention.layer_idx})"
+    return NotImplementedError(
+        f"{where} {fault}, so that the adapter {consequence}. Take it off with unload(); adapters {others}."
+    )
 
 
 class _Caught:
@@ -116,6 +137,28 @@ def _caught(attention: Any, states: torch.Tensor, tables: Tables, kwargs: dict[s
         torch.manual_seed(0)
         attention.forward(states, **{**others, TABLES: tables, CONTEXT: context})
     return caught.states
+
+
+@torch.no_grad()
+def _makes_its_output(call: AttentionCall) -> bool:
+    """Whether the kernel computes, for the last queries, what `AttentionCall` knows of: plain attention."""
+    if call.kernel not in ("eager", "sdpa"):  # others cannot be given a part of the mask, and have no more to compute
+        return True
+    num_queries = call.query.shape[2]
+    last = slice(max(num_queries - FEW, 0), num_queries)
+    query, visible, mask = call.query[:, :, last], call.visibility.mask(last), call.visibility.bias(last)
+    if visible is not None and mask is None:
+        mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
+    kwargs = {name: _of_queries(value, num_queries, last) for name, value in call.kwargs.items()}
+    few = replace(call, query=query, attention_mask=mask, kwargs={**kwargs, "dropout": 0.0})
+    output = base_kernel(call.kernel, call.module)(query, call.key, call.value, mask, **few.kwargs)[0]
+    return _agree(output, ReferenceStages().attend(few)[0])
+
+
+def _of_queries(value: Any, num_queries: int, part: slice) -> Any:
+    """What a kernel is given for each query, such as a bias, for some of them."""
+    is_by_query = isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[-2] == num_queries
+    return value[..., part, :] if is_by_query else value
 
 
 def _for_last(kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
