@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers as T
 
 from . import ARCHITECTURES, OF_THE_NEWEST, type_of
@@ -33,8 +32,8 @@ OLDEST, NEWEST = pinned("constraints-oldest.txt"), pinned("constraints.txt")
 
 
 def entries() -> list[dict[str, Any]]:
-    """What there is to say about each row that has a name people know, by type."""
-    named = [(type_of(name), row) for name, row in ARCHITECTURES.items() if row.known_as]
+    """What there is to say about each type, and about each of its forms that has a name people know."""
+    named = [(type_of(name), row) for name, row in ARCHITECTURES.items() if row.known_as or type_of(name) == name]
     return [_entry(model_type, row) for model_type, row in sorted(named, key=lambda entry: entry[0])]
 
 
@@ -44,14 +43,12 @@ def _entry(model_type: str, row: Architecture) -> dict[str, Any]:
     if reasons["pvm"] and not row.refusal("pvm-hidden-states"):
         says["pvm"] = HIDDEN_STATES
     model_cls = getattr(T, row.tiny.model_class)
-    with torch.device("meta"):
-        model = model_cls._from_config(row.tiny.config())
-    parts = [module for module in model.modules() if isinstance(module, T.PreTrainedModel)]
+    parts = [module for module in row.tiny.build_anyway().modules() if isinstance(module, T.PreTrainedModel)]
     takes = {*inspect.signature(model_cls.forward).parameters, *dir(model_cls)}
     versions = [NEWEST] if model_type in OF_THE_NEWEST else [OLDEST, NEWEST]
     return {
         "type": model_type,
-        "known_as": row.known_as,
+        "known_as": row.known_as or model_type,
         **says,
         "kernels": [kernel for kernel, flag in FLAGS.items() if all(getattr(part, flag) for part in parts)],
         "video": not takes.isdisjoint({"pixel_values_videos", "get_video_features"}),
