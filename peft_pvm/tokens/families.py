@@ -1,120 +1,22 @@
-"""Where each family of vision-language models keeps what the tuners need: a special case of a model is a row here."""
+"""Where each family of vision-language models keeps what the tuners need: a special case is a row here."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 from transformers import GenerationMixin
 
-from ..utils.packages import FEATURE_KEYWORDS, is_tuner_child
+from ..utils.packages import FEATURE_KEYWORDS
 from ..utils.wrapping import look_inside, unwrapped
+from .blocks import DecoderBlock, find_block
 from .unsuited import why_unsuited
 
-
-@dataclass(frozen=True)
-class DecoderBlock:
-    """How a decoder layer is put together around its FFN.
-
-    Attributes:
-        ffn_norm: The submodule whose *input* is the residual stream after self-attention. `None` for a parallel block,
-            where FFN and attention read the same normed input: there that stream is layer input + attention output.
-        ffn_end: The submodule whose *output* is what the FFN adds to the residual stream.
-        token_mixers: The submodules that mix tokens; a layer has one of them.
-        ends_with_sum: Whether the output of `ffn_end` is the residual stream with the FFN added already: a gate that
-            weighs both.
-        ffn_scale: What a layer multiplies that output by before it adds it: Granite's `residual_multiplier`.
-        has_streams: Whether there are several residual streams. The FFN then reads a mixture of them, and what it
-            returns is spread over them. So is what is put beside it, which reads that mixture.
-    """
-
-    ffn_norm: str | None = "post_attention_layernorm"
-    ffn_end: str = "mlp"
-    token_mixers: tuple[str, ...] = ("self_attn", "linear_attn")
-    ends_with_sum: bool = False
-    ffn_scale: float = 1.0
-    has_streams: bool = False
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether FFN and attention read the same normed input."""
-        return self.ffn_norm is None
-
-    @property
-    def norm_name(self) -> str:
-        """The norm before the FFN."""
-        return self.ffn_norm or "input_layernorm"
-
-    @property
-    def looked_for(self) -> str:
-        return f"{' or '.join(self.token_mixers)}, {self.norm_name} and {self.ffn_end}"
-
-    def fits(self, layer: nn.Module) -> bool:
-        names = dict(layer.named_children())
-        mixer = any(name in names for name in self.token_mixers)
-        return mixer and self.norm_name in names and self.ffn_end in names
-
-    def norm(self, layer: nn.Module) -> nn.Module:
-        """The norm before the FFN of `layer`."""
-        return getattr(layer, self.norm_name)
-
-    def token_mixer(self, layer: nn.Module) -> nn.Module:
-        """The attention module of `layer`."""
-        return next(getattr(layer, name) for name in self.token_mixers if hasattr(layer, name))
-
-
-PRE_NORM = DecoderBlock()
-PRE_NORM_CHILDREN = {*PRE_NORM.token_mixers, "input_layernorm", PRE_NORM.ffn_norm, PRE_NORM.ffn_end}
-SANDWICH = DecoderBlock(ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_layernorm")
-
-CONV = DecoderBlock(ffn_norm="ffn_norm", ffn_end="feed_forward", token_mixers=("self_attn", "conv"))
-INKLING = "an FFN reads several residual streams by attention, and a convolution would spread a branch over tokens"
-STREAMS = DecoderBlock(ffn_norm="mlp", has_streams=True)
-KOSMOS = DecoderBlock(ffn_norm="final_layer_norm", ffn_end="ffn")
-POST_NORM = DecoderBlock(ffn_norm="mlp", ffn_end="post_attention_layernorm")  # the FFN reads the stream as it is
-
-# By the text model's `model_type`: a wrapper such as LLaVA or PaliGemma takes several. A function, where its config
-# decides. What is not listed must be of exactly the common pre-norm shape. A string says why no branch fits in.
-BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
-    "apertus1p5_text": DecoderBlock(ffn_norm="feedforward_layernorm"),
-    "cohere": DecoderBlock(ffn_norm=None),
-    "cohere2": DecoderBlock(ffn_norm=None),
-    "cohere_compass_text": DecoderBlock(ffn_norm=None),
-    "emu3_text_model": PRE_NORM,
-    "exaone4": DecoderBlock(ffn_norm="mlp", ffn_end="post_feedforward_layernorm"),
-    "gemma2": SANDWICH,
-    "gemma3_text": SANDWICH,
-    "gemma3n_text": SANDWICH,  # within the residual stream that a layer computes; AltUp passes it on to the others
-    "gemma4_text": SANDWICH,
-    "gemma4_unified_text": SANDWICH,
-    "glm4v_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
-    "glm5_next_text": STREAMS,
-    "glm_ocr_text": DecoderBlock(ffn_end="post_mlp_layernorm"),
-    "hy_v4_vl_text": "its residual is several streams, which each layer mixes, and no single one to read and add to",
-    "hyperclovax": DecoderBlock(ffn_end="post_norm2"),
-    "inkling2_loop_text": INKLING,
-    "inkling2_text": INKLING,
-    "inkling_text": DecoderBlock(ffn_end="mlp_sconv"),  # a convolution over tokens, which must not spread a branch
-    "kosmos_2_5_text_model": KOSMOS,
-    "kosmos_2_text_model": KOSMOS,
-    "lfm2": CONV,
-    "lfm3": replace(CONV, ffn_end="post_ffn_norm"),
-    "llama4_text": DecoderBlock(ffn_end="feed_forward"),
-    "molmo2_text": lambda config: POST_NORM if config.norm_after else PRE_NORM,
-    "muse_glimmer_text": SANDWICH,
-    "muse_spark_text": DecoderBlock(
-        ffn_norm="pre_feedforward_layernorm", ffn_end="post_feedforward_residual_gate", ends_with_sum=True
-    ),
-    "nemotron_h": "each layer is attention or an FFN, not both",
-    "opt": DecoderBlock(ffn_norm="final_layer_norm", ffn_end="fc2"),
-    "persimmon": DecoderBlock(ffn_end="dropout"),
-    "qwen4_exp_text": STREAMS,
-}
 
 # By the text model's `model_type`: the name of the self-attention of a layer, where it is another than `self_attn`.
 ATTENTION_NAMES: dict[str, str] = {
@@ -172,35 +74,17 @@ _GLM = VLMFamily(placeholders={"image": ("image_token_id",), "video": ("image_to
 # The frames of a video come as `pixel_values`.
 _VIDEO = VLMFamily(placeholders={"image": ("video_token_id",), "video": ("video_token_id",)})
 
-# By the model's `model_type`: the families that the tests cover.
+# By the model's `model_type`: what is not of the common shape.
 FAMILIES: dict[str, VLMFamily] = {
-    "aya_vision": VLMFamily(),
-    "deepseek_vl": VLMFamily(),
-    "gemma3": VLMFamily(),
-    "gemma4": VLMFamily(),
     "glm46v": _GLM,
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
     "glmga": _GLM,
     "glm_ocr": _GLM,
-    "idefics3": VLMFamily(),
     "instructblipvideo": _VIDEO,
-    "internvl": VLMFamily(),
     "kosmos-2": VLMFamily(placeholders={}, image_mask="image_embeds_position_mask", images_first=True),
     "kosmos-2.5": VLMFamily(placeholders={}, image_mask="image_embeds_position_mask"),
-    "llama4": VLMFamily(),
-    "llava": VLMFamily(),
-    "llava_next": VLMFamily(),
-    "llava_onevision": VLMFamily(),
-    "mistral3": VLMFamily(),
     "nemotron_h_omni": _GLM,
-    "paligemma": VLMFamily(),
-    "qwen2_5_vl": VLMFamily(),
-    "qwen2_vl": VLMFamily(),
-    "qwen3_5": VLMFamily(),
-    "qwen3_vl": VLMFamily(),
-    "qwen3_vl_moe": VLMFamily(),
-    "smolvlm": VLMFamily(),
 }
 
 
@@ -231,7 +115,7 @@ class VisionLanguageModel:
         Raises:
             ValueError: It is not known; the message names the layer, what it holds and what was looked for.
         """
-        return _find_block(self.model, self.text_model)
+        return find_block(self.model, self.text_model)
 
     @property
     def text_config(self) -> Any:
@@ -304,9 +188,9 @@ def _holds(module: nn.Module, other: nn.Module) -> bool:
 def find_vlm(model: nn.Module) -> VisionLanguageModel:
     """Find the parts of a vision-language model.
 
-    Families in `FAMILIES` are known and tested. Any other model is taken if it has the common shape: a config with an
-    image placeholder id, one module that takes `pixel_values`, below it one text model. What is inside the decoder
-    layers is asked for by what needs it.
+    A model without a row in `FAMILIES` is taken if it has the common shape: a config with an image placeholder id, one
+    module that takes pixel values, below it one text model. What is inside the decoder layers is asked for by what
+    needs it.
 
     Args:
         model: A transformers model, not wrapped by PEFT.
@@ -391,28 +275,3 @@ def _nearest_multimodal(
         if "input_ids" in parameters and not parameters.keys().isdisjoint(brings):
             return modules[name]
     return None
-
-
-def _find_block(model: nn.Module, text_model: Any) -> DecoderBlock:
-    """The shape of the decoder layers, if all of them have it."""
-    text_type = getattr(text_model.config, "model_type", "")
-    is_listed = text_type in BLOCKS
-    row = BLOCKS.get(text_type, PRE_NORM)
-    of_model = f"{type(model).__name__} (text model type {text_type!r})"
-    if isinstance(row, str):
-        raise ValueError(f"Nothing can be put beside the FFNs of {of_model}: {row}. {NEEDS_NO_BLOCK}.")
-    block = row if isinstance(row, DecoderBlock) else row(text_model.config)
-    for layer_idx, layer in enumerate(map(unwrapped, text_model.layers)):
-        children = {name for name, child in layer.named_children() if not is_tuner_child(child)}
-        # Norms in unknown places change where the branch belongs, so an unlisted layer must have no other children.
-        if not block.fits(layer) or (not is_listed and not children <= PRE_NORM_CHILDREN):
-            raise ValueError(
-                f"Nothing can be put beside the FFNs of {of_model}: decoder layer {layer_idx} "
-                f"({type(layer).__name__}) holds {sorted(children)}. Looked for {block.looked_for}"
-                f"{'' if is_listed else ' and no other norm'}. {NEEDS_NO_BLOCK}, and a row in "
-                "peft_pvm/tokens/families.py makes this one known."
-            )
-    return replace(block, ffn_scale=getattr(text_model.config, "residual_multiplier", 1.0))
-
-
-NEEDS_NO_BLOCK = "Adapters that change attention alone do not need to know the FFN"

@@ -15,15 +15,14 @@ from tiny_vlms import TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
 from peft_pvm.attention import rotation
-from peft_pvm.tokens.families import ATTENTION_NAMES, BLOCKS, FAMILIES, ROTARY_NAMES, ROTATES, find_vlm
+from peft_pvm.tokens.blocks import BLOCKS
+from peft_pvm.tokens.families import ATTENTION_NAMES, FAMILIES, ROTARY_NAMES, ROTATES, find_vlm
 
 
 def test_every_row_of_the_tables_is_tested():
-    configs = [family.build().config for family in tiny_vlms.FAMILIES.values()]
-    assert {config.model_type for config in configs} <= set(FAMILIES)
     if not all(row.tiny.is_there for row in ARCHITECTURES.values()):
         pytest.skip("an older transformers has not all of them")
-    configs += [row.tiny.config() for row in ARCHITECTURES.values()]
+    configs = [row.tiny.config() for row in ARCHITECTURES.values()]
     assert set(FAMILIES) <= {config.model_type for config in configs}
     text_types = {config.get_text_config().model_type for config in configs}
     assert {*BLOCKS, *ROTATES, *ROTARY_NAMES, *ATTENTION_NAMES} <= text_types

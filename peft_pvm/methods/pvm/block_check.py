@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...tokens.families import DecoderBlock
+from ...tokens.blocks import DecoderBlock
 from ...tokens.tap import this_thread
 from ...utils.packages import is_tuner_child
 
@@ -80,7 +80,7 @@ class BlockCheck:
                     f"{type(layer).__name__} does not return the sum of its residual stream after attention and of "
                     "what its FFN returns, so that PVM would not be added to what it reads. Take it off with "
                     "unload(); the methods that change attention alone work. A row in "
-                    "peft_pvm/tokens/families.py can say where the two are in these layers."
+                    "peft_pvm/tokens/blocks.py can say where the two are in these layers."
                 )
             self._pass()
 
