@@ -366,7 +366,7 @@ class BranchShape:
 def _activation(text_config: Any) -> str:
     """The base's activation function, by name; the paper's where it has weights, which a branch has no place for, or
     where the config leaves it to the code, as that of LFM2 does."""
-    name = _first(text_config, "hidden_act", "hidden_activation", default="silu")
+    name = _first(text_config, "hidden_act", "hidden_activation", "activation_function", default="silu")
     return "silu" if list(ACT2FN[name].parameters()) else name
 
 
