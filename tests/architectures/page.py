@@ -65,7 +65,10 @@ def with_tables(page: str) -> str:
     """docs/models.md with the tables as they are now."""
     rows = entries()
     refused = [row for row in rows if row["pvm"].startswith(REFUSED) and row["pvm"] == row["dipe"] == row["tdrs"]]
+    worked = [len({row["type"] for row in rows if not row[method].startswith(REFUSED)}) for method in METHODS]
     lines = [
+        f"Of {len({row['type'] for row in rows})} types, PVM works on {worked[0]}, DIPE on {worked[1]} and T-DRS on {worked[2]}.",
+        "",
         "| Models | Type | PVM | DIPE | T-DRS | Kernels | Video | transformers |",
         "|---|---|---|---|---|---|---|---|",
     ]
