@@ -65,9 +65,10 @@ def with_tables(page: str) -> str:
     """docs/models.md with the tables as they are now."""
     rows = entries()
     refused = [row for row in rows if row["pvm"].startswith(REFUSED) and row["pvm"] == row["dipe"] == row["tdrs"]]
-    worked = [len({row["type"] for row in rows if not row[method].startswith(REFUSED)}) for method in METHODS]
+    types = {row["type"] for row in rows}
+    pvm, dipe, tdrs = (len({row["type"] for row in rows if not row[method].startswith(REFUSED)}) for method in METHODS)
     lines = [
-        f"Of {len({row['type'] for row in rows})} types, PVM works on {worked[0]}, DIPE on {worked[1]} and T-DRS on {worked[2]}.",
+        f"Of {len(types)} types, PVM works on {pvm}, DIPE on {dipe} and T-DRS on {tdrs}.",
         "",
         "| Models | Type | PVM | DIPE | T-DRS | Kernels | Video | transformers |",
         "|---|---|---|---|---|---|---|---|",
