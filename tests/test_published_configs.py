@@ -23,9 +23,6 @@ from peft_pvm.utils.packages import CACHE
 
 PAGE = (REPOSITORY / "docs" / "checkpoints.md").read_text()
 CONFIGS = {"pvm": PVMConfig, "dipe": DIPEConfig, "tdrs": TDRSConfig}
-REFUSED = {
-    "Kimi K2.5": {"dipe", "tdrs"},
-}
 # The FFN that a token passes in the layers with a branch, over what the config calls `intermediate_size`.
 OTHER_WIDTHS = {
     "DeepSeek-OCR-2": 7168 / 6848,  # that of the dense layers
@@ -81,7 +78,7 @@ def test_checkpoint(name: str):
             assert attached.peft_config["default"].layers_to_transform == figures.layers
             assert attached.get_nb_trainable_parameters()[0] == figures.parameters
         attached.unload()
-    assert refused == REFUSED.get(name, set())
+    assert refused == set()
     assert set(model.state_dict()) == names
 
 

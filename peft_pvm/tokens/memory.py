@@ -309,7 +309,7 @@ def num_fixed_keys(cache: Cache | None) -> int:
 
     In reference sliding-window attention (Unlimited-OCR), a window slides over what is decoded alone.
     """
-    return max((_num_fixed(layer) for layer in getattr(cache, "layers", ())), default=0)
+    return max([0, *[_num_fixed(layer) for layer in getattr(cache, "layers", ())]])
 
 
 def has_lost_keys(cache: Cache, keys_before: list[int | None], seq_len: int) -> bool:

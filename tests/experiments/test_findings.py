@@ -428,9 +428,13 @@ def test_every_finding_is_measured_once_and_put_into_words(folder, adapter, tmp_
     assert page.count("\n### ") == len(FINDINGS)
     counted = {"calibrate": "chats of the validation", "text": "windows of the test"}
     assert all(f"--only {name}`: 2 {counted.get(name, 'rows of the test')} split." in page for name in FINDINGS)
-    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", None)
+
+    def forward(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", forward)
     find(folder, few, tmp_path, [str(adapter)])
-    assert [path.read_bytes() for path in paths] == before, "and not again"
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_the_command_measures_what_it_is_told_and_prints_it(folder, adapter, tmp_path, short):

@@ -263,6 +263,7 @@ def test_a_row_of_padding_is_finite_and_changes_nothing():
         ({"triton": False, "kernel": "triton"}, ImportError),
         ({"wants_weights": True, "kernel": "triton"}, NotImplementedError),
         ({"is_cuda": False, "kernel": "triton"}, True),
+        ({"bias": torch.zeros(1)}, False),
         ({"compiling": True}, False),
         ({"compiling": True, "kernel": "triton"}, NotImplementedError),
     ],
@@ -271,7 +272,8 @@ def test_which_kernel_is_chosen(changes: dict[str, Any], takes: bool | type[Exce
     """On what stands for a GPU: the choice looks at nothing but these."""
     given = {"is_cuda": True, "dtype": torch.float32, "requires_grad": False, "kernel": "auto", **changes}
     tensor = SimpleNamespace(**{name: given[name] for name in ("is_cuda", "dtype", "requires_grad")})
-    inputs = SimpleNamespace(query=tensor, key=tensor, value=tensor, dropout=changes.get("dropout", 0.0))
+    others = {"dropout": changes.get("dropout", 0.0), "bias": changes.get("bias")}
+    inputs = SimpleNamespace(query=tensor, key=tensor, value=tensor, **others)
     monkeypatch.setattr(method, "_has_triton", lambda: changes.get("triton", True))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: changes.get("compiling", False))
     weighing = method.Reweighting(TDRSConfig(kernel=given["kernel"]), None, None)
