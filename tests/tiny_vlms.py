@@ -521,4 +521,10 @@ FAMILIES = {
 
 GEMMA4_SHARED = TinyVLM("Gemma4ForConditionalGeneration", _gemma4_shared, _gemma4_image, _gemma4_video)
 
+# One family of each kind: of rotations, masks, decoder layers, layer types, and ways to bring pixels.
+KINDS = (
+    *("qwen3_vl", "qwen3_5", "qwen2_5_vl", "glm4v"),
+    *("llava", "idefics3", "llama4", "aya_vision"),
+    *("paligemma2", "gemma3", "gemma4"),
+)
 REPRESENTATIVE = ("qwen3_vl", "llava", "gemma3")  # mRoPE and DeepStack; plain; sandwich norms and sliding windows

@@ -25,7 +25,7 @@ from tiny_vlms import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .rows import AnyVLM, Architecture
+from .rows import NOTHING_ROTATES, AnyVLM, Architecture
 
 
 def _lfm2_vl():
@@ -175,7 +175,7 @@ ROWS: dict[str, Architecture] = {
     "inkling_mm_model": Architecture(
         "Inkling",
         AnyVLM("InklingForConditionalGeneration", _inkling, _inkling_visual),
-        refused={"dipe": "no layer that rotates queries and keys"},
+        refused=NOTHING_ROTATES,
     ),
     "fuyu": Architecture("Fuyu-8B", AnyVLM("FuyuForCausalLM", _fuyu, _fuyu_visual)),
     "gemma3n": Architecture(

@@ -12,6 +12,12 @@ import transformers as T
 from tiny_vlms import TinyVLM
 
 
+NOTHING_ROTATES = {
+    "dipe": "has no layer that rotates queries and keys by position",
+    "log_bias": "The text model did not call its rotary_emb",  # which is how positions are known
+}
+
+
 class AnyVLM(TinyVLM):
     """A model that not every supported transformers has, and whose norms have weights as a trained model's have."""
 
@@ -35,7 +41,7 @@ class Architecture:
         known_as: The models that people know it by, as `docs/models.md` lists them.
         tiny: A tiny model of it.
         refused: By method, the words of the refusal that say why. Methods are "pvm", "pvm-hidden-states" (PVM with
-            `memory_source="hidden_states"`), "dipe" and "tdrs"; "all" stands for all of them.
+            `memory_source="hidden_states"`), "dipe", "tdrs", "vaf" and "log_bias"; "all" stands for all of them.
         differs: What does not hold of the model itself, without any adapter, and why: "cached" (a cache changes
             nothing) or "padded" (rows of a batch are what they are alone).
         sum_reader: The submodule of a decoder layer that reads the residual stream after the FFN, where the layer

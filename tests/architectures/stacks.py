@@ -27,7 +27,7 @@ from tiny_vlms import (
     _square_visual,
 )
 
-from .rows import AnyVLM, Architecture
+from .rows import NOTHING_ROTATES, AnyVLM, Architecture
 
 
 def _nemotron_h_omni():
@@ -309,12 +309,10 @@ def _inkling_image(model, generator):
 
 
 INKLING2 = {
-    "pvm": "reads several residual streams by attention",
-    "pvm-hidden-states": "reads several residual streams by attention",
-    "tdrs": "has attention sinks",
+    **dict.fromkeys(("pvm", "pvm-hidden-states"), "reads several residual streams by attention"),
+    **dict.fromkeys(("tdrs", "vaf", "log_bias"), "attention sinks"),
+    "dipe": NOTHING_ROTATES["dipe"],
 }
-NOTHING_ROTATES = "has no layer that rotates queries and keys by position"
-
 ENCODER_DECODER = {"all": "is an encoder-decoder: images are in the encoder"}
 ASKS_FOR_PIXELS = {
     "cached": "its forward asks for pixels at every step, and returns no cache",
@@ -325,17 +323,17 @@ ROWS: dict[str, Architecture] = {
     "inkling2": Architecture(
         "Inkling 2 Small",
         AnyVLM("Inkling2ForConditionalGeneration", lambda: _inkling2(loops=False), _inkling_image),
-        refused={**INKLING2, "dipe": NOTHING_ROTATES},
+        refused=INKLING2,
     ),
     "inkling2_loop": Architecture(
         "Inkling 2 Mini",
         AnyVLM("Inkling2LoopForConditionalGeneration", lambda: _inkling2(loops=True), _inkling_image),
-        refused={**INKLING2, "dipe": NOTHING_ROTATES},
+        refused=INKLING2,
     ),
     "glm5_next": Architecture(
         "GLM-5.3-Flash",
         AnyVLM("Glm5NextForConditionalGeneration", _glm5_next, GRID),
-        refused={"dipe": NOTHING_ROTATES},
+        refused=NOTHING_ROTATES,
         streams=("mlp", "mlp"),
     ),
     "qwen4_exp": Architecture(
@@ -346,7 +344,7 @@ ROWS: dict[str, Architecture] = {
     "blip-2": Architecture(
         "BLIP-2 (OPT)",
         AnyVLM("Blip2ForConditionalGeneration", lambda: _blip("Blip2", _opt()), _blip_image),
-        refused={"dipe": NOTHING_ROTATES},
+        refused=NOTHING_ROTATES,
         differs=ASKS_FOR_PIXELS,
     ),
     "blip-2/t5": Architecture(
@@ -380,13 +378,13 @@ ROWS: dict[str, Architecture] = {
     "kosmos-2": Architecture(
         "Kosmos-2",
         Kosmos2("Kosmos2ForConditionalGeneration", _kosmos_2, _square_visual(4)),
-        refused={"dipe": NOTHING_ROTATES},
+        refused=NOTHING_ROTATES,
         differs={"cached": "it reads images in the first forward alone"},
     ),
     "kosmos-2.5": Architecture(
         "Kosmos-2.5",
         Kosmos("Kosmos2_5ForConditionalGeneration", _kosmos_2_5, _patches),
-        refused={"dipe": NOTHING_ROTATES},
+        refused=NOTHING_ROTATES,
     ),
     "nemotron_h_omni": Architecture(
         "Nemotron 3 Nano Omni",
@@ -394,7 +392,7 @@ ROWS: dict[str, Architecture] = {
         refused={
             "pvm": "each layer is attention or an FFN, not both",
             "pvm-hidden-states": "each layer is attention or an FFN, not both",
-            "dipe": NOTHING_ROTATES,
+            **NOTHING_ROTATES,
         },
     ),
 }

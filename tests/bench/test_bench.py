@@ -135,7 +135,7 @@ def test_copies_share_weights_and_nothing_else():
     assert torch.equal(logits(model, inputs), before)
 
 
-@pytest.mark.parametrize("name", sorted({"qwen3_vl", "llava", "gemma3", "glm4v", "idefics3"} & set(FAMILIES)))
+@pytest.mark.parametrize("name", ["gemma3", "glm4v"])
 def test_every_method_is_measured(name: str):
     model = FAMILIES[name].build()
     settings = Settings(methods=tuple(METHODS), **QUICK)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from forwards import difference, logits
-from methods_under_test import METHODS, PUBLISHED, give_weight
+from methods_under_test import METHODS, give_weight
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny_vlms import FAMILIES, TinyVLM
@@ -18,7 +18,7 @@ from peft_pvm.tuners.names import adapter_names
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5")
-METHODS_HERE = PUBLISHED
+METHODS_HERE = ("pvm", "dipe")  # one with parameters, and one without
 OF_CONTAINERS = (
     "train",
     "eval",
