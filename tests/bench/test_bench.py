@@ -135,9 +135,8 @@ def test_copies_share_weights_and_nothing_else():
     assert torch.equal(logits(model, inputs), before)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "glm4v"])
-def test_every_method_is_measured(name: str):
-    model = FAMILIES[name].build()
+def test_every_method_is_measured():
+    model = FAMILIES["gemma3"].build()
     settings = Settings(methods=tuple(METHODS), **QUICK)
     result = measure(model, settings)
     (entry,) = result["contexts"]
