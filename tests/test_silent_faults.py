@@ -160,6 +160,19 @@ def test_another_kernel_is_noticed(config, dtype, monkeypatch):
         assert logits(attached, inputs).isfinite().all()
 
 
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kernels_rounding_is_no_fault(dtype, kernel):
+    """In half precision, large scores as trained models have them are rounded by more than a weight."""
+    family = tiny_vlms.FAMILIES["llava"]
+    model = family.build(attn_implementation=kernel).to(dtype)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight *= 200
+    inputs = in_dtype(family.inputs(model, "t40 i t30 i t60", "t7 i t50", "t90"), dtype)
+    assert logits(get_peft_model(model, VAFConfig()), inputs).isfinite().all()
+
+
 @pytest.mark.parametrize("config", [VAFConfig(), LogBiasConfig()], ids=["vaf", "log_bias"])
 def test_what_does_not_rotate_does_not_ask(config):
     model = _changed(NormsAfterwards)

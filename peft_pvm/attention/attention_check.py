@@ -141,17 +141,24 @@ def _caught(attention: Any, states: torch.Tensor, tables: Tables, kwargs: dict[s
 
 @torch.no_grad()
 def _makes_its_output(call: AttentionCall) -> bool:
-    """Whether the kernel computes, for the last queries, what `AttentionCall` knows of: plain attention."""
+    """Whether the kernel computes, for the last queries, what `AttentionCall` knows of: plain attention.
+
+    In fp32 at least: in half precision, the rounding of large scores would be more than what is looked for.
+    """
     if call.kernel not in ("eager", "sdpa"):  # others cannot be given a part of the mask, and have no more to compute
         return True
     num_queries = call.query.shape[2]
     last = slice(max(num_queries - FEW, 0), num_queries)
-    query, visible, mask = call.query[:, :, last], call.visibility.mask(last), call.visibility.bias(last)
-    if visible is not None and mask is None:
-        mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    query, key, value = (states.to(dtype) for states in (call.query[:, :, last], call.key, call.value))
+    visible, mask = call.visibility.mask(last), call.visibility.bias(last)
+    if visible is not None:
+        mask = torch.zeros_like(visible, dtype=dtype) if mask is None else mask.to(dtype)
+        mask = mask.masked_fill(~visible, torch.finfo(dtype).min)
     kwargs = {name: _of_queries(value, num_queries, last) for name, value in call.kwargs.items()}
-    few = replace(call, query=query, attention_mask=mask, kwargs={**kwargs, "dropout": 0.0})
-    output = base_kernel(call.kernel, call.module)(query, call.key, call.value, mask, **few.kwargs)[0]
+    kwargs["dropout"] = 0.0
+    few = replace(call, query=query, key=key, value=value, attention_mask=mask, kwargs=kwargs)
+    output = base_kernel(call.kernel, call.module)(query, key, value, mask, **kwargs)[0]
     return _agree(output, ReferenceStages().attend(few)[0])
 
 

@@ -85,7 +85,7 @@ class AttentionCall:
             gap = context.num_fixed_keys, dropped
             visibility = Visibility(self.attention_mask, *sizes, is_causal, window, self.query.device, gap)
             if visibility.mask_decides:  # it may hide more than padding
-                visibility.ranked_by = context.padding(num_queries, num_keys)
+                visibility.ranked_by = functools.partial(context.padding, num_queries, num_keys)
             return visibility
 
         # The mask lives as long as what is derived from it, so that its id names it.

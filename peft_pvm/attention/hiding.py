@@ -28,7 +28,7 @@ def hidden_from_text(call: AttentionCall) -> AttentionCall:
     shared = call.visibility
     mask = call.context.derived(("hidden", shared, kernel), lambda: _without_pairs(call, rows, kernel))
     hidden = replace(call, attention_mask=mask, kernel=kernel)
-    hidden.visibility.ranked_by = shared  # what text does not see is not padding
+    hidden.visibility.ranked_by = lambda: shared  # what text does not see is not padding
     return hidden
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,8 @@ class Visibility:
         sliding_window: How many keys up to its own a query sees, where the mask does not say. `None`: all.
         device: Where to build masks.
         gap: Behind how many keys how many others are left out, none of them padding.
-        ranked_by: Where padding is looked up, if this mask hides other tokens as well. `None`: here.
+        ranked_by: Gives where padding is looked up, if this mask hides other tokens as well; `None`: here. It is asked
+            when somebody wants to know, which few do.
     """
 
     attention_mask: Any
@@ -36,7 +37,7 @@ class Visibility:
     sliding_window: int | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
     gap: tuple[int, int | torch.Tensor] = (0, 0)
-    ranked_by: Visibility | None = None
+    ranked_by: Callable[[], Visibility | None] = lambda: None
     _ranks: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -118,8 +119,8 @@ class Visibility:
         Returns:
             `(batch or 1, 1, num_keys)` and `(batch or 1, 1, num_queries)`, int64. Of padding itself: anything.
         """
-        if self.ranked_by is not None:
-            return self.ranked_by.ranks()
+        if (elsewhere := self.ranked_by()) is not None:
+            return elsewhere.ranks()
         if self._ranks is None:  # asked by every layer
             self._ranks = self._count_ranks()
         return self._ranks

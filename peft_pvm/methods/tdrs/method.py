@@ -156,7 +156,7 @@ class Reweighting:
         Raises:
             NotImplementedError: Heads see different keys.
         """
-        if call.visibility.differs_by_head and call.visibility.ranked_by is None:
+        if call.visibility.differs_by_head and call.visibility.ranked_by() is None:
             raise NotImplementedError(
                 "The heads of this attention see different keys (block-sparse attention, for instance). A key that "
                 "one query does not see need not be padding, so T-DRS cannot count the tokens between two. Take it "
