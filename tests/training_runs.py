@@ -32,6 +32,7 @@ CONFIGS = {"sft": "sft_tiny", "grpo": "grpo_tiny", "dipe": "adapt_dipe_tiny"}
 SHORT = {
     "sft": {
         "r": 32,
+        "max_text": 64,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
@@ -50,11 +51,11 @@ SHORT = {
 def make_material(folder: Path) -> SimpleNamespace:
     """Folders: the model, chats of the two forms, chats of which every other batch of four has no image."""
     save_as_folder(load_tiny_vlm(), folder / "model")
-    chats = make_chats("messages", 8, 400)
+    chats = make_chats("messages", 8, 250)
     write_chats(chats, folder / "messages")
     without = chats.map(lambda row, index: {"images": row["images"] if index // 4 % 2 == 0 else []}, with_indices=True)
     write_chats(without, folder / "mixed")
-    write_chats(make_chats("prompts", 16, 800), folder / "prompts")
+    write_chats(make_chats("prompts", 16, 200), folder / "prompts")
     return SimpleNamespace(**{path.name: path for path in folder.iterdir()})
 
 

@@ -196,8 +196,15 @@ def hides(model: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["whole", "accumulated"])
-@pytest.mark.parametrize("place", ["forward", "backward", "before the forward"])
-@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        (RuntimeError, "forward"),
+        (RuntimeError, "backward"),
+        (RuntimeError, "before the forward"),
+        (KeyboardInterrupt, "forward"),
+    ],
+)
 def test_after_an_error_images_are_seen(
     kind: type[BaseException], place: str, options: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
