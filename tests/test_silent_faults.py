@@ -12,6 +12,7 @@ from architectures import ARCHITECTURES
 from forwards import TOLERANCE, difference, in_dtype, logits
 from methods_under_test import METHODS
 from peft import get_peft_model
+from transformers import PreTrainedConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
@@ -51,6 +52,54 @@ def test_the_base_sees_its_kernels_name(config):
     assert difference(logits(attached, inputs), base) > 100 * TOLERANCE
     with attached.disable_adapter():
         assert torch.equal(logits(attached, inputs), base)
+
+
+class AsksASet(LlamaAttention):
+    """Looks the kernel's name up in a table of its own, in which no name of a steered kernel is."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        known = self.config._attn_implementation in {"eager", "sdpa"}
+        return super().forward(hidden_states if known else 2 * hidden_states, *args, **kwargs)
+
+
+class AsksForTheConfigsClass(LlamaAttention):
+    """Computes something else with a config of another class."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        known = isinstance(self.config, PreTrainedConfig)
+        return super().forward(hidden_states if known else 2 * hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("config", STEERING.values(), ids=STEERING)
+@pytest.mark.parametrize("attention_cls", [AsksASet, AsksForTheConfigsClass])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_base_that_an_adapter_changes_when_it_is_off_is_noticed(attention_cls, config, training):
+    """With dropout in training, too."""
+    model = _changed(LlamaAttention).train(training)
+    layer = model.model.language_model.layers[1]
+    layer.self_attn.attention_dropout = 0.5
+    inputs = tiny_vlms.FAMILIES["llava"].inputs(model, *BATCH)
+    model(**inputs)
+    attached = get_peft_model(model, config).train(training)
+    attached(**inputs)
+    attached = get_peft_model(attached.unload(), config).train(training)
+    layer.self_attn.__class__ = attention_cls
+    with pytest.raises(NotImplementedError, match=rf"{attention_cls.__name__} \(decoder layer 1\) computes something"):
+        attached(**inputs)
+
+
+@pytest.mark.parametrize("config", STEERING.values(), ids=STEERING)
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_padding_behind_a_row_is_no_fault(config, kernel):
+    model = _changed(LlamaAttention)
+    model.set_attn_implementation(kernel)
+    inputs = tiny_vlms.FAMILIES["llava"].inputs(model, "t2 i t1", "t7 i t9")
+    inputs["input_ids"][0], inputs["attention_mask"][0] = (
+        tensor[0].roll(-int((inputs["attention_mask"][0] == 0).sum()))
+        for tensor in (inputs["input_ids"], inputs["attention_mask"])
+    )
+    assert inputs["attention_mask"][0, -4:].sum() == 0
+    assert logits(get_peft_model(model, config), inputs).isfinite()[1].all()
 
 
 # ---- the rotation is the last thing done to queries and keys, by the rotary embedding that adapters take
@@ -132,32 +181,47 @@ def test_other_channels_of_latent_attention_are_noticed(config):
         logits(get_peft_model(model, config), family.inputs(model, *BATCH))
 
 
-def with_something_more(module, query, key, value, attention_mask, **kwargs):
+EAGER = modeling_llama.eager_attention_forward
+
+
+def with_something_more(*args, **kwargs):
     """Eager attention that does not spend all weight on values, as with attention sinks that are the module's own."""
-    output, weights = modeling_llama.eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    output, weights = EAGER(*args, **kwargs)
     return 0.9 * output, weights
-
-
-class SomethingMore(LlamaAttention):
-    """Its kernel knows something that it is not given."""
 
 
 @pytest.mark.parametrize("config", STEERING.values(), ids=STEERING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_kernel_is_noticed(config, dtype, monkeypatch):
-    monkeypatch.setattr(SomethingMore, "__module__", with_something_more.__module__)
-    monkeypatch.setitem(globals(), "eager_attention_forward", with_something_more)
-    model = _changed(SomethingMore).to(dtype)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", with_something_more)
+    model = tiny_vlms.FAMILIES["llava"].build().to(dtype)
     model.set_attn_implementation("eager")
     inputs = in_dtype(tiny_vlms.FAMILIES["llava"].inputs(model, *BATCH), dtype)
     attached = get_peft_model(model, config)
     for _ in range(2):  # it is not checked once only, if it fails
         with pytest.raises(
-            NotImplementedError, match=r"SomethingMore \(decoder layer 0\) computes attention from more"
+            NotImplementedError, match=r"LlamaAttention \(decoder layer 0\) computes attention from more"
         ):
             logits(attached, inputs)
     with attached.disable_adapter():
         assert logits(attached, inputs).isfinite().all()
+
+
+class Inherits(LlamaAttention):
+    """Of a module that has an eager kernel too, which the inherited `forward` does not call."""
+
+
+@pytest.mark.parametrize("config", STEERING.values(), ids=STEERING)
+def test_the_kernel_is_that_of_whoever_calls_it(config, monkeypatch):
+    monkeypatch.setitem(globals(), "eager_attention_forward", with_something_more)
+    model = _changed(Inherits)
+    model.set_attn_implementation("eager")
+    inputs = tiny_vlms.FAMILIES["llava"].inputs(model, *BATCH)
+    base = logits(model, inputs)
+    attached = get_peft_model(model, config)
+    assert logits(attached, inputs).isfinite().all()
+    with attached.disable_adapter():
+        assert torch.equal(logits(attached, inputs), base)
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])

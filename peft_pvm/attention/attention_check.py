@@ -1,12 +1,14 @@
 """Whether an attention module computes as adapters take for granted, found out from the module itself, once.
 
-Adapters assume that its output is made of queries, keys, values, the mask, and of what else `AttentionCall` knows.
-Those that rotate queries and keys assume that the rotation is the last thing done to them, and that it is by the
-rotary embedding they take. Both are tried on a few tokens of the first forward, the rotation at other positions too.
+Adapters assume that it computes what it would without them as long as none acts, and that its output is made of
+queries, keys, values, the mask, and of what else `AttentionCall` knows. Those that rotate queries and keys assume that
+the rotation is the last thing done to them, and that it is by the rotary embedding they take. All of it is tried on a
+few tokens of the first forward, the rotation at other positions too.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +20,7 @@ from transformers import Cache
 
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.tap import by_name
+from ..utils.packages import attn_implementation
 from .call import AttentionCall, Output, base_kernel
 from .reference import ReferenceStages
 from .rotation import Tables, inverse, rotate, rotation_tables, unit
@@ -26,6 +29,7 @@ from .rotation import Tables, inverse, rotate, rotation_tables, unit
 FEW = 4  # tokens
 FURTHER = 128  # positions, so that most channels turn
 TABLES = "position_embeddings"  # the keyword by which a module is given the rotations of its tokens
+NAMED = ("hidden_states", TABLES)  # what is cut by itself
 
 
 class AttentionCheck:
@@ -65,7 +69,11 @@ class AttentionCheck:
         if torch.compiler.is_compiling() or context is None or not self.acts():
             return
         context.check()
-        if self.rotates and (fault := self._fault_of_rotation(attention, by_name(attention, args, kwargs))):
+        named = by_name(attention, args, kwargs)
+        if not _is_as_without_adapters(attention, named):
+            fault = "computes something else than without an adapter while none acts"
+            raise _refusal(attention, fault, "would change the model even when it is off", "beside the FFN may work")
+        if self.rotates and (fault := self._fault_of_rotation(attention, named)):
             raise _refusal(
                 attention, fault, "would rotate them wrongly", "that do not rotate queries and keys may work"
             )
@@ -87,7 +95,7 @@ class AttentionCheck:
         if given is None:
             return "" if self.rotary is None else f"is given no {TABLES} for its queries and keys"
         states = kwargs["hidden_states"][:1, -FEW:]
-        given = _mapped(given, lambda table: table[..., :1, -states.shape[1] :, :])
+        given = _of_last_tables(given, states.shape[1])
         if self.rotary is None:
             here, there = (_caught(attention, states, tables, kwargs) for tables in (given, inverse(given)))
             agrees = _agree
@@ -116,6 +124,29 @@ def _refusal(attention: Any, fault: str, consequence: str, others: str) -> NotIm
     return NotImplementedError(
         f"{where} {fault}, so that the adapter {consequence}. Take it off with unload(); adapters {others}."
     )
+
+
+@torch.no_grad()
+def _is_as_without_adapters(attention: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a module that looks up a steered kernel computes the same as with its own config, if no adapter acts."""
+    known = all(name in (*CUT, *NAMED) for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+    is_wrapped = "forward" in vars(attention)  # by accelerate, which may have its weights on the disk
+    if not known or is_wrapped or attn_implementation(attention.config) == "flex_attention":  # it would compile anew
+        return True
+    states = kwargs["hidden_states"][:1, -FEW:]
+    arguments = _for_last(kwargs, states.shape[1])
+    arguments.pop(CONTEXT)
+    if TABLES in kwargs:
+        tables = kwargs[TABLES]
+        arguments[TABLES] = None if tables is None else _of_last_tables(tables, states.shape[1])
+    plain = copy.copy(attention)
+    plain.config = attention.config.config
+    outputs = []
+    for module in (attention, plain):
+        with torch.random.fork_rng():  # with dropout, the same in both
+            torch.manual_seed(0)
+            outputs.append(module.forward(states, **arguments)[0].nan_to_num())  # rows of padding may see no key
+    return torch.equal(*outputs)
 
 
 class _Caught:
@@ -174,22 +205,26 @@ def _for_last(kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
     for name, value in kwargs.items():
         if name in CUT and value is not None:
             arguments[name] = CUT[name](value, num_tokens)
-        elif name not in ("hidden_states", TABLES) and not isinstance(value, torch.Tensor | Cache):
+        elif name not in NAMED and not isinstance(value, torch.Tensor | Cache):
             arguments[name] = value
     return arguments
 
 
 def _of_few(mask: Any, num_tokens: int) -> torch.Tensor | None:
     """The mask, where the module itself may read it; that of flash or flex attention is the kernel's alone."""
-    is_whole = isinstance(mask, torch.Tensor) and mask.dim() == 4
-    return mask[:1, :, -num_tokens:, -num_tokens:] if is_whole else None
+    if not isinstance(mask, torch.Tensor):
+        return None
+    return mask[:1, :, -num_tokens:, -num_tokens:] if mask.dim() == 4 else mask.new_ones(1, num_tokens)
 
 
 # By the keyword: how an argument is cut to what is needed for a few tokens.
 CUT: dict[str, Callable[[Any, int], Any]] = {
     "attention_mask": _of_few,
+    "conv_mask": _of_few,
     # Where no keys stand before them; what turns them are the tables.
     "position_ids": lambda ids, num_tokens: torch.arange(num_tokens, device=ids.device).expand(*ids.shape[:-2], 1, -1),
+    # Of all queries and keys, for a bias.
+    "relative_distance": lambda distances, num_tokens: distances[-num_tokens:, -num_tokens:],
     # Keys and values of other layers, in a copy: the module may write into it.
     "shared_kv_states": lambda states, num_tokens: {
         key: tuple(tensor[:1, :, -num_tokens:] for tensor in states[key]) for key in states
@@ -197,6 +232,11 @@ CUT: dict[str, Callable[[Any, int], Any]] = {
     # The keys that an earlier layer has chosen.
     "prev_topk_indices": lambda indices, num_tokens: indices[:1, -num_tokens:].clamp(max=num_tokens - 1),
 }
+
+
+def _of_last_tables(tables: Tables, num_tokens: int) -> Tables:
+    """The rotations of the last tokens of the first row."""
+    return _mapped(tables, lambda table: table[..., :1, -num_tokens:, :])
 
 
 def _mapped(tables: Tables, function: Callable[[torch.Tensor], torch.Tensor]) -> Tables:

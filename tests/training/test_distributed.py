@@ -85,8 +85,7 @@ def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str,
     assert all(tensor.abs() > 1e-3 for key, tensor in alone.items() if key.endswith("pvm_gate.weight")), "it learned"
 
 
-@pytest.mark.parametrize("kind", ["ddp", CHECKPOINTED])
-def test_two_processes_hide_the_images_that_one_does(material: SimpleNamespace, kind: str, tmp_path: Path):
+def test_two_processes_hide_the_images_that_one_does(material: SimpleNamespace, tmp_path: Path):
     """In all rows first, and then in half of them. The second process never gets an image; gates have groups."""
     options = {
         "dataset_name": material.mixed,
@@ -97,16 +96,15 @@ def test_two_processes_hide_the_images_that_one_does(material: SimpleNamespace, 
         "hidden_share": 0.5,
         "faster_gates": 10,
     }
-    launch(kind, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
+    launch(CHECKPOINTED, "sft", material, tmp_path, per_device_train_batch_size=4, **options)
     run("sft", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
     same_curves(tmp_path)
     same_tensors(adapter_weights(tmp_path / "alone"), adapter_weights(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_adapt_to_dipe_as_one_does(material: SimpleNamespace, kind: str, tmp_path: Path):
+def test_two_processes_adapt_to_dipe_as_one_does(material: SimpleNamespace, tmp_path: Path):
     options = {"max_steps": 3, "learning_rate": 1e-3, "train_sampling_strategy": "sequential"}
-    launch(kind, "dipe", material, tmp_path, per_device_train_batch_size=4, **options)
+    launch("fsdp2", "dipe", material, tmp_path, per_device_train_batch_size=4, **options)
     run("dipe", material, output_dir=tmp_path / "alone", per_device_train_batch_size=8, **options)
     same_curves(tmp_path)
     same_tensors(*(adapter_weights(tmp_path / name / "lora") for name in ("alone", "out")))

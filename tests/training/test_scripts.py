@@ -91,7 +91,7 @@ def test_it_does_not_matter_how(material, data: str, tmp_path: Path):
     common = {
         "dataset_name": getattr(material, data),
         "per_device_train_batch_size": 8,
-        "max_steps": 3,
+        "max_steps": 2,
         "learning_rate": 1e-3,
         "train_sampling_strategy": "sequential",
     }
