@@ -103,6 +103,8 @@ def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
 # By name: the methods without parameters, and all. A test that is about methods in general runs over these.
 STEERING = tuple(row.config.method for row in PACKAGED if not row.needs_training)
 PUBLISHED = ("pvm", *STEERING)
+# What is of the same kind of stage as another method and differs in arithmetic alone, which test_formulas.py tests.
+SAME_KIND = {"hgai": "pai"}
 
 
 def _acting(config: type[PeftConfig]) -> Callable[..., PeftConfig]:

@@ -102,6 +102,7 @@ class Tokens:
 
 
 ByPair = Callable[[Tokens, int], torch.Tensor]
+Change = Callable[[Tokens, int, torch.Tensor], torch.Tensor]
 
 
 def angles(attention: Any, text_model: Any, positions: torch.Tensor) -> torch.Tensor:
@@ -173,6 +174,7 @@ def oracle_attention(
     tdrs: Any,
     scale: ByPair | None,
     bias: ByPair | None,
+    change: Change | None,
 ):
     met_from: list[torch.Tensor] = []  # the same for all layers
     own_modules = set(text_model.modules())
@@ -211,6 +213,8 @@ def oracle_attention(
             scores = scores + position_bias
         if bias is not None:
             scores = scores + bias(tokens, module.layer_idx)[:, None]
+        if change is not None:
+            scores = change(tokens, module.layer_idx, scores)
         visible = (
             torch.ones_like(scores, dtype=torch.bool).tril() if attention_mask is None else attention_mask > -1e30
         )
@@ -239,6 +243,7 @@ def oracle(
     tdrs: Any = None,
     scale: ByPair | None = None,
     bias: ByPair | None = None,
+    change: Change | None = None,
 ) -> Iterator[Any]:
     """The model in float64, computing as the oracle does for these inputs, which must be one whole forward.
 
@@ -249,6 +254,7 @@ def oracle(
         tdrs: The configuration of T-DRS. `None`: it does not act.
         scale: What the scores of a layer are multiplied by, `(batch, seq_len, seq_len)`. `None`: 1.
         bias: What is added to them after scaling, likewise. `None`: 0.
+        change: Gives other scores for those of a layer, `(batch, heads, seq_len, seq_len)`. `None`: they stay.
     """
     model = model.double()
     text_model = next(m for m in model.modules() if embeds_tokens(m) and hasattr(m, "layers"))
@@ -264,7 +270,7 @@ def oracle(
     rotary = getattr(text_model, "rotary_emb", torch.nn.Module())
     handle = rotary.register_forward_pre_hook(note, with_kwargs=True)
     kernel = text_model.config._attn_implementation
-    AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs, scale, bias))
+    AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs, scale, bias, change))
     AttentionMaskInterface.register("oracle", eager_mask)
     text_model.config._attn_implementation = OracleName("eager")
     text_model.config._experts_implementation = "eager"  # the only one that takes float64

@@ -11,7 +11,7 @@ import transformers as T
 from architectures import ARCHITECTURES, OF_THE_NEWEST, Architecture, core, stacks, type_of
 from architectures.page import NEWEST, OLDEST
 from forwards import TOLERANCE, difference, generate, logits
-from methods_under_test import METHODS, PUBLISHED
+from methods_under_test import METHODS, PUBLISHED, SAME_KIND
 from oracle import agrees_with_the_oracle
 from tiny_vlms import IMAGE, VIDEO, TinyVLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -22,12 +22,11 @@ from peft_pvm.tokens.families import find_vlm
 
 
 ROTATING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
-# Where PVM's other memory is what works, it is tested too.
+# Where PVM's other memory is what works, it is tested too. On the core's families, most methods are tested elsewhere.
 CASES = [
     (name, method)
     for name, row in ARCHITECTURES.items()
-    if name not in core.ROWS
-    for method in (*PUBLISHED, "pvm-hidden-states")
+    for method in (SAME_KIND if name in core.ROWS else (*PUBLISHED, "pvm-hidden-states"))
     if method in PUBLISHED or row.refusal("pvm") != row.refusal(method)
 ]
 FFN = re.compile("mlp|feed_forward|ffn|moe|expert|fc[12]")  # a parameter of an FFN, by its name in the decoder layer

@@ -20,6 +20,7 @@ COMPILED = {
     "dipe": METHODS["dipe"],
     "vaf": METHODS["vaf"],
     "log_bias": METHODS["log_bias"],
+    "pai": METHODS["pai"],
     "pvm+dipe": Combination(("pvm", "dipe"), text_alone="equal"),
 }
 # By name, of aten. The last: a tensor made of Python numbers, which is copied to the device.
@@ -112,7 +113,7 @@ def test_a_step_waits_for_nothing(name: str, method: Method | Combination):
 
 # What a step allocates for every token that the cache has room for, in numbers a head and layer: PVM nothing, the
 # others the scores of one token and what is made of them. A vector for every token would be 16 numbers or more.
-A_TOKEN = {"pvm": 0, "dipe": 8, "vaf": 8, "log_bias": 8}
+A_TOKEN = {"pvm": 0, "dipe": 8, "vaf": 8, "log_bias": 8, "pai": 8}
 
 
 @pytest.mark.parametrize("method", A_TOKEN)

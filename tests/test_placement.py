@@ -58,7 +58,7 @@ def test_half_precision_bases(tiny: TinyVLM, dtype: torch.dtype, autocast_adapte
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-STRONG = {"vaf": {"visual": 4.0}}
+STRONG = {"vaf": {"visual": 4.0}, "pai": {"alpha": 1.0}, "hgai": {"alpha": 1.5}}
 """Fields for a method whose defaults change less than few bits round."""
 
 

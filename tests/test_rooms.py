@@ -21,7 +21,7 @@ import pytest
 
 
 PACKAGE = Path(__file__).parents[1] / "peft_pvm"
-MOST_ARROWS, MOST_FLOORS, MOST_MODULES = 60, 8, 112
+MOST_ARROWS, MOST_FLOORS, MOST_MODULES = 60, 8, 100  # modules beside those of methods, which may grow in number
 MOST_LINES, MOST_PARAMETERS = 60, 7  # of a function
 
 # Which rooms a room may import, from the top of the house to its bottom. "" is the package's own __init__.py.
@@ -217,7 +217,7 @@ def test_the_house_is_of_this_size(house: House):
     numbers = {
         "arrows": (len(house.rooms.edges), MOST_ARROWS),
         "floors": (len(house.floors()), MOST_FLOORS),
-        "modules": (len(house.modules), MOST_MODULES),
+        "modules": (sum(module.room != "methods" for module in house.modules.values()), MOST_MODULES),
     }
     assert {what: number for what, number in numbers.items() if number[0] > number[1]} == {}
 

@@ -17,11 +17,17 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from peft_pvm import DIPEConfig, LogBiasConfig, TDRSConfig, VAFConfig
+from peft_pvm import DIPEConfig, LogBiasConfig, PAIConfig, TDRSConfig, VAFConfig
 
 
 BATCH = ("t4 i t3 i t6", "t7 i t5", "t9")
-STEERING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig(), "vaf": VAFConfig(), "log_bias": LogBiasConfig()}
+STEERING = {
+    "dipe": DIPEConfig(max_distance=0),
+    "tdrs": TDRSConfig(),
+    "vaf": VAFConfig(),
+    "log_bias": LogBiasConfig(),
+    "pai": PAIConfig(alpha=1.0),
+}
 
 
 # ---- the base sees its own kernel's name

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .call import AttentionCall, Output
+from .scores import Scores
 from .stages import Bias, GroupWeights, KeyScale, LayerStages, Positions, Values, Weights, text_rows
 
 
@@ -37,7 +38,7 @@ class ReferenceStages(LayerStages):
             scores = scores if added is None else scores + added
         hidden = scores.new_zeros(1, dtype=torch.bool).expand_as(scores) if visible is None else ~visible
         weights = None
-        for stage in self._of_kind(Weights):
+        for stage in self._of_kind(Weights, Scores):
             if stage.reference is None:
                 raise NotImplementedError("This kind of weights has no plain form.")
             weights = stage.reference(call, scores, hidden.expand_as(scores))
@@ -52,8 +53,8 @@ class ReferenceStages(LayerStages):
         output = by_value.to(call.value.dtype) @ repeated(call.value, call.query.shape[1])
         return output.transpose(1, 2).contiguous(), weights.to(call.value.dtype)
 
-    def _of_kind(self, kind: type) -> list:
-        return [stage for stage in self.stages if isinstance(stage, kind)]
+    def _of_kind(self, *kinds: type) -> list:
+        return [stage for stage in self.stages if isinstance(stage, kinds)]
 
 
 def products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,14 @@ With `q` and `k` rotated, a layer computes, for a row `i` and a key `j` that it 
     s_ij = q_i . k_j                     Positions: rotated by other positions, for some pairs
     s_ij = s_ij * c_j                    KeyScale
     s_ij = s_ij * scaling + a_i * b_j    Bias
+    s_ij = f(s_ij, i, j)                 Scores (`scores.py`): changed by what they are
     w_i  = softmax(s_i)                  Weights: another function of the scores
     w_ij = w_ij * f(group of j, i)       GroupWeights
     o_i  = sum_j w_ij * c_j * v_j        Values
 
 Stages act in this order, in whatever order their adapters were attached. Several of `KeyScale`, `Bias` and `Values`
-multiply or add up. `Positions`, `Weights` and `GroupWeights` are done by one adapter: a second one is refused.
+multiply or add up. `Positions`, weights (`Scores` or `Weights`) and `GroupWeights` are done by one adapter: a second
+one is refused.
 """
 
 from __future__ import annotations

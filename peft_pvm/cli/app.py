@@ -10,6 +10,7 @@ from .adapters import card, convert, export_reference, export_vllm, inspect, mer
 from .bench import bench, scale
 from .evaluation import curves, eval_lengths, probe
 from .lab import app as lab
+from .methods import methods
 from .models import models
 from .proposals import calibrate, layers
 from .refusals import Commands
@@ -32,6 +33,7 @@ COMMANDS = (
     bench,
     scale,
     eval_lengths,
+    methods,
     models,
     inspect,
     merge,

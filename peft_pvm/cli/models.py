@@ -22,6 +22,8 @@ from .refusals import reading
 
 
 TABLE = Path(__file__).with_name("architectures.json")  # of the tests; `make generate` writes it
+WORKS = "works"
+LEADING, OTHERS = METHODS[:3], METHODS[3:]  # what has a column of its own, and what shares one
 NOT_TRIED = "can be attached; the first forward checks the rest"
 
 
@@ -40,12 +42,20 @@ def models(
     if as_json:
         say(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    table = Table("models", "type", "PVM", "DIPE", "T-DRS", "kernels", "video", "transformers", show_lines=True)
+    table = Table("models", "type", *columns(rows[0]), "kernels", "video", "transformers", show_lines=True)
     for row in rows:
-        works = [row[method].replace("works", "yes") for method in ("pvm", "dipe", "tdrs")]
         lists = ", ".join(row["kernels"]), "yes" if row["video"] else "no", ", ".join(row["transformers"])
-        table.add_row(row["known_as"], row["type"], *works, *lists)
+        table.add_row(row["known_as"], row["type"], *columns(row).values(), *lists)
     Terminal().print(table)
+
+
+def columns(row: dict[str, Any]) -> dict[str, str]:
+    """What a table shows of a row, by heading: each of the first methods, and which of the others work."""
+    cells = {method.name: row[method.config.method] for method in LEADING}
+    cells = {name: "yes" if cell == WORKS else cell for name, cell in cells.items()}
+    working = [method.name for method in OTHERS if row[method.config.method] == WORKS]
+    cells["others"] = "yes" if len(working) == len(OTHERS) else ", ".join(working) or "no"
+    return cells
 
 
 def _named(name: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The methods: one row each. Tests, demo, measurements and the tables in the docs follow from it."""
+"""The methods: one row each. Tests, demo, measurements, commands and the tables in the docs follow from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, Literal
 from ..tuners.attention_method import AttentionMethod
 from ..tuners.base import VisualConfig
 from .dipe import DIPEConfig, DIPEModel
+from .hgai import HGAIConfig, HGAIModel
 from .log_bias import LogBiasConfig, LogBiasModel
+from .pai import PAIConfig, PAIModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .tdrs import TDRSConfig, TDRSModel
 from .vaf import VAFConfig, VAFModel
@@ -18,8 +20,12 @@ from .vaf import VAFConfig, VAFModel
 __all__ = [
     "DIPEConfig",
     "DIPEModel",
+    "HGAIConfig",
+    "HGAIModel",
     "LogBiasConfig",
     "LogBiasModel",
+    "PAIConfig",
+    "PAIModel",
     "PVMConfig",
     "PVMModel",
     "TDRSConfig",
@@ -37,7 +43,12 @@ class Method:
     Attributes:
         name: What tables call it; in lower case, what commands call it.
         config: Its configuration.
+        does: What it does, in half a sentence.
+        changes: The part of a forward that it changes, for methods without parameters a kind of stage.
+        kernels: Which attention kernels it runs on, and what it runs beside them.
         tuner: Its tuner, if the configuration is not all of it.
+        full_name: What else it is called.
+        parameters: How many it has.
         text_alone: What a row without images is to it: "untouched", to the bit, also beside rows with images;
             "equal", where another kernel may compute the same; or "changed".
         plain_matrices: How many matrices of scores of all heads, in fp32, its plain form holds at once.
@@ -45,7 +56,12 @@ class Method:
 
     name: str
     config: type[VisualConfig]
+    does: str
+    changes: str
+    kernels: str
     tuner: Any = None
+    full_name: str = ""
+    parameters: str = "none"
     text_alone: Literal["untouched", "equal", "changed"] = "equal"
     plain_matrices: int = 4
 
@@ -54,11 +70,68 @@ class Method:
         """Whether it has parameters."""
         return not issubclass(self.config, AttentionMethod)
 
+    @property
+    def page(self) -> str:
+        """Its page, under `docs/`."""
+        return f"methods/{self.name.lower()}.md"
+
 
 METHODS = (
-    Method("PVM", PVMConfig, PVMModel, text_alone="untouched", plain_matrices=0),
-    Method("DIPE", DIPEConfig),
-    Method("T-DRS", TDRSConfig, text_alone="changed", plain_matrices=12),
-    Method("VAF", VAFConfig),
-    Method("Log-bias", LogBiasConfig),
+    Method(
+        "PVM",
+        PVMConfig,
+        "a branch beside the FFN of a few decoder layers looks up the raw visual embeddings, whatever the distance",
+        "FFN",
+        "any; in its layers, an attention to the visual tokens beside it",
+        tuner=PVMModel,
+        full_name="Persistent Visual Memory",
+        parameters="27.9 M on Qwen3-VL-8B",
+        text_alone="untouched",
+        plain_matrices=0,
+    ),
+    Method(
+        "DIPE",
+        DIPEConfig,
+        "scores between text and image use anchored positions, so that their distance does not grow beyond a limit",
+        "Positions",
+        "any; twice in a forward with an image, or once with wider heads",
+    ),
+    Method(
+        "T-DRS",
+        TDRSConfig,
+        "attention is reweighted by similarity and distance",
+        "Weights",
+        "its own: blockwise, or Triton on a GPU",
+        text_alone="changed",
+        plain_matrices=12,
+    ),
+    Method(
+        "VAF",
+        VAFConfig,
+        "scores of visual keys are raised in the text that follows",
+        "KeyScale",
+        "any; twice in a forward with an image",
+    ),
+    Method(
+        "Log-bias",
+        LogBiasConfig,
+        "scores of visual keys are raised by the logarithm of the length of the text that follows",
+        "Bias",
+        "any, with 8 channels more a head",
+        full_name="the null model",
+    ),
+    Method(
+        "PAI",
+        PAIConfig,
+        "scores of visual keys are raised by a share of their size in the text that follows",
+        "Scores",
+        "any; rows of text behind an image by hand",
+    ),
+    Method(
+        "HGAI",
+        HGAIConfig,
+        "scores of visual keys are raised in all heads by a share of their mean size over heads",
+        "Scores",
+        "any; rows of text behind an image by hand",
+    ),
 )

@@ -37,6 +37,7 @@ class VAFConfig(AttentionMethod):
     """
 
     method: ClassVar[str] = "vaf"
+    layers_of_paper: ClassVar[tuple[int, int, int]] = (9, 14, 32)
 
     visual: float = setting(1.15, "What scores of visual keys are multiplied by, above 0.", above=0)
     before: float = setting(0.95, "What scores of text before the first image are multiplied by, above 0.", above=0)
@@ -44,11 +45,6 @@ class VAFConfig(AttentionMethod):
     def stages(self, layer: SteeredLayer) -> Stage:
         """Scaled keys."""
         return KeyScale(self.of_keys, rows="text")
-
-    def default_layers(self, layers: list[int]) -> list[int]:
-        """The paper's 9 to 14 of 32."""
-        first, last = (round(layer_idx / 31 * (len(layers) - 1)) for layer_idx in (9, 14))
-        return layers[first : last + 1]
 
     def of_keys(self, call: AttentionCall) -> torch.Tensor:
         """What the scores of each key are multiplied by, `(batch, num_keys)`."""

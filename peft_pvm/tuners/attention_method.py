@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -27,6 +27,10 @@ from ..tokens.families import VisionLanguageModel
 from ..utils.checks import layer_list, setting
 from ..utils.text import quoted
 from .base import VisualConfig, VisualTuner, VisualTunerLayer
+
+
+Rows = Literal["text", "generated"]
+ROWS = "All text behind an image, or the last token of each forward alone, as the authors' code does."
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class AttentionMethod(VisualConfig):
 
     has_parameters: ClassVar[bool] = False
     rotates: ClassVar[bool] = False  # whether it rotates queries or keys itself
+    # Its first and last layer in the paper, and of how many. `None`: all that it can act on.
+    layers_of_paper: ClassVar[tuple[int, int, int] | None] = None
 
     layers_to_transform: list[int] | int | None = field(
         default=None,
@@ -115,8 +121,12 @@ class AttentionMethod(VisualConfig):
         return list(attentions)
 
     def default_layers(self, layers: list[int]) -> list[int]:
-        """What `layers_to_transform=None` means, among the layers that the method can act on."""
-        return layers
+        """What `layers_to_transform=None` means, among the layers that the method can act on: the paper's part."""
+        if self.layers_of_paper is None:
+            return layers
+        *ends, depth = self.layers_of_paper
+        first, last = (round(layer_idx / (depth - 1) * (len(layers) - 1)) for layer_idx in ends)
+        return layers[first : last + 1]
 
     @classmethod
     def start_forward(cls, context: VisualContext) -> None:

@@ -358,7 +358,7 @@ ROWS: dict[str, Architecture] = {
         AnyVLM("HYV4VLForConditionalGeneration", _hy_v4_vl, _patches("image", 6), _patches("video", 12, frames=2)),
         refused={
             **dict.fromkeys(("pvm", "pvm-hidden-states"), "its residual is several streams"),
-            **dict.fromkeys(("dipe", "tdrs", "vaf", "log_bias"), "attention sinks"),
+            "attention": "attention sinks",
         },
     ),
     "muse_glimmer": Architecture(

@@ -1,4 +1,7 @@
-"""The table of architectures as docs/models.md and as the file that `peft-pvm models` reads: `make generate`."""
+"""The table of architectures as docs/models.md and as the file that `peft-pvm models` reads; the tables of methods.
+
+`make generate` writes them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from typing import Any
 
 import transformers as T
 
+from peft_pvm.cli import methods, models
+from peft_pvm.methods import METHODS as PACKAGED
+
 from . import ARCHITECTURES, OF_THE_NEWEST, type_of
 from .rows import Architecture
 
@@ -19,7 +25,7 @@ JSON = REPOSITORY / "peft_pvm" / "cli" / "architectures.json"
 PAGE = REPOSITORY / "docs" / "models.md"
 TABLES = re.compile(r"(<!-- models:[^>]*-->\n).*?(<!-- models end -->)", re.DOTALL)
 WORKS, REFUSED, HIDDEN_STATES = "works", "refused: ", "works with memory_source='hidden_states'"
-METHODS = ("pvm", "dipe", "tdrs")
+METHODS = tuple(method.config.method for method in PACKAGED)
 FLAGS = {"sdpa": "_supports_sdpa", "flash": "_supports_flash_attn", "flex": "_supports_flex_attn"}  # eager: all do
 
 
@@ -64,30 +70,57 @@ def as_json() -> str:
 def with_tables(page: str) -> str:
     """docs/models.md with the tables as they are now."""
     rows = entries()
-    refused = [row for row in rows if row["pvm"].startswith(REFUSED) and row["pvm"] == row["dipe"] == row["tdrs"]]
+    refused = [row for row in rows if all(row[method].startswith(REFUSED) for method in METHODS)]
     types = {row["type"] for row in rows}
-    pvm, dipe, tdrs = (len({row["type"] for row in rows if not row[method].startswith(REFUSED)}) for method in METHODS)
+    works = {name: {row["type"] for row in rows if not row[name].startswith(REFUSED)} for name in METHODS}
+    first, *others = (f"{method.name}{{}} on {len(works[method.config.method])}" for method in PACKAGED)
+    numbers = ", ".join([first.format(" works"), *(other.format("") for other in others)])
+    names = list(models.columns(rows[0]))
     lines = [
-        f"Of {len(types)} types, PVM works on {pvm}, DIPE on {dipe} and T-DRS on {tdrs}.",
+        f"Of {len(types)} types, {numbers}.",
         "",
-        "| Models | Type | PVM | DIPE | T-DRS | Kernels | Video | transformers |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| Models | Type | {' | '.join(names)} | Kernels | Video | transformers |",
+        f"|---|---|{'---|' * len(names)}---|---|---|",
     ]
     lines += [_line(row) for row in rows if row not in refused]
     lines += ["", "No method works on these, for the reason given:", "", "| Models | Type | Why |", "|---|---|---|"]
-    lines += [f"| {row['known_as']} | `{row['type']}` | {row['pvm'].removeprefix(REFUSED)} |" for row in refused]
+    lines += [f"| {row['known_as']} | `{row['type']}` | {_reasons(row)} |" for row in refused]
     return TABLES.sub(lambda found: "\n".join([found[1], *lines, "", found[2]]), page)
 
 
+def _reasons(row: dict[str, Any]) -> str:
+    return "; ".join(dict.fromkeys(row[method].removeprefix(REFUSED) for method in METHODS))
+
+
 def _line(row: dict[str, Any]) -> str:
-    cells = {WORKS: "yes", HIDDEN_STATES: '`memory_source="hidden_states"`'}
-    works = [cells.get(row[method], row[method]) for method in METHODS]
+    works = [cell.replace(HIDDEN_STATES, '`memory_source="hidden_states"`') for cell in models.columns(row).values()]
     kernels, versions = ", ".join(row["kernels"]), ", ".join(row["transformers"])
     cells = [row["known_as"], f"`{row['type']}`", *works, kernels, "yes" if row["video"] else "no", versions]
     return f"| {' | '.join(cells)} |"
 
 
+OF_METHODS = re.compile(r"(<!-- methods:[^>]*-->\n).*?(<!-- methods end -->)", re.DOTALL)
+# By page: the columns of its table of methods, and the way from there to docs/.
+PAGES_WITH_METHODS = {
+    "README.md": (("method", "does", "parameters", "paper"), "docs/"),
+    "docs/methods.md": (("method", "does", "changes", "parameters", "kernels", "models", "paper"), ""),
+}
+
+
+def with_methods(page: str) -> str:
+    """A page with the table of methods as it is now.
+
+    Args:
+        page: Its path in the repository.
+    """
+    lines = "\n".join(methods.markdown(*PAGES_WITH_METHODS[page]))
+    return OF_METHODS.sub(lambda found: f"{found[1]}\n{lines}\n\n{found[2]}", (REPOSITORY / page).read_text())
+
+
 if __name__ == "__main__":
     JSON.write_text(as_json())
     PAGE.write_text(with_tables(PAGE.read_text()))
-    print(JSON, PAGE, sep="\n")
+    models.architectures.cache_clear()
+    for page in PAGES_WITH_METHODS:
+        (REPOSITORY / page).write_text(with_methods(page))
+    print(JSON, PAGE, *PAGES_WITH_METHODS, sep="\n")

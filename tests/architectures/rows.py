@@ -40,8 +40,8 @@ class Architecture:
     Attributes:
         known_as: The models that people know it by, as `docs/models.md` lists them.
         tiny: A tiny model of it.
-        refused: By method, the words of the refusal that say why. Methods are "pvm", "pvm-hidden-states" (PVM with
-            `memory_source="hidden_states"`), "dipe", "tdrs", "vaf" and "log_bias"; "all" stands for all of them.
+        refused: By method, the words of the refusal that say why. "pvm-hidden-states" is PVM with
+            `memory_source="hidden_states"`; "attention" stands for all that change attention, "all" for all.
         differs: What does not hold of the model itself, without any adapter, and why: "cached" (a cache changes
             nothing) or "padded" (rows of a batch are what they are alone).
         sum_reader: The submodule of a decoder layer that reads the residual stream after the FFN, where the layer
@@ -59,4 +59,5 @@ class Architecture:
 
     def refusal(self, method: str) -> str | None:
         """Why a method does not work on it; `None`: it does."""
-        return self.refused.get(method, self.refused.get("all"))
+        group = "all" if method.startswith("pvm") else "attention"
+        return self.refused.get(method, self.refused.get(group, self.refused.get("all")))

@@ -310,7 +310,7 @@ def _inkling_image(model, generator):
 
 INKLING2 = {
     **dict.fromkeys(("pvm", "pvm-hidden-states"), "reads several residual streams by attention"),
-    **dict.fromkeys(("tdrs", "vaf", "log_bias"), "attention sinks"),
+    "attention": "attention sinks",
     "dipe": NOTHING_ROTATES["dipe"],
 }
 ENCODER_DECODER = {"all": "is an encoder-decoder: images are in the encoder"}

@@ -16,6 +16,7 @@ from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, TDRSConfig
 from peft_pvm.attention.call import AttentionCall
 from peft_pvm.attention.reference import ReferenceStages
+from peft_pvm.attention.scores import Scores
 from peft_pvm.attention.stages import (
     Bias,
     GroupWeights,
@@ -75,6 +76,10 @@ def by_group() -> GroupWeights:
     return GroupWeights(groups, factors)
 
 
+def raised(call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+    return torch.where(call.visual_keys[:, None, None], scores + 1.5 * scores.abs(), scores)
+
+
 KINDS = {
     "scale": lambda: KeyScale(visual(1.5)),
     "scale-text": lambda: KeyScale(visual(1.3, 0.9), rows="text"),
@@ -87,7 +92,10 @@ KINDS = {
     "bias-pairs": lambda: Bias(visual(0.9, 0.1), of_queries=counted),
     "bias-pairs-text": lambda: Bias(visual(-1.1, 0.0), rows="text", of_queries=counted),
     "weights": sharper,
+    "scores": lambda: Scores(raised),
+    "scores-last": lambda: Scores(raised, "last"),
 }
+ALL_WITHOUT = [("scores", "scores-last"), ("weights", "scores-last")]  # of which a layer has one at most
 
 
 @dataclass
@@ -122,13 +130,20 @@ def on_whole_matrices(monkeypatch) -> None:
 
 def meet(kinds: tuple[str, ...]) -> bool:
     """Whether kinds may act in one layer."""
-    done_by_one = [kind for kind in kinds if KINDS[kind]().done_by_one]
-    return len(done_by_one) == len({type(KINDS[kind]()) for kind in done_by_one})
+    done_by_one = [part for kind in kinds if (part := KINDS[kind]().done_by_one)]
+    return len(done_by_one) == len(set(done_by_one))
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava", "gemma3"])
-@pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), tuple(KINDS)], ids="+".join)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        *((kind,) for kind in KINDS),
+        *(tuple(kind for kind in KINDS if kind not in without) for without in ALL_WITHOUT),
+    ],
+    ids="+".join,
+)
 def test_a_kind_is_what_it_is_on_whole_matrices(kinds: tuple[str, ...], name: str, kernel: str, monkeypatch):
     """On a padded batch, in a prefill and in a step of decoding, alone and all together."""
     family = FAMILIES[name]
@@ -232,7 +247,7 @@ def test_what_one_adapter_decides_another_cannot(part: str, own_first: bool, row
         assert logits(model, inputs).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["positions", "weights", "groups"])
+@pytest.mark.parametrize("kind", ["positions", "weights", "groups", "scores"])
 def test_two_of_a_users_own_are_refused(kind: str):
     family = FAMILIES["llava"]
     model = get_peft_model(family.build(), OwnConfig(kind=kind), "one")
@@ -242,8 +257,15 @@ def test_two_of_a_users_own_are_refused(kind: str):
         logits(model, family.inputs(model.get_base_model(), "t4 i t6"))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("positions", "weights")])
-@pytest.mark.parametrize("published", ["dipe", "tdrs"])
+@pytest.mark.parametrize(
+    ("published", "kind"),
+    [
+        (published, kind)
+        for published, own in (("dipe", "positions"), ("tdrs", "weights"))
+        for kind in KINDS
+        if kind not in ("positions", "weights") and KINDS[kind]().done_by_one != own
+    ],
+)
 def test_other_kinds_go_with_the_published(published: str, kind: str, monkeypatch):
     """Both act, as on whole matrices."""
     family = FAMILIES["llava"]

@@ -19,8 +19,15 @@ def test_the_file_of_the_package_is_what_the_table_says():
 def test_the_page_is_what_the_table_says():
     written = page.PAGE.read_text()
     assert page.with_tables(written) == written, "run `make generate`"
-    assert "| Qwen3-VL | `qwen3_vl` | yes | yes | yes | sdpa, flash | yes |" in written
+    assert "| Qwen3-VL | `qwen3_vl` | yes | yes | yes | yes | sdpa, flash | yes |" in written
     assert written.index("| Llama 3.2 Vision | `mllama` |") > written.index("No method works on these")
+
+
+@pytest.mark.parametrize("written", page.PAGES_WITH_METHODS)
+def test_the_tables_of_methods_are_those_of_the_package(written: str):
+    text = (page.REPOSITORY / written).read_text()
+    assert page.with_methods(written) == text, "run `make generate`"
+    assert "| **VAF** | scores of visual keys are raised in the text that follows |" in text
 
 
 def test_no_refusal_is_left_out():

@@ -24,14 +24,11 @@ def test_the_models_that_it_names_work():
     assert [name for name in names if not any(name in known_as for known_as in works)] == []
 
 
-def test_the_table_of_methods_is_that_of_the_package():
-    table = README.partition("## Methods")[2].partition("\n## ")[0]
-    source = r"(?:\[arXiv (.+?)\]\(.+?\)|ours)"
-    rows = re.findall(rf"^\| \*\*(.+?)\*\*.* \| (.+) \| {source}, \[docs\]\((.+)\) \|$", table, re.MULTILINE)
-    assert [(name, paper) for name, _, paper, _ in rows] == [(row.name, row.config.paper) for row in METHODS]
-    assert [parameters == "none" for _, parameters, _, _ in rows] == [not row.needs_training for row in METHODS]
+def test_every_page_of_a_method_is_in_the_table():
+    links = re.findall(r"\[docs\]\((docs/methods/.+?)\)", README)
     pages = [page.relative_to(REPOSITORY).as_posix() for page in REPOSITORY.glob("docs/methods/*.md")]
-    assert sorted(page for _, _, _, page in rows) == sorted(pages)
+    assert sorted(links) == sorted(pages)
+    assert len(links) == len(METHODS)
 
 
 def test_it_is_short():

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_vlms import FAMILIES, TinyVLM
 
-from peft_pvm import DIPEConfig, LogBiasConfig, TDRSConfig, VAFConfig
+from peft_pvm import DIPEConfig, HGAIConfig, LogBiasConfig, PAIConfig, TDRSConfig, VAFConfig
 from peft_pvm.attention.stages import Bias, KeyScale, Stage, Values
 from peft_pvm.tokens.context import VisualContext
 from peft_pvm.tokens.families import find_vlm
@@ -38,12 +38,17 @@ FRESH = {
     "dipe-limited": DIPEConfig,
     "t-drs": TDRSConfig,
     "log-bias": LogBiasConfig,
+    "vaf": VAFConfig,
+    "pai": PAIConfig,
+    "hgai": HGAIConfig,
 }
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "dipe": lambda: DIPEConfig(max_distance=0, layers_to_transform=[1]),
     "tdrs": lambda: TDRSConfig(sd_strength=2.0, dc_floor=0.2, layers_to_transform=[1]),
     "vaf": lambda: VAFConfig(visual=2.0, layers_to_transform=[1]),
     "log_bias": lambda: LogBiasConfig(t0=1.0, layers_to_transform=[1]),
+    "pai": lambda: PAIConfig(alpha=1.0, layers_to_transform=[1]),
+    "hgai": lambda: HGAIConfig(alpha=1.5, layers_to_transform=[1]),
 }
 
 

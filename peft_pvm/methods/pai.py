@@ -1,0 +1,56 @@
+"""PAI: scores of visual keys are raised by a share of their size in text that comes after the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..attention.call import AttentionCall
+from ..attention.scores import Scores
+from ..attention.stages import Stage
+from ..tuners.attention_method import ROWS, AttentionMethod, Rows, SteeredLayer, attention_tuner
+from ..utils.checks import setting
+
+
+@dataclass
+class PAIConfig(AttentionMethod):
+    """Raises the scores of visual keys by a share of their size, in text that comes after the image (arXiv 2407.21771,
+    "Paying More Attention to Image").
+
+    With `s_ij` the score of query `i` and key `j` after scaling::
+
+        s_ij = s_ij + alpha * |s_ij|      for visual keys
+
+    The softmax follows. A score is raised whether it is above 0 or below. The rows that it acts on are computed by
+    hand, a few at a time; a kernel computes the others. The paper's second part, which subtracts logits without the
+    image, is not in it. It has no parameters.
+
+    Args:
+        alpha: The share, 0 or more.
+        rows: "text": all text behind an image. "generated": the last token of each forward alone, as the authors' code
+            does. Then a step of decoding does not give what a forward over the whole text gives.
+        layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the authors' 2 to 31 of 32
+            layers, and the same part of other depths.
+        format_version: The format of the saved adapter. Do not change it.
+        init_weights: Without effect: there are no weights. PEFT expects the field.
+    """
+
+    method: ClassVar[str] = "pai"
+    layers_of_paper: ClassVar[tuple[int, int, int]] = (2, 31, 32)
+
+    alpha: float = setting(0.2, "The share of a score's size that it is raised by, 0 or more.", least=0)
+    rows: Rows = setting("text", ROWS, among=("text", "generated"))
+
+    def stages(self, layer: SteeredLayer) -> Stage:
+        """Raised scores of visual keys."""
+        return Scores(self.raised, "last" if self.rows == "generated" else "text")
+
+    def raised(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+        """The scores, `(batch, heads, rows, num_keys)`, with those of visual keys raised."""
+        share = self.alpha * call.visual_keys[:, None, None].to(scores.dtype)
+        return torch.addcmul(scores, scores.abs(), share)
+
+
+PAIModel = attention_tuner(PAIConfig)

@@ -1,0 +1,307 @@
+"""Agreement of methods that are formulas for scores with an independent computation in float64, on every family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from forwards import difference, in_double, logits
+from oracle import ByPair, Change, Tokens, oracle
+from tiny_vlms import TinyVLM
+
+from peft_pvm import HGAIConfig, LogBiasConfig, PAIConfig, VAFConfig, attached
+from peft_pvm.attention.call import AttentionCall
+from peft_pvm.attention.scores import Scores
+from peft_pvm.attention.stages import Bias, KeyScale, Stage, Values
+from peft_pvm.tokens.families import find_vlm
+from peft_pvm.tuners.attention_method import AttentionMethod
+from peft_pvm.utils.packages import CACHE
+
+
+BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
+TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What a method computes, written from the maths alone.
+
+    Attributes:
+        configs: The settings under test. The first is that of the wrong variants, and of gradients.
+        oracle: What `oracle` is to do, from a configuration and the layers it acts on; with rows that depend on it,
+            also from where forwards end.
+        wrong: Stages that look like the method's, and are not.
+    """
+
+    configs: tuple[AttentionMethod, ...]
+    oracle: Callable[..., dict[str, ByPair | Change]]
+    wrong: dict[str, Callable[..., Stage]]
+
+
+def acting_rows(tokens: Tokens) -> torch.Tensor:
+    """Rows of text behind an image, `(batch, seq_len)`, bool."""
+    found = torch.zeros_like(tokens.visual)
+    for row in range(len(found)):
+        images = tokens.visual[row].nonzero().flatten().tolist()
+        for query in range(found.shape[1]):
+            behind = bool(images) and query > images[0]
+            found[row, query] = behind and not tokens.visual[row, query] and tokens.real[row, query]
+    return found
+
+
+# ---- VAF
+
+
+def scaled(config: VAFConfig, layers: list[int]) -> dict[str, ByPair]:
+    def scale(tokens: Tokens, layer_idx: int) -> torch.Tensor:
+        visual, acting = tokens.visual, acting_rows(tokens)
+        pairs = torch.ones(*visual.shape, visual.shape[1], dtype=torch.float64)
+        for row, query in acting.nonzero().tolist() if layer_idx in layers else ():
+            images = visual[row].nonzero().flatten().tolist()
+            pairs[row, query, images] = config.visual
+            pairs[row, query, : images[0]] = config.before
+        return pairs
+
+    return {"scale": scale}
+
+
+VAF = Formula(
+    (VAFConfig(visual=1.5, before=0.6), VAFConfig(visual=0.7, before=1.2)),
+    scaled,
+    {
+        "rows of the image too": lambda self, layer: KeyScale(self.of_keys, rows="all"),
+        "all text": lambda self, layer: KeyScale(
+            lambda call: torch.where(call.visual_keys, self.visual, self.before), rows="text"
+        ),
+        "weights": lambda self, layer: Bias(lambda call: self.of_keys(call).log(), rows="text"),
+        "values": lambda self, layer: Values(self.of_keys, rows="text"),
+    },
+)
+
+
+# ---- log-bias
+
+
+def added(config: LogBiasConfig, layers: list[int]) -> dict[str, ByPair]:
+    """Tokens are counted one by one."""
+
+    def bias(tokens: Tokens, layer_idx: int) -> torch.Tensor:
+        visual, real = tokens.visual, tokens.real
+        pairs = torch.zeros(*visual.shape, visual.shape[1], dtype=torch.float64)
+        for row in range(len(visual)) if layer_idx in layers else ():
+            has_image, text = False, 0
+            for query in range(visual.shape[1]):
+                if visual[row, query]:
+                    has_image, text = True, 0
+                elif real[row, query]:
+                    text += 1
+                    if has_image:
+                        pairs[row, query, visual[row]] = math.log(1 + text / config.t0)
+        return pairs
+
+    return {"bias": bias}
+
+
+def in_rows(of_queries: Callable[[LogBiasConfig, AttentionCall], torch.Tensor]) -> Callable[..., Stage]:
+    """The method with another number of each row."""
+    return lambda self, layer: Bias(
+        lambda call: call.visual_keys.float(), rows="text", of_queries=lambda call: of_queries(self, call)
+    )
+
+
+def behind(call: AttentionCall, image: int) -> torch.Tensor:
+    """How many tokens stand behind one of the images before each: 0 is the first, -2 the last but one if there is."""
+    visual = call.context.visual_mask
+    counts = torch.zeros(visual.shape)
+    for row, marks in enumerate(visual.tolist()):
+        ends: list[int] = []
+        for query, is_visual in enumerate(marks):
+            if is_visual:
+                ends[len(ends) - (query > 0 and marks[query - 1]) :] = [query]
+            elif ends:
+                counts[row, query] = query - ends[max(image, -len(ends))]
+    return counts
+
+
+LOG_BIAS = Formula(
+    (LogBiasConfig(t0=0.7), LogBiasConfig(t0=3, layers_to_transform=[1])),
+    added,
+    {
+        "rows of the image too": lambda self, layer: Bias(
+            lambda call: call.visual_keys.float(), rows="all", of_queries=self.of_queries
+        ),
+        "all keys": lambda self, layer: Bias(
+            lambda call: torch.ones(call.visual_keys.shape), rows="text", of_queries=self.of_queries
+        ),
+        "text counted from 0": in_rows(lambda self, call: (torch.expm1(self.of_queries(call)) - 1 / self.t0).log1p()),
+        "text counted from the first image": in_rows(lambda self, call: (behind(call, 0) / self.t0).log1p()),
+        "text counted from the image before": in_rows(lambda self, call: (behind(call, -2) / self.t0).log1p()),
+        "positions for distances": in_rows(lambda self, call: (call.context.noted()[0][..., 0] / self.t0).log1p()),
+        "no logarithm": in_rows(lambda self, call: torch.expm1(self.of_queries(call))),
+        "no 1 in the logarithm": in_rows(lambda self, call: torch.expm1(self.of_queries(call)).clamp(min=1e-6).log()),
+        "before scaling": in_rows(lambda self, call: self.of_queries(call) * call.scaling),
+        "scores times it": lambda self, layer: KeyScale(
+            lambda call: torch.where(call.visual_keys, self.of_queries(call).amax(1, keepdim=True), 1.0), rows="text"
+        ),
+    },
+)
+
+
+# ---- PAI and HGAI
+
+
+def raised(size: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., dict[str, Change]]:
+    """Scores of visual keys, in rows of text behind an image, raised by a share of some size."""
+
+    def make(config: PAIConfig | HGAIConfig, layers: list[int], ends: Sequence[int] = (-1,)) -> dict[str, Change]:
+        def change(tokens: Tokens, layer_idx: int, scores: torch.Tensor) -> torch.Tensor:
+            if layer_idx not in layers:
+                return scores
+            rows = acting_rows(tokens)
+            if config.rows == "generated":
+                is_end = torch.zeros(rows.shape[1], dtype=torch.bool)
+                is_end[list(ends)] = True
+                rows = rows & is_end
+            pairs = (rows[:, :, None] & tokens.visual[:, None]).double()[:, None]
+            return scores + config.alpha * pairs * size(scores)
+
+        return {"change": change}
+
+    return make
+
+
+def of_visual_keys(size: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Stage]:
+    """The method with another size of scores."""
+    return lambda self, layer: Scores(
+        lambda call, scores: scores + self.alpha * call.visual_keys[:, None, None] * size(scores)
+    )
+
+
+COMMON = {
+    "no sizes": of_visual_keys(lambda scores: scores),
+    "all keys": lambda self, layer: Scores(lambda call, scores: scores + self.alpha * scores.abs()),
+    "the last row alone": lambda self, layer: Scores(self.raised, "last"),
+    "keys times 1 + alpha": lambda self, layer: KeyScale(
+        lambda call: 1 + self.alpha * call.visual_keys.float(), rows="text"
+    ),
+}
+PAI = Formula(
+    (PAIConfig(alpha=1.5), PAIConfig(alpha=0.7, rows="generated"), PAIConfig(alpha=1.0, layers_to_transform=[1])),
+    raised(torch.abs),
+    {**COMMON, "means over heads": of_visual_keys(lambda scores: scores.abs().mean(1, keepdim=True))},
+)
+HGAI = Formula(
+    (HGAIConfig(alpha=1.5), HGAIConfig(alpha=0.7, rows="generated"), HGAIConfig(alpha=1.0, layers_to_transform=[1])),
+    raised(lambda scores: scores.abs().mean(1, keepdim=True)),
+    {
+        **COMMON,
+        "each head by itself": of_visual_keys(torch.abs),
+        "the size of the mean": of_visual_keys(lambda scores: scores.mean(1, keepdim=True).abs()),
+    },
+)
+
+FORMULAS = {"vaf": VAF, "log_bias": LOG_BIAS, "pai": PAI, "hgai": HGAI}
+
+
+def layers_of(config: AttentionMethod, model: torch.nn.Module) -> list[int]:
+    return config.layers_to_transform or config.default_layers(type(config).layers_on(find_vlm(model)))
+
+
+def agrees_with_the_oracle(family: TinyVLM, formula: Formula, config: AttentionMethod) -> bool:
+    model = family.build()
+    inputs = family.inputs(model, *BATCH)
+    real = inputs["attention_mask"].bool()
+    base = logits(model, inputs)[real]
+    with oracle(family.build(), inputs, **formula.oracle(config, layers_of(config, model))) as reference:
+        expected = logits(reference, in_double(inputs))[real]
+    assert difference(expected, base.double()) > 100 * TOLERANCE
+    with attached(model, config):
+        return difference(logits(model, inputs)[real].double(), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, number) for name, row in FORMULAS.items() for number in range(len(row.configs))]
+)
+def test_forward(family: TinyVLM, name: str, number: int):
+    assert agrees_with_the_oracle(family, FORMULAS[name], FORMULAS[name].configs[number])
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [(name, variant) for name, row in FORMULAS.items() for variant in (None, *row.wrong)]
+)
+def test_wrong_variants_are_noticed(plain: TinyVLM, name: str, variant: str | None, monkeypatch):
+    config = FORMULAS[name].configs[0]
+    if variant is not None:
+        monkeypatch.setattr(type(config), "stages", FORMULAS[name].wrong[variant])
+    assert agrees_with_the_oracle(plain, FORMULAS[name], config) == (variant is None)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradients_equal_the_oracles(plain: TinyVLM, name: str, checkpointed: bool):
+    formula, config = FORMULAS[name], FORMULAS[name].configs[0]
+    model = plain.build()
+    inputs = plain.inputs(model, *BATCH)
+    real = inputs["attention_mask"].bool()
+    with oracle(plain.build(), inputs, **formula.oracle(config, layers_of(config, model))) as reference:
+        reference(**in_double(inputs)).logits[real].square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if "k_proj" in name}
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    with attached(model.train(), config):
+        model(**inputs, use_cache=False).logits[real].square().mean().backward()
+    found = {name: model.get_parameter(name).grad for name in expected}
+    assert max(gradient.abs().max() for gradient in expected.values() if gradient is not None) > 1e-3
+    for parameter, gradient in expected.items():
+        if gradient is not None:
+            assert difference(found[parameter].double(), gradient) < TOLERANCE, parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, number) for name, row in FORMULAS.items() for number in range(len(row.configs))]
+)
+def test_two_chats_in_turns_are_what_the_oracle_makes_of_each(tiny: TinyVLM, name: str, number: int):
+    """Each on its cache: a prompt, an answer token by token, another image in the same chat, an answer again."""
+    formula, config = FORMULAS[name], FORMULAS[name].configs[number]
+    depends_on_ends = getattr(config, "rows", "text") == "generated"
+    model = tiny.build()
+    layers = layers_of(config, model)
+    chats = ("t4 i t3 i t6", "t5 i i t4 i t8")
+    cuts, expected = [], []
+    for chat, first in zip(chats, ("t4 i t3", "t5 i i t4")):
+        whole = tiny.inputs(model, chat)
+        prompt, length = (tiny.inputs(model, each)["input_ids"].shape[1] for each in (first, chat))
+        cuts.append([0, prompt - 2, prompt - 1, prompt, *range(length - 3, length + 1)])
+        ends = {"ends": [place - 1 for place in cuts[-1][1:]]} if depends_on_ends else {}
+        with oracle(tiny.build(), whole, **formula.oracle(config, layers, **ends)) as reference:
+            expected.append(logits(reference, in_double(whole)))
+    caches, found = [None, None], [[], []]
+    with attached(model, config), torch.no_grad():
+        for turn in range(len(cuts[0]) - 1):
+            for number, chat in enumerate(chats):
+                piece = tiny.inputs(model, chat, start=cuts[number][turn], stop=cuts[number][turn + 1])
+                output = model(**piece, **{CACHE: caches[number]}, use_cache=True)
+                caches[number] = output[CACHE]
+                found[number].append(output.logits)
+    for pieces, whole in zip(found, expected):
+        assert difference(torch.cat(pieces, 1).double(), whole) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (VAFConfig(), range(9, 15)),
+        (PAIConfig(), range(2, 32)),
+        (HGAIConfig(), range(5, 18)),
+        (LogBiasConfig(), range(32)),
+    ],
+    ids=lambda value: getattr(value, "method", ""),
+)
+def test_layers_are_the_papers(config: AttentionMethod, layers: range):
+    assert config.default_layers(list(range(32))) == list(layers)
+    of_three = config.default_layers([0, 1, 2])
+    assert of_three
+    assert set(of_three) <= {0, 1, 2}
