@@ -181,6 +181,9 @@ class _Rows:
         step = semantic if block.applies is None else torch.where(block.applies, semantic, 0)
         raised = torch.add(scores, step, alpha=config.sd_strength * LOG2_E)
         weights, log_total = block.exponentials(raised)
+        again = scores.new_full((), float(config.counts_twice))
+        if block.applies is not None:
+            again = again * block.applies
         if config.knows_distance:
             floors, log_least = config.floors, None
             if any(floor.is_multiple for floor in floors):
@@ -193,7 +196,9 @@ class _Rows:
             if config.form == "weights":
                 weights = torch.addcmul(weights, weights, boost)
             else:
-                weights, _ = block.exponentials(torch.addcmul(raised, scores, boost))
+                weights, _ = block.exponentials(torch.addcmul(raised, scores, boost + again))
+        elif config.counts_twice:
+            weights, _ = block.exponentials(torch.addcmul(raised, scores, again))
         total = weights.sum(-1, keepdim=True)
         weights = F.dropout(weights, inputs.dropout)
         return self.value.weighted(weights, pairs, keys) / total, weights / total if self.wants_weights else weights

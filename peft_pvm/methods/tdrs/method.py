@@ -23,7 +23,7 @@ from .blockwise import Inputs, blockwise_attention
 from .weights import Floor, Steps, reweighted
 
 
-FORMS = ("weights", "logits")
+FORMS = ("weights", "logits", "literal")
 PAIRS = ("all", "inter")
 KERNELS = ("auto", "blockwise", "triton")
 FLOORS = "a number between 0 and 1, or a multiple of the least weight, such as '3*min'"
@@ -40,6 +40,8 @@ class TDRSConfig(AttentionMethod):
 
     Args:
         form: What distance multiplies. "weights": attention weights, which are then renormalised. "logits": scores.
+            "literal": scores too, and they count twice, as in the paper's sum read literally: the score itself and
+            the step SD-DRS, which holds it.
         sd_strength: How much is added to the score of a key of the same direction as the query. The paper has 1.
         dc_strength: Weight of the step that favours near keys (lambda_dc), 0 or more. The paper's best is 1.
         re_strength: Weight of the step that keeps distant keys in view (lambda_re), 0 or more. The paper's best is 0.8
@@ -68,9 +70,10 @@ class TDRSConfig(AttentionMethod):
 
     rotates: ClassVar[bool] = True
 
-    form: Literal["weights", "logits"] = setting(
+    form: Literal["weights", "logits", "literal"] = setting(
         "weights",
-        "What distance multiplies: attention 'weights', renormalised after, or scores ('logits').",
+        "What distance multiplies: attention 'weights', renormalised after, or scores ('logits'); 'literal' counts "
+        "scores twice as well.",
         among=FORMS,
     )
     sd_strength: float = setting(
@@ -119,6 +122,11 @@ class TDRSConfig(AttentionMethod):
     def knows_distance(self) -> bool:
         """Whether one of the two steps acts that look at the distance."""
         return self.dc_strength != 0 or self.re_strength != 0
+
+    @property
+    def counts_twice(self) -> bool:
+        """Whether scores count twice: where the step SD-DRS is read as the score and what it adds."""
+        return self.form == "literal" and self.sd_strength != 0
 
     @property
     def is_off(self) -> bool:

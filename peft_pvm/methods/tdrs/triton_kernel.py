@@ -106,7 +106,8 @@ class _Launch:
             dc_strength=float(config.dc_strength) or None,
             re_strength=float(config.re_strength) or None,
             CAUSAL=visibility.is_causal and not visibility.mask_decides,
-            IN_LOGITS=config.form == "logits",
+            IN_LOGITS=config.form != "weights",
+            AGAIN=config.counts_twice,
             GROUP=group,
             SCORE_DIM=query.shape[-1],
             CONTENT_DIM=content_query.shape[-1],
@@ -230,7 +231,7 @@ def _pass(
     scaling, softcap, window, least_bias,
     sd_strength, dc_strength, re_strength,
     output, row_factors, statistics,
-    MODE: tl.constexpr, CAUSAL: tl.constexpr, IN_LOGITS: tl.constexpr, GROUP: tl.constexpr,
+    MODE: tl.constexpr, CAUSAL: tl.constexpr, IN_LOGITS: tl.constexpr, AGAIN: tl.constexpr, GROUP: tl.constexpr,
     SCORE_DIM: tl.constexpr, CONTENT_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     SCORE_BLOCK: tl.constexpr, CONTENT_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -323,6 +324,11 @@ def _pass(
             raised = scores + step
             if MODE == "statistics":
                 least = tl.minimum(least, tl.min(tl.where(visible, raised, -LOWEST), 1))
+            elif AGAIN:
+                again = scores
+                if query_modality is not None:
+                    again = tl.where(applies, scores, 0.0)
+                raised += again
 
             if row_factors is not None:
                 x = distance.to(tl.float32) / (d_max[:, None] * (1 + semantic))

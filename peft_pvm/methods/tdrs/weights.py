@@ -94,6 +94,8 @@ class Steps(Protocol):
     def floors(self) -> tuple[Floor, Floor]: ...
     @property
     def knows_distance(self) -> bool: ...
+    @property
+    def counts_twice(self) -> bool: ...
 
 
 def semantic_position(similarity: torch.Tensor) -> torch.Tensor:
@@ -204,4 +206,6 @@ def reweighted(
     if steps.form == "weights":
         raw = weights + weights * boost
         return raw / raw.sum(-1, keepdim=True)
+    if steps.counts_twice:
+        boost = boost + applies
     return (raised + scores * boost).masked_fill(hidden, -math.inf).softmax(-1)

@@ -53,7 +53,7 @@ def naive(inputs: Inputs, config: TDRSConfig) -> tuple[torch.Tensor, torch.Tenso
 CASES = {"decode": (1, 700, 699), "whole": (300, 300, 0), "long": (1500, 1500, 0), "cached": (65, 700, 635)}
 
 
-@pytest.mark.parametrize("form", ["weights", "logits"])
+@pytest.mark.parametrize("form", ["weights", "logits", "literal"])
 @pytest.mark.parametrize(("num_queries", "num_keys", "first"), CASES.values(), ids=CASES)
 def test_equals_whole_matrices(form: str, num_queries: int, num_keys: int, first: int, monkeypatch):
     """Also in other blocks, which change nothing."""

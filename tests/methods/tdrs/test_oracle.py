@@ -14,7 +14,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import TDRSConfig, attached
 from peft_pvm.methods.tdrs import blockwise, method
-from peft_pvm.methods.tdrs.weights import distance_boost
+from peft_pvm.methods.tdrs.weights import distance_boost, reweighted
 from peft_pvm.tokens.visibility import Visibility
 
 
@@ -31,6 +31,10 @@ CASES: dict[str, dict[str, Any]] = {
     "inter": {"pairs": "inter"},
     "logits": {"form": "logits"},
     "logits-inter": {"form": "logits", "pairs": "inter", "dc_floor": 0.2},
+    "literal": {"form": "literal"},
+    "literal-sd": {"form": "literal", "dc_strength": 0.0, "re_strength": 0.0},
+    "literal-without-sd": {"form": "literal", "sd_strength": 0.0},
+    "literal-inter": {"form": "literal", "pairs": "inter", "dc_floor": 0.2},
 }
 
 
@@ -54,6 +58,25 @@ def test_every_family(family: TinyVLM):
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava", "gemma3"])
 def test_every_setting(name: str, case: str):
     check(FAMILIES[name], TDRSConfig(**CASES[case]))
+
+
+def test_the_literal_sum_counts_scores_twice():
+    """softmax(2 s + sem + s (w + 0.8 r)), where "logits" has s once; without SD-DRS, both are the same."""
+    generator = torch.Generator().manual_seed(0)
+    scores, similarity = (torch.randn(1, 2, 5, 7, generator=generator) for _ in range(2))
+    similarity = similarity.tanh()
+    distance = torch.arange(7).float().expand(5, 7)
+    nothing = torch.zeros(1, 2, 5, 7, dtype=torch.bool)
+
+    def weights(form: str, **fields) -> torch.Tensor:
+        config = TDRSConfig(form=form, dc_floor=0.1, re_floor=0.2, **fields)
+        return reweighted(config, scores, similarity, distance, nothing, None)
+
+    twice = (weights("logits").log() + scores).softmax(-1)
+    assert difference(weights("literal"), twice) < 1e-6
+    alone = (2 * scores + (similarity + 1) / 2).softmax(-1)
+    assert difference(weights("literal", dc_strength=0.0, re_strength=0.0), alone) < 1e-6
+    assert torch.equal(weights("literal", sd_strength=0.0), weights("logits", sd_strength=0.0))
 
 
 def test_every_strength_zero_is_the_base(family: TinyVLM):
