@@ -200,6 +200,10 @@ def oracle_attention(
             if not met_from:
                 by_image = (dipe.image_gap, dipe.max_images) if dipe.anchor == "image" else None
                 met_from.append(tokens.met_from(dipe.max_distance or 0, by_image))
+                if dipe.axes != "all":
+                    anchored = torch.arange(tokens.positions.shape[-1]) == 0
+                    anchored = anchored if dipe.axes == "time" else ~anchored
+                    met_from[0] = torch.where(anchored, met_from[0], tokens.positions[:, :, None])
             by_pair = angles(module, text_model, met_from[0].flatten(1, 2)).unflatten(1, own.shape[1:2] * 2)
             turned = content_query.unsqueeze(3) * torch.polar(torch.ones_like(by_pair), by_pair)[:, None]
             rotated = (turned * (content_key * turn).conj().unsqueeze(2)).real.sum(-1)

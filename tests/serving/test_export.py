@@ -122,6 +122,8 @@ def test_other_methods_bases_and_sizes_are_refused(base: Path, adapters: dict[st
     assert "acts on layers [6], but" in refused(tmp_path / "dipe", base, tmp_path)
     DIPEConfig(anchor="image", max_distance=3).save_pretrained(tmp_path / "by-image")
     assert "has anchor='image'" in refused(tmp_path / "by-image", base, tmp_path)
+    DIPEConfig(axes="time", max_distance=3).save_pretrained(tmp_path / "by-axis")
+    assert "has axes='time'" in refused(tmp_path / "by-axis", base, tmp_path)
     with pytest.raises(ValueError, match="a second adapter of dipe"):
         export_vllm(base, [adapters["dipe"], adapters["dipe-some-layers"]], tmp_path / "out")
     with pytest.raises(ValueError, match="No adapter is given"):

@@ -70,10 +70,11 @@ def export_vllm(
         if isinstance(config, PVMConfig):
             branch = _pvm_weights(adapter, checkpoint, accept_causal)
         elif isinstance(config, DIPEConfig):
-            if config.anchor != "run":
-                raise NotImplementedError(
-                    f"{adapter} has anchor={quoted(config.anchor)}. In vLLM, DIPE knows anchor='run' only."
-                )
+            for name, known in (("anchor", "run"), ("axes", "all")):
+                if (value := getattr(config, name)) != known:
+                    raise NotImplementedError(
+                        f"{adapter} has {name}={quoted(value)}. In vLLM, DIPE knows {name}={known!r} only."
+                    )
             num_layers = checkpoint.config["text_config"]["num_hidden_layers"]
             chosen = [] if config.layers_to_transform is None else layer_list(config, "None")
             if beyond := [index for index in chosen if index >= num_layers]:

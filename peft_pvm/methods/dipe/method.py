@@ -50,6 +50,8 @@ class DIPEConfig(AttentionMethod):
             run is an image.
         max_images: With `anchor="image"`, how many images are told apart. Later ones count as one with the last of
             them. Each costs one row of scores in a step of decoding.
+        axes: Which axes of positions are anchored, in a model that tells time, height and width apart: "all", as in
+            the paper, "time" or "space". The others stay. In models with one axis, this is the time.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all that rotate queries and
             keys by position.
         format_version: The format of the saved adapter. Do not change it.
@@ -93,6 +95,12 @@ class DIPEConfig(AttentionMethod):
         accepted=f"an integer from 1 to {MOST_IMAGES}",
     )
 
+    axes: Literal["all", "time", "space"] = setting(
+        "all",
+        "Which axes of positions are anchored: 'all', as in the paper, 'time', or 'space' (height and width).",
+        among=("all", "time", "space"),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.max_distance = self.max_distance or 0
@@ -113,7 +121,7 @@ class DIPEConfig(AttentionMethod):
         """Anchored positions for pairs of different modality."""
         rotary = cast(nn.Module, layer.rotary)  # layers_on made sure of it
         by_image = (self.image_gap, self.max_images) if self.anchor == "image" else None
-        return AnchoredPositions(rotary, layer.layer_type, cast(int, self.max_distance), by_image)
+        return AnchoredPositions(rotary, layer.layer_type, cast(int, self.max_distance), by_image, self.axes)
 
 
 @dataclass(frozen=True)
@@ -136,12 +144,14 @@ class AnchoredPositions(Positions):
         layer_type: The layer's type, for a rotary embedding that tells types apart.
         max_distance: How many positions a query moves on with its run.
         by_image: What is an image, as `VisualContext.images` takes it. `None`: a query has one anchor.
+        axes: Which axes are anchored: "all", "time" (the first) or "space" (the others).
     """
 
     rotary: nn.Module
     layer_type: str | None
     max_distance: int = 0
     by_image: tuple[int, int] | None = None
+    axes: str = "all"
 
     def acts_on(self, call: AttentionCall) -> bool:
         context = call.context
@@ -150,7 +160,7 @@ class AnchoredPositions(Positions):
         # A step of decoding does not wait for the device, and comes out as the base's to rounding alone.
         if not self.max_distance or context.seq_len == 1:
             return True
-        key = ("dipe reaches", self.max_distance, self.by_image)
+        key = ("dipe reaches", self.max_distance, self.by_image, self.axes)
         return context.derived(key, lambda: self._is_reached(context))
 
     def _is_reached(self, context: VisualContext) -> bool:
@@ -171,7 +181,20 @@ class AnchoredPositions(Positions):
             if context.visual_mask is not None:  # visual tokens meet text as they do by run
                 anchors = torch.where(context.visual_mask[:, -num_queries:].unsqueeze(1), of_run, anchors)
         reached = anchors.unsqueeze(-1) + self.max_distance
-        return torch.minimum(position_ids, reached) if self.max_distance else reached
+        if self.max_distance:
+            reached = torch.minimum(position_ids, reached)
+        if self.axes == "all":
+            return reached
+        num_axes = position_ids.shape[-1]
+        if num_axes == 1:
+            if self.axes == "space":
+                raise NotImplementedError(
+                    "DIPEConfig.axes is 'space', but the positions of this model have one axis alone, the time. Take "
+                    "the adapter off with unload(), or attach one with axes='all'."
+                )
+            return reached
+        is_time = torch.arange(num_axes, device=reached.device) == 0
+        return torch.where(is_time == (self.axes == "time"), reached, position_ids)
 
     def anchored_queries(self, call: AttentionCall) -> list[torch.Tensor]:
         """The rotated queries, turned on from their own position to where they stand for each image."""
@@ -182,7 +205,7 @@ class AnchoredPositions(Positions):
             moves = reached - context.noted()[0][:, -num_queries:].unsqueeze(1)
             return unit(rotation_tables(self.rotary, moves.flatten(1, 2), self.layer_type)), moves.shape[1]
 
-        key = ("dipe", self.rotary, self.layer_type, self.max_distance, self.by_image, num_queries)
+        key = ("dipe", self.rotary, self.layer_type, self.max_distance, self.by_image, self.axes, num_queries)
         tables, num_images = context.derived(key, turn)
         return list(rotate(call.module, call.query.repeat(1, 1, num_images, 1), tables).split(num_queries, 2))
 

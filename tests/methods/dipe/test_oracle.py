@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from forwards import difference, in_double, logits
+import torch
+from forwards import difference, generate, in_double, logits
 from oracle import oracle
 from peft import get_peft_model
-from tiny_vlms import IMAGE, VIDEO, TinyVLM
+from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
 
 from peft_pvm import DIPEConfig
 
@@ -31,6 +32,46 @@ def test_forward(family: TinyVLM, dipe: DIPEConfig | None):
         computed = logits(get_peft_model(model, dipe), inputs)[real]
         assert difference(expected, base.double()) > 1000 * TOLERANCE
     assert difference(computed.double(), expected) < TOLERANCE
+
+
+WITH_SPACE = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl", "glm4v", "glm4v_moe", "qwen3_5")
+
+
+@pytest.mark.parametrize("config", [{"max_distance": 0}, {"max_distance": 3}, {"max_distance": 2, "anchor": "image"}])
+@pytest.mark.parametrize("axes", ["time", "space"])
+@pytest.mark.parametrize("name", WITH_SPACE)
+def test_axes(name: str, axes: str, config: dict):
+    """Each by itself; in a step of decoding, too. Anchored heights and widths of generated text are its time's."""
+    family, dipe = FAMILIES[name], DIPEConfig(axes=axes, **{"image_gap": 1, **config})
+    model = family.build()
+    inputs = family.inputs(model, *BATCH)
+    real = inputs["attention_mask"].bool()
+    with oracle(family.build(), inputs, dipe) as reference:
+        expected = logits(reference, in_double(inputs))[real]
+    attached = get_peft_model(model, dipe)
+    computed = logits(attached, inputs)[real]
+    whole = logits(get_peft_model(family.build(), DIPEConfig(**{"image_gap": 1, **config})), inputs)[real]
+    assert difference(expected, whole.double()) > 100 * TOLERANCE
+    assert difference(computed.double(), expected) < TOLERANCE
+    steps, forwards = (
+        torch.stack(generate(family, attached, *BATCH[:2], use_cache=use_cache).logits) for use_cache in (True, False)
+    )
+    assert difference(steps, forwards) < TOLERANCE
+
+
+def test_models_of_one_axis_have_time_alone():
+    family = FAMILIES["llava"]
+    inputs = family.inputs(family.build(), *BATCH)
+    time, whole = (
+        logits(get_peft_model(family.build(), DIPEConfig(max_distance=0, axes=axes)), inputs)
+        for axes in ("time", "all")
+    )
+    assert torch.equal(time, whole)
+    space = get_peft_model(family.build(), DIPEConfig(max_distance=0, axes="space"))
+    with pytest.raises(
+        NotImplementedError, match=r"DIPEConfig.axes is 'space', but the positions of this model have one"
+    ):
+        logits(space, inputs)
 
 
 def test_padding_belongs_to_no_run(family: TinyVLM):
