@@ -38,6 +38,7 @@ class VAFConfig(AttentionMethod):
 
     method: ClassVar[str] = "vaf"
     layers_of_paper: ClassVar[tuple[int, int, int]] = (9, 14, 32)
+    multiplies_scores: ClassVar[bool] = True
 
     visual: float = setting(1.15, "What scores of visual keys are multiplied by, above 0.", above=0)
     before: float = setting(0.95, "What scores of text before the first image are multiplied by, above 0.", above=0)

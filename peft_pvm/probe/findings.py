@@ -35,6 +35,9 @@ class LayerAttention:
         sink_mass: The attention that reaches the sinks.
         decay: The power law of `visual_mass` over `text_tokens`.
         dilution: The dilution law of the same numbers.
+        scores_below_zero: Share of the scores of visual keys that are below 0 before any adapter changes them, over
+            all heads, for each generated token. Where a method multiplies scores by more than 1, it takes attention from
+            these keys. Empty in what an earlier version wrote.
     """
 
     layer_idx: int
@@ -47,6 +50,12 @@ class LayerAttention:
     sink_mass: list[float]
     decay: PowerLaw | None
     dilution: Dilution | None
+    scores_below_zero: list[float] = field(default_factory=list)
+
+    @property
+    def share_below_zero(self) -> float:
+        """`scores_below_zero`, averaged over the generated tokens."""
+        return sum(self.scores_below_zero) / len(self.scores_below_zero)
 
     @property
     def mass_without_sinks(self) -> list[float]:

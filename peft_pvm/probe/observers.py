@@ -29,12 +29,15 @@ class AttentionMass:
         text: Attention that reaches the others, as `visual`.
         per_token: Attention that reaches each visual token, averaged over heads, `(num_queries, num_visual)`, fp32.
         text_tokens: How many tokens that are not visual each query sees, `(num_queries,)`, int64.
+        below_zero: Share of the scores of visual keys, over heads and the keys that each query sees, that are below 0
+            before any adapter changes them, `(num_queries,)`, fp32.
     """
 
     visual: torch.Tensor
     text: torch.Tensor
     per_token: torch.Tensor
     text_tokens: torch.Tensor
+    below_zero: torch.Tensor
 
 
 class AttentionObserver:
@@ -60,7 +63,11 @@ class AttentionObserver:
         groups = torch.cat([torch.stack([visual_keys, ~visual_keys]), each])
         reached = torch.cat([self._reached(call, part) for part in groups.split(call.value.shape[-1])], -1)
         self.masses[call.module.layer_idx] = AttentionMass(
-            reached[..., 0], reached[..., 1], reached[..., 2:].mean(1), self._text_tokens(call, visual_keys)
+            reached[..., 0],
+            reached[..., 1],
+            reached[..., 2:].mean(1),
+            self._text_tokens(call, visual_keys),
+            self._below_zero(call, visual_keys),
         )
 
     def _reached(self, call: AttentionCall, groups: torch.Tensor) -> torch.Tensor:
@@ -69,12 +76,20 @@ class AttentionObserver:
         indicators[..., : len(groups)] = groups.T.to(indicators.dtype)
         return call.attend_to(indicators)[0, -self.num_queries :, :, : len(groups)].float()
 
-    def _text_tokens(self, call: AttentionCall, visual_keys: torch.Tensor) -> torch.Tensor:
+    def _visible(self, call: AttentionCall, keys: torch.Tensor) -> torch.Tensor:
+        """Which of some keys the recorded queries see, `(queries, num_keys)`, bool."""
         num_queries = min(self.num_queries, call.query.shape[2])
         mask = call.visibility.mask(slice(call.query.shape[2] - num_queries, None))
-        if mask is None:
-            return (~visual_keys).sum().expand(num_queries)
-        return (mask[0, 0] & ~visual_keys).sum(-1).expand(num_queries)
+        return (keys if mask is None else mask[0, 0] & keys).expand(num_queries, -1)
+
+    def _text_tokens(self, call: AttentionCall, visual_keys: torch.Tensor) -> torch.Tensor:
+        return self._visible(call, ~visual_keys).sum(-1)
+
+    def _below_zero(self, call: AttentionCall, visual_keys: torch.Tensor) -> torch.Tensor:
+        key, visible = call.key[0, :, visual_keys], self._visible(call, visual_keys)[:, visual_keys]
+        query = call.query[0, :, -self.num_queries :].unflatten(0, (len(key), -1))
+        is_below = (query @ key.unsqueeze(1).transpose(2, 3) < 0) & visible
+        return is_below.flatten(0, 1).float().mean(0).sum(-1) / visible.sum(-1).clamp(min=1)
 
 
 @contextlib.contextmanager

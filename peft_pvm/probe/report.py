@@ -86,7 +86,7 @@ class ProbeResult(Findings):
 
 def page(result: Findings, pictures: Sequence[Picture]) -> str:
     """The page, a whole HTML document, with the pictures that `draw` makes of a result."""
-    sections = [_summary(result), _looked_at(result), _forwards(result), _adapters(result)]
+    sections = [_summary(result), _looked_at(result), _forwards(result), _adapters(result), _signs(result)]
     sections += [_figure(picture) for picture in pictures]
     sections += [_tokens(result), _setting(result)]
     title = escape(f"Probe of {result.model_name}")
@@ -186,6 +186,17 @@ def _adapters(result: Findings) -> str:
         rows.append((adapter.name, adapter.method, "yes" if adapter.active else "no", alone, gates))
     header = ("Adapter", "Type", "Acts", "Mean KL to the base by itself (nats)", "Gates")
     return f"<h2>Adapters</h2>\n{_table(header, rows)}"
+
+
+def _signs(result: Findings) -> str:
+    if not all(layer.scores_below_zero for layer in result.base.attention):
+        return ""  # what an earlier version wrote
+    rows = [(str(layer.layer_idx), f"{layer.share_below_zero:.0%}") for layer in result.base.attention]
+    explanation = (
+        "Shares of the base's scores of visual keys, before the softmax, over heads and generated tokens. A method "
+        "that multiplies scores by more than 1 takes attention from these keys."
+    )
+    return f"<h2>Scores below 0</h2>\n<p>{explanation}</p>\n{_table(('Layer', 'Below 0'), rows)}"
 
 
 def _figure(picture: Picture) -> str:

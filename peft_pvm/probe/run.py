@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,7 @@ def probe(
     check_retrieval(retrieval_tokens, max_new_tokens)
     progress = progress or (lambda description, done, total: None)
     token_ids, forwards, traces = _observe(vlm, inputs, acting, settings, progress)
+    _warn_of_signs(vlm.model, acting, forwards[0])
     return ProbeResult(
         **_describe(vlm, inputs, settings),
         prompt=prompt,
@@ -189,6 +191,23 @@ def _adapters(model: nn.Module, acting: list[str], forwards: list[ForwardRecord]
         )
         for name, config in getattr(model, "peft_config", {}).items()
     ]
+
+
+def _warn_of_signs(model: Any, acting: list[str], base: ForwardRecord) -> None:
+    """Say in how far adapters that multiply scores take attention from the image: where a score is below 0."""
+    below = {layer.layer_idx: layer.share_below_zero for layer in base.attention}
+    for name in acting:
+        config = model.peft_config[name]
+        if not getattr(config, "multiplies_scores", False):
+            continue
+        chosen = config.layers_to_transform
+        layers = config.default_layers(list(below)) if chosen is None else [each for each in chosen if each in below]
+        shares = ", ".join(f"layer {layer_idx} {below[layer_idx]:.0%}" for layer_idx in layers)
+        warnings.warn(
+            f"{name} ({config.title}) multiplies scores. A score below 0 is pushed further down by a factor above 1. "
+            f"Of the base's scores of visual keys, so many are below 0: {shares}.",
+            stacklevel=3,
+        )
 
 
 def _check(vlm: VisionLanguageModel, model: nn.Module, inputs: Mapping[str, Any], settings: _Settings) -> None:
@@ -294,6 +313,7 @@ def _attention(layer_idx: int, masses: AttentionMass, settings: _Settings) -> La
         sink_mass=numbers(masses.per_token[:, sinks].sum(1)),
         decay=fit_power_law(text_tokens, visual_mass),
         dilution=fit_dilution(text_tokens, visual_mass),
+        scores_below_zero=numbers(masses.below_zero),
     )
 
 

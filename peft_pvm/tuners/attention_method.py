@@ -64,6 +64,7 @@ class AttentionMethod(VisualConfig):
 
     has_parameters: ClassVar[bool] = False
     rotates: ClassVar[bool] = False  # whether it rotates queries or keys itself
+    multiplies_scores: ClassVar[bool] = False  # so that a score below 0 goes the other way
     # Its first and last layer in the paper, and of how many. `None`: all that it can act on.
     layers_of_paper: ClassVar[tuple[int, int, int] | None] = None
 

@@ -7,6 +7,7 @@ import torch
 from forwards import TOLERANCE
 from methods_under_test import METHODS, Method
 from tiny_vlms import FAMILIES, GEMMA4_SHARED, TinyVLM
+from transformers.models.llama import modeling_llama
 
 from peft_pvm.attention.call import AttentionCall
 from peft_pvm.probe.measures import find_sinks
@@ -63,6 +64,36 @@ def test_masses_are_sums_of_eager_weights(family: TinyVLM, adapters: str):
             assert (recorded.visual + recorded.text - 1).abs().max() < TOLERANCE
             seen = (expected.amax(1) > 0)[:, ~visual].sum(-1)
             assert torch.equal(recorded.text_tokens, seen)
+
+
+@pytest.mark.parametrize("adapters", ["base", "dipe"])
+def test_scores_below_zero_are_counted(adapters: str, monkeypatch):
+    """Those that eager attention makes, of the visual keys that a query sees."""
+    family, expected = FAMILIES["llava"], {}
+    model = build(family, "eager", adapters)
+    inputs = family.inputs(model, CONVERSATION)
+    visual = inputs["input_ids"][0] == model.config.image_token_id
+    eager = modeling_llama.eager_attention_forward
+
+    def counting(module, query, key, value, attention_mask, scaling, **kwargs):
+        if value.shape[-1] == module.head_dim and value.dtype == query.dtype and module.layer_idx not in expected:
+            scores = query @ modeling_llama.repeat_kv(key, module.num_key_value_groups).mT * scaling
+            below = (scores[0] < 0) & visual & (attention_mask[0] == 0)
+            sees = ((attention_mask[0, 0] == 0) & visual).sum(-1)
+            expected[module.layer_idx] = below.sum(-1).float().mean(0)[-NUM_QUERIES:] / sees[-NUM_QUERIES:]
+        return eager(module, query, key, value, attention_mask, scaling, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", counting)
+    base = family.build(attn_implementation="eager")
+    with torch.no_grad():
+        base(**inputs)
+    monkeypatch.undo()
+    for kernel in ("eager", "sdpa"):
+        recorded = observe(build(family, kernel, adapters), inputs).masses
+        assert 0 < recorded[0].below_zero.mean() < 1
+        assert (recorded[0].below_zero - expected[0]).abs().max() < TOLERANCE
+        if adapters == "base":  # which DIPE changes in later layers, by what it does in the first
+            assert all((recorded[idx].below_zero - expected[idx]).abs().max() < TOLERANCE for idx in expected)
 
 
 @pytest.mark.parametrize("adapters", ["base", "dipe"])

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from methods_under_test import METHODS, Together, give_weight
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_vlms import FAMILIES, TinyVLM
 
-from peft_pvm import DIPEConfig, PVMConfig, attached
+from peft_pvm import DIPEConfig, PAIConfig, PVMConfig, VAFConfig, attached
 from peft_pvm.attention.dispatch import ConfigView
 from peft_pvm.probe import probe
 from peft_pvm.probe.inputs import extended, visual_grids
@@ -433,6 +434,20 @@ def test_tokens_that_fill_no_square_have_no_grid():
     assert visual_grids(vlm, pixels, 10) == []
     assert visual_grids(vlm, {"pixel_values": torch.zeros(1, 3, 28, 112)}, 16) == []
     assert visual_grids(vlm, {"pixel_values": torch.zeros(1, 16, 48)}, 16) == []
+
+
+def test_a_method_that_multiplies_scores_comes_with_a_warning(probed):
+    """It names the layers that the adapter acts on, and the base's share there."""
+    model = FAMILIES["llava"].build()
+    with attached(model, VAFConfig(layers_to_transform=[0, 2])), pytest.warns(match="multiplies scores") as caught:
+        found = probed(model)
+    shares = {layer.layer_idx: layer.share_below_zero for layer in found.base.attention}
+    assert all(0 < share < 1 for share in shares.values())
+    said = str(next(warning.message for warning in caught if "multiplies scores" in str(warning.message)))
+    assert said.endswith(f"so many are below 0: layer 0 {shares[0]:.0%}, layer 2 {shares[2]:.0%}.")
+    with attached(model, PAIConfig()), warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*multiplies scores")
+        probed(model)
 
 
 def test_without_adapters_there_is_the_base_alone(probed):

@@ -74,6 +74,19 @@ def test_json_round_trip_and_the_same_bytes(result: ProbeResult, saved: Path, tm
             assert struct.unpack(">II", content[16:24]) > (200, 40) or name == "image-0.png"
 
 
+def test_what_was_written_before_signs_were_looked_at_is_read(result: ProbeResult, saved: Path, tmp_path: Path):
+    assert "<h2>Scores below 0</h2>" in saved.read_text()
+    content = json.loads((saved.parent / "probe.json").read_text())
+    for forward in content["forwards"]:
+        for layer in forward["attention"]:
+            assert len(layer.pop("scores_below_zero")) == len(result.token_ids)
+    shutil.copytree(saved.parent, tmp_path / "old")
+    (tmp_path / "old" / "probe.json").write_text(json.dumps(content))
+    old = ProbeResult.load(tmp_path / "old")
+    assert old.base.attention[0].scores_below_zero == []
+    assert "Scores below 0" not in old.save(tmp_path / "again").read_text()
+
+
 def test_json_tells_what_it_came_from(result: ProbeResult, saved: Path):
     text = saved.with_name("probe.json").read_text(encoding="utf-8")
     content = json.loads(text)
