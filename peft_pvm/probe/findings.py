@@ -36,7 +36,7 @@ class LayerAttention:
         decay: The power law of `visual_mass` over `text_tokens`.
         dilution: The dilution law of the same numbers.
         scores_below_zero: Share of the scores of visual keys that are below 0 before any adapter changes them, over
-            all heads, for each generated token. Where a method multiplies scores by more than 1, it takes attention from
+            all heads, for each generated token. A method that multiplies scores by more than 1 takes attention from
             these keys. Empty in what an earlier version wrote.
     """
 
