@@ -1,33 +1,35 @@
-"""`Scores`: a stage that changes scores by what they are themselves, for a few rows at a time."""
+"""`Scores`: a stage that adds to the scores of visual keys what depends on these scores themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .call import AttentionCall, Output, records_gradients
-from .stages import Later, Stage, Weights, text_rows
+from .call import WIDEST_FOR_FLASH, AttentionCall, Output, records_gradients
+from .stages import CHANNELS, Later, Stage, Weights, text_rows
 
 
-BLOCK_ELEMENTS = 2**22  # scores at once, of all rows and heads
-Change = Callable[[AttentionCall, torch.Tensor], torch.Tensor]
+BLOCK_ELEMENTS = 2**20  # scores at once, of all rows and heads
+Added = Callable[[AttentionCall, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Scores(Stage):
-    """Scores of some rows changed by what they are; the softmax follows.
+    """Something added to the scores of visual keys in some rows, from these scores; the softmax follows.
 
-    These rows are made by hand, a few at a time, so that memory grows with the length and not with its square. The
-    kernel makes the others.
+    In many rows, the kernel attends as it is, and one more channel of the values gives the weight that reaches the
+    visual keys. From it and from their scores follows what each of them weighs, and what the output becomes with other
+    scores. That takes a matrix of rows and visual keys, a few rows at a time. In a single row, and where somebody
+    wants weights, gradients or dropout, rows are made whole and by hand.
 
     Args:
-        change: Gives the new scores from a call and scores after scaling, `(batch, heads, rows, num_keys)` both. What
-            it says of keys that a row does not see is lost.
+        added: Gives it from a call and the scores of visual keys after scaling, `(batch, heads, rows, num_visual)`
+            both, in the order of `VisualContext.visual_columns`. What it says of keys that a row does not see is lost.
         rows: "text": rows of text with a visual token before them. "last": of these, only the last row of each
             forward, which the next token comes from.
     """
@@ -35,7 +37,7 @@ class Scores(Stage):
     order = Weights.order
     done_by_one = Weights.done_by_one
 
-    change: Change
+    added: Added
     rows: Literal["text", "last"] = "text"
 
     def attend(self, call: AttentionCall, later: Later) -> Output:
@@ -45,35 +47,34 @@ class Scores(Stage):
         first = 0 if rows is None else self._first(call, rows)
         if first == num_queries:
             return later(call)
-        output, weights = self._changed(call, slice(first, num_queries))
+        if num_queries - first > 1 and not _wants_whole_rows(call):
+            return self._corrected(call, slice(first, num_queries), rows), None
+        output, weights = self._whole(call, slice(first, num_queries))
         if rows is None:
             return output, weights
         plain_output, plain_weights = later(call)
-        chosen = rows[:, first:]
-        ends = torch.where(chosen[:, :, None, None], output, plain_output[:, first:])
-        output = torch.cat([plain_output[:, :first], ends], 1)
-        if weights is None or plain_weights is None:
-            return output, plain_weights
-        ends = torch.where(chosen[:, None, :, None], weights, plain_weights[:, :, first:])
-        return output, torch.cat([plain_weights[:, :, :first], ends], 2)
+        return (
+            _put(plain_output, output, rows[:, :, None, None], 1, first),
+            None
+            if weights is None or plain_weights is None
+            else _put(plain_weights, weights, rows[:, None, :, None], 2, first),
+        )
 
     def changed_rows(self, call: AttentionCall) -> torch.Tensor | None:
         """Which rows are changed, `(batch, num_queries)`, bool. `None`: all."""
         rows = text_rows(call)
         if self.rows == "text" or call.query.shape[2] == 1:
             return rows
-        rows = call.visual_queries.logical_not() if rows is None else rows
-        is_last = torch.arange(rows.shape[1], device=rows.device) == rows.shape[1] - 1
-        return rows & is_last
+        rows = ~call.visual_queries if rows is None else rows
+        return rows & (torch.arange(rows.shape[1], device=rows.device) == rows.shape[1] - 1)
 
     def reference(self, call: AttentionCall, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The weights in their plainest form: see `Weights`."""
         lowest, rows = torch.finfo(scores.dtype).min / 2, self.changed_rows(call)
-        if call.context.memory.is_empty:
-            return scores.masked_fill(hidden, lowest).softmax(-1)
-        changed = self.change(call, scores)
-        changed = changed if rows is None else torch.where(rows[:, None, :, None], changed, scores)
-        return changed.masked_fill(hidden, lowest).softmax(-1)
+        if not call.context.memory.is_empty:
+            changed = self._raised(call, scores)
+            scores = changed if rows is None else torch.where(rows[:, None, :, None], changed, scores)
+        return scores.masked_fill(hidden, lowest).softmax(-1)
 
     def _first(self, call: AttentionCall, rows: torch.Tensor) -> int:
         """The first of the rows that are changed, in any conversation. Waits for the device."""
@@ -89,12 +90,67 @@ class Scores(Stage):
 
         return call.context.derived(("first changed row", num_queries), find)
 
-    def _changed(self, call: AttentionCall, queries: slice) -> Output:
+    def _raised(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of all keys with those of visual keys changed, `(batch, heads, rows, num_keys)` both."""
+        index, is_there = _visual(call, scores)
+        added = self.added(call, scores.gather(-1, index))
+        return scores.scatter_add(-1, index, torch.where(is_there, added, 0).to(scores.dtype))
+
+    # ---- many rows
+
+    def _corrected(self, call: AttentionCall, queries: slice, rows: torch.Tensor | None) -> torch.Tensor:
+        """The output of all rows, with what changed scores make of some, `(batch, num_queries, heads, value_dim)`."""
+        output = _with_mass(call)
+        changed = []
+        at_once = _at_once(call, call.context.memory.slots.shape[1])
+        for start in range(queries.start, queries.stop, at_once):
+            block = slice(start, min(start + at_once, queries.stop))
+            changed.append(self._correct(call, block, output[:, block]))
+        plain, whole = output[..., :-1], torch.cat(changed, 1).to(output.dtype)
+        return whole if rows is None else _put(plain, whole, rows[:, :, None, None], 1, queries.start)
+
+    def _correct(self, call: AttentionCall, queries: slice, output: torch.Tensor) -> torch.Tensor:
+        """The output of some rows, from what the kernel gives for them: output and visual mass, in the last channel.
+
+        With `m` the mass, `s` the scores of visual keys and `a` what is added to them, each of these keys weighs
+        w = m softmax(s) before, and w e^a after, over what all weigh then.
+        """
+        (query, key), value = call.scored_by, call.value
+        columns = call.context.visual_columns(key.shape[2]).clamp(max=key.shape[2] - 1)
+        keys, values = (
+            tensor.gather(2, columns[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+            for tensor in (key, value)
+        )
+        scores = _scores(call, query[:, :, queries], keys)
+        index, is_seen = _visual(call, scores)
+        if call.position_bias is not None:
+            scores = scores + call.position_bias[:, :, queries].expand(*scores.shape[:3], -1).gather(-1, index)
+        visible, bias = call.visibility.mask(queries), call.visibility.bias(queries)
+        if visible is not None:
+            whole = *scores.shape[:3], key.shape[2]
+            is_seen = is_seen & visible.expand(whole).gather(-1, index)
+            if bias is not None:
+                scores = scores + bias.expand(whole).gather(-1, index).masked_fill(~is_seen, 0)
+        added = self.added(call, scores).to(scores.dtype)
+        lowest = torch.finfo(scores.dtype).min / 2
+        plain, mass = (part.transpose(1, 2).to(scores.dtype) for part in (output[..., :-1], output[..., -1:]))
+        before = scores.masked_fill(~is_seen, lowest).log_softmax(-1) + mass.clamp(min=0).log()
+        before = before.masked_fill(~is_seen, -torch.inf)
+        after = before + added
+        largest = after.amax(-1, keepdim=True).clamp(min=0)  # so that nothing overflows
+        more = torch.exp(after - largest) - torch.exp(before - largest)
+        grouped = more.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
+        put = (grouped @ values.to(more.dtype)).view(*more.shape[:3], -1)
+        shrink = torch.exp(-largest)
+        return ((plain * shrink + put) / (shrink + more.sum(-1, keepdim=True))).transpose(1, 2)
+
+    # ---- whole rows
+
+    def _whole(self, call: AttentionCall, queries: slice) -> Output:
         """What the attention function returns for some rows, all of them changed."""
-        batch, heads = call.query.shape[:2]
-        at_once = max(BLOCK_ELEMENTS // (batch * heads * call.key.shape[2]), 1)
+        at_once = _at_once(call, call.key.shape[2])
         wants_weights = call.kernel == "eager" or call.wants_weights
-        records = records_gradients(*call.scored_by, call.value)
+        records = _records(call)
         outputs, all_weights = [], []
         for start in range(queries.start, queries.stop, at_once):
             block = slice(start, min(start + at_once, queries.stop))
@@ -111,18 +167,13 @@ class Scores(Stage):
     def _block(self, call: AttentionCall, queries: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Output `(batch, heads, rows, value_dim)` and weights `(batch, heads, rows, num_keys)` of a few rows."""
         query, key = call.scored_by
-        by_kv_head = query[:, :, queries].unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-        scores = (by_kv_head @ key.transpose(2, 3)).view(*query.shape[:2], -1, key.shape[2])
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * call.scaling
-        softcap = call.kwargs.get("softcap")
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = _scores(call, query[:, :, queries], key)
         if call.position_bias is not None:
             scores = scores + call.position_bias[:, :, queries]
         visible, bias = call.visibility.mask(queries), call.visibility.bias(queries)
         if bias is not None and visible is not None:
             scores = scores + bias.masked_fill(~visible, 0)
-        scores = self.change(call, scores)
+        scores = self._raised(call, scores)
         if visible is not None:
             scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min / 2)
         weights = scores.softmax(-1).to(call.value.dtype)
@@ -130,3 +181,52 @@ class Scores(Stage):
             weights = F.dropout(weights, dropout, call.module.training)
         grouped = weights.unflatten(1, (call.value.shape[1], -1)).flatten(2, 3)
         return (grouped @ call.value).view(*weights.shape[:3], -1), weights
+
+
+def _records(call: AttentionCall) -> bool:
+    return records_gradients(*call.scored_by, call.value)
+
+
+def _wants_whole_rows(call: AttentionCall) -> bool:
+    return call.kernel == "eager" or call.wants_weights or bool(call.kwargs.get("dropout")) or _records(call)
+
+
+def _at_once(call: AttentionCall, num_keys: int) -> int:
+    """How many rows of scores are held at a time."""
+    batch, heads = call.query.shape[:2]
+    return max(BLOCK_ELEMENTS // (batch * heads * num_keys), 1)
+
+
+def _scores(call: AttentionCall, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The scores of some queries and keys after scaling, `(batch, heads, queries, keys)`, in fp32 at least."""
+    by_kv_head = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    scores = (by_kv_head @ key.transpose(2, 3)).view(*query.shape[:3], key.shape[2])
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * call.scaling
+    softcap = call.kwargs.get("softcap")
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _visual(call: AttentionCall, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns of visual keys for rows of scores, and which of them are there, as scores of visual keys are."""
+    num_keys = call.key.shape[2]
+    columns = call.context.visual_columns(num_keys)[:, None, None]
+    shape = *scores.shape[:3], -1
+    return columns.clamp(max=num_keys - 1).expand(shape), (columns < num_keys).expand(shape)
+
+
+def _with_mass(call: AttentionCall) -> torch.Tensor:
+    """The kernel's output, and in one more channel the weight that reaches the visual keys."""
+    value, marks = call.value, call.visual_keys[:, None, :, None].to(call.value.dtype)
+    value = torch.cat([value, marks.expand(*value.shape[:3], 1)], -1)
+    query, key = call.scored_by
+    changes: dict[str, Any] = {"value": value}
+    wider = key.shape[-1] + CHANNELS
+    if value.shape[-1] > key.shape[-1] and not ("flash" in call.kernel and wider > WIDEST_FOR_FLASH):
+        changes["widened"] = F.pad(query, (0, CHANNELS)), F.pad(key, (0, CHANNELS))  # the values fit beside them
+    return replace(call, **changes).run_kernel()[0]
+
+
+def _put(plain: torch.Tensor, changed: torch.Tensor, rows: torch.Tensor, axis: int, first: int) -> torch.Tensor:
+    """Changed rows in the place of plain ones, from the first on, where `rows` says so."""
+    before, ends = plain.tensor_split([first], axis)
+    return torch.cat([before, torch.where(rows.tensor_split([first], axis)[1], changed, ends)], axis)

@@ -125,13 +125,13 @@ METHODS = (
         PAIConfig,
         "scores of visual keys are raised by a share of their size in the text that follows",
         "Scores",
-        "any; rows of text behind an image by hand",
+        "any; the scores of visual keys once more",
     ),
     Method(
         "HGAI",
         HGAIConfig,
         "scores of visual keys are raised in all heads by a share of their mean size over heads",
         "Scores",
-        "any; rows of text behind an image by hand",
+        "any; the scores of visual keys once more",
     ),
 )

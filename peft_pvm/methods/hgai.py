@@ -23,8 +23,8 @@ class HGAIConfig(AttentionMethod):
 
         s_hij = s_hij + alpha * (sum over g of |s_gij|) / H      for visual keys
 
-    The softmax follows. A key on which many heads agree is raised in the heads that pass it by as well. The rows that
-    it acts on are computed by hand, a few at a time; a kernel computes the others. It has no parameters.
+    The softmax follows. A key on which many heads agree is raised in the heads that pass it by as well. It runs on
+    any kernel, and computes the scores of visual keys once more beside it, a few rows at a time. It has no parameters.
 
     Args:
         alpha: The share, 0 or more.
@@ -44,12 +44,11 @@ class HGAIConfig(AttentionMethod):
 
     def stages(self, layer: SteeredLayer) -> Stage:
         """Raised scores of visual keys."""
-        return Scores(self.raised, "last" if self.rows == "generated" else "text")
+        return Scores(self.added, "last" if self.rows == "generated" else "text")
 
-    def raised(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
-        """The scores, `(batch, heads, rows, num_keys)`, with those of visual keys raised."""
-        share = self.alpha * call.visual_keys[:, None, None].to(scores.dtype)
-        return torch.addcmul(scores, scores.abs().mean(1, keepdim=True), share)
+    def added(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores of visual keys, `(batch, heads, rows, num_visual)` both."""
+        return (self.alpha * scores.abs().mean(1, keepdim=True)).expand_as(scores)
 
 
 HGAIModel = attention_tuner(HGAIConfig)

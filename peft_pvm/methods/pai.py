@@ -23,9 +23,9 @@ class PAIConfig(AttentionMethod):
 
         s_ij = s_ij + alpha * |s_ij|      for visual keys
 
-    The softmax follows. A score is raised whether it is above 0 or below. The rows that it acts on are computed by
-    hand, a few at a time; a kernel computes the others. The paper's second part, which subtracts logits without the
-    image, is not in it. It has no parameters.
+    The softmax follows. A score is raised whether it is above 0 or below. It runs on any kernel, and computes the
+    scores of visual keys once more beside it, a few rows at a time. The paper's second part, which subtracts logits
+    without the image, is not in it. It has no parameters.
 
     Args:
         alpha: The share, 0 or more.
@@ -45,12 +45,11 @@ class PAIConfig(AttentionMethod):
 
     def stages(self, layer: SteeredLayer) -> Stage:
         """Raised scores of visual keys."""
-        return Scores(self.raised, "last" if self.rows == "generated" else "text")
+        return Scores(self.added, "last" if self.rows == "generated" else "text")
 
-    def raised(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
-        """The scores, `(batch, heads, rows, num_keys)`, with those of visual keys raised."""
-        share = self.alpha * call.visual_keys[:, None, None].to(scores.dtype)
-        return torch.addcmul(scores, scores.abs(), share)
+    def added(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores of visual keys, `(batch, heads, rows, num_visual)` both."""
+        return self.alpha * scores.abs()
 
 
 PAIModel = attention_tuner(PAIConfig)

@@ -340,11 +340,24 @@ class VisualContext:
         mask = torch.zeros(self.batch_size, num_keys + 1, dtype=torch.bool, device=self.device)
         if self.memory.is_empty:
             return mask[:, :num_keys]
-        slots, fixed = self.memory.slots, self.num_fixed_keys
-        keys = slots - self.num_dropped(num_keys) * (slots >= fixed)
-        # What is not among the keys (padding, or fallen out of a sliding window) goes to an extra column.
-        keys = torch.where((slots >= 0) & (keys >= slots.clamp(max=fixed)), keys, num_keys)
-        return mask.scatter_(1, keys, True)[:, :num_keys]
+        return mask.scatter_(1, self.visual_columns(num_keys), True)[:, :num_keys]
+
+    def visual_columns(self, num_keys: int) -> torch.Tensor:
+        """Where the visual tokens of the memory stand among the keys that a layer hands to its attention.
+
+        Args:
+            num_keys: How many keys that are.
+
+        Returns:
+            `(batch, num_visual)`, int64; `num_keys` where there is none, or where it fell out of a sliding window.
+        """
+
+        def find() -> torch.Tensor:
+            slots, fixed = self.memory.slots, self.num_fixed_keys
+            keys = slots - self.num_dropped(num_keys) * (slots >= fixed)
+            return torch.where((slots >= 0) & (keys >= slots.clamp(max=fixed)), keys, num_keys)
+
+        return self.derived(("visual columns", num_keys), find)
 
     def images(self, image_gap: int, max_images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where images begin, and where the text behind them does: see `Runs.images`."""

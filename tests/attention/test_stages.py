@@ -76,8 +76,8 @@ def by_group() -> GroupWeights:
     return GroupWeights(groups, factors)
 
 
-def raised(call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
-    return torch.where(call.visual_keys[:, None, None], scores + 1.5 * scores.abs(), scores)
+def size(call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+    return 1.5 * scores.abs()
 
 
 KINDS = {
@@ -92,8 +92,8 @@ KINDS = {
     "bias-pairs": lambda: Bias(visual(0.9, 0.1), of_queries=counted),
     "bias-pairs-text": lambda: Bias(visual(-1.1, 0.0), rows="text", of_queries=counted),
     "weights": sharper,
-    "scores": lambda: Scores(raised),
-    "scores-last": lambda: Scores(raised, "last"),
+    "scores": lambda: Scores(size),
+    "scores-last": lambda: Scores(size, "last"),
 }
 ALL_WITHOUT = [("scores", "scores-last"), ("weights", "scores-last")]  # of which a layer has one at most
 

@@ -175,15 +175,13 @@ def raised(size: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., dict[s
 
 def of_visual_keys(size: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Stage]:
     """The method with another size of scores."""
-    return lambda self, layer: Scores(
-        lambda call, scores: scores + self.alpha * call.visual_keys[:, None, None] * size(scores)
-    )
+    return lambda self, layer: Scores(lambda call, scores: (self.alpha * size(scores)).expand_as(scores))
 
 
 COMMON = {
     "no sizes": of_visual_keys(lambda scores: scores),
-    "all keys": lambda self, layer: Scores(lambda call, scores: scores + self.alpha * scores.abs()),
-    "the last row alone": lambda self, layer: Scores(self.raised, "last"),
+    "of the last score": lambda self, layer: Scores(lambda call, scores: self.added(call, scores).roll(1, -1)),
+    "the last row alone": lambda self, layer: Scores(self.added, "last"),
     "keys times 1 + alpha": lambda self, layer: KeyScale(
         lambda call: 1 + self.alpha * call.visual_keys.float(), rows="text"
     ),
