@@ -6,7 +6,7 @@ import environment  # noqa: F401  # first: its settings act before anything else
 import pytest
 import transformers
 from architectures.page import OLDEST
-from methods_under_test import METHODS, PUBLISHED, SAME_KIND, Combination, Method
+from methods_under_test import LEADING, METHODS, Combination, Method
 from tiny_vlms import FAMILIES, KINDS, REPRESENTATIVE, TinyVLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -18,9 +18,9 @@ IS_OLDEST = transformers.__version__ == OLDEST
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every method is tested on every family, one that is of the same kind as another in test_architectures.py alone;
-    it, settings and combinations otherwise on one family of each kind and with the newest transformers: what sets them
-    apart is this package's own arithmetic."""
+    """Every property of the leading methods is tested on every family. Other methods, settings and combinations are
+    tested on one family of each kind and with the newest transformers: what sets them apart is this package's own
+    arithmetic. In short, test_architectures.py tests every method on every family."""
     items[:] = filter(_tells_something_new, items)
 
 
@@ -28,7 +28,7 @@ def _tells_something_new(item: pytest.Item) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if not {"family", "method"} <= params.keys():
         return True
-    if params["method"] in (None, *PUBLISHED) and params["method"] not in SAME_KIND:
+    if params["method"] in (None, *LEADING):
         return True
     return params["family"] in KINDS and not IS_OLDEST
 

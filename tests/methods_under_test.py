@@ -103,8 +103,11 @@ def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
 # By name: the methods without parameters, and all. A test that is about methods in general runs over these.
 STEERING = tuple(row.config.method for row in PACKAGED if not row.needs_training)
 PUBLISHED = ("pvm", *STEERING)
-# What is of the same kind of stage as another method and differs in arithmetic alone, which test_formulas.py tests.
-SAME_KIND = {"hgai": "pai"}
+# Of these every property is tested on every family; of the others, which differ in the stages that they add, on one
+# family of each kind, and in short on all (test_architectures.py).
+LEADING = ("pvm", "dipe", "tdrs")
+# One of each kind of stage, but for a second that decides the weights: these act in one layer together.
+TOGETHER = tuple(name for name in PUBLISHED if name not in ("pai", "hgai"))
 
 
 def _acting(config: type[PeftConfig]) -> Callable[..., PeftConfig]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from forwards import TOLERANCE, difference, in_double, logits
-from methods_under_test import METHODS, PUBLISHED, give_weight
+from methods_under_test import METHODS, TOGETHER, give_weight
 from oracle import oracle
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
@@ -21,7 +21,7 @@ from peft_pvm.utils.packages import CACHE
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
-ALL = (*PUBLISHED, "lora")
+ALL = (*TOGETHER, "lora")
 MIXED = (*ALL[2:], *ALL[:2])
 SUBSETS = [subset for size in range(len(ALL) + 1) for subset in itertools.combinations(ALL, size)]
 NAMES = ["+".join(subset) or "none" for subset in SUBSETS]

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from forwards import GENERATE, difference, logits
-from methods_under_test import METHODS, STEERING, give_weight
+from methods_under_test import METHODS, TOGETHER, give_weight
 from peft import PeftModel
 from tiny_vlms import TinyVLM
 
@@ -22,9 +22,9 @@ THREADS, ROUNDS = 8, 3
 
 @pytest.fixture
 def model(plain: TinyVLM) -> PeftModel:
-    """All methods without parameters and two PVM adapters, of which one is active and has a head of its own."""
+    """One method of each kind of stage and two PVM adapters, of which one is active and has a head of its own."""
     base = plain.build()
-    for name in STEERING:
+    for name in TOGETHER[1:]:
         METHODS[name].attach(base, name)
     model = METHODS["pvm"].attach(base, "one", layers_to_transform=[0, 2], modules_to_save=["lm_head"])
     model.add_adapter("other", PVMConfig(r=32, layers_to_transform=[1]))

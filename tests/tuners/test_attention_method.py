@@ -63,16 +63,25 @@ def config(request) -> PeftConfig:
 
 
 @pytest.mark.parametrize("name", FRESH)
-@pytest.mark.parametrize("loader", ["PeftModel", "load_adapter"])
-def test_shipped_adapters_fit_every_family(family: TinyVLM, name: str, loader: str):
+def test_shipped_adapters_fit_every_family(family: TinyVLM, name: str):
+    is_what_it_says(family, name, lambda model: PeftModel.from_pretrained(model, SHIPPED / name))
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_transformers_loads_them_too(tiny: TinyVLM, name: str):
+    def load(model: torch.nn.Module) -> torch.nn.Module:
+        model.load_adapter(SHIPPED / name)
+        return model
+
+    is_what_it_says(tiny, name, load)
+
+
+def is_what_it_says(family: TinyVLM, name: str, load: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    """A shipped adapter, loaded onto a model, is a fresh one of its settings."""
     model = family.build()
     inputs = family.inputs(model, *ROWS)
     base = logits(model, inputs)
-    if loader == "PeftModel":
-        loaded = PeftModel.from_pretrained(model, SHIPPED / name)
-    else:
-        model.load_adapter(SHIPPED / name)
-        loaded = model
+    loaded = load(model)
     fresh = get_peft_model(family.build(), FRESH[name]())
     assert torch.equal(logits(loaded, inputs), logits(fresh, inputs))
     if name == "dipe-limited":  # at these lengths it is the base
