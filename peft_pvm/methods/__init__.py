@@ -15,6 +15,7 @@ from .pai import PAIConfig, PAIModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .tdrs import TDRSConfig, TDRSModel
 from .vaf import VAFConfig, VAFModel
+from .vcd import VCDConfig, VCDModel
 
 
 # What `peft_pvm` exports.
@@ -35,6 +36,8 @@ __all__ = [
     "TDRSModel",
     "VAFConfig",
     "VAFModel",
+    "VCDConfig",
+    "VCDModel",
     "hotswap_adapter",
 ]
 
@@ -147,6 +150,15 @@ METHODS = (
         "M3ID",
         M3IDConfig,
         "what the image makes likelier than the text alone is raised, the more the longer the answer",
+        "Logits",
+        "any; in `generate`, a second forward for each token",
+        text_alone="untouched",
+        plain_matrices=0,
+    ),
+    Method(
+        "VCD",
+        VCDConfig,
+        "what a noised image makes likely is subtracted, among the likely tokens",
         "Logits",
         "any; in `generate`, a second forward for each token",
         text_alone="untouched",
