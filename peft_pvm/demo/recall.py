@@ -234,7 +234,7 @@ def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     for name, tested, configs in (
         ("base", model, []),
         ("PVM", pvm_model, []),
-        *((method.name, model, [_suited(method.config)]) for method in METHODS if not method.needs_training),
+        *((method.name, model, [_suited(method.config)]) for method in METHODS if method.acts_in_forwards and not method.needs_training),
     ):
         with attached(tested, *configs):
             results[name] = {length: recall(tested, length, rows, seed=seed, description=name) for length in LENGTHS}
