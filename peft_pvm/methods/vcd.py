@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..tokens.positions import placeholder_mask
 from ..tuners.logits_method import LogitsMethod, Prompt, logits_tuner
 from ..utils.checks import is_int, is_number, setting
 from ..utils.packages import modalities_in
-from ..utils.text import quoted
 
 
 DIFFUSION_STEPS = 1000
@@ -71,8 +71,8 @@ class VCDConfig(LogitsMethod):
         """
         if bool(prompt.visual[:, : prompt.num_cached].any()):
             raise NotImplementedError(
-                "VCD reads the whole conversation with noised images, but the KV cache holds images of an earlier turn "
-                "whose pixels this call of generate does not bring. Start with a new cache and all images."
+                "VCD reads the whole conversation with noised images, but the KV cache holds images of an earlier "
+                "turn, whose pixels this call of generate does not bring. Start with a new cache and all images."
             )
         pixels = [name for name in prompt.inputs if "pixel_values" in name and prompt.inputs[name] is not None]
         pixels = [name for name in pixels if prompt.inputs[name].is_floating_point()]
@@ -81,13 +81,12 @@ class VCDConfig(LogitsMethod):
                 f"VCD puts noise on pixel_values, but this call of generate brings features in another form (it has "
                 f"{', '.join(prompt.inputs)}). Give the pixels, or take the adapter off with unload()."
             )
-        return {**prompt.inputs, **{name: self._noised(name, prompt.inputs) for name in pixels}}
+        return {**prompt.inputs, **{name: self._noised(name, prompt) for name in pixels}}
 
-    def _noised(self, name: str, inputs: Mapping[str, Any]) -> torch.Tensor:
-        pixels = inputs[name]
-        noise = self._noise(name, inputs).to(pixels)
+    def _noised(self, name: str, prompt: Prompt) -> torch.Tensor:
+        pixels = prompt.inputs[name]
         kept = self._share_kept()
-        noised = math.sqrt(kept) * pixels + math.sqrt(1 - kept) * noise
+        noised = math.sqrt(kept) * pixels + math.sqrt(1 - kept) * self._noise(name, prompt).to(pixels)
         if pixels.dim() < 5:
             return noised
         # Rows with fewer images than others, and images with fewer tiles, are filled up with zeros, which models skip.
@@ -98,20 +97,22 @@ class VCDConfig(LogitsMethod):
         betas = torch.linspace(-6, 6, DIFFUSION_STEPS, dtype=torch.float64).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
         return float((1 - betas[: self.noise_steps]).prod())
 
-    def _noise(self, name: str, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def _noise(self, name: str, prompt: Prompt) -> torch.Tensor:
         """Noise of a shape that can be added to the pixels. Images of one shape get the same."""
-        pixels = inputs[name]
-        if pixels.dim() > 2:
-            _refuse_padded(pixels, inputs)
-            return self._draw(*pixels.shape[-3 if pixels.dim() > 3 else -2 :])
-        grid_name = "video_grid_thw" if "video" in name else "image_grid_thw"  # patches of all images in one list
-        grid = inputs.get(grid_name)
-        if grid is None or int(grid.prod(-1).sum()) != len(pixels):
+        pixels, modality = prompt.inputs[name], "video" if "video" in name else "image"
+        for grid_name, grid in prompt.inputs.items():  # patches of all images in one list
+            if grid_name.startswith(f"{modality}_grid") and int(grid.prod(-1).sum()) == len(pixels):
+                patches = grid.prod(-1).tolist()
+                return torch.cat([self._draw(number, *pixels.shape[1:]) for number in patches])
+        token_ids = prompt.vlm.placeholder_ids[modality]
+        rows = placeholder_mask(prompt.inputs["input_ids"], token_ids).any(1).sum()
+        if pixels.dim() < 3 or len(pixels) < int(rows):
             raise NotImplementedError(
                 f"VCD draws noise for each image, but {name} of shape {tuple(pixels.shape)} does not say which part "
-                f"is which image: {grid_name} is {quoted(grid)}. Take the adapter off with unload()."
+                f"is which image ({', '.join(prompt.inputs)} given). Take the adapter off with unload()."
             )
-        return torch.cat([self._draw(patches, pixels.shape[1]) for patches in grid.prod(-1).tolist()])
+        _refuse_padded(pixels, prompt.inputs)
+        return self._draw(*pixels.shape[-3 if pixels.dim() > 3 else -2 :])
 
     def _draw(self, *shape: int) -> torch.Tensor:
         # On the CPU, so that it is the same on any device.

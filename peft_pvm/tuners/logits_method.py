@@ -31,6 +31,8 @@ from .without_parameters import (
 
 
 ATTRIBUTE = "_second_runs"  # of the model, on which those of its `generate` stand
+# Arguments of `generate` that do not reach the model, beside settings; and the cache, of which each run has its own.
+OWN = {*inspect.signature(GenerationMixin.generate).parameters, *CACHE_NAMES, "tokenizer", "assistant_tokenizer"}
 TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -251,7 +253,12 @@ class Run:
         return [SecondRunProcessor(self.config, branch, has_image, prompt.visual.shape[1])]
 
     def _prompt(self, settings: GenerationConfig, inputs: Mapping[str, Any]) -> Prompt:
-        own = {*inspect.signature(GenerationMixin.generate).parameters, *CACHE_NAMES, "tokenizer", "assistant_tokenizer"}
+        own = {
+            *inspect.signature(GenerationMixin.generate).parameters,
+            *CACHE_NAMES,
+            "tokenizer",
+            "assistant_tokenizer",
+        }
         given = {name: value for name, value in self.given.items() if name not in own and not hasattr(settings, name)}
         input_ids = given.setdefault("input_ids", self.given.get("inputs"))
         if input_ids is None or given.get("inputs_embeds") is not None:

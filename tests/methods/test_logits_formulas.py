@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, core
 from forwards import generate, in_double, logits
 from peft import get_peft_model
 from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
 
 from peft_pvm import M3IDConfig, VCDConfig
 from peft_pvm.methods import METHODS
-from peft_pvm.tuners.logits_method import LogitsMethod
+from peft_pvm.tuners.logits_method import LogitsMethod, Prompt
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
 SINGLE = ("t4 i t3", "t7 i t5", "t9")  # generate repeats images, and not rows with several
 VIDEOS = ("t4 v t3", "t2 v t6")  # without images, which the tiny GLM would take for frames
 TOLERANCE = 2e-5
-SAMPLED = [token_id for token_id in range(300) if token_id != 2]  # neither special nor the end of a sequence
+SAMPLED = torch.tensor(
+    [token_id for token_id in range(300) if token_id != 2]
+)  # neither special nor the end of a sequence
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def m3id(config: M3IDConfig, with_image: torch.Tensor, without: torch.Tensor, t:
     if p.max() >= config.threshold:
         return p.log()
     gamma = math.exp(-config.rate * t)
-    return p.log() + (1 - gamma) / gamma * (p.log() - q.log())
+    return torch.where(p > 0, p.log() + (1 - gamma) / gamma * (p.log() - q.log()), -math.inf)
 
 
 M3ID = Formula(
@@ -107,12 +111,13 @@ def noised(config: VCDConfig, inputs: dict[str, torch.Tensor]) -> dict[str, torc
         return torch.stack([each(image) if image.dim() > 3 else noisy(image) for image in pixels])
 
     changed = dict(inputs)
-    for modality, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        if name in inputs and f"{modality}_grid_thw" in inputs:
-            images = inputs[name].split(inputs[f"{modality}_grid_thw"].prod(-1).tolist())
-            changed[name] = torch.cat([noisy(image) for image in images])
-        elif name in inputs:
+    for name in [name for name in inputs if "pixel_values" in name]:
+        modality = "video" if "video" in name else "image"
+        grid = next((inputs[grid] for grid in inputs if grid in (f"{modality}_grid_thw", f"{modality}_grid_hw")), None)
+        if grid is None:
             changed[name] = each(inputs[name])
+        else:
+            changed[name] = torch.cat([noisy(image) for image in inputs[name].split(grid.prod(-1).tolist())])
     return changed
 
 
@@ -122,12 +127,12 @@ def vcd(config: VCDConfig, clean: torch.Tensor, noisy: torch.Tensor, t: int) -> 
     return scores.log_softmax(-1)
 
 
-def one_noise_for_all(self: VCDConfig, name: str, inputs: dict[str, Any]) -> torch.Tensor:
-    return self._draw(*inputs[name].shape)
+def one_noise_for_all(self: VCDConfig, name: str, prompt: Prompt) -> torch.Tensor:
+    return self._draw(*prompt.inputs[name].shape)
 
 
 VCD = Formula(
-    VCDConfig(alpha=0.7, beta=0.2, seed=3),
+    VCDConfig(alpha=0.7, beta=0.05, seed=3),
     noised,
     vcd,
     {
@@ -165,16 +170,18 @@ def test_every_method_on_logits_has_a_formula():
 
 def normalised(scores: torch.Tensor) -> torch.Tensor:
     """Log-probabilities among the tokens that can be sampled, however the scores are shifted."""
-    return scores.double()[..., SAMPLED].log_softmax(-1)
+    return scores.double()[..., SAMPLED[scores.shape[-1] > SAMPLED]].log_softmax(-1)
 
 
 def with_answer(inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> dict[str, torch.Tensor]:
     """The inputs of a forward over a row's prompt and its answer."""
     whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer[None]], 1)}
-    for name, new in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 1)):
-        if name in inputs:
-            added = torch.full((1, len(answer)), new, dtype=inputs[name].dtype)
-            whole[name] = torch.cat([inputs[name], added], 1)
+    if "target_sizes" in inputs:  # MiniCPM-V 4.7, whose processor marks tokens
+        whole["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    for name in whole:
+        if name == "attention_mask" or name.endswith("token_type_ids"):
+            new = torch.full((1, len(answer)), int("mm" not in name), dtype=whole[name].dtype)
+            whole[name] = torch.cat([whole[name], new], 1)
     return whole
 
 
@@ -234,6 +241,19 @@ def test_scores_agree(family: TinyVLM, formula: Formula):
         changes += by_row
     assert min(changes[:2]) > 1e-3
     assert changes[2] == 0  # no image
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in core.ROWS])
+def test_architecture(name: str, formula: Formula):
+    row = ARCHITECTURES[name]
+    reason = row.refusal(formula.config.method)
+    if reason is None:
+        difference, changes = deviation(row.tiny, formula, ROWS[:1])
+        assert difference < TOLERANCE
+        assert min(changes) > 1e-3
+    else:
+        with pytest.raises((ValueError, NotImplementedError), match=re.escape(reason)):
+            get_peft_model(row.tiny.build(), formula.config)
 
 
 def middle(tiny: TinyVLM) -> float:
