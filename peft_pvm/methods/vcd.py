@@ -74,12 +74,16 @@ class VCDConfig(LogitsMethod):
                 "VCD reads the whole conversation with noised images, but the KV cache holds images of an earlier "
                 "turn, whose pixels this call of generate does not bring. Start with a new cache and all images."
             )
-        pixels = [name for name in prompt.inputs if "pixel_values" in name and prompt.inputs[name] is not None]
-        pixels = [name for name in pixels if prompt.inputs[name].is_floating_point()]
+        pixels = [
+            name
+            for name, value in prompt.inputs.items()
+            if ("pixel_values" in name or name == "image_patches") and torch.is_tensor(value)
+            if value.is_floating_point()
+        ]
         if len({"video" in name for name in pixels}) < len(modalities_in(prompt.inputs)):
             raise NotImplementedError(
-                f"VCD puts noise on pixel_values, but this call of generate brings features in another form (it has "
-                f"{', '.join(prompt.inputs)}). Give the pixels, or take the adapter off with unload()."
+                f"VCD puts noise on pixel_values, but this call of generate brings features in another form "
+                f"({', '.join(prompt.inputs)} given). Give the pixels, or take the adapter off with unload()."
             )
         return {**prompt.inputs, **{name: self._noised(name, prompt) for name in pixels}}
 

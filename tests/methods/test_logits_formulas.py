@@ -111,7 +111,7 @@ def noised(config: VCDConfig, inputs: dict[str, torch.Tensor]) -> dict[str, torc
         return torch.stack([each(image) if image.dim() > 3 else noisy(image) for image in pixels])
 
     changed = dict(inputs)
-    for name in [name for name in inputs if "pixel_values" in name]:
+    for name in [name for name in inputs if "pixel_values" in name or name == "image_patches"]:
         modality = "video" if "video" in name else "image"
         grid = next((inputs[grid] for grid in inputs if grid in (f"{modality}_grid_thw", f"{modality}_grid_hw")), None)
         if grid is None:
@@ -176,8 +176,8 @@ def normalised(scores: torch.Tensor) -> torch.Tensor:
 def with_answer(inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> dict[str, torch.Tensor]:
     """The inputs of a forward over a row's prompt and its answer."""
     whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer[None]], 1)}
-    if "target_sizes" in inputs:  # MiniCPM-V 4.7, whose processor marks tokens
-        whole["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    if "target_sizes" in inputs:  # MiniCPM-V 4.7, which would ask for the types of tokens
+        whole["position_ids"] = torch.arange(whole["input_ids"].shape[1])[None]
     for name in whole:
         if name == "attention_mask" or name.endswith("token_type_ids"):
             new = torch.full((1, len(answer)), int("mm" not in name), dtype=whole[name].dtype)
