@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 
 from ..utils.packages import next_inputs
@@ -29,6 +30,8 @@ class Branch:
     """
 
     logits: torch.Tensor
+    _input_ids: torch.Tensor
+    _inputs: dict[str, Any]  # all others
 
     def __init__(self, model: Any, prompt: Mapping[str, Any], settings: GenerationConfig):
         self.model = model
@@ -38,10 +41,7 @@ class Branch:
             settings.max_length = None
         if settings.min_new_tokens is not None:
             settings.min_length = 0
-        # Qwen's models keep from a prompt by how much the positions of its answer are shifted.
-        self._keepers = [module for module in model.modules() if "rope_deltas" in vars(module)]
-        self._rope_deltas = [None for _ in self._keepers]
-        with self._own_state():
+        with undisturbed(model):
             type(model).generate(model, **prompt, generation_config=settings, custom_generate=self._read_prompt)
 
     def step(self, token_ids: torch.Tensor) -> None:
@@ -50,9 +50,8 @@ class Branch:
         Args:
             token_ids: `(batch * num_return_sequences, 1)`, int64.
         """
-        self.input_ids = torch.cat([self.input_ids, token_ids], 1)
-        with self._own_state():
-            self._forward(next_sequence_length=1 if self.inputs.get("use_cache", True) else None)
+        self._input_ids = torch.cat([self._input_ids, token_ids], 1)
+        self._forward(next_sequence_length=1 if self._inputs.get("use_cache", True) else None)
 
     def _read_prompt(
         self,
@@ -63,25 +62,26 @@ class Branch:
         generation_config: GenerationConfig,
         **inputs: Any,
     ) -> torch.Tensor:
-        self.input_ids, self.inputs = input_ids, inputs
+        self._input_ids, self._inputs = input_ids, inputs
         self._forward(is_first_iteration=True)
         return input_ids
 
     def _forward(self, **how: Any) -> None:
-        inputs = self.model.prepare_inputs_for_generation(self.input_ids, **how, **self.inputs)
+        inputs = self.model.prepare_inputs_for_generation(self._input_ids, **how, **self._inputs)
         output = self.model(**inputs, return_dict=True)
-        self.inputs = next_inputs(self.model, self.inputs, output)
-        self.logits = output.logits[:, -1].to(self.input_ids.device, torch.float32, copy=True)
+        self._inputs = next_inputs(self.model, self._inputs, output)
+        self.logits = output.logits[:, -1].to(self._input_ids.device, torch.float32, copy=True)
 
-    @contextlib.contextmanager
-    def _own_state(self) -> Iterator[None]:
-        """What the model keeps on its modules between forwards is the branch's, for the length of a block."""
-        theirs = [module.rope_deltas for module in self._keepers]
-        try:
-            for module, deltas in zip(self._keepers, self._rope_deltas):
-                module.rope_deltas = deltas
-            yield
-        finally:
-            self._rope_deltas = [module.rope_deltas for module in self._keepers]
-            for module, deltas in zip(self._keepers, theirs):
-                module.rope_deltas = deltas
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put back, at the end of a block, what prompts leave on a model's modules.
+
+    Qwen's models keep by how much the positions of the answer are shifted. Steps are given positions, and leave it.
+    """
+    rope_deltas = {module: module.rope_deltas for module in model.modules() if "rope_deltas" in vars(module)}
+    try:
+        yield
+    finally:
+        for module, deltas in rope_deltas.items():
+            module.rope_deltas = deltas

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_model_status, get_peft_m
 from safetensors import safe_open
 from test_turns import TURNS, Conversation
 from tiny_vlms import FAMILIES, IMAGE, TinyVLM
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from peft_pvm import DIPEConfig, M3IDConfig, VCDConfig, attached
 from peft_pvm.tuners.logits_method import LogitsMethod, Prompt, logits_tuner
@@ -163,7 +164,6 @@ def test_wrong_fields_are_refused(cls: type[PeftConfig], fields: dict):
 
 
 def test_rows_are_what_they_are_alone(family: TinyVLM, config: LogitsMethod):
-    """The base's tokens are fixed, so that rows do not part over a rounding error."""
     model = get_peft_model(family.build(), config)
     together = generate(family, model, *ROWS, output_scores=True)
     for number, row in enumerate(ROWS):
@@ -186,6 +186,31 @@ def test_other_settings_change_nothing(tiny: TinyVLM, config: LogitsMethod, argu
     model = get_peft_model(tiny.build(), config)
     expected = scores(tiny, model, *ROWS[:2])
     assert difference(scores(tiny, model, *ROWS[:2], **arguments)[:, :5], expected) < 10 * TOLERANCE
+
+
+def test_padding_is_found_by_generate(llava: TinyVLM, config: LogitsMethod):
+    """Without an attention mask."""
+    model = get_peft_model(llava.build(), config)
+    prompt = llava.prompt(model.get_base_model(), *ROWS)
+    del prompt["attention_mask"]
+    settings = {**GENERATE, "do_sample": True, "num_return_sequences": 2, "output_scores": True, "top_k": 0}
+    torch.manual_seed(0)
+    found = torch.stack(model.generate(**prompt, **settings).scores, 1).nan_to_num(neginf=-1e4)
+    assert torch.equal(found, scores(llava, model, do_sample=True, num_return_sequences=2, top_k=0, seed=0))
+
+
+def test_no_placeholder_is_left_for_the_second_run(tiny: TinyVLM):
+    """Not even in its padding: an adapter would warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "This prompt has placeholder tokens")
+        generate(tiny, get_peft_model(tiny.build(), M3IDConfig()), *ROWS)
+
+
+def test_stop_strings(llava: TinyVLM, config: LogitsMethod, tokenizer: PreTrainedTokenizerFast):
+    """Which need a tokenizer in the first run, and nothing in the second."""
+    model = get_peft_model(llava.build(), config)
+    stopping = dict(stop_strings=["never said"], tokenizer=tokenizer)
+    assert torch.equal(scores(llava, model, **stopping), scores(llava, model))
 
 
 def test_sampling_goes_by_the_seed(tiny: TinyVLM, config: LogitsMethod):
