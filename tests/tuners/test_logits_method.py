@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from peft_pvm.tuners.registry import register
 from peft_pvm.utils.packages import CACHE
 
 
+SHIPPED = Path(__file__).parents[2] / "adapters"
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
 CONFIGS: dict[str, LogitsMethod] = {"m3id": M3IDConfig(rate=0.3, threshold=1.0), "vcd": VCDConfig(beta=0.01)}
 
@@ -112,6 +114,25 @@ def test_saving_and_loading(llava: TinyVLM, config: LogitsMethod, tmp_path: Path
     loaded.load_adapter(tmp_path)
     result = loaded.generate(**llava.prompt(loaded, *ROWS), **GENERATE, do_sample=False, output_scores=True)
     assert torch.equal(torch.stack(result.scores, 1).nan_to_num(neginf=-1e4), expected)
+
+
+@pytest.mark.parametrize("cls", [M3IDConfig, VCDConfig])
+def test_shipped_adapters(llava: TinyVLM, cls: type[LogitsMethod], tmp_path: Path):
+    """They hold the default settings, as saving writes them."""
+    shipped = SHIPPED / cls.method
+    loaded = PeftModel.from_pretrained(llava.build(), shipped)
+    assert torch.equal(scores(llava, loaded), scores(llava, get_peft_model(llava.build(), cls())))
+    cls(inference_mode=True).save_pretrained(tmp_path)
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (shipped, tmp_path)]
+    assert {**configs[0], "peft_version": ""} == {**configs[1], "peft_version": ""}
+    headers = []
+    for folder in (shipped, tmp_path):
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            headers.append((list(file.keys()), file.metadata()))
+    assert headers[0] == headers[1]
+    card = ModelCard.load(shipped / "README.md")
+    assert card.data.library_name == "peft"
+    assert "import peft_pvm" in card.text
 
 
 def test_switching(llava: TinyVLM):
