@@ -184,8 +184,8 @@ class SecondRuns:
                 "which one adapter can do. Choose one with set_adapter."
             )
         (config,) = acting.values()
-        given = inspect.signature(type(model).generate).bind(model, *args, **kwargs).arguments
-        run = Run(self.vlm, config, {**given, **given.pop("kwargs", {})})
+        names = list(inspect.signature(type(model).generate).parameters)[1:]
+        run = Run(self.vlm, config, {**dict(zip(names, args)), **kwargs})
         outer = _RUN.set(run)
         try:
             result = type(model).generate(model, *args, **kwargs)

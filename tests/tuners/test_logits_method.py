@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_model_status, get_peft_m
 from safetensors import safe_open
 from test_turns import TURNS, Conversation
 from tiny_vlms import FAMILIES, IMAGE, TinyVLM
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from peft_pvm import DIPEConfig, M3IDConfig, VCDConfig, attached
 from peft_pvm.tuners.logits_method import LogitsMethod, Prompt, logits_tuner
@@ -399,6 +399,21 @@ def test_a_loop_that_goes_back(llava: TinyVLM, config: LogitsMethod):
 
     with pytest.raises(NotImplementedError, match="goes back"):
         generate(llava, get_peft_model(llava.build(), config), ROWS[0], custom_generate=twice)
+
+
+def test_a_generate_that_makes_no_processors(llava: TinyVLM, config: LogitsMethod, monkeypatch: pytest.MonkeyPatch):
+    model = get_peft_model(llava.build(), config)
+    monkeypatch.setattr(type(model.get_base_model()), "generate", lambda self, **kwargs: None)
+    with pytest.raises(NotImplementedError, match="another way than token by token"):
+        generate(llava, model, ROWS[0])
+
+
+def test_positional_arguments(llava: TinyVLM, config: LogitsMethod):
+    base = get_peft_model(llava.build(), config).get_base_model()
+    prompt = llava.prompt(base, *ROWS)
+    expected = base.generate(**prompt, **GENERATE, do_sample=False, output_scores=True)
+    positional = base.generate(prompt.pop("input_ids"), GenerationConfig(**GENERATE, output_scores=True), **prompt)
+    assert all(map(torch.equal, positional.scores, expected.scores))
 
 
 def test_two_at_once(llava: TinyVLM):
