@@ -100,8 +100,9 @@ def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
                     parameter.copy_((0.5 if "pvm_gate." in name else 1.0) + 0.1 * noise)
 
 
-# By name: the methods without parameters, and all. A test that is about methods in general runs over these.
-STEERING = tuple(row.config.method for row in PACKAGED if not row.needs_training)
+# By name: the methods without parameters, and all. A test that is about methods in general runs over these. Those that
+# do not act in forwards have tests of their own.
+STEERING = tuple(row.config.method for row in PACKAGED if row.acts_in_forwards and not row.needs_training)
 PUBLISHED = ("pvm", *STEERING)
 # Of these every property is tested on every family; of the others, which differ in the stages that they add, on one
 # family of each kind, and in short on all (test_architectures.py).
@@ -125,7 +126,7 @@ METHODS: dict[str, Method | Combination] = {
     **{
         row.config.method: Method(config=_acting(row.config), text_alone=row.text_alone)
         for row in PACKAGED
-        if not row.needs_training
+        if row.acts_in_forwards and not row.needs_training
     },
     "dipe-limited": Method(config=lambda **fields: DIPEConfig(**{"max_distance": 1, **fields}), text_alone="equal"),
     "dipe-image": Method(

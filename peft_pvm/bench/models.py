@@ -295,12 +295,13 @@ def _config(method: methods.Method) -> Callable[[nn.Module], Any]:
 
 def _rows() -> Iterator[tuple[str, Method]]:
     yield "base", Method("base")
-    for method in methods.METHODS:
+    in_forwards = [method for method in methods.METHODS if method.acts_in_forwards]
+    for method in in_forwards:
         name, adapters = method.name, (_config(method),)
         yield name.lower(), Method(name, adapters)
         plain = Method(f"{name}, naive", adapters, is_naive=True, whole_matrices=method.plain_matrices)
         yield f"{name.lower()}-naive", plain
-    configs = {method.name: _config(method) for method in methods.METHODS}
+    configs = {method.name: _config(method) for method in in_forwards}
     for names in (("PVM", "DIPE"), ("PVM", "DIPE", "T-DRS")):
         yield "+".join(names).lower(), Method(" + ".join(names), tuple(configs[name] for name in names))
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..tuners.attention_method import AttentionMethod
 from ..tuners.base import VisualConfig
+from ..tuners.logits_method import LogitsMethod
 from .dipe import DIPEConfig, DIPEModel
 from .hgai import HGAIConfig, HGAIModel
 from .log_bias import LogBiasConfig, LogBiasModel
+from .m3id import M3IDConfig, M3IDModel
 from .pai import PAIConfig, PAIModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .tdrs import TDRSConfig, TDRSModel
 from .vaf import VAFConfig, VAFModel
+from .vcd import VCDConfig, VCDModel
 
 
 # What `peft_pvm` exports.
@@ -24,6 +26,8 @@ __all__ = [
     "HGAIModel",
     "LogBiasConfig",
     "LogBiasModel",
+    "M3IDConfig",
+    "M3IDModel",
     "PAIConfig",
     "PAIModel",
     "PVMConfig",
@@ -32,6 +36,8 @@ __all__ = [
     "TDRSModel",
     "VAFConfig",
     "VAFModel",
+    "VCDConfig",
+    "VCDModel",
     "hotswap_adapter",
 ]
 
@@ -44,7 +50,8 @@ class Method:
         name: What tables call it; in lower case, what commands call it.
         config: Its configuration.
         does: What it does, in half a sentence.
-        changes: The part of a forward that it changes, for methods without parameters a kind of stage.
+        changes: The part of a forward that it changes, for methods without parameters a kind of
+            stage, or the logits of `generate`.
         kernels: Which attention kernels it runs on, and what it runs beside them.
         tuner: Its tuner, if the configuration is not all of it.
         full_name: What else it is called.
@@ -68,7 +75,12 @@ class Method:
     @property
     def needs_training(self) -> bool:
         """Whether it has parameters."""
-        return not issubclass(self.config, AttentionMethod)
+        return self.config.has_parameters
+
+    @property
+    def acts_in_forwards(self) -> bool:
+        """Whether it changes forwards, and not what `generate` makes of several."""
+        return not issubclass(self.config, LogitsMethod)
 
     @property
     def page(self) -> str:
@@ -133,5 +145,23 @@ METHODS = (
         "scores of visual keys are raised in all heads by a share of their mean size over heads",
         "Scores",
         "any; the scores of visual keys once more",
+    ),
+    Method(
+        "M3ID",
+        M3IDConfig,
+        "what the image makes likelier than the text alone is raised, the more the longer the answer",
+        "Logits",
+        "any; in `generate`, a second forward for each token",
+        text_alone="untouched",
+        plain_matrices=0,
+    ),
+    Method(
+        "VCD",
+        VCDConfig,
+        "what a noised image makes likely is subtracted, among the likely tokens",
+        "Logits",
+        "any; in `generate`, a second forward for each token",
+        text_alone="untouched",
+        plain_matrices=0,
     ),
 )

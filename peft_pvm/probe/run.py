@@ -108,7 +108,6 @@ def probe(
     check_retrieval(retrieval_tokens, max_new_tokens)
     progress = progress or (lambda description, done, total: None)
     token_ids, forwards, traces = _observe(vlm, inputs, acting, settings, progress)
-    _warn_of_signs(vlm.model, acting, forwards[0])
     return ProbeResult(
         **_describe(vlm, inputs, settings),
         prompt=prompt,
@@ -141,6 +140,7 @@ def _observe(
             forwards.append(_record(name, names, seen, base_logits, token_ids, settings))
             traces = seen.branches if name == TOGETHER else traces
         progress("looking at the answer", len(planned), len(planned))
+    _warn_of_signs(vlm.model, acting, forwards[0])
     return token_ids, forwards, traces
 
 
@@ -206,7 +206,7 @@ def _warn_of_signs(model: Any, acting: list[str], base: ForwardRecord) -> None:
         warnings.warn(
             f"{name} ({config.title}) multiplies scores. A score below 0 is pushed further down by a factor above 1. "
             f"Of the base's scores of visual keys, so many are below 0: {shares}.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -6,27 +6,27 @@
 from __future__ import annotations
 
 import functools
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
-import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..attention.attention_check import AttentionCheck
 from ..attention.dispatch import SteeringHandle, steerable_attentions
 from ..attention.rotation import ROTARY_FUNCTIONS, has_rotary_function
 from ..attention.stages import LayerStages, Stage
-from ..folders.adapter_file import FORMAT_VERSION, SAFETENSORS_WEIGHTS_NAME
-from ..folders.writing import written_whole
 from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ..tokens.families import VisionLanguageModel
-from ..utils.checks import layer_list, setting
+from ..utils.checks import layer_list
 from ..utils.text import quoted
-from .base import VisualConfig, VisualTuner, VisualTunerLayer
+from .without_parameters import (
+    LayerWithoutParameters,
+    TunerWithoutParameters,
+    WithoutParameters,
+    make_tuner,
+    no_weights,
+)
 
 
 Rows = Literal["text", "generated"]
@@ -49,12 +49,11 @@ class SteeredLayer:
 
 
 @dataclass
-class AttentionMethod(VisualConfig):
+class AttentionMethod(WithoutParameters):
     """Base of the methods that change attention and have no parameters: a subclass is a whole method.
 
-    A subclass has a name, `method`, fields made by `setting`, and `stages`. What model cards say of it (`title`,
-    `summary`, `paper`) comes from its docstring unless it says otherwise: the first paragraph, and the first arXiv
-    number in it.
+    A subclass has a name, `method`, fields made by `setting`, and `stages`. See `WithoutParameters` for what its
+    docstring says.
 
     Args:
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the method's own choice, which
@@ -62,7 +61,6 @@ class AttentionMethod(VisualConfig):
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
 
-    has_parameters: ClassVar[bool] = False
     rotates: ClassVar[bool] = False  # whether it rotates queries or keys itself
     multiplies_scores: ClassVar[bool] = False  # so that a score below 0 goes the other way
     # Its first and last layer in the paper, and of how many. `None`: all that it can act on.
@@ -72,25 +70,7 @@ class AttentionMethod(VisualConfig):
         default=None,
         metadata={"help": "Indices of the decoder layers it acts on, or None: all that it can act on."},
     )
-    init_weights: bool = setting(
-        True,
-        "Without effect: there are no weights.",
-        valid=lambda value: isinstance(value, bool),
-        accepted="True or False",
-    )
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        summary = " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
-        paper = re.search(r"arXiv[: ](\d{4}\.\d{5})", summary)
-        said = {
-            "title": cls.__name__.removesuffix("Config"),
-            "summary": re.sub(r" \(arXiv[^)]*\)", "", summary),
-            "paper": paper.group(1) if paper else "",
-        }
-        for name, value in said.items():
-            if not hasattr(cls, name):
-                setattr(cls, name, value)
+    init_weights: bool = no_weights()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,23 +114,11 @@ class AttentionMethod(VisualConfig):
         """Have a forward keep what the method needs later, even while no adapter is active."""
 
     @classmethod
-    def tuner_name(cls) -> str:
-        """The name of its tuner."""
-        return cls.__name__.removesuffix("Config") + "Model"
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save the whole adapter: the configuration, a card, and a weights file without tensors.
-
-        Of what PEFT and transformers write themselves, nothing else matters here: PEFT's file does not say what it
-        belongs to, and transformers writes none.
-        """
-        metadata = {"format": "pt", "method": self.method, "version": FORMAT_VERSION}
-        with written_whole(save_directory) as staged:
-            super().save_pretrained(staged, **kwargs)
-            save_file({}, staged / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
+    def tuner(cls) -> type[AttentionMethodTuner]:
+        return attention_tuner(cls)
 
 
-class AttentionMethodLayer(VisualTunerLayer):
+class AttentionMethodLayer(LayerWithoutParameters):
     """A child of the text model that tells each forward what to do to the attention of which layers.
 
     Args:
@@ -158,7 +126,6 @@ class AttentionMethodLayer(VisualTunerLayer):
     """
 
     method_cls: ClassVar[type[AttentionMethod]]
-    adapter_layer_names = ()
 
     def __init__(self, vlm: VisionLanguageModel):
         super().__init__(vlm)
@@ -167,12 +134,6 @@ class AttentionMethodLayer(VisualTunerLayer):
             for layer_idx in self.method_cls.layers_on(vlm)
         }
         self._unchecked = set(self.layers)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        pass  # nothing to move
-
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.configs)
 
     def new_hooks(self) -> list[Any]:
         start = self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True)
@@ -202,7 +163,7 @@ class AttentionMethodLayer(VisualTunerLayer):
                 context.await_layer(layer_idx, dropped_keywords)
 
 
-class AttentionMethodTuner(VisualTuner):
+class AttentionMethodTuner(TunerWithoutParameters):
     """Base of the tuners that `attention_tuner` makes."""
 
     method_cls: ClassVar[type[AttentionMethod]]
@@ -221,55 +182,7 @@ class AttentionMethodTuner(VisualTuner):
             )
         return config
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            f"{type(self).__name__} has no weights to combine. Attach one adapter with the settings wanted instead."
-        )
-
-    def targeted_names(self, config: Any) -> tuple[str, ...]:
-        return (self.vlm.text_model_name,)
-
-    def expected_tensors(self, config: Any, layer: nn.Module) -> dict[str, torch.Tensor]:
-        return {}
-
-    def new_layer(self, target: nn.Module) -> VisualTunerLayer:
-        return self.tuner_layer_cls(self.vlm)
-
 
 def attention_tuner(method_cls: type[AttentionMethod]) -> type[AttentionMethodTuner]:
     """The tuner of a method: the same class each time it is asked for."""
-    known = _TUNERS.get(method_cls)
-    if known is None:
-        known = _TUNERS[method_cls] = _make_tuner(method_cls)
-    return known
-
-
-def _make_tuner(method_cls: type[AttentionMethod]) -> type[AttentionMethodTuner]:
-    name = method_cls.__name__.removesuffix("Config")
-    common = {"__module__": method_cls.__module__, "method_cls": method_cls}
-    layer_doc = f"Stands beside the text model and has {name} act on attention."
-    layer_cls = type(f"{name}Layer", (AttentionMethodLayer,), {**common, "__doc__": layer_doc})
-    tuner = {
-        **common,
-        "__doc__": _TUNER_DOC.format(name=name, method=method_cls.method),
-        "prefix": f"{method_cls.method}_",
-        "child_name": method_cls.method,
-        "tuner_layer_cls": layer_cls,
-    }
-    return cast(type[AttentionMethodTuner], type(method_cls.tuner_name(), (AttentionMethodTuner,), tuner))
-
-
-_TUNERS: dict[type[AttentionMethod], type[AttentionMethodTuner]] = {}
-_TUNER_DOC = """Attaches {name} to a vision-language model: the text model gets a child `{method}` without parameters.
-
-Args:
-    model: A vision-language model from transformers.
-    peft_config: The adapter's configuration.
-    adapter_name: The adapter's name.
-
-Raises:
-    ValueError: The model is not one that fits, or the configuration does not fit the model.
-
-Example:
-    model = get_peft_model(model, {name}Config())
-"""
+    return make_tuner(method_cls, AttentionMethodTuner, AttentionMethodLayer, "act on attention")

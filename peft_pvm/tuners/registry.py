@@ -25,10 +25,10 @@ from ..folders.replacing import settle
 from ..folders.writing import write_card
 from ..utils.packages import ASKS_TUNER_FOR_NAMES, add_peft_type, conversion_of, hub_arguments
 from ..utils.text import plain
-from .attention_method import AttentionMethod, attention_tuner
 from .base import VisualConfig, VisualTuner, with_absent_fields
 from .companions import warn_of_missing
 from .saving import has_ours, is_ours, saved_in, saving_whole
+from .without_parameters import WithoutParameters
 
 
 EXTENDED = "peft_pvm_was_here"
@@ -41,14 +41,14 @@ def register(config_cls: type[VisualConfig], tuner_cls: type[VisualTuner] | None
 
     Args:
         config_cls: Its configuration. The `peft_type` is `config_cls.method` in upper case.
-        tuner_cls: Its tuner. An `AttentionMethod` needs none: `attention_tuner` makes it.
+        tuner_cls: Its tuner. A method without parameters needs none: it is made from the configuration.
 
     Raises:
         RuntimeError: PEFT, or another package, already has a method of that name.
     """
     name = config_cls.method
     if tuner_cls is None:
-        tuner_cls = attention_tuner(cast(type[AttentionMethod], config_cls))
+        tuner_cls = cast(type[WithoutParameters], config_cls).tuner()
     member_name = name.upper()
     if member_name in PeftType.__members__:
         registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[member_name])

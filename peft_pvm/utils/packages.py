@@ -23,7 +23,7 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import Cache
+from transformers import Cache, LogitsProcessorList
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, get_flex_attention_lse_kwargs
 from transformers.integrations.peft import PeftAdapterMixin
@@ -298,9 +298,27 @@ def check_model_kwargs(model: Any, model_kwargs: dict[str, Any]) -> None:
     type(model)._validate_model_kwargs(model, model_kwargs)
 
 
-def next_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What `generate` makes of the inputs other than `input_ids` when one token is added. It has no public step."""
-    return model._update_model_kwargs_for_generation(ModelOutput(), inputs, num_new_tokens=1)
+def logits_processors(model: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+    """What `generate` makes of its settings to change scores with. Processors that it is given come after some of it.
+
+    Args:
+        model: A transformers model.
+        args: As `generate` has them.
+        kwargs: The same.
+    """
+    return type(model)._get_logits_processor(model, *args, **kwargs)
+
+
+def next_inputs(model: Any, inputs: dict[str, Any], output: Any = None) -> dict[str, Any]:
+    """What `generate` makes of the inputs other than `input_ids` when one token is added. It has no public step.
+
+    Args:
+        model: A transformers model.
+        inputs: The inputs.
+        output: What the model returned for them, which may hold the cache.
+    """
+    output = ModelOutput() if output is None else output
+    return model._update_model_kwargs_for_generation(output, inputs, num_new_tokens=1)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

@@ -27,7 +27,7 @@ from tiny_vlms import (
     _square_visual,
 )
 
-from .rows import NOTHING_ROTATES, AnyVLM, Architecture
+from .rows import NOTHING_ROTATES, WITHOUT_TOKENS, AnyVLM, Architecture
 
 
 def _nemotron_h_omni():
@@ -344,7 +344,7 @@ ROWS: dict[str, Architecture] = {
     "blip-2": Architecture(
         "BLIP-2 (OPT)",
         AnyVLM("Blip2ForConditionalGeneration", lambda: _blip("Blip2", _opt()), _blip_image),
-        refused=NOTHING_ROTATES,
+        refused={**NOTHING_ROTATES, **WITHOUT_TOKENS},
         differs=ASKS_FOR_PIXELS,
     ),
     "blip-2/t5": Architecture(
@@ -359,6 +359,7 @@ ROWS: dict[str, Architecture] = {
             lambda: _blip("InstructBlip", T.LlamaConfig(**TEXT)),
             _asked_image,
         ),
+        refused=WITHOUT_TOKENS,
         differs=ASKS_FOR_PIXELS,
     ),
     "instructblip/t5": Architecture(
@@ -373,18 +374,19 @@ ROWS: dict[str, Architecture] = {
             lambda: _blip("InstructBlipVideo", T.LlamaConfig(**TEXT)),
             _asked_frames,
         ),
+        refused=WITHOUT_TOKENS,
         differs=ASKS_FOR_PIXELS,
     ),
     "kosmos-2": Architecture(
         "Kosmos-2",
         Kosmos2("Kosmos2ForConditionalGeneration", _kosmos_2, _square_visual(4)),
-        refused=NOTHING_ROTATES,
+        refused={**NOTHING_ROTATES, **WITHOUT_TOKENS},
         differs={"cached": "it reads images in the first forward alone"},
     ),
     "kosmos-2.5": Architecture(
         "Kosmos-2.5",
         Kosmos("Kosmos2_5ForConditionalGeneration", _kosmos_2_5, _patches),
-        refused=NOTHING_ROTATES,
+        refused={**NOTHING_ROTATES, **WITHOUT_TOKENS},
     ),
     "nemotron_h_omni": Architecture(
         "Nemotron 3 Nano Omni",

@@ -1,0 +1,73 @@
+"""M3ID: what a token owes to the image counts more, the longer the answer is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..tuners.logits_method import LogitsMethod, Prompt, logits_tuner
+from ..utils.checks import setting
+
+
+STRONGEST = 50.0  # in the exponent: the contrast is then all that counts, and still far from the largest fp32
+
+
+@dataclass
+class M3IDConfig(LogitsMethod):
+    """Raises the tokens that the image makes likelier, the more the longer the answer is (arXiv 2403.14003,
+    "Multi-Modal Hallucination Control by Visual Information Grounding").
+
+    With `l_c` the log-probabilities of the next token, `l_u` those without the image, and `t` tokens generated::
+
+        l = l_c + (exp(rate * t) - 1) * (l_c - l_u)      where the likeliest token has less than `threshold`
+        l = l_c                                          elsewhere
+
+    It acts in `generate` alone, greedy or sampling: the model reads the text without its images as well, and runs
+    twice for each token. A plain forward is that of the base. It has no parameters.
+
+    Args:
+        rate: How fast the contrast grows with each token, 0 or more.
+        threshold: The probability of the likeliest token from which on nothing changes, above 0.
+        format_version: The format of the saved adapter. Do not change it.
+        init_weights: Without effect: there are no weights. PEFT expects the field.
+    """
+
+    method: ClassVar[str] = "m3id"
+
+    rate: float = setting(0.02, "How fast the contrast grows with each token, 0 or more.", least=0)
+    threshold: float = setting(
+        0.3, "The probability of the likeliest token from which on nothing changes, above 0.", above=0
+    )
+
+    def second_prompt(self, prompt: Prompt) -> dict[str, Any]:
+        """The text alone: placeholder tokens and padding are left out of each row, which is padded on the left again.
+
+        Raises:
+            ValueError: A row has no text.
+        """
+        kept = prompt.inputs["attention_mask"].bool() & ~prompt.visual
+        lengths = kept.sum(1)
+        if not bool(lengths.all()):
+            raise ValueError("M3ID leaves the images out, but a row of the prompt has nothing else. Add some text.")
+        # Stable, so that what is left out moves to the left and the rest stays in order.
+        order = kept.int().argsort(dim=1, stable=True)[:, -int(lengths.max()) :]
+        mask = kept.gather(1, order)
+        second = {"attention_mask": mask.long()}
+        for name in ("input_ids", "token_type_ids"):
+            if prompt.inputs.get(name) is not None:
+                tokens = prompt.inputs[name].gather(1, order)
+                second[name] = torch.where(mask, tokens, tokens[:, -1:])  # no placeholder is left, not even in padding
+        return second
+
+    def scores(self, logits: torch.Tensor, other: torch.Tensor, num_generated: int) -> torch.Tensor:
+        """The formula, but for a number that all tokens of a row have in common, which no softmax sees."""
+        with_image, without = logits.log_softmax(-1), other.log_softmax(-1)
+        strength = math.expm1(min(self.rate * num_generated, STRONGEST))
+        acts = (with_image.amax(-1, keepdim=True) < math.log(self.threshold)) & logits.isfinite()
+        return torch.where(acts, logits + strength * (with_image - without), logits)
+
+
+M3IDModel = logits_tuner(M3IDConfig)
