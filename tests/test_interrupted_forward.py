@@ -29,7 +29,6 @@ PLACES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FFN": lambda text_model: text_model.layers[1].mlp.down_proj,
     "behind the last branch": lambda text_model: text_model.norm,
 }
-KINDS = {"exception": Interruption, "Ctrl+C": KeyboardInterrupt}
 
 
 def interrupted(model: nn.Module, inputs: dict, place: str, kind: type[BaseException]) -> list[weakref.ref]:
@@ -66,8 +65,7 @@ def _norms(layer: nn.Module) -> list[nn.Module]:
     return [module for name, module in layer.named_children() if "norm" in name]
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "kind"), [*((place, Interruption) for place in PLACES), ("FFN", KeyboardInterrupt)])
 @pytest.mark.parametrize("in_training", [False, True], ids=["inference", "gradient checkpointing"])
 @pytest.mark.parametrize("method", ["pvm", "tdrs-inter+dipe+pvm"])
 @pytest.mark.parametrize("name", ["llava", "llava_cohere"])
