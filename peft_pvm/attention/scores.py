@@ -30,7 +30,7 @@ class Scores(Stage):
     Args:
         added: Gives it from a call and the scores of visual keys after scaling, `(batch, heads, rows, num_visual)`
             both, in the order of `VisualContext.visual_columns`. What it says of keys that a row does not see is lost.
-        rows: "text": rows of text with a visual token before them. "last": of these, only the last row of each
+        rows: "text": rows of text with a visual token before them. "generated": of these, only the last row of each
             forward, which the next token comes from.
     """
 
@@ -38,7 +38,7 @@ class Scores(Stage):
     done_by_one = Weights.done_by_one
 
     added: Added
-    rows: Literal["text", "last"] = "text"
+    rows: Literal["text", "generated"] = "text"
 
     def attend(self, call: AttentionCall, later: Later) -> Output:
         if call.context.memory.is_empty:
@@ -79,7 +79,7 @@ class Scores(Stage):
     def _first(self, call: AttentionCall, rows: torch.Tensor) -> int:
         """The first of the rows that are changed, in any conversation. Waits for the device."""
         num_queries = rows.shape[1]
-        if self.rows == "last" or num_queries == 1:
+        if self.rows == "generated" or num_queries == 1:
             return num_queries - 1
         if torch.compiler.is_compiling():
             return 0

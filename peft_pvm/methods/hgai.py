@@ -44,7 +44,7 @@ class HGAIConfig(AttentionMethod):
 
     def stages(self, layer: SteeredLayer) -> Stage:
         """Raised scores of visual keys."""
-        return Scores(self.added, "last" if self.rows == "generated" else "text")
+        return Scores(self.added, self.rows)
 
     def added(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
         """What is added to the scores of visual keys, `(batch, heads, rows, num_visual)` both."""

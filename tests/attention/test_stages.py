@@ -93,7 +93,7 @@ KINDS = {
     "bias-pairs-text": lambda: Bias(visual(-1.1, 0.0), rows="text", of_queries=counted),
     "weights": sharper,
     "scores": lambda: Scores(size),
-    "scores-last": lambda: Scores(size, "last"),
+    "scores-last": lambda: Scores(size, "generated"),
 }
 ALL_WITHOUT = [("scores", "scores-last"), ("weights", "scores-last")]  # of which a layer has one at most
 

@@ -181,7 +181,7 @@ def of_visual_keys(size: Callable[[torch.Tensor], torch.Tensor]) -> Callable[...
 COMMON = {
     "no sizes": of_visual_keys(lambda scores: scores),
     "of the last score": lambda self, layer: Scores(lambda call, scores: self.added(call, scores).roll(1, -1)),
-    "the last row alone": lambda self, layer: Scores(self.added, "last"),
+    "the last row alone": lambda self, layer: Scores(self.added, "generated"),
     "keys times 1 + alpha": lambda self, layer: KeyScale(
         lambda call: 1 + self.alpha * call.visual_keys.float(), rows="text"
     ),
