@@ -14,7 +14,9 @@ from peft_pvm.demo.mosaic import Batch
 from peft_pvm.demo.questions import Questions, Turn
 from peft_pvm.demo.train import step_generator
 from peft_pvm.methods.dipe import DIPEConfig
+from peft_pvm.methods.hgai import HGAIConfig
 from peft_pvm.methods.log_bias import LogBiasConfig
+from peft_pvm.methods.pai import PAIConfig
 from peft_pvm.methods.pvm import PVMConfig
 from peft_pvm.methods.tdrs import TDRSConfig
 from peft_pvm.methods.vaf import VAFConfig
@@ -120,8 +122,11 @@ METHODS: dict[str, RealMethod] = {
     "t-drs-sd": RealMethod("T-DRS, SD alone", _tdrs(dc_strength=0.0, re_strength=0.0)),
     "t-drs-dc": RealMethod("T-DRS, DC alone", _tdrs(sd_strength=0.0, re_strength=0.0)),
     "t-drs-re": RealMethod("T-DRS, re alone", _tdrs(sd_strength=0.0, dc_strength=0.0)),
+    "t-drs-literal": RealMethod("T-DRS, the sum read literally", _tdrs(form="literal")),
     "t-drs-inter": RealMethod("T-DRS, pairs of text and image alone", _tdrs(pairs="inter")),
     "vaf": RealMethod("VAF", lambda: {"vaf": VAFConfig()}),
+    "pai": RealMethod("PAI", lambda: {"pai": PAIConfig()}),
+    "hgai": RealMethod("HGAI", lambda: {"hgai": HGAIConfig()}),
     "log-bias": RealMethod("Log-bias", lambda: {"log-bias": LogBiasConfig()}),
     "lora": RealMethod("LoRA", _lora, training=LORA),
     "lora-short": RealMethod(

@@ -8,9 +8,10 @@ few tokens of the first forward, the rotation at other positions too.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -143,10 +144,17 @@ def _is_as_without_adapters(attention: Any, kwargs: dict[str, Any]) -> bool:
     plain.config = attention.config.config
     outputs = []
     for module in (attention, plain):
-        with torch.random.fork_rng():  # with dropout, the same in both
-            torch.manual_seed(0)
+        with _same_dropout():
             outputs.append(module.forward(states, **arguments)[0].nan_to_num())  # rows of padding may see no key
     return torch.equal(*outputs)
+
+
+@contextlib.contextmanager
+def _same_dropout() -> Iterator[None]:
+    """Fixed random numbers on every device, for the length of a block."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
 
 
 class _Caught:
@@ -164,8 +172,7 @@ def _caught(attention: Any, states: torch.Tensor, tables: Tables, kwargs: dict[s
     context = VisualContext(None)
     context.stages[attention.layer_idx] = caught
     others = _for_last(kwargs, states.shape[1])
-    with torch.random.fork_rng():  # with dropout, the same in both
-        torch.manual_seed(0)
+    with _same_dropout():
         attention.forward(states, **{**others, TABLES: tables, CONTEXT: context})
     return caught.states
 

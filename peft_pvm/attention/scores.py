@@ -29,7 +29,8 @@ class Scores(Stage):
 
     Args:
         added: Gives it from a call and the scores of visual keys after scaling, `(batch, heads, rows, num_visual)`
-            both, in the order of `VisualContext.visual_columns`. What it says of keys that a row does not see is lost.
+            both, or what can be expanded to it, in the order of `VisualContext.visual_columns`. What it says of keys
+            that a row does not see is lost.
         rows: "text": rows of text with a visual token before them. "generated": of these, only the last row of each
             forward, which the next token comes from.
     """
@@ -101,33 +102,30 @@ class Scores(Stage):
     def _corrected(self, call: AttentionCall, queries: slice, rows: torch.Tensor | None) -> torch.Tensor:
         """The output of all rows, with what changed scores make of some, `(batch, num_queries, heads, value_dim)`."""
         output = _with_mass(call)
+        keys, values = _visual_only(call, call.scored_by[1]), _visual_only(call, call.value)
         changed = []
         at_once = _at_once(call, call.context.memory.slots.shape[1])
         for start in range(queries.start, queries.stop, at_once):
             block = slice(start, min(start + at_once, queries.stop))
-            changed.append(self._correct(call, block, output[:, block]))
+            changed.append(self._correct(call, block, output[:, block], keys, values))
         plain, whole = output[..., :-1], torch.cat(changed, 1).to(output.dtype)
         return whole if rows is None else _put(plain, whole, rows[:, :, None, None], 1, queries.start)
 
-    def _correct(self, call: AttentionCall, queries: slice, output: torch.Tensor) -> torch.Tensor:
+    def _correct(
+        self, call: AttentionCall, queries: slice, output: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         """The output of some rows, from what the kernel gives for them: output and visual mass, in the last channel.
 
         With `m` the mass, `s` the scores of visual keys and `a` what is added to them, each of these keys weighs
         w = m softmax(s) before, and w e^a after, over what all weigh then.
         """
-        (query, key), value = call.scored_by, call.value
-        columns = call.context.visual_columns(key.shape[2]).clamp(max=key.shape[2] - 1)
-        keys, values = (
-            tensor.gather(2, columns[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
-            for tensor in (key, value)
-        )
-        scores = _scores(call, query[:, :, queries], keys)
+        scores = _scores(call, call.scored_by[0][:, :, queries], keys)
         index, is_seen = _visual(call, scores)
         if call.position_bias is not None:
             scores = scores + call.position_bias[:, :, queries].expand(*scores.shape[:3], -1).gather(-1, index)
         visible, bias = call.visibility.mask(queries), call.visibility.bias(queries)
         if visible is not None:
-            whole = *scores.shape[:3], key.shape[2]
+            whole = *scores.shape[:3], call.key.shape[2]
             is_seen = is_seen & visible.expand(whole).gather(-1, index)
             if bias is not None:
                 scores = scores + bias.expand(whole).gather(-1, index).masked_fill(~is_seen, 0)
@@ -212,6 +210,13 @@ def _visual(call: AttentionCall, scores: torch.Tensor) -> tuple[torch.Tensor, to
     columns = call.context.visual_columns(num_keys)[:, None, None]
     shape = *scores.shape[:3], -1
     return columns.clamp(max=num_keys - 1).expand(shape), (columns < num_keys).expand(shape)
+
+
+def _visual_only(call: AttentionCall, tensor: torch.Tensor) -> torch.Tensor:
+    """Keys or values of visual tokens alone, `(batch, kv_heads, num_visual, width)`, in the order of their columns."""
+    num_keys = tensor.shape[2]
+    columns = call.context.visual_columns(num_keys).clamp(max=num_keys - 1)
+    return tensor.gather(2, columns[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
 def _with_mass(call: AttentionCall) -> torch.Tensor:

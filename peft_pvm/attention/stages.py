@@ -5,7 +5,7 @@ With `q` and `k` rotated, a layer computes, for a row `i` and a key `j` that it 
     s_ij = q_i . k_j                     Positions: rotated by other positions, for some pairs
     s_ij = s_ij * c_j                    KeyScale
     s_ij = s_ij * scaling + a_i * b_j    Bias
-    s_ij = f(s_ij, i, j)                 Scores (`scores.py`): changed by what they are
+    s_ij = s_ij + f(s_i)_j               Scores (`scores.py`): visual keys, from their own scores
     w_i  = softmax(s_i)                  Weights: another function of the scores
     w_ij = w_ij * f(group of j, i)       GroupWeights
     o_i  = sum_j w_ij * c_j * v_j        Values

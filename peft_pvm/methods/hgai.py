@@ -47,8 +47,8 @@ class HGAIConfig(AttentionMethod):
         return Scores(self.added, self.rows)
 
     def added(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
-        """What is added to the scores of visual keys, `(batch, heads, rows, num_visual)` both."""
-        return (self.alpha * scores.abs().mean(1, keepdim=True)).expand_as(scores)
+        """What is added to the scores of visual keys, `(batch, 1, rows, num_visual)`: the same in all heads."""
+        return self.alpha * scores.abs().mean(1, keepdim=True)
 
 
 HGAIModel = attention_tuner(HGAIConfig)

@@ -175,7 +175,7 @@ def raised(size: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., dict[s
 
 def of_visual_keys(size: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Stage]:
     """The method with another size of scores."""
-    return lambda self, layer: Scores(lambda call, scores: (self.alpha * size(scores)).expand_as(scores))
+    return lambda self, layer: Scores(lambda call, scores: self.alpha * size(scores))
 
 
 COMMON = {
