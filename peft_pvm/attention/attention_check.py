@@ -8,10 +8,10 @@ few tokens of the first forward, the rotation at other positions too.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -149,12 +149,9 @@ def _is_as_without_adapters(attention: Any, kwargs: dict[str, Any]) -> bool:
     return torch.equal(*outputs)
 
 
-@contextlib.contextmanager
-def _same_dropout() -> Iterator[None]:
-    """Fixed random numbers on every device, for the length of a block."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        yield
+def _same_dropout() -> AbstractContextManager[None]:
+    """Random numbers are as they were, on every device, after a block: the next one draws the same."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
 class _Caught:
