@@ -7,7 +7,7 @@ import pytest
 import transformers
 from architectures.page import OLDEST
 from methods_under_test import LEADING, METHODS, Combination, Method
-from tiny_vlms import FAMILIES, KINDS, REPRESENTATIVE, TinyVLM
+from tiny_vlms import FAMILIES, REPRESENTATIVE, TinyVLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +19,7 @@ IS_OLDEST = transformers.__version__ == OLDEST
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every property of the leading methods is tested on every family. Other methods, settings and combinations are
-    tested on one family of each kind and with the newest transformers: what sets them apart is this package's own
+    tested on the representative families and with the newest transformers: what sets them apart is this package's own
     arithmetic. In short, test_architectures.py tests every method on every family."""
     items[:] = filter(_tells_something_new, items)
 
@@ -30,7 +30,7 @@ def _tells_something_new(item: pytest.Item) -> bool:
         return True
     if params["method"] in (None, *LEADING):
         return True
-    return params["family"] in KINDS and not IS_OLDEST
+    return params["family"] in REPRESENTATIVE and not IS_OLDEST
 
 
 @pytest.fixture(params=FAMILIES)

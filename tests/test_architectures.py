@@ -11,7 +11,7 @@ import transformers as T
 from architectures import ARCHITECTURES, OF_THE_NEWEST, Architecture, core, stacks, type_of
 from architectures.page import NEWEST, OLDEST
 from forwards import TOLERANCE, difference, generate, logits
-from methods_under_test import LEADING, METHODS, PUBLISHED
+from methods_under_test import FIRST_OF_KIND, LEADING, METHODS, PUBLISHED
 from oracle import agrees_with_the_oracle
 from tiny_vlms import IMAGE, VIDEO, TinyVLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -22,14 +22,23 @@ from peft_pvm.tokens.families import find_vlm
 
 
 ROTATING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
-# Where PVM's other memory is what works, it is tested too. On the core's families, the leading methods are tested
-# elsewhere, at length.
+
+
+def _is_tested(name: str, method: str) -> bool:
+    """On the families of the core, the leading methods are tested elsewhere, at length. On the others, one of each kind
+    is tested, and PVM's other memory where that is what works."""
+    if name in core.ROWS:
+        return method in PUBLISHED and method not in LEADING
+    if method in PUBLISHED:
+        return method in FIRST_OF_KIND
+    return ARCHITECTURES[name].refusal("pvm") != ARCHITECTURES[name].refusal(method)
+
+
 CASES = [
     (name, method)
-    for name, row in ARCHITECTURES.items()
+    for name in ARCHITECTURES
     for method in (*PUBLISHED, "pvm-hidden-states")
-    if not (name in core.ROWS and method in (*LEADING, "pvm-hidden-states"))
-    if method in PUBLISHED or row.refusal("pvm") != row.refusal(method)
+    if _is_tested(name, method)
 ]
 FFN = re.compile("mlp|feed_forward|ffn|moe|expert|fc[12]")  # a parameter of an FFN, by its name in the decoder layer
 

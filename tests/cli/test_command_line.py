@@ -140,10 +140,17 @@ class Place:
         self.model = folder / "model"
         self.adapter = folder / "adapter"
         self.wild: list[Path] = []
+        self.as_left: set[tuple[Path, int, int]] = set()
         self.renew()
 
+    def found(self) -> set[tuple[Path, int, int]]:
+        """What stands there, with times and sizes."""
+        return {(path, path.stat().st_mtime_ns, path.stat().st_size) for path in self.folder.rglob("*")}
+
     def renew(self) -> None:
-        """Put all in its place again: a command may have written there."""
+        """Put all in its place again if a command has written there."""
+        if self.as_left == self.found() != set():
+            return
         folder = self.folder
         shutil.rmtree(folder)
         folder.mkdir()
@@ -166,6 +173,7 @@ class Place:
         save_file({"x": torch.zeros(1)}, damaged / "model.safetensors")
         (damaged / "adapter_model.safetensors").write_bytes(b"junk")
         self.wild += [folder / "wild" / "nothing", damaged]
+        self.as_left = self.found()
 
     def usual(self, parameter: Any, kind: type) -> str:
         """A value for a parameter that must be given while another one is wrong."""
