@@ -104,8 +104,8 @@ def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
 # do not act in forwards have tests of their own.
 STEERING = tuple(row.config.method for row in PACKAGED if row.acts_in_forwards and not row.needs_training)
 PUBLISHED = ("pvm", *STEERING)
-# Of these every property is tested on every family. Others differ in the stages that they add: theirs are tested on the
-# representative families, and in short on all (test_architectures.py).
+# Of these every property is tested on every family. Others differ in the stages that they add: theirs are tested on
+# the representative families, and in short on all (test_architectures.py).
 LEADING = ("pvm", "dipe", "tdrs")
 # One of each kind of stage.
 FIRST_OF_KIND = tuple({row.changes: row.config.method for row in reversed(PACKAGED)}.values())

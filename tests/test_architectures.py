@@ -25,8 +25,8 @@ ROTATING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
 
 
 def _is_tested(name: str, method: str) -> bool:
-    """On the families of the core, the leading methods are tested elsewhere, at length. On the others, one of each kind
-    is tested, and PVM's other memory where that is what works."""
+    """On the families of the core, the leading methods are tested elsewhere, at length. On the others, one method of
+    each kind is tested, and PVM's other memory where that is what works."""
     if name in core.ROWS:
         return method in PUBLISHED and method not in LEADING
     if method in PUBLISHED:

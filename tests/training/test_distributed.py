@@ -64,7 +64,8 @@ def launch(kind: str, stage: str, material: SimpleNamespace, folder: Path, **opt
 
 @pytest.mark.parametrize(("kind", "data"), [("ddp", "messages"), ("fsdp2", "mixed")])
 def test_two_processes_train_what_one_does(material: SimpleNamespace, kind: str, data: str, tmp_path: Path):
-    """In "mixed", the second process never gets an image. A sharded run goes on from a checkpoint to the same weights."""
+    """In "mixed", the second process never gets an image. A sharded run goes on from a checkpoint as if it had not
+    stopped."""
     options = {
         "dataset_name": getattr(material, data),
         "max_steps": 4,
