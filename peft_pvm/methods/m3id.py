@@ -20,7 +20,7 @@ class M3IDConfig(LogitsMethod):
     """Raises the tokens that the image makes likelier, the more the longer the answer is (arXiv 2403.14003,
     "Multi-Modal Hallucination Control by Visual Information Grounding").
 
-    With `l_c` the log-probabilities of the next token, `l_u` those without the image, and `t` tokens generated::
+    With `l_c` the log-probabilities of the `t`-th token of the answer, `l_u` those without the image, and `t` from 1::
 
         l = l_c + (exp(rate * t) - 1) * (l_c - l_u)      where the likeliest token has less than `threshold`
         l = l_c                                          elsewhere
@@ -65,7 +65,7 @@ class M3IDConfig(LogitsMethod):
     def scores(self, logits: torch.Tensor, other: torch.Tensor, num_generated: int) -> torch.Tensor:
         """The formula, but for a number that all tokens of a row have in common, which no softmax sees."""
         with_image, without = logits.log_softmax(-1), other.log_softmax(-1)
-        strength = math.expm1(min(self.rate * num_generated, STRONGEST))
+        strength = math.expm1(min(self.rate * (num_generated + 1), STRONGEST))
         acts = (with_image.amax(-1, keepdim=True) < math.log(self.threshold)) & logits.isfinite()
         return torch.where(acts, logits + strength * (with_image - without), logits)
 

@@ -61,7 +61,7 @@ def m3id(config: M3IDConfig, with_image: torch.Tensor, without: torch.Tensor, t:
     p, q = with_image.softmax(-1), without.softmax(-1)
     if p.max() >= config.threshold:
         return p.log()
-    gamma = math.exp(-config.rate * t)
+    gamma = math.exp(-config.rate * (t + 1))
     return torch.where(p > 0, p.log() + (1 - gamma) / gamma * (p.log() - q.log()), -math.inf)
 
 
@@ -73,13 +73,15 @@ M3ID = Formula(
         "no threshold": (
             "scores",
             lambda self, logits, other, t: (
-                logits + math.expm1(self.rate * t) * (logits.log_softmax(-1) - other.log_softmax(-1))
+                logits + math.expm1(self.rate * (t + 1)) * (logits.log_softmax(-1) - other.log_softmax(-1))
             ),
         ),
-        "t is one more": ("scores", lambda self, logits, other, t: RIGHT["m3id"](self, logits, other, t + 1)),
+        "t from 0": ("scores", lambda self, logits, other, t: RIGHT["m3id"](self, logits, other, t - 1)),
         "no exponential": (
             "scores",
-            lambda self, logits, other, t: RIGHT["m3id"](self, logits, other, math.log1p(self.rate * t) / self.rate),
+            lambda self, logits, other, t: (
+                RIGHT["m3id"](self, logits, other, math.log1p(self.rate * (t + 1)) / self.rate - 1)
+            ),
         ),
         "the image stays": ("second_prompt", lambda self, prompt: dict(prompt.inputs)),
         "a hole where the image was": (
