@@ -286,7 +286,7 @@ def test_several_turns(family: TinyVLM):
             module.rope_deltas = None
     places = is_text.cumsum(0)[conversation.answered_at] - 1
     without = logits(recording, inputs, use_cache=False)[0, places].log_softmax(-1)
-    t = torch.arange(len(places)) % GENERATE["max_new_tokens"]
+    t = torch.arange(len(places)) % GENERATE["max_new_tokens"] + 1
     expected = with_images + torch.expm1(0.3 * t)[:, None] * (with_images - without)
     made = torch.cat(recording.scores).double()
     wanted = expected.masked_fill(made.isinf(), -math.inf).log_softmax(-1)
