@@ -279,6 +279,7 @@ def oracle(
         tokens.positions = positions.movedim(0, -1).expand(*ids.shape, -1)
 
     rotary = getattr(text_model, "rotary_emb", torch.nn.Module())
+
     def note_input(layer_idx):
         def note(module, args, kwargs):
             states = args[0] if args else kwargs["hidden_states"]

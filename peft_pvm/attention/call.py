@@ -151,9 +151,7 @@ class AttentionCall:
         rows = torch.cat(by_kv_head, 2) if len(queries) > 1 else by_kv_head[0]
         return (rows @ self.key.transpose(2, 3) * self.scaling).chunk(len(queries), 2)
 
-    def attend_row(
-        self, scores: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> Output:
+    def attend_row(self, scores: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Output:
         """What the attention function returns for a single query, given its scores. The cache is read, and not copied.
 
         Args:

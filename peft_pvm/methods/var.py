@@ -72,11 +72,13 @@ class VARConfig(AttentionMethod):
     sink_channels: list[int] | None = setting(
         None,
         "Channels of the hidden state by which sinks are known: peft-pvm sinks finds them.",
-        valid=lambda value: value is None
-        or (
-            isinstance(value, (list, tuple))
-            and 0 < len(value) <= MOST_CHANNELS
-            and all(is_int(channel) and 0 <= channel < 2**31 for channel in value)
+        valid=lambda value: (
+            value is None
+            or (
+                isinstance(value, (list, tuple))
+                and 0 < len(value) <= MOST_CHANNELS
+                and all(is_int(channel) and 0 <= channel < 2**31 for channel in value)
+            )
         ),
         accepted="None or a non-empty list of channels from 0 on",
     )

@@ -116,24 +116,25 @@ BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
 }
 
 
-def layer_input(args: tuple, kwargs: dict[str, Any], batch_size: int) -> torch.Tensor:
+def layer_input(args: tuple, kwargs: dict[str, Any], batch_size: int, hidden_size: int) -> torch.Tensor:
     """The hidden states that a decoder layer is called with, `(batch, seq_len, hidden_size)`.
 
     Args:
         args: Its arguments.
         kwargs: Those by name.
         batch_size: How many rows there are.
+        hidden_size: How wide a hidden state is.
 
     Raises:
-        NotImplementedError: It has several residual streams.
+        NotImplementedError: It has several residual streams, of which none is the hidden state.
     """
     hidden_states = args[0] if args else kwargs["hidden_states"]
     if hidden_states.dim() == 2:  # OPT puts the tokens of all rows in one list
         hidden_states = hidden_states.unflatten(0, (batch_size, -1))
-    if hidden_states.dim() != 3:
+    if hidden_states.dim() != 3 or hidden_states.shape[-1] != hidden_size:
         raise NotImplementedError(
-            "The decoder layers of this model have several residual streams, so there is no single hidden state of a "
-            "token to look at."
+            "The decoder layers of this model have several residual streams, and no single hidden state of a token "
+            "in which sinks could be found."
         )
     return hidden_states
 

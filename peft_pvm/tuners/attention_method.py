@@ -179,8 +179,13 @@ class AttentionMethodLayer(LayerWithoutParameters):
         if context is None or context.refusal is not None:
             return
         configs = [config for config in self.configs.values() if layer_idx in config.layers_among(list(self.layers))]
+        try:
+            hidden_states = layer_input(args, kwargs, context.batch_size, self.vlm.text_config.hidden_size)
+        except NotImplementedError:
+            if self.acting():
+                raise
+            return
         for config in configs:
-            hidden_states = layer_input(args, kwargs, context.batch_size)
             context.tail(hidden_states.shape[1]).mark(config.mark_name(layer_idx), config.mark(hidden_states))
 
     def _new_check(self, layer_idx: int) -> AttentionCheck:
