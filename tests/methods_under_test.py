@@ -120,7 +120,7 @@ def _acting(config: type[PeftConfig]) -> Callable[..., PeftConfig]:
         DIPEConfig: {"max_distance": 0},
         LogBiasConfig: {"t0": 1.0},
         # In each family, some visual tokens are sinks and some are not.
-        VARConfig: {"sink_channels": [0, 18, 27], "tau": 1.5, "rho": 0.9, "least_visual": 0.05, "p": 0.1},
+        VARConfig: {"sink_channels": [28, 39], "tau": 1.0, "rho": 0.9, "least_visual": 0.05, "p": 0.1},
     }.get(config, {})
     return lambda **fields: config(**{**fixed, **fields})
 

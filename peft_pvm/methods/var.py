@@ -20,11 +20,10 @@ EPSILON = 1e-6  # in the norm, as the authors have it
 MOST_CHANNELS = 1_000
 
 
-def largest(hidden_states: torch.Tensor, channels: list[int]) -> torch.Tensor:
-    """The largest of some channels of RMS-normed hidden states, by size: `(..., hidden_size)` to `(...)`."""
+def root_mean_square(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Of the channels of hidden states, `(..., hidden_size)` to `(..., 1)`, in fp32 at least."""
     states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    chosen = torch.stack([states[..., channel] for channel in channels], -1).abs().amax(-1)  # no index on the device
-    return chosen * torch.rsqrt(states.square().mean(-1) + EPSILON)
+    return (states.square().mean(-1, keepdim=True) + EPSILON).sqrt()
 
 
 def _is_share(value: object) -> bool:
@@ -115,7 +114,9 @@ class VARConfig(AttentionMethod):
 
     def mark(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Which tokens are sinks."""
-        return largest(hidden_states.detach(), self._channels) > self.tau
+        states = hidden_states.detach()
+        chosen = torch.stack([states[..., channel] for channel in self._channels], -1)  # does not wait for the device
+        return (chosen.abs() > self.tau * root_mean_square(states)).any(-1)
 
     def mark_name(self, layer_idx: int) -> Hashable:
         """By what they are known as sinks, and in which layer."""
@@ -139,8 +140,8 @@ class VARConfig(AttentionMethod):
         sinks = call.context.marks_of_keys(self.mark_name(layer_idx), visual.shape[1])
         if sinks is None:
             raise RuntimeError(
-                f"Nobody looked for sinks among all tokens of this KV cache at layer {layer_idx}: VAR must be attached "
-                "from the first token on, in layers that compute the whole prompt. Start with a new cache."
+                f"Nobody looked for sinks among all tokens of this KV cache at layer {layer_idx}: VAR must be "
+                "attached from the first token on, in layers that compute the whole prompt. Start with a new cache."
             )
         return torch.stack([~visual & ~sinks, ~visual & sinks, visual & ~sinks, visual & sinks], 1)
 
