@@ -11,7 +11,7 @@ import environment  # noqa: F401  # its settings act before PEFT is imported
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from peft_pvm import DIPEConfig, LogBiasConfig, PVMConfig, TDRSConfig
+from peft_pvm import DIPEConfig, LogBiasConfig, PVMConfig, TDRSConfig, VARConfig
 from peft_pvm.methods import METHODS as PACKAGED
 
 
@@ -24,11 +24,13 @@ class Method:
         activate: Makes a freshly attached adapter change the model's output.
         text_alone: What a row without images is to it: "untouched", to the bit, also beside rows with images;
             "equal", where another kernel may compute the same; or "changed".
+        least_tokens: How many visual tokens a row has in which it acts.
     """
 
     config: Callable[..., PeftConfig]
     activate: Callable[[torch.nn.Module], None] = lambda model: None
     text_alone: Literal["untouched", "equal", "changed"] = "untouched"
+    least_tokens: int = 1
 
     def attach(self, model: torch.nn.Module, adapter_name: str = "default", **fields) -> PeftModel:
         peft_model = get_peft_model(model, self.config(**fields), adapter_name)
@@ -82,6 +84,7 @@ class Combination:
 
     methods: tuple[str, ...]
     text_alone: Literal["untouched", "equal", "changed"]
+    least_tokens = 1
 
     def attach(self, model: torch.nn.Module) -> Together:
         return Together(model, **{name: METHODS[name] for name in self.methods}).eval()
@@ -114,8 +117,13 @@ TOGETHER = tuple(name for name in PUBLISHED if name not in ("pai", "hgai"))
 
 
 def _acting(config: type[PeftConfig]) -> Callable[..., PeftConfig]:
-    """A method that acts on a few tokens of text: DIPE as it was published, without a limit."""
-    fixed = {DIPEConfig: {"max_distance": 0}, LogBiasConfig: {"t0": 1.0}}.get(config, {})
+    """A method that acts on a few tokens of text and on random weights: DIPE as it was published, without a limit."""
+    fixed = {
+        DIPEConfig: {"max_distance": 0},
+        LogBiasConfig: {"t0": 1.0},
+        # In each family, some visual tokens are sinks and some are not.
+        VARConfig: {"sink_channels": [28, 39], "tau": 1.0, "rho": 0.9, "least_visual": 0.05, "p": 0.1},
+    }.get(config, {})
     return lambda **fields: config(**{**fixed, **fields})
 
 
@@ -126,7 +134,11 @@ METHODS: dict[str, Method | Combination] = {
         activate=give_weight,
     ),
     **{
-        row.config.method: Method(config=_acting(row.config), text_alone=row.text_alone)
+        row.config.method: Method(
+            config=_acting(row.config),
+            text_alone=row.text_alone,
+            least_tokens=2 if row.config is VARConfig else 1,  # one that gives, and one that takes
+        )
         for row in PACKAGED
         if row.acts_in_forwards and not row.needs_training
     },

@@ -9,7 +9,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,11 +41,13 @@ class Tokens:
         positions: `(batch, seq_len, axes)`.
         visual: `(batch, seq_len)`, bool.
         real: `(batch, seq_len)`, bool.
+        layer_inputs: By layer, the hidden states that it begins with, `(batch, seq_len, hidden_size)`.
     """
 
     positions: torch.Tensor
     visual: torch.Tensor
     real: torch.Tensor
+    layer_inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def met_from(self, max_distance: int, by_image: tuple[int, int] | None) -> torch.Tensor:
         """Where each token stands for each token of the other modality, `(batch, seq_len, seq_len, axes)`.
@@ -175,6 +177,7 @@ def oracle_attention(
     scale: ByPair | None,
     bias: ByPair | None,
     change: Change | None,
+    weigh: Change | None,
 ):
     met_from: list[torch.Tensor] = []  # the same for all layers
     own_modules = set(text_model.modules())
@@ -228,8 +231,10 @@ def oracle_attention(
             norm = (query.norm(dim=-1)[..., None] * key.norm(dim=-1)[..., None, :]).clamp(min=1e-12)
             similarity = product(content_query, content_key) / norm
             weights = reweighted(tdrs, scores, similarity, tokens.distances()[:, None], hidden, inter)
-        # A row of padding sees nothing.
-        output = weights.nan_to_num() @ value
+        weights = weights.nan_to_num()  # a row of padding sees nothing
+        if weigh is not None:
+            weights = weigh(tokens, module.layer_idx, weights)
+        output = weights @ value
         return output.transpose(1, 2).contiguous(), weights
 
     return attend
@@ -248,6 +253,7 @@ def oracle(
     scale: ByPair | None = None,
     bias: ByPair | None = None,
     change: Change | None = None,
+    weigh: Change | None = None,
 ) -> Iterator[Any]:
     """The model in float64, computing as the oracle does for these inputs, which must be one whole forward.
 
@@ -259,6 +265,7 @@ def oracle(
         scale: What the scores of a layer are multiplied by, `(batch, seq_len, seq_len)`. `None`: 1.
         bias: What is added to them after scaling, likewise. `None`: 0.
         change: Gives other scores for those of a layer, `(batch, heads, seq_len, seq_len)`. `None`: they stay.
+        weigh: Gives other weights for those of a layer, likewise.
     """
     model = model.double()
     text_model = next(m for m in model.modules() if embeds_tokens(m) and hasattr(m, "layers"))
@@ -272,16 +279,27 @@ def oracle(
         tokens.positions = positions.movedim(0, -1).expand(*ids.shape, -1)
 
     rotary = getattr(text_model, "rotary_emb", torch.nn.Module())
-    handle = rotary.register_forward_pre_hook(note, with_kwargs=True)
+
+    def note_input(layer_idx):
+        def note(module, args, kwargs):
+            states = args[0] if args else kwargs["hidden_states"]
+            tokens.layer_inputs[layer_idx] = states.detach().view(*ids.shape, -1)
+
+        return note
+
+    handles = [rotary.register_forward_pre_hook(note, with_kwargs=True)]
+    for layer_idx, layer in enumerate(text_model.layers):
+        handles.append(layer.register_forward_pre_hook(note_input(layer_idx), with_kwargs=True))
     kernel = text_model.config._attn_implementation
-    AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs, scale, bias, change))
+    AttentionInterface.register("oracle", oracle_attention(text_model, tokens, dipe, tdrs, scale, bias, change, weigh))
     AttentionMaskInterface.register("oracle", eager_mask)
     text_model.config._attn_implementation = OracleName("eager")
     text_model.config._experts_implementation = "eager"  # the only one that takes float64
     try:
         yield model
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         text_model.config._attn_implementation = kernel
 
 

@@ -151,11 +151,12 @@ class AttentionCall:
         rows = torch.cat(by_kv_head, 2) if len(queries) > 1 else by_kv_head[0]
         return (rows @ self.key.transpose(2, 3) * self.scaling).chunk(len(queries), 2)
 
-    def attend_row(self, scores: torch.Tensor) -> Output:
+    def attend_row(self, scores: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Output:
         """What the attention function returns for a single query, given its scores. The cache is read, and not copied.
 
         Args:
             scores: As `row_scores` gives them, changed or not.
+            change: Makes other weights of those of all heads, `(batch, heads, 1, num_keys)` both, in fp32 at least.
         """
         value, softcap = self.value, self.kwargs.get("softcap")
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -169,7 +170,8 @@ class AttentionCall:
             scores = scores + bias
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = F.softmax(scores, -1).to(value.dtype)
+        weights = F.softmax(scores, -1)
+        weights = (weights if change is None else change(weights)).to(value.dtype)
         if dropout := self.kwargs.get("dropout", 0.0):
             weights = F.dropout(weights, dropout, self.module.training)
         by_kv_head = weights.reshape(len(weights), value.shape[1], -1, weights.shape[-1])

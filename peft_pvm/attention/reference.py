@@ -44,9 +44,7 @@ class ReferenceStages(LayerStages):
             weights = stage.reference(call, scores, hidden.expand_as(scores))
         weights = scores.masked_fill(hidden, LOWEST).softmax(-1) if weights is None else weights
         for grouping in self._of_kind(GroupWeights):
-            groups = grouping.groups(call).unsqueeze(1).to(weights.dtype)
-            factors = grouping.factors(call, (weights @ groups.transpose(2, 3)).transpose(1, 2)).transpose(1, 2)
-            weights = weights * (factors @ groups)
+            weights = grouping.changed(call, weights)
         by_value = weights
         for values in self._of_kind(Values):
             by_value = by_value * _by_pair(call, values, 1)

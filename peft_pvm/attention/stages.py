@@ -146,11 +146,13 @@ class GroupWeights(Stage):
 
     The layer attends to values that are 0 outside one group each, and to indicators of the groups, whose output is the
     weight that reaches them. So it runs on any kernel, and on whatever makes the weights. They are not normalised
-    again: the factors decide.
+    again: the factors decide. A step of decoding multiplies its row of weights instead, so that it does not copy the
+    cache's values. Beside a stage that comes later, it does copy them.
 
     Args:
         groups: Gives the groups, `(batch, num_groups, num_keys)`, bool; every key is in one of them.
         factors: Makes the factors from the call and these weights, `(batch, num_queries, heads, num_groups)` both.
+        rows: The rows that it acts on: "all", or "text" for those of text with a visual token before them.
     """
 
     order = 2
@@ -158,19 +160,39 @@ class GroupWeights(Stage):
 
     groups: Callable[[AttentionCall], torch.Tensor]
     factors: Callable[[AttentionCall, torch.Tensor], torch.Tensor]
+    rows: Rows = "all"
 
     def attend(self, call: AttentionCall, later: Later) -> Output:
+        if self.rows == "text" and call.context.memory.is_empty:
+            return later(call)
+        if call.query.shape[2] == 1 and call.widened is None and not later.stages:
+            (scores,) = call.row_scores(call.query)
+            return call.attend_row(scores, lambda weights: self.changed(call, weights))
         value, groups = call.value, self.groups(call)
         members = groups.transpose(1, 2).unsqueeze(1).to(value.dtype)  # (batch, 1, num_keys, num_groups)
         parts = (value.unsqueeze(3) * members.unsqueeze(4)).flatten(3)
         indicators = members.expand(*value.shape[:2], -1, -1)
         output, weights = later(replace(call, value=torch.cat([parts, indicators], -1)))
         num_groups = groups.shape[1]
-        factors = self.factors(call, output[..., -num_groups:]).to(output.dtype)
+        factors = self._acting_factors(call, output[..., -num_groups:]).to(output.dtype)
         output = output[..., :-num_groups].unflatten(-1, (num_groups, -1))
         if weights is not None:
             weights = weights * (factors.transpose(1, 2) @ groups.unsqueeze(1).to(factors.dtype)).to(weights.dtype)
         return (output * factors.unsqueeze(-1)).sum(-2), weights
+
+    def changed(self, call: AttentionCall, weights: torch.Tensor) -> torch.Tensor:
+        """The weights times these factors, `(batch, heads, num_queries, num_keys)` both."""
+        if self.rows == "text" and call.context.memory.is_empty:
+            return weights
+        groups = self.groups(call).unsqueeze(1).to(weights.dtype)
+        masses = (weights @ groups.transpose(2, 3)).transpose(1, 2)
+        return weights * (self._acting_factors(call, masses).transpose(1, 2).to(weights.dtype) @ groups)
+
+    def _acting_factors(self, call: AttentionCall, masses: torch.Tensor) -> torch.Tensor:
+        """The factors in the rows that it acts on, and 1 in others."""
+        factors = self.factors(call, masses)
+        rows = text_rows(call) if self.rows == "text" else None
+        return factors if rows is None else torch.where(rows[:, :, None, None], factors, 1)
 
 
 class Positions(Stage):

@@ -289,7 +289,7 @@ def _config(method: methods.Method) -> Callable[[nn.Module], Any]:
     """
     if method.config is PVMConfig:
         return pvm_config
-    fields: dict[str, Any] = {"max_distance": 0} if method.config is DIPEConfig else {}
+    fields = {"max_distance": 0} if method.config is DIPEConfig else method.of_the_model
     return lambda model: method.config(**fields)
 
 

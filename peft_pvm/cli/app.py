@@ -12,7 +12,7 @@ from .evaluation import curves, eval_lengths, probe
 from .lab import app as lab
 from .methods import methods
 from .models import models
-from .proposals import calibrate, layers
+from .proposals import calibrate, layers, sinks
 from .refusals import Commands
 
 
@@ -30,6 +30,7 @@ COMMANDS = (
     probe,
     layers,
     calibrate,
+    sinks,
     bench,
     scale,
     eval_lengths,

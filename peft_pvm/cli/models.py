@@ -111,7 +111,7 @@ def describe_base(base: str, as_json: bool) -> None:
 def _refusal(model: Any, method: Method) -> str | None:
     """Why a method cannot be attached."""
     try:
-        with attached(model, pvm_config(model) if method.needs_training else method.config()):
+        with attached(model, pvm_config(model) if method.needs_training else method.config(**method.of_the_model)):
             return None
     except (ValueError, NotImplementedError) as error:
         return str(error)

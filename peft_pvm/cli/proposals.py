@@ -1,4 +1,4 @@
-"""`peft-pvm layers`, `calibrate`: settings of adapters, proposed from a model and some rows of the user's own."""
+"""`peft-pvm layers`, `calibrate`, `sinks`: settings of adapters, proposed from a model and rows of the user's own."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from rich.table import Table
 from ..attention.dispatch import steerable_attentions
 from ..folders.data_file import write_json
 from ..methods.dipe.method import FARTHEST, DIPEConfig
+from ..methods.var import VARConfig
 from ..probe.calibrate import LENGTHS, MAX_DISTANCES, Calibration
 from ..probe.calibrate import calibrate as calibrate_model
 from ..probe.layers import LayerProposal, propose_layers
+from ..probe.sinks import SinkProposal, propose_sinks
 from ..tokens.families import VisionLanguageModel, find_vlm
 from ..utils.packages import require
 from ..utils.terminal import Terminal, say
@@ -110,6 +112,36 @@ def calibrate(
     say(found.reason)
 
 
+def sinks(
+    model: Model,
+    data: Data,
+    rows: Annotated[int, counted("Rows to read.")] = 8,
+    tau: Annotated[float, typer.Option(help="How large a channel is in a sink, as in VARConfig.")] = 20.0,
+    split: Split = "train",
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    attn_implementation: Kernel = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Propose `sink_channels` for VAR, from which channels of the hidden state stand out at the first token."""
+    require("train", "datasets", "PIL")
+    VARConfig(tau=tau)  # raises where it is out of range
+    check_device(device)
+    _without_weights(model, attn_implementation)
+    processor = load_processor(model)
+    chats = load_chats(data, split, rows)
+    loaded = load_model(model, [], device, dtype, attn_implementation)
+    with progress_bars() as show:
+        proposal = propose_sinks(loaded, processor, chats, tau, show)
+    if as_json:
+        say(json.dumps(asdict(proposal), indent=2))
+        return
+    Terminal().print(_channel_table(proposal))
+    say(proposal.reason)
+    if proposal.channels:
+        say(f"VARConfig(sink_channels={proposal.channels}{'' if tau == VARConfig.tau else f', tau={tau:g}'})")
+
+
 def _without_weights(model: str, attn_implementation: str | None) -> VisionLanguageModel:
     """The parts of a model, of which only the configuration is read; refused where its attention is out of reach."""
     vlm = find_vlm(without_weights(model, attn_implementation))
@@ -123,6 +155,13 @@ def _layer_table(proposal: LayerProposal, depth: int) -> Table:
         share = proposal.shares.get(layer_idx)
         chosen = "*" if layer_idx in proposal.layers else ""
         table.add_row(str(layer_idx), "no softmax" if share is None else f"{share:.4f}", chosen)
+    return table
+
+
+def _channel_table(proposal: SinkProposal) -> Table:
+    table = Table("channel", "size at the first token", "chosen")
+    for channel, size in proposal.sizes.items():
+        table.add_row(str(channel), f"{size:.1f}", "*" if channel in proposal.channels else "")
     return table
 
 

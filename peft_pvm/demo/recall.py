@@ -230,7 +230,11 @@ def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     )
 
     pvm_model, model = PeftModel.from_pretrained(load_tiny_vlm(), folder).eval(), load_tiny_vlm()
-    steering = [method for method in METHODS if method.acts_in_forwards and not method.needs_training]
+    steering = [
+        method
+        for method in METHODS
+        if method.acts_in_forwards and not method.needs_training and not method.of_the_model
+    ]
     results: dict[str, dict[int, Accuracy]] = {}
     for name, tested, configs in (
         ("base", model, []),

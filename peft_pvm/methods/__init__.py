@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..tuners.base import VisualConfig
@@ -15,6 +16,7 @@ from .pai import PAIConfig, PAIModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .tdrs import TDRSConfig, TDRSModel
 from .vaf import VAFConfig, VAFModel
+from .var import VARConfig, VARModel
 from .vcd import VCDConfig, VCDModel
 
 
@@ -36,6 +38,8 @@ __all__ = [
     "TDRSModel",
     "VAFConfig",
     "VAFModel",
+    "VARConfig",
+    "VARModel",
     "VCDConfig",
     "VCDModel",
     "hotswap_adapter",
@@ -58,6 +62,7 @@ class Method:
         parameters: How many it has.
         text_alone: What a row without images is to it: "untouched", to the bit, also beside rows with images;
             "equal", where another kernel may compute the same; or "changed".
+        of_the_model: Settings that have to be found for each model, here so that the method runs on any.
         plain_matrices: How many matrices of scores of all heads, in fp32, its plain form holds at once.
     """
 
@@ -70,6 +75,7 @@ class Method:
     full_name: str = ""
     parameters: str = "none"
     text_alone: Literal["untouched", "equal", "changed"] = "equal"
+    of_the_model: Mapping[str, Any] = field(default_factory=dict)
     plain_matrices: int = 4
 
     @property
@@ -145,6 +151,15 @@ METHODS = (
         "scores of visual keys are raised in all heads by a share of their mean size over heads",
         "Scores",
         "any; the scores of visual keys once more",
+    ),
+    Method(
+        "VAR",
+        VARConfig,
+        "a part of what attention sinks take goes to the other visual tokens, in heads that look at the image",
+        "GroupWeights",
+        "any; in a forward with an image, over values five times as wide",
+        full_name="Visual Attention Redistribution",
+        of_the_model={"sink_channels": [0]},
     ),
     Method(
         "M3ID",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..utils.packages import is_tuner_child
@@ -113,6 +114,29 @@ BLOCKS: dict[str, DecoderBlock | str | Callable[[Any], DecoderBlock]] = {
     "persimmon": DecoderBlock(ffn_end="dropout"),
     "qwen4_exp_text": STREAMS,
 }
+
+
+def layer_input(args: tuple, kwargs: dict[str, Any], batch_size: int, hidden_size: int) -> torch.Tensor:
+    """The hidden states that a decoder layer is called with, `(batch, seq_len, hidden_size)`.
+
+    Args:
+        args: Its arguments.
+        kwargs: Those by name.
+        batch_size: How many rows there are.
+        hidden_size: How wide a hidden state is.
+
+    Raises:
+        NotImplementedError: It has several residual streams, of which none is the hidden state.
+    """
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    if hidden_states.dim() == 2:  # OPT puts the tokens of all rows in one list
+        hidden_states = hidden_states.unflatten(0, (batch_size, -1))
+    if hidden_states.dim() != 3 or hidden_states.shape[-1] != hidden_size:
+        raise NotImplementedError(
+            "The decoder layers of this model have several residual streams, and no single hidden state of a token "
+            "in which sinks could be found."
+        )
+    return hidden_states
 
 
 def find_block(model: nn.Module, text_model: Any) -> DecoderBlock:

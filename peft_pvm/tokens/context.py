@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -57,6 +57,7 @@ class VisualContext:
         anchors: The position of the first token of the run that holds each token, `(batch, seq_len)`, int64.
         keeps: What is to be kept of every token in the memory, by name: a function that gives it for this forward's
             tokens, `(batch, seq_len, axes)`, int64.
+        marks_before: What was noted of the tokens before this forward, as `VisualMemory.marks`.
         stages: By layer index, what adapters do to the attention there.
         observers: Each is called with every `AttentionCall` of this forward, once its output is made.
         hidden_rows: The rows in which text does not attend to visual tokens, `(batch,)`, bool. `None`: none.
@@ -81,6 +82,7 @@ class VisualContext:
         self.position_ids: torch.Tensor | None = None
         self.anchors: torch.Tensor | None = None
         self.keeps: dict[str, Callable[[VisualContext], torch.Tensor]] = {}
+        self.marks_before: dict[Hashable, torch.Tensor] = {}
         self.stages: dict[int, Any] = {}
         self.observers: list[Callable[[Any], None]] = []
         self.hidden_rows: torch.Tensor | None = None
@@ -100,6 +102,9 @@ class VisualContext:
             coverage: Of which tokens.
         """
         self.memory, self.is_evicted = memory, coverage.is_evicted
+        self.marks_before = memory.marks
+        if memory.marks:  # other forwards may need them as they are, and what nobody goes on noting is forgotten
+            self.memory = memory = replace(memory, marks={})
         past_length = coverage.num_tokens
         # A static cache counts in place, layer by layer.
         self.past_length = past_length.clone() if isinstance(past_length, torch.Tensor) else past_length
@@ -148,6 +153,38 @@ class VisualContext:
             elif is_first:
                 kept[name] = of_tokens(self)
         self.memory = replace(self.memory, kept=kept)
+
+    def mark(self, name: Hashable, of_tokens: torch.Tensor) -> None:
+        """Note something of this forward's tokens, behind what was noted of those before. To do it twice is no harm.
+
+        Args:
+            name: What it is called. Where nobody noted it of earlier tokens, nobody will know it.
+            of_tokens: `(batch, seq_len)`, bool.
+        """
+        before, past_length = self.marks_before.get(name, of_tokens[:, :0]), self.past_length
+        if isinstance(past_length, int):  # no static cache, which is never cropped
+            before = before[:, :past_length]
+            is_known = before.shape[1] == past_length
+        else:
+            is_known = name in self.marks_before
+        if is_known:
+            self.memory.marks[name] = torch.cat([before.to(of_tokens.device), of_tokens], 1)
+
+    def marks_of_keys(self, name: Hashable, num_keys: int) -> torch.Tensor | None:
+        """What was noted of the keys that a layer hands to its attention, `(batch, num_keys)`, bool.
+
+        Args:
+            name: What it is called.
+            num_keys: How many keys that are.
+
+        Returns:
+            `None` if it was not noted of every token.
+        """
+        marks = self.memory.marks.get(name)
+        if marks is None:
+            return None
+        filled = F.pad(marks.to(self.device), (0, num_keys))  # a static cache is not full
+        return filled.index_select(1, self.slots_of_keys(num_keys))
 
     def noted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` and `anchors`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,7 +107,7 @@ class VisualMemory:
 
     A memory is never changed by later tokens: reading more makes a new memory, so a forward that still needs the old
     one (gradient checkpointing, a copied cache) keeps it. Only `hidden_states` and `projections` fill up, with values
-    that are functions of the memory itself.
+    that are functions of the memory itself, and `marks`, while the forward runs that the memory was made for.
 
     Attributes:
         embeddings: What the vision tower wrote into `inputs_embeds`, `(batch, num_visual, hidden_size)`, detached,
@@ -121,6 +121,8 @@ class VisualMemory:
             each, by a weak reference to the branch. The last tokens may not be projected yet.
         runs: Where the modality changes, for text and visual tokens alike. `None` before the first token.
         kept: What adapters keep of every token in the cache, by name, `(batch, length, axes)`, int64.
+        marks: What adapters have decoder layers note of every token in the cache, by name, `(batch, length)`, bool.
+            Some may be of tokens that were cropped since.
     """
 
     embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
@@ -131,6 +133,7 @@ class VisualMemory:
     projections: dict[weakref.ref[Any], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     runs: Runs | None = None
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    marks: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _replicas: dict[torch.device, VisualMemory] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -182,7 +185,7 @@ class VisualMemory:
             return memory
         kept = (memory.slots >= 0) & (memory.slots < length)
         if not bool(kept.any()):
-            return VisualMemory(runs=memory.runs, kept=memory.kept)
+            return VisualMemory(runs=memory.runs, kept=memory.kept, marks=memory.marks)
         slots = torch.where(kept, memory.slots, EMPTY_SLOT)
         return replace(
             memory,
@@ -203,6 +206,7 @@ class VisualMemory:
             projections={key: (function(keys), function(values)) for key, (keys, values) in self.projections.items()},
             runs=None if self.runs is None else self.runs.mapped(function),
             kept={name: function(tensor) for name, tensor in self.kept.items()},
+            marks={name: function(tensor) for name, tensor in self.marks.items()},
         )
 
     def to(self, device: torch.device) -> VisualMemory:

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from torch import nn
 
 from ..attention.attention_check import AttentionCheck
 from ..attention.dispatch import SteeringHandle, steerable_attentions
 from ..attention.rotation import ROTARY_FUNCTIONS, has_rotary_function
 from ..attention.stages import LayerStages, Stage
+from ..tokens.blocks import layer_input
 from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ..tokens.families import VisionLanguageModel
 from ..utils.checks import layer_list
@@ -62,6 +64,7 @@ class AttentionMethod(WithoutParameters):
     """
 
     rotates: ClassVar[bool] = False  # whether it rotates queries or keys itself
+    marks_tokens: ClassVar[bool] = False  # whether it has `mark` note something of each token in its layers
     multiplies_scores: ClassVar[bool] = False  # so that a score below 0 goes the other way
     # Its first and last layer in the paper, and of how many. `None`: all that it can act on.
     layers_of_paper: ClassVar[tuple[int, int, int] | None] = None
@@ -83,6 +86,26 @@ class AttentionMethod(WithoutParameters):
         Called in every forward, for each layer that it acts on.
         """
         raise NotImplementedError
+
+    def check_fits(self, vlm: VisionLanguageModel) -> None:
+        """Raise a ValueError if a setting does not fit a model."""
+
+    def mark(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What it notes of each token where a layer begins, `(batch, seq_len)`, bool. See `VisualContext.mark`.
+
+        Args:
+            hidden_states: What the layer is called with, `(batch, seq_len, hidden_size)`.
+        """
+        raise NotImplementedError
+
+    def mark_name(self, layer_idx: int) -> Hashable:
+        """What this is called in a layer: the same for adapters that note the same."""
+        raise NotImplementedError
+
+    def layers_among(self, layers: list[int]) -> list[int]:
+        """The layers that it acts on, among those that the method can act on."""
+        chosen = self.layers_to_transform
+        return self.default_layers(layers) if chosen is None else cast(list[int], chosen)
 
     @classmethod
     def layers_on(cls, vlm: VisionLanguageModel) -> list[int]:
@@ -138,7 +161,32 @@ class AttentionMethodLayer(LayerWithoutParameters):
     def new_hooks(self) -> list[Any]:
         start = self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True)
         attentions = self.vlm.self_attentions
-        return [start, *map(SteeringHandle, attentions.values()), *map(self._new_check, sorted(self._unchecked))]
+        checks = map(self._new_check, sorted(self._unchecked))
+        return [start, *map(SteeringHandle, attentions.values()), *checks, *self._new_marking_hooks()]
+
+    def _new_marking_hooks(self) -> list[Any]:
+        if not self.method_cls.marks_tokens:
+            return []
+        layers = self.vlm.layers
+        return [
+            layers[layer_idx].register_forward_pre_hook(functools.partial(self._mark, layer_idx), with_kwargs=True)
+            for layer_idx in self.layers
+        ]
+
+    def _mark(self, layer_idx: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Of every adapter that is attached: one that is activated in the middle of a conversation needs it."""
+        context = kwargs.get(CONTEXT)
+        if context is None or context.refusal is not None:
+            return
+        configs = [config for config in self.configs.values() if layer_idx in config.layers_among(list(self.layers))]
+        try:
+            hidden_states = layer_input(args, kwargs, context.batch_size, self.vlm.text_config.hidden_size)
+        except NotImplementedError:
+            if self.acting():
+                raise
+            return
+        for config in configs:
+            context.tail(hidden_states.shape[1]).mark(config.mark_name(layer_idx), config.mark(hidden_states))
 
     def _new_check(self, layer_idx: int) -> AttentionCheck:
         layer, attention = self.layers[layer_idx], self.vlm.self_attentions[layer_idx]
@@ -155,8 +203,7 @@ class AttentionMethodLayer(LayerWithoutParameters):
 
     def _add_stages(self, context: VisualContext, adapter_name: str) -> None:
         config = self.configs[adapter_name]
-        chosen = config.layers_to_transform
-        for layer_idx in config.default_layers(list(self.layers)) if chosen is None else chosen:
+        for layer_idx in config.layers_among(list(self.layers)):
             stages = config.stages(self.layers[layer_idx])
             for stage in [stages] if isinstance(stages, Stage) else stages:
                 context.stages.setdefault(layer_idx, LayerStages()).add(stage, adapter_name, layer_idx)
@@ -180,6 +227,7 @@ class AttentionMethodTuner(TunerWithoutParameters):
                 f"{type(config).__name__}.layers_to_transform names layers {quoted(wrong)}, but on "
                 f"{type(self.model).__name__} the method can act on layers {quoted(layers)} only."
             )
+        config.check_fits(self.vlm)
         return config
 
 

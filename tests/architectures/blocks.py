@@ -25,7 +25,7 @@ from tiny_vlms import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .rows import NOTHING_ROTATES, AnyVLM, Architecture
+from .rows import NOTHING_ROTATES, WITHOUT_A_STATE, AnyVLM, Architecture
 
 
 def _lfm2_vl():
@@ -181,6 +181,7 @@ ROWS: dict[str, Architecture] = {
     "gemma3n": Architecture(
         "Gemma 3n",
         Gemma3n("Gemma3nForConditionalGeneration", _gemma3n, _square_visual(4), seed=2),
+        refused=WITHOUT_A_STATE,
         sum_reader="altup.router_norm",
     ),
 }

@@ -18,6 +18,7 @@ NOTHING_ROTATES = {
     "dipe": "has no layer that rotates queries and keys by position",
     "log_bias": "The text model did not call its rotary_emb",  # which is how positions are known
 }
+WITHOUT_A_STATE = {"var": "have several residual streams"}  # where sinks could be found
 # `generate` of the model hands embeddings to that of an inner one, or says where images are by a mask.
 WITHOUT_TOKENS = {"logits": "does not give its language model the tokens that images stand for"}
 LOGITS = tuple(row.config.method for row in METHODS if not row.acts_in_forwards)

@@ -27,7 +27,7 @@ from tiny_vlms import (
     _square_visual,
 )
 
-from .rows import NOTHING_ROTATES, WITHOUT_TOKENS, AnyVLM, Architecture
+from .rows import NOTHING_ROTATES, WITHOUT_A_STATE, WITHOUT_TOKENS, AnyVLM, Architecture
 
 
 def _nemotron_h_omni():
@@ -333,12 +333,13 @@ ROWS: dict[str, Architecture] = {
     "glm5_next": Architecture(
         "GLM-5.3-Flash",
         AnyVLM("Glm5NextForConditionalGeneration", _glm5_next, GRID),
-        refused=NOTHING_ROTATES,
+        refused={**NOTHING_ROTATES, **WITHOUT_A_STATE},
         streams=("mlp", "mlp"),
     ),
     "qwen4_exp": Architecture(
         "Qwen4-Exp",
         AnyVLM("Qwen4ExpForConditionalGeneration", _qwen4_exp, GRID, VIDEO_BY_FRAME),
+        refused=WITHOUT_A_STATE,
         streams=("mlp", "mlp"),
     ),
     "blip-2": Architecture(

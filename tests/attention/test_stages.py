@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -86,6 +86,7 @@ KINDS = {
     "values": lambda: Values(visual(0.5)),
     "values-text": lambda: Values(visual(2.0), rows="text"),
     "groups": by_group,
+    "groups-text": lambda: replace(by_group(), rows="text"),
     "positions": Swapped,
     "bias": lambda: Bias(visual(0.7, 0.0)),
     "bias-text": lambda: Bias(visual(-0.4, 0.0), rows="text"),
@@ -95,7 +96,8 @@ KINDS = {
     "scores": lambda: Scores(size),
     "scores-last": lambda: Scores(size, "generated"),
 }
-ALL_WITHOUT = [("scores", "scores-last"), ("weights", "scores-last")]  # of which a layer has one at most
+# Of which a layer has one at most.
+ALL_WITHOUT = [("scores", "scores-last", "groups"), ("weights", "scores-last", "groups-text")]
 
 
 @dataclass

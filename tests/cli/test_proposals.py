@@ -1,4 +1,4 @@
-"""`peft-pvm layers` and `calibrate` on the lab's tiny model."""
+"""`peft-pvm layers`, `calibrate` and `sinks` on the lab's tiny model."""
 
 from __future__ import annotations
 
@@ -69,13 +69,25 @@ def test_a_limit_is_proposed_with_every_loss(folder: Path, tmp_path: Path):
     assert marked == "16"
 
 
+def test_channels_are_proposed_with_a_reason(folder: Path):
+    done = run(folder, "sinks", "--rows", "2", "--tau", "2")
+    assert done.exit_code == 0, done.output
+    chosen = sorted(int(row[1]) for row in re.finditer(r"│ (\d+) +│ \d\.\d +│ \* +│", done.stdout))
+    assert f"VARConfig(sink_channels={chosen}, tau=2)" in done.stdout
+    as_json = json.loads(run(folder, "sinks", "--rows", "2", "--tau", "2", "--json").stdout)
+    assert as_json["channels"] == chosen
+    none = run(folder, "sinks", "--rows", "2")
+    assert "No channel is above 20 at the first token" in none.stdout
+    assert "VARConfig" not in none.stdout
+
+
 def test_another_split_and_another_family(folder: Path):
     done = run(folder, "layers", "--split", "validation", "--json", model="llava", data="validated")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["layers"] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("command", ["layers", "calibrate"])
+@pytest.mark.parametrize("command", ["layers", "calibrate", "sinks"])
 def test_errors_say_what_is_wrong(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     def load(*args, **kwargs):
         raise AssertionError("The weights are loaded.")
@@ -106,4 +118,5 @@ def test_numbers_out_of_range_are_refused(folder: Path):
     assert "takes at least 2 rows" in run(folder, "calibrate", "--rows", "1").stderr
     assert "'-1' must be whole numbers" in run(folder, "calibrate", "--max-distances", "-1").stderr
     assert "'x' must be whole numbers" in run(folder, "calibrate", "--lengths", "x").stderr
+    assert "VARConfig.tau is 0.0, but must be a number above 0" in run(folder, "sinks", "--tau", "0").stderr
     assert "the model has 8,192 positions" in run(folder, "calibrate", "--lengths", "9000").stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ from forwards import difference, in_double, logits
 from oracle import ByPair, Change, Tokens, oracle
 from tiny_vlms import TinyVLM
 
-from peft_pvm import HGAIConfig, LogBiasConfig, PAIConfig, VAFConfig, attached
+from peft_pvm import HGAIConfig, LogBiasConfig, PAIConfig, VAFConfig, VARConfig, attached
 from peft_pvm.attention.call import AttentionCall
 from peft_pvm.attention.scores import Scores
-from peft_pvm.attention.stages import Bias, KeyScale, Stage, Values
+from peft_pvm.attention.stages import Bias, GroupWeights, KeyScale, Stage, Values
 from peft_pvm.tokens.families import find_vlm
-from peft_pvm.tuners.attention_method import AttentionMethod
+from peft_pvm.tuners.attention_method import AttentionMethod, SteeredLayer
 from peft_pvm.utils.packages import CACHE
 
 
@@ -201,7 +201,83 @@ HGAI = Formula(
     },
 )
 
-FORMULAS = {"vaf": VAF, "log_bias": LOG_BIAS, "pai": PAI, "hgai": HGAI}
+# ---- VAR
+
+
+def redistributed(config: VARConfig, layers: list[int]) -> dict[str, Change]:
+    """Row by row and head by head, on the weights of a layer."""
+
+    def weigh(tokens: Tokens, layer_idx: int, weights: torch.Tensor) -> torch.Tensor:
+        if layer_idx not in layers:
+            return weights
+        states = tokens.layer_inputs[layer_idx]
+        normed = states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        is_sink = (normed[..., config.sink_channels].abs() > config.tau).any(-1)
+        changed = weights.clone()
+        for row, query in acting_rows(tokens).nonzero().tolist():
+            sinks, visual = is_sink[row], tokens.visual[row]
+            others = visual & ~sinks
+            for head in range(weights.shape[1]):
+                old, new = weights[row, head, query], changed[row, head, query]
+                of_sinks, of_image = old[visual & sinks].sum(), old[visual].sum()
+                if 0 < of_sinks <= config.rho * of_image and of_image >= config.least_visual and old[others].sum() > 0:
+                    new[sinks] = config.p * old[sinks]
+                    new[others] += (1 - config.p) * old[sinks].sum() * old[others] / old[others].sum()
+        return changed
+
+    return {"weigh": weigh}
+
+
+def by_group(
+    groups: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Sequence[torch.Tensor]] | None = None,
+    factors: Callable[[VARConfig, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    rows: str = "text",
+) -> Callable[..., Stage]:
+    """The method with other groups, or other factors, which are given those of the method and the weights."""
+
+    def stages(self: VARConfig, layer: SteeredLayer) -> Stage:
+        def of_keys(call: AttentionCall) -> torch.Tensor:
+            own = self.groups(call, layer.layer_idx)
+            return own if groups is None else torch.stack(groups(*own.unbind(1)), 1)
+
+        def of_groups(call: AttentionCall, masses: torch.Tensor) -> torch.Tensor:
+            own = self.factors(call, masses)
+            return own if factors is None else factors(self, own, masses)
+
+        return GroupWeights(of_keys, of_groups, rows=rows)
+
+    return stages
+
+
+def without_heads_chosen(self: VARConfig, own: torch.Tensor, masses: torch.Tensor) -> torch.Tensor:
+    return replace(self, rho=1.0, least_visual=0.0).factors(None, masses)
+
+
+VAR = Formula(
+    (
+        VARConfig(sink_channels=[1, 29, 31], tau=1.5, rho=0.6, least_visual=0.1, p=0.1),
+        VARConfig(sink_channels=[0, 2, 4], tau=1.2, rho=0.9, least_visual=0.0, p=0.1, layers_to_transform=[1]),
+    ),
+    redistributed,
+    {
+        "rows of the image too": by_group(rows="all"),
+        "all heads": by_group(factors=without_heads_chosen),
+        "text sinks keep theirs": by_group(lambda a, b, c, d: (a | b, b & ~b, c, d)),
+        "sinks of the image keep theirs": by_group(
+            factors=lambda self, own, masses: torch.cat([own[..., :3], torch.ones_like(own[..., 3:])], -1)
+        ),
+        "what is freed is shared evenly": by_group(
+            factors=lambda self, own, masses: torch.cat(
+                [own[..., :2], own[..., 2:3].mean((1, 2), keepdim=True).expand_as(own[..., 2:3]), own[..., 3:]], -1
+            )
+        ),
+        "sinks of layer 0": lambda self, layer: GroupWeights(
+            lambda call: self.groups(call, 0), self.factors, rows="text"
+        ),
+    },
+)
+
+FORMULAS = {"vaf": VAF, "log_bias": LOG_BIAS, "pai": PAI, "hgai": HGAI, "var": VAR}
 
 
 def layers_of(config: AttentionMethod, model: torch.nn.Module) -> list[int]:
@@ -305,6 +381,7 @@ def test_two_chats_in_turns_are_what_the_oracle_makes_of_each(tiny: TinyVLM, nam
         (VAFConfig(), range(9, 15)),
         (PAIConfig(), range(2, 32)),
         (HGAIConfig(), range(5, 18)),
+        (VARConfig(), range(2, 31)),
         (LogBiasConfig(), range(32)),
     ],
     ids=lambda value: getattr(value, "method", ""),

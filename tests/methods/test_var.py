@@ -1,0 +1,87 @@
+"""Which tokens VAR knows to be sinks, in whatever forwards a conversation was read, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from forwards import TOLERANCE, difference, logits
+from methods_under_test import METHODS
+from peft import get_peft_model
+from tiny_vlms import FAMILIES
+
+from peft_pvm import VARConfig
+from peft_pvm.utils.packages import CACHE
+
+
+PLAIN = FAMILIES["llava"]
+
+
+def test_an_adapter_that_was_off_knows_the_sinks_when_it_is_on():
+    model = METHODS["var"].attach(PLAIN.build())
+    inputs = PLAIN.inputs(model.get_base_model(), "t4 i t9")
+    length = inputs["input_ids"].shape[1]
+    prompt, rest = (
+        PLAIN.inputs(model.get_base_model(), "t4 i t9", start=start, stop=stop)
+        for start, stop in ((0, length - 3), (length - 3, length))
+    )
+    with torch.no_grad(), model.disable_adapter():
+        cache = model(**prompt, use_cache=True)[CACHE]
+        off = logits(model, rest, **{CACHE: copy.deepcopy(cache)}, use_cache=True)
+    assert difference(logits(model, rest, **{CACHE: cache}, use_cache=True), off) > 100 * TOLERANCE
+
+
+def test_sinks_of_tokens_that_it_did_not_see_are_not_guessed():
+    base = PLAIN.build()
+    first = METHODS["vaf"].attach(base)  # which knows what is visual, and not what is a sink
+    length = PLAIN.inputs(base, "t4 i t9")["input_ids"].shape[1]
+    pieces = [PLAIN.inputs(base, "t4 i t9", start=start, stop=start + 1) for start in range(length - 3, length)]
+
+    def read(cache, *which: int):
+        for number in which:
+            cache = base(**pieces[number], **{CACHE: cache}, use_cache=True)[CACHE]
+        return cache
+
+    with torch.no_grad(), first.disable_adapter():
+        cache = base(**PLAIN.inputs(base, "t4 i t9", stop=length - 3), use_cache=True)[CACHE]
+        model = METHODS["var"].attach(base, "sinks")
+        with pytest.raises(RuntimeError, match="Nobody looked for sinks among all tokens of this KV cache at layer 0"):
+            read(cache, 0)
+
+        cache = base(**PLAIN.inputs(base, "t4 i t9", stop=length - 3), use_cache=True)[CACHE]
+        cache = read(cache, 0)
+        model.unload()
+        cache = read(cache, 1)  # by VAF's tap alone
+        METHODS["var"].attach(base, "sinks")
+        with pytest.raises(RuntimeError, match="must be attached from the first token on"):
+            read(cache, 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (None, "VARConfig.sink_channels is None, but the channels by which sinks are known are those of Llava"),
+        ([3, 64], "names channels [64], but the hidden states of LlavaForConditionalGeneration have 64 (0 to 63)"),
+    ],
+)
+def test_channels_must_be_the_models(channels: list[int] | None, message: str):
+    model = PLAIN.build()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_peft_model(model, VARConfig(sink_channels=channels))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("sink_channels", value) for value in ([], [-1], [True], ["3"], 3, [0] * 1_001)),
+        *((name, value) for name in ("rho", "least_visual", "p") for value in (-0.1, 1.1, None, True)),
+        *(("tau", value) for value in (0, -1, None)),
+    ],
+)
+def test_settings_out_of_range_are_refused(name: str, value):
+    with pytest.raises(ValueError, match=f"VARConfig.{name} is .*, but must be"):
+        VARConfig(**{name: value})
