@@ -238,8 +238,9 @@ def dipe() -> str:
 def t_drs() -> str:
     """The factors of the three steps, and what they make of a flat row of attention, computed as the adapter does."""
     figure, axes = new_figure(2.75, columns=3)
-    distance = torch.linspace(0, 1, 41)
-    floor, farthest = Floor.of(0.1).exponent(None), torch.tensor(1.0)
+    precise = {"dtype": torch.float64}  # whose rounding, which differs from CPU to CPU, is in no digit of the file
+    distance = torch.linspace(0, 1, 41, **precise)
+    floor, farthest = Floor.of(0.1).exponent(None), torch.tensor(1.0, **precise)
     for panel, strengths, title in (
         (axes[0][0], (1, 0), "DC: near keys gain"),
         (axes[0][1], (0, 1), "re: far keep a share"),
@@ -255,12 +256,12 @@ def t_drs() -> str:
     axes[0][1].text(0.02, 0.12, "floor", fontsize=8)
 
     keys = 48
-    similarity = torch.zeros(keys)
+    similarity = torch.zeros(keys, **precise)
     similarity[8] = 0.9
     semantic = semantic_position(similarity)
     log_weights = semantic.log_softmax(-1)
     least = log_weights.min()
-    distance = torch.arange(keys - 1, -1, -1.0)
+    distance = torch.arange(keys - 1, -1, -1.0, **precise)
     exponents = (Floor.of(text).exponent(least) for text in ("3*min", "2*min"))
     boost = distance_boost(semantic, distance, distance.max(), *exponents, 1.0, 1.0)
     weights = log_weights.exp() * (1 + boost)

@@ -233,7 +233,7 @@ ROWS = {
     ),
     "minicpm_ocr": Architecture(
         "MiniCPM-OCR",
-        MiniCPM("MiniCPMOcrForConditionalGeneration", lambda: _minicpm("MiniCPMOcrConfig"), _minicpm_visual),
+        MiniCPM("MiniCPMOcrForConditionalGeneration", lambda: _minicpm("MiniCPMOcrConfig"), _minicpm_visual, seed=3),
     ),
     "glm_ocr": Architecture("GLM-OCR", AnyVLM("GlmOcrForConditionalGeneration", _glm_ocr, GRID, GLM_VIDEO)),
     "granite_docling": Architecture(

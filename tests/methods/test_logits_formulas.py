@@ -79,8 +79,8 @@ M3ID = Formula(
         "t from 0": ("scores", lambda self, logits, other, t: RIGHT["m3id"](self, logits, other, t - 1)),
         "no exponential": (
             "scores",
-            lambda self, logits, other, t: (
-                RIGHT["m3id"](self, logits, other, math.log1p(self.rate * (t + 1)) / self.rate - 1)
+            lambda self, logits, other, t: RIGHT["m3id"](
+                self, logits, other, math.log1p(self.rate * (t + 1)) / self.rate - 1
             ),
         ),
         "the image stays": ("second_prompt", lambda self, prompt: dict(prompt.inputs)),
