@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..tuners.base import VisualConfig
-from ..tuners.logits_method import LogitsMethod
 from .dipe import DIPEConfig, DIPEModel
 from .hgai import HGAIConfig, HGAIModel
 from .log_bias import LogBiasConfig, LogBiasModel
 from .m3id import M3IDConfig, M3IDModel
 from .pai import PAIConfig, PAIModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
+from .savaa import SAVAAConfig, SAVAAModel
 from .tdrs import TDRSConfig, TDRSModel
 from .vaf import VAFConfig, VAFModel
 from .vcd import VCDConfig, VCDModel
@@ -32,6 +32,8 @@ __all__ = [
     "PAIModel",
     "PVMConfig",
     "PVMModel",
+    "SAVAAConfig",
+    "SAVAAModel",
     "TDRSConfig",
     "TDRSModel",
     "VAFConfig",
@@ -79,8 +81,8 @@ class Method:
 
     @property
     def acts_in_forwards(self) -> bool:
-        """Whether it changes forwards, and not what `generate` makes of several."""
-        return not issubclass(self.config, LogitsMethod)
+        """Whether it changes one forward over a whole text, and not only what comes of several."""
+        return self.config.acts_in_forwards
 
     @property
     def page(self) -> str:
@@ -145,6 +147,13 @@ METHODS = (
         "scores of visual keys are raised in all heads by a share of their mean size over heads",
         "Scores",
         "any; the scores of visual keys once more",
+    ),
+    Method(
+        "SAVAA",
+        SAVAAConfig,
+        "scores of visual keys are raised while an answer is written, the more the riskier the last token was",
+        "KeyScale",
+        "any; in a step of decoding, its row of scores by hand",
     ),
     Method(
         "M3ID",
