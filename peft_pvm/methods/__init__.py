@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..tuners.base import VisualConfig
-from ..tuners.logits_method import LogitsMethod
 from .dipe import DIPEConfig, DIPEModel
 from .hgai import HGAIConfig, HGAIModel
 from .log_bias import LogBiasConfig, LogBiasModel
 from .m3id import M3IDConfig, M3IDModel
 from .pai import PAIConfig, PAIModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
+from .savaa import SAVAAConfig, SAVAAModel
 from .tdrs import TDRSConfig, TDRSModel
 from .vaf import VAFConfig, VAFModel
 from .var import VARConfig, VARModel
@@ -34,6 +34,8 @@ __all__ = [
     "PAIModel",
     "PVMConfig",
     "PVMModel",
+    "SAVAAConfig",
+    "SAVAAModel",
     "TDRSConfig",
     "TDRSModel",
     "VAFConfig",
@@ -85,8 +87,8 @@ class Method:
 
     @property
     def acts_in_forwards(self) -> bool:
-        """Whether it changes forwards, and not what `generate` makes of several."""
-        return not issubclass(self.config, LogitsMethod)
+        """Whether it changes one forward over a whole text, and not only what comes of several."""
+        return self.config.acts_in_forwards
 
     @property
     def page(self) -> str:
@@ -160,6 +162,13 @@ METHODS = (
         "any; in a forward with an image, over values five times as wide",
         full_name="Visual Attention Redistribution",
         of_the_model={"sink_channels": [0]},
+    ),
+    Method(
+        "SAVAA",
+        SAVAAConfig,
+        "scores of visual keys are raised while an answer is written, the more the riskier the last token was",
+        "KeyScale",
+        "any; in a step of decoding, its row of scores by hand",
     ),
     Method(
         "M3ID",

@@ -49,6 +49,7 @@ class VisualContext:
     Attributes:
         visual_positions: Where the visual tokens stand in this forward, as `pack` gives them. `None`: nowhere.
         memory: The tokens known up to here, this forward's included.
+        notes: What adapters noted at the end of the forward before, by name, `(batch, ...)`.
         past_length: Number of tokens read before this forward; a tensor for a static cache.
         is_evicted: Whether the cache has lost keys of some of them.
         keys_before: How many keys each layer of the cache held before this forward.
@@ -72,6 +73,7 @@ class VisualContext:
         self.attention_mask = attention_mask
         self.visual_positions: torch.Tensor | None = None
         self.memory = VisualMemory()
+        self.notes: dict[str, torch.Tensor] = {}
         self.past_length: int | torch.Tensor = 0
         self.is_evicted = False
         self.keys_before: list[int | None] = []
@@ -101,6 +103,8 @@ class VisualContext:
             memory: What the cache remembered so far.
             coverage: Of which tokens.
         """
+        self.notes = memory.notes
+        memory = replace(memory, notes={}) if memory.notes else memory
         self.memory, self.is_evicted = memory, coverage.is_evicted
         self.marks_before = memory.marks
         if memory.marks:  # other forwards may need them as they are, and what nobody goes on noting is forgotten
@@ -242,6 +246,7 @@ class VisualContext:
         moved.device = device
         moved._derived = {}
         moved._moved = []
+        moved.notes = {name: tensor.to(device) for name, tensor in self.notes.items()}
         for name in ("visual_mask", "visual_positions", "past_length", "hidden_rows"):
             value = getattr(self, name)
             setattr(moved, name, value.to(device) if isinstance(value, torch.Tensor) else value)

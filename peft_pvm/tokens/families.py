@@ -6,8 +6,9 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import GenerationMixin
@@ -47,6 +48,34 @@ ROTARY_NAMES: dict[str, Callable[[Any, int], str]] = {
     "molmo2_text": lambda config, layer_idx: (
         "rotary_emb" if layer_idx in config.rope_scaling_layers else "rotary_emb_unscaled"
     ),
+}
+
+
+def _softcapped(config: Any, output: torch.Tensor) -> torch.Tensor:
+    cap = getattr(config, "final_logit_softcapping", None)
+    return output if cap is None else cap * torch.tanh(output / cap)
+
+
+def _multiplied_and_softcapped(config: Any, output: torch.Tensor) -> torch.Tensor:
+    return _softcapped(config, output * config.output_multiplier)
+
+
+# By the model's `model_type`: the logits, from the text model's config and the output of the head. Elsewhere the two
+# are the same.
+LOGITS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "cohere_compass": lambda config, output: output if config.logit_scale is None else output * config.logit_scale,
+    "gemma3n": _softcapped,
+    "gemma4": _softcapped,
+    "gemma4_unified": _softcapped,
+    "granite4_vision": lambda config, output: output / config.logits_scaling,
+    "granite_docling": lambda config, output: output / config.logits_scaling,
+    "hyperclovax_vision_v2": lambda config, output: output * config.logits_scaling,
+    "inkling2": _softcapped,
+    "inkling2_loop": _softcapped,
+    "mistral_large4": _softcapped,
+    "muse_glimmer": _multiplied_and_softcapped,
+    "muse_spark": _multiplied_and_softcapped,
+    "paligemma": _softcapped,
 }
 
 
@@ -132,6 +161,31 @@ class VisionLanguageModel:
         return next(
             (each for each in inside if isinstance(each, GenerationMixin) and _holds(each, self.text_model)), None
         )
+
+    @property
+    def generators(self) -> list[nn.Module]:
+        """The models around the text model that generate, whose forwards return logits: the model or an inner one."""
+        modules = self.model.modules()
+        return [each for each in modules if isinstance(each, GenerationMixin) and _holds(each, self.text_model)]
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The module that makes logits of final hidden states; `None`: the model has none."""
+        heads = (getattr(module, "get_output_embeddings", lambda: None)() for module in self.model.modules())
+        return next((head for head in heads if head is not None), None)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The logits of final hidden states.
+
+        Args:
+            hidden_states: `(..., hidden_size)`, as the text model returns them.
+
+        Returns:
+            `(..., vocab_size)`.
+        """
+        output = cast(nn.Module, self.head)(hidden_states)
+        of_output = LOGITS.get(getattr(self.model.config, "model_type", ""))
+        return output if of_output is None else of_output(self.text_config, output)
 
     @property
     def rotary(self) -> nn.Module | None:

@@ -123,6 +123,9 @@ class VisualMemory:
         kept: What adapters keep of every token in the cache, by name, `(batch, length, axes)`, int64.
         marks: What adapters have decoder layers note of every token in the cache, by name, `(batch, length)`, bool.
             Some may be of tokens that were cropped since.
+        grounding: After each forward with images, the largest slot so far and the probability that some visual token
+            up to there gives each token of the vocabulary, `(batch, vocab_size)`.
+        notes: What adapters noted at the end of the last forward for the next, by name, `(batch, ...)`.
     """
 
     embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
@@ -134,12 +137,19 @@ class VisualMemory:
     runs: Runs | None = None
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     marks: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    grounding: tuple[tuple[int, torch.Tensor], ...] = ()
+    notes: dict[str, torch.Tensor] = field(default_factory=dict)
     _replicas: dict[torch.device, VisualMemory] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is no visual token in any row."""
         return self.slots.shape[1] == 0
+
+    @property
+    def is_grounded(self) -> bool:
+        """Whether the last of `grounding` is that of all visual tokens."""
+        return self.last_slot == (self.grounding[-1][0] if self.grounding else EMPTY_SLOT)
 
     def keep_projections(self, branch: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep the keys and values that a branch made, and forget those of branches that are gone."""
@@ -194,6 +204,7 @@ class VisualMemory:
             is_dense=False,
             hidden_states=dict(memory.hidden_states),
             projections=dict(memory.projections),
+            grounding=tuple((slot, tensor) for slot, tensor in memory.grounding if slot < length),
         )
 
     def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> VisualMemory:
@@ -207,6 +218,8 @@ class VisualMemory:
             runs=None if self.runs is None else self.runs.mapped(function),
             kept={name: function(tensor) for name, tensor in self.kept.items()},
             marks={name: function(tensor) for name, tensor in self.marks.items()},
+            grounding=tuple((slot, function(tensor)) for slot, tensor in self.grounding),
+            notes={name: function(tensor) for name, tensor in self.notes.items()},
         )
 
     def to(self, device: torch.device) -> VisualMemory:

@@ -17,6 +17,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -346,6 +347,8 @@ def _remembered(cache: Cache | None, num_keys: int | torch.Tensor, seq_len: int)
                 "cache; start with a new one."
             )
         return memory, coverage
+    if unread < 0:
+        memory = replace(memory, notes={})  # the forward that left them has not been, as far as the cache goes
     return memory.cropped(num_keys), Coverage(num_keys, num_keys)
 
 

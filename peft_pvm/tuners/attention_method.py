@@ -22,6 +22,7 @@ from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ..tokens.families import VisionLanguageModel
 from ..utils.checks import layer_list
 from ..utils.text import quoted
+from .last_logits import LastLogits
 from .without_parameters import (
     LayerWithoutParameters,
     TunerWithoutParameters,
@@ -66,6 +67,7 @@ class AttentionMethod(WithoutParameters):
     rotates: ClassVar[bool] = False  # whether it rotates queries or keys itself
     marks_tokens: ClassVar[bool] = False  # whether it has `mark` note something of each token in its layers
     multiplies_scores: ClassVar[bool] = False  # so that a score below 0 goes the other way
+    reads_logits: ClassVar[bool] = False  # of the forward before, by what `LastLogits` notes of them
     # Its first and last layer in the paper, and of how many. `None`: all that it can act on.
     layers_of_paper: ClassVar[tuple[int, int, int] | None] = None
 
@@ -107,6 +109,10 @@ class AttentionMethod(WithoutParameters):
         chosen = self.layers_to_transform
         return self.default_layers(layers) if chosen is None else cast(list[int], chosen)
 
+    def acts_in(self, context: VisualContext) -> bool:
+        """Whether it does anything in a forward: in every one, unless the method says otherwise."""
+        return True
+
     @classmethod
     def layers_on(cls, vlm: VisionLanguageModel) -> list[int]:
         """The layers of a model that the method can act on.
@@ -114,6 +120,10 @@ class AttentionMethod(WithoutParameters):
         Raises:
             ValueError: There is none, or one that is not known well enough; the message says why.
         """
+        if cls.reads_logits and (vlm.head is None or not vlm.generators):
+            raise ValueError(
+                f"{type(vlm.model).__name__} has no head that makes logits, which {cls.tuner_name()} reads."
+            )
         attentions = steerable_attentions(vlm, cls.tuner_name())
         for layer_idx, attention in attentions.items():
             rotates = cls.rotates and vlm.rotary is not None and vlm.rotates(attention)
@@ -162,7 +172,8 @@ class AttentionMethodLayer(LayerWithoutParameters):
         start = self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True)
         attentions = self.vlm.self_attentions
         checks = map(self._new_check, sorted(self._unchecked))
-        return [start, *map(SteeringHandle, attentions.values()), *checks, *self._new_marking_hooks()]
+        hooks = [start, *map(SteeringHandle, attentions.values()), *checks, *self._new_marking_hooks()]
+        return [*hooks, LastLogits(self.vlm, self.acting)] if self.method_cls.reads_logits else hooks
 
     def _new_marking_hooks(self) -> list[Any]:
         if not self.method_cls.marks_tokens:
@@ -199,7 +210,8 @@ class AttentionMethodLayer(LayerWithoutParameters):
         self.method_cls.start_forward(context)
         for adapter_name in self.acting():
             context.check_keys()
-            self._add_stages(context, adapter_name)
+            if self.configs[adapter_name].acts_in(context):
+                self._add_stages(context, adapter_name)
 
     def _add_stages(self, context: VisualContext, adapter_name: str) -> None:
         config = self.configs[adapter_name]

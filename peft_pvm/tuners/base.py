@@ -40,6 +40,7 @@ class VisualConfig(SavedConfig):
     """
 
     target_modules = cast(tuple[str, ...], ())  # without annotations, which would make them fields
+    acts_in_forwards: ClassVar[bool] = True  # also in one forward over a whole text
     when_absent: ClassVar[dict[str, Any]] = {}  # fields that saved configurations may lack, and what that means
 
     format_version: str = setting(FORMAT_VERSION, "The format of the saved adapter. Do not change it.")

@@ -65,6 +65,8 @@ class LogitsMethod(WithoutParameters):
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
 
+    acts_in_forwards: ClassVar[bool] = False
+
     init_weights: bool = no_weights()
 
     def second_prompt(self, prompt: Prompt) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import transformers as T
 from tiny_vlms import TinyVLM
 
 from peft_pvm.methods import METHODS
+from peft_pvm.tuners.logits_method import LogitsMethod
 
 
 NOTHING_ROTATES = {
@@ -21,7 +22,7 @@ NOTHING_ROTATES = {
 WITHOUT_A_STATE = {"var": "have several residual streams"}  # where sinks could be found
 # `generate` of the model hands embeddings to that of an inner one, or says where images are by a mask.
 WITHOUT_TOKENS = {"logits": "does not give its language model the tokens that images stand for"}
-LOGITS = tuple(row.config.method for row in METHODS if not row.acts_in_forwards)
+LOGITS = tuple(row.config.method for row in METHODS if issubclass(row.config, LogitsMethod))
 
 
 class AnyVLM(TinyVLM):

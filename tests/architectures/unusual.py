@@ -171,7 +171,7 @@ ROWS = {
     "chameleon": Architecture(
         "Chameleon",
         AnyVLM("ChameleonForConditionalGeneration", _chameleon, _chameleon_visual),
-        refused={"pvm": NO_FEATURES},
+        refused={"pvm": NO_FEATURES, "savaa": "does more to the output of its head"},
     ),
     "granite4_vision": Architecture(
         "Granite 4 Vision",

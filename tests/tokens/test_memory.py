@@ -258,6 +258,8 @@ def full_memory(seed: int = 2) -> tuple[VisualMemory, list[list[Run]], Bank]:
     memory = bank.read([20])
     memory.runs = table_in_chunks(rows, [20])
     memory.kept = {"positions": torch.randint(0, 9, (len(rows), 20, 2), generator=generator)}
+    memory.notes = {"numbers": torch.arange(len(rows))}
+    memory.grounding = ((7, torch.arange(len(rows))), (memory.last_slot, torch.arange(len(rows)) + 9))
     memory.hidden_states[1] = memory.embeddings + 1
     memory.projections[BRANCH] = (memory.embeddings + 2, memory.embeddings + 3)
     return memory, rows, bank
@@ -277,6 +279,9 @@ def test_rows_go_together(operation: str):
     check_memory(found, on_lists(bank.rows))
     check_runs(found.runs, on_lists(rows))
     assert found.kept["positions"].tolist() == on_lists(kept.tolist())
+    numbers = on_lists(list(range(len(rows))))
+    assert found.notes["numbers"].tolist() == numbers
+    assert [tensor.tolist() for _, tensor in found.grounding] == [numbers, [number + 9 for number in numbers]]
     for offset, tensor in zip((1, 2, 3), (found.hidden_states[1], *found.projections[BRANCH])):
         assert torch.equal(tensor, found.embeddings + offset)
     check_memory(memory, bank.rows)
@@ -298,6 +303,7 @@ def test_all_of_it_is_cropped():
     for stop in range(22):
         found = memory.cropped(stop)
         assert torch.equal(found.kept["positions"], kept[:, :stop])
+        assert [slot for slot, _ in found.grounding] == [slot for slot, _ in memory.grounding if slot < stop]
         check_runs(found.runs, [[run for run in row if run.start < stop] for row in rows])
         check_memory(found, [[token for token in row if token[0] < stop] for row in bank.rows])
     assert memory.kept["positions"] is kept
