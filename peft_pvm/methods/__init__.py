@@ -11,6 +11,7 @@ from .dipe import DIPEConfig, DIPEModel
 from .hgai import HGAIConfig, HGAIModel
 from .log_bias import LogBiasConfig, LogBiasModel
 from .m3id import M3IDConfig, M3IDModel
+from .memvr import MemVRConfig, MemVRModel
 from .pai import PAIConfig, PAIModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .tdrs import TDRSConfig, TDRSModel
@@ -28,6 +29,8 @@ __all__ = [
     "LogBiasModel",
     "M3IDConfig",
     "M3IDModel",
+    "MemVRConfig",
+    "MemVRModel",
     "PAIConfig",
     "PAIModel",
     "PVMConfig",
@@ -145,6 +148,16 @@ METHODS = (
         "scores of visual keys are raised in all heads by a share of their mean size over heads",
         "Scores",
         "any; the scores of visual keys once more",
+    ),
+    Method(
+        "MemVR",
+        MemVRConfig,
+        "where the model is undecided in a middle layer, the output of its FFN is mixed with what the image says",
+        "FFN",
+        "any; the head once more in each of its layers",
+        full_name="Memory-Space Visual Retracing",
+        text_alone="untouched",
+        plain_matrices=0,
     ),
     Method(
         "M3ID",

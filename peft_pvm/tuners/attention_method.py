@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
@@ -18,19 +18,8 @@ from ..attention.rotation import ROTARY_FUNCTIONS, has_rotary_function
 from ..attention.stages import LayerStages, Stage
 from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ..tokens.families import VisionLanguageModel
-from ..utils.checks import layer_list
 from ..utils.text import quoted
-from .without_parameters import (
-    LayerWithoutParameters,
-    TunerWithoutParameters,
-    WithoutParameters,
-    make_tuner,
-    no_weights,
-)
-
-
-Rows = Literal["text", "generated"]
-ROWS = "All text behind an image, or the last token of each forward alone, as the authors' code does."
+from .without_parameters import LayerMethod, LayerWithoutParameters, TunerWithoutParameters, make_tuner
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,7 @@ class SteeredLayer:
 
 
 @dataclass
-class AttentionMethod(WithoutParameters):
+class AttentionMethod(LayerMethod):
     """Base of the methods that change attention and have no parameters: a subclass is a whole method.
 
     A subclass has a name, `method`, fields made by `setting`, and `stages`. See `WithoutParameters` for what its
@@ -63,19 +52,6 @@ class AttentionMethod(WithoutParameters):
 
     rotates: ClassVar[bool] = False  # whether it rotates queries or keys itself
     multiplies_scores: ClassVar[bool] = False  # so that a score below 0 goes the other way
-    # Its first and last layer in the paper, and of how many. `None`: all that it can act on.
-    layers_of_paper: ClassVar[tuple[int, int, int] | None] = None
-
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Indices of the decoder layers it acts on, or None: all that it can act on."},
-    )
-    init_weights: bool = no_weights()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.layers_to_transform is not None:
-            self.layers_to_transform = layer_list(self, "None")
 
     def stages(self, layer: SteeredLayer) -> Stage | Sequence[Stage]:
         """What it does to the attention of a layer: nothing, one stage or several.
@@ -100,14 +76,6 @@ class AttentionMethod(WithoutParameters):
                     f"none of {ROTARY_FUNCTIONS}, of which {cls.tuner_name()} needs one."
                 )
         return list(attentions)
-
-    def default_layers(self, layers: list[int]) -> list[int]:
-        """What `layers_to_transform=None` means, among the layers that the method can act on: the paper's part."""
-        if self.layers_of_paper is None:
-            return layers
-        *ends, depth = self.layers_of_paper
-        first, last = (round(layer_idx / (depth - 1) * (len(layers) - 1)) for layer_idx in ends)
-        return layers[first : last + 1]
 
     @classmethod
     def start_forward(cls, context: VisualContext) -> None:
