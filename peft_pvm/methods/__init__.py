@@ -61,7 +61,8 @@ class Method:
         parameters: How many it has.
         text_alone: What a row without images is to it: "untouched", to the bit, also beside rows with images;
             "equal", where another kernel may compute the same; or "changed".
-        plain_matrices: How many matrices of scores of all heads, in fp32, its plain form holds at once.
+        plain_matrices: How many matrices of scores of all heads, in fp32, its plain form holds at once. `None`: it has
+            no plain form.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Method:
     full_name: str = ""
     parameters: str = "none"
     text_alone: Literal["untouched", "equal", "changed"] = "equal"
-    plain_matrices: int = 4
+    plain_matrices: int | None = 4
 
     @property
     def needs_training(self) -> bool:
@@ -157,7 +158,7 @@ METHODS = (
         "any; the head once more in each of its layers",
         full_name="Memory-Space Visual Retracing",
         text_alone="untouched",
-        plain_matrices=0,
+        plain_matrices=None,
     ),
     Method(
         "M3ID",

@@ -95,10 +95,9 @@ class MemVRConfig(FFNMethod):
             step.handed_on[step.layer_idx] = turns, waiting & ~turns
         return step.handed_on[step.layer_idx]
 
-    @torch.no_grad()
     def _undecided(self, step: FFNStep, waiting: torch.Tensor) -> torch.Tensor:
         """Which of the tokens that wait enter the layer undecided, `(batch, seq_len)`, bool."""
-        early_exit, entering = EarlyExit(step.vlm), cast(torch.Tensor, step.entering)  # a layer's first run
+        early_exit, entering = EarlyExit(step.vlm), cast(torch.Tensor, step.entering).detach()  # a layer's first run
         if _all_at_once(waiting):
             return waiting & (early_exit.entropies(entering) > self.threshold)
         found = early_exit.entropies(entering[waiting]) > self.threshold
@@ -124,7 +123,7 @@ class MemVRConfig(FFNMethod):
 
 
 def _all_at_once(tokens: torch.Tensor) -> bool:
-    """Whether those that are marked are computed with all others: then they decide no shape, and nothing is waited for."""
+    """Whether all are computed, so that which are marked decides no shape and nobody waits for the device."""
     return tokens.shape[1] == 1 or torch.compiler.is_compiling()
 
 

@@ -86,7 +86,6 @@ class EarlyExit:
         norm = getattr(self.vlm.text_model, self._norm_name())
         return of_model(self._head()(norm(hidden_states)), self.vlm.text_config)
 
-    @torch.no_grad()
     def entropies(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """How undecided the model is, from 0 to 1: the entropy over the likeliest tokens alone, over its maximum.
 
@@ -98,7 +97,8 @@ class EarlyExit:
         """
         rows = hidden_states.detach().flatten(0, -2)
         at_once = max(LOGITS_AT_ONCE // self.vlm.text_config.vocab_size, 1)
-        found = [_entropies(self.logits(block)) for block in rows.split(at_once)]
+        with torch.no_grad():
+            found = [_entropies(self.logits(block)) for block in rows.split(at_once)]
         return torch.cat(found).to(hidden_states.device).view(hidden_states.shape[:-1])
 
     # Looked up each time: an adapter may have taken the place of either.

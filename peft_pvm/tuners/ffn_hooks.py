@@ -22,6 +22,7 @@ class FFNCall:
 
     Attributes:
         context: What this forward knows about its tokens.
+        layer_idx: Index of the decoder layer.
         layer: The decoder layer.
         block: Its shape.
         entering: What the layer was given, `(batch, seq_len, hidden_size)`: the residual stream before it, or several.
@@ -32,6 +33,7 @@ class FFNCall:
     """
 
     context: VisualContext
+    layer_idx: int
     layer: nn.Module
     block: DecoderBlock
     entering: torch.Tensor | None
@@ -126,7 +128,8 @@ class FFNHooks:
         own = output[0] if isinstance(output, tuple) else output
         context: VisualContext = handed["context"]
         states = [handed.get("entering"), handed["normed"], handed.get("attention"), own]
-        changed = self.change(FFNCall(context, self.layer, self.block, *(_by_row(each, context) for each in states)))
+        by_row = (_by_row(each, context) for each in states)
+        changed = self.change(FFNCall(context, self.layer_idx, self.layer, self.block, *by_row))
         if changed is None:
             return None
         changed = changed.view_as(own)

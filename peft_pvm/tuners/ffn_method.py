@@ -91,7 +91,7 @@ class FFNMethodLayer(LayerWithoutParameters):
         for layer_idx in sorted({layer_idx for config in self.configs.values() for layer_idx in self._layers(config)}):
             acts = functools.partial(self._acting_in, layer_idx)
             # First: what others put beside the FFN is added to what it becomes.
-            hooks.append(FFNHooks(self.vlm, layer_idx, acts, functools.partial(self._change, layer_idx), True))
+            hooks.append(FFNHooks(self.vlm, layer_idx, acts, self._change, before_others=True))
             if layer_idx in self._unchecked:
                 passed = functools.partial(self._unchecked.discard, layer_idx)
                 hooks.append(BlockCheck(self.vlm.layers[layer_idx], self.vlm.block, acts, passed))
@@ -114,7 +114,8 @@ class FFNMethodLayer(LayerWithoutParameters):
                 model, what_works = type(self.vlm.model).__name__, "Take it off with unload()"
                 self._has_embeddings = has_embeddings(context, model, what_works)
 
-    def _change(self, layer_idx: int, call: FFNCall) -> torch.Tensor | None:
+    def _change(self, call: FFNCall) -> torch.Tensor | None:
+        layer_idx = call.layer_idx
         names = self._acting_in(layer_idx)
         if not names:
             return None
