@@ -55,7 +55,7 @@ def main(stage: str, report: str, *arguments: str) -> None:
     torch.multinomial = by_rank
     trainer = script(stage).main(list(arguments))
     Path(f"{report}-{os.environ['RANK']}.json").write_text(json.dumps(how_it_is_spread(trainer)))
-    # Python's own exit ends C++ threads that ask for its lock, which now and then aborts the process. All is saved here.
+    # Python's own exit ends C++ threads that ask for its lock, which now and then aborts the process. All is saved.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
