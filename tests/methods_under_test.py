@@ -11,8 +11,9 @@ import environment  # noqa: F401  # its settings act before PEFT is imported
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from peft_pvm import DIPEConfig, LogBiasConfig, PVMConfig, TDRSConfig, VARConfig
+from peft_pvm import DIPEConfig, LogBiasConfig, MemVRConfig, PVMConfig, TDRSConfig, VARConfig
 from peft_pvm.methods import METHODS as PACKAGED
+from peft_pvm.tuners.attention_method import AttentionMethod
 
 
 @dataclass(frozen=True)
@@ -103,24 +104,28 @@ def give_weight(model: torch.nn.Module, seed: int = 0) -> None:
                     parameter.copy_((0.5 if "pvm_gate." in name else 1.0) + 0.1 * noise)
 
 
-# By name: the methods without parameters, and all. A test that is about methods in general runs over these. Those that
-# do not act in forwards have tests of their own.
-STEERING = tuple(row.config.method for row in PACKAGED if row.acts_in_forwards and not row.needs_training)
-PUBLISHED = ("pvm", *STEERING)
+# By name: the methods that change attention, and all. A test that is about methods in general runs over these. Those
+# that do not act in forwards have tests of their own.
+PUBLISHED = tuple(row.config.method for row in PACKAGED if row.acts_in_forwards)
+STEERING = tuple(
+    row.config.method for row in PACKAGED if row.acts_in_forwards and issubclass(row.config, AttentionMethod)
+)
 # Of these every property is tested on every family. Others differ in the stages that they add: theirs are tested on
 # the representative families, and in short on all (test_architectures.py).
 LEADING = ("pvm", "dipe", "tdrs")
-# One of each kind of stage.
-FIRST_OF_KIND = tuple({row.changes: row.config.method for row in reversed(PACKAGED)}.values())
-# One of each kind of stage, but for a second that decides the weights: these act in one layer together.
-TOGETHER = tuple(name for name in PUBLISHED if name not in ("pai", "hgai"))
+# One of each kind, with parameters or without.
+FIRST_OF_KIND = tuple({(row.changes, row.needs_training): row.config.method for row in reversed(PACKAGED)}.values())
+# One of each kind of stage, but for a second that decides the weights, and PVM: these act in one layer together.
+TOGETHER = tuple(name for name in PUBLISHED if name not in ("pai", "hgai", "memvr"))
 
 
 def _acting(config: type[PeftConfig]) -> Callable[..., PeftConfig]:
-    """A method that acts on a few tokens of text and on random weights: DIPE as it was published, without a limit."""
+    """A method that acts on a few tokens of text and on random weights: DIPE as it was published, without a limit;
+    MemVR on every token."""
     fixed = {
         DIPEConfig: {"max_distance": 0},
         LogBiasConfig: {"t0": 1.0},
+        MemVRConfig: {"threshold": 0},
         # In each family, some visual tokens are sinks and some are not.
         VARConfig: {"sink_channels": [28, 39], "tau": 1.0, "rho": 0.9, "least_visual": 0.05, "p": 0.1},
     }.get(config, {})

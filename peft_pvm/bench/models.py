@@ -299,8 +299,9 @@ def _rows() -> Iterator[tuple[str, Method]]:
     for method in in_forwards:
         name, adapters = method.name, (_config(method),)
         yield name.lower(), Method(name, adapters)
-        plain = Method(f"{name}, naive", adapters, is_naive=True, whole_matrices=method.plain_matrices)
-        yield f"{name.lower()}-naive", plain
+        if method.plain_matrices is not None:
+            plain = Method(f"{name}, naive", adapters, is_naive=True, whole_matrices=method.plain_matrices)
+            yield f"{name.lower()}-naive", plain
     configs = {method.name: _config(method) for method in in_forwards}
     for names in (("PVM", "DIPE"), ("PVM", "DIPE", "T-DRS")):
         yield "+".join(names).lower(), Method(" + ".join(names), tuple(configs[name] for name in names))

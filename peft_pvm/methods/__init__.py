@@ -11,6 +11,7 @@ from .dipe import DIPEConfig, DIPEModel
 from .hgai import HGAIConfig, HGAIModel
 from .log_bias import LogBiasConfig, LogBiasModel
 from .m3id import M3IDConfig, M3IDModel
+from .memvr import MemVRConfig, MemVRModel
 from .pai import PAIConfig, PAIModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .savaa import SAVAAConfig, SAVAAModel
@@ -30,6 +31,8 @@ __all__ = [
     "LogBiasModel",
     "M3IDConfig",
     "M3IDModel",
+    "MemVRConfig",
+    "MemVRModel",
     "PAIConfig",
     "PAIModel",
     "PVMConfig",
@@ -65,7 +68,8 @@ class Method:
         text_alone: What a row without images is to it: "untouched", to the bit, also beside rows with images;
             "equal", where another kernel may compute the same; or "changed".
         of_the_model: Settings that have to be found for each model, here so that the method runs on any.
-        plain_matrices: How many matrices of scores of all heads, in fp32, its plain form holds at once.
+        plain_matrices: How many matrices of scores of all heads, in fp32, its plain form holds at once. `None`: it has
+            no plain form.
     """
 
     name: str
@@ -78,7 +82,7 @@ class Method:
     parameters: str = "none"
     text_alone: Literal["untouched", "equal", "changed"] = "equal"
     of_the_model: Mapping[str, Any] = field(default_factory=dict)
-    plain_matrices: int = 4
+    plain_matrices: int | None = 4
 
     @property
     def needs_training(self) -> bool:
@@ -169,6 +173,16 @@ METHODS = (
         "scores of visual keys are raised while an answer is written, the more the riskier the last token was",
         "KeyScale",
         "any; in a step of decoding, its row of scores by hand",
+    ),
+    Method(
+        "MemVR",
+        MemVRConfig,
+        "where the model is undecided in a middle layer, the output of its FFN is mixed with what the image says",
+        "FFN",
+        "any; the head once more in each of its layers",
+        full_name="Memory-Space Visual Retracing",
+        text_alone="untouched",
+        plain_matrices=None,
     ),
     Method(
         "M3ID",

@@ -10,7 +10,8 @@ import torch
 from ..attention.call import AttentionCall
 from ..attention.scores import Scores
 from ..attention.stages import Stage
-from ..tuners.attention_method import ROWS, AttentionMethod, Rows, SteeredLayer, attention_tuner
+from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
+from ..tuners.without_parameters import ROWS, Rows
 from ..utils.checks import setting
 
 

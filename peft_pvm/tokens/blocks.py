@@ -45,6 +45,11 @@ class DecoderBlock:
         return self.ffn_norm is None
 
     @property
+    def reads_stream(self) -> bool:
+        """Whether the FFN reads the residual stream as it is, without a norm before it."""
+        return self.ffn_norm == "mlp"
+
+    @property
     def norm_name(self) -> str:
         """The norm before the FFN."""
         return self.ffn_norm or "input_layernorm"

@@ -63,6 +63,8 @@ class VisualContext:
         observers: Each is called with every `AttentionCall` of this forward, once its output is made.
         hidden_rows: The rows in which text does not attend to visual tokens, `(batch,)`, bool. `None`: none.
         steering: What keeps these hidden from text, for as long as this forward is not forgotten.
+        handed_on: What a method hands from layer to layer, by layer index, by whose it is. A layer that gradient
+            checkpointing runs again finds what it made.
         awaited: The layers that this forward has still to reach, by what makes the error if it does not.
         adapter_names: Of each row, the adapter that acts on it. `None`: the active ones on all.
         refusal: Why nobody can know what is visual here.
@@ -89,6 +91,7 @@ class VisualContext:
         self.observers: list[Callable[[Any], None]] = []
         self.hidden_rows: torch.Tensor | None = None
         self.steering: Any = None
+        self.handed_on: dict[Any, dict[int, Any]] = {}
         self.awaited: dict[NotReached, set[int]] = {}
         self.adapter_names: list[str] | None = None
         self.refusal: Exception | None = None

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -20,20 +20,9 @@ from ..attention.stages import LayerStages, Stage
 from ..tokens.blocks import layer_input
 from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ..tokens.families import VisionLanguageModel
-from ..utils.checks import layer_list
 from ..utils.text import quoted
 from .last_logits import LastLogits
-from .without_parameters import (
-    LayerWithoutParameters,
-    TunerWithoutParameters,
-    WithoutParameters,
-    make_tuner,
-    no_weights,
-)
-
-
-Rows = Literal["text", "generated"]
-ROWS = "All text behind an image, or the last token of each forward alone, as the authors' code does."
+from .without_parameters import LayerMethod, LayerWithoutParameters, TunerWithoutParameters, make_tuner
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class SteeredLayer:
 
 
 @dataclass
-class AttentionMethod(WithoutParameters):
+class AttentionMethod(LayerMethod):
     """Base of the methods that change attention and have no parameters: a subclass is a whole method.
 
     A subclass has a name, `method`, fields made by `setting`, and `stages`. See `WithoutParameters` for what its
@@ -68,19 +57,6 @@ class AttentionMethod(WithoutParameters):
     marks_tokens: ClassVar[bool] = False  # whether it has `mark` note something of each token in its layers
     multiplies_scores: ClassVar[bool] = False  # so that a score below 0 goes the other way
     reads_logits: ClassVar[bool] = False  # of the forward before, by what `LastLogits` notes of them
-    # Its first and last layer in the paper, and of how many. `None`: all that it can act on.
-    layers_of_paper: ClassVar[tuple[int, int, int] | None] = None
-
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Indices of the decoder layers it acts on, or None: all that it can act on."},
-    )
-    init_weights: bool = no_weights()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.layers_to_transform is not None:
-            self.layers_to_transform = layer_list(self, "None")
 
     def stages(self, layer: SteeredLayer) -> Stage | Sequence[Stage]:
         """What it does to the attention of a layer: nothing, one stage or several.
@@ -103,11 +79,6 @@ class AttentionMethod(WithoutParameters):
     def mark_name(self, layer_idx: int) -> Hashable:
         """What this is called in a layer: the same for adapters that note the same."""
         raise NotImplementedError
-
-    def layers_among(self, layers: list[int]) -> list[int]:
-        """The layers that it acts on, among those that the method can act on."""
-        chosen = self.layers_to_transform
-        return self.default_layers(layers) if chosen is None else cast(list[int], chosen)
 
     def acts_in(self, context: VisualContext) -> bool:
         """Whether it does anything in a forward: in every one, unless the method says otherwise."""
@@ -133,14 +104,6 @@ class AttentionMethod(WithoutParameters):
                     f"none of {ROTARY_FUNCTIONS}, of which {cls.tuner_name()} needs one."
                 )
         return list(attentions)
-
-    def default_layers(self, layers: list[int]) -> list[int]:
-        """What `layers_to_transform=None` means, among the layers that the method can act on: the paper's part."""
-        if self.layers_of_paper is None:
-            return layers
-        *ends, depth = self.layers_of_paper
-        first, last = (round(layer_idx / (depth - 1) * (len(layers) - 1)) for layer_idx in ends)
-        return layers[first : last + 1]
 
     @classmethod
     def start_forward(cls, context: VisualContext) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from safetensors.torch import save_file
@@ -13,8 +13,12 @@ from torch import nn
 
 from ..folders.adapter_file import FORMAT_VERSION, SAFETENSORS_WEIGHTS_NAME
 from ..folders.writing import written_whole
-from ..utils.checks import setting
+from ..utils.checks import layer_list, setting
 from .base import VisualConfig, VisualTuner, VisualTunerLayer
+
+
+Rows = Literal["text", "generated"]
+ROWS = "All text behind an image, or the last token of each forward alone, as the authors' code does."
 
 
 def no_weights() -> Any:
@@ -39,7 +43,7 @@ class WithoutParameters(VisualConfig):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if WithoutParameters in cls.__bases__:  # a kind of methods
+        if not hasattr(cls, "method"):  # a kind of methods
             return
         summary = " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
         paper = re.search(r"arXiv[: ](\d{4}\.\d{5})", summary)
@@ -72,6 +76,44 @@ class WithoutParameters(VisualConfig):
         with written_whole(save_directory) as staged:
             super().save_pretrained(staged, **kwargs)
             save_file({}, staged / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
+
+
+@dataclass
+class LayerMethod(WithoutParameters):
+    """Base of the kinds of methods that act in decoder layers.
+
+    Args:
+        layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the method's own choice, which
+            is all that it can act on unless the method says otherwise.
+        init_weights: Without effect: there are no weights. PEFT expects the field.
+    """
+
+    # Its first and last layer in the paper, and of how many. `None`: all that it can act on.
+    layers_of_paper: ClassVar[tuple[int, int, int] | None] = None
+
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Indices of the decoder layers it acts on, or None: all that it can act on."},
+    )
+    init_weights: bool = no_weights()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers_to_transform is not None:
+            self.layers_to_transform = layer_list(self, "None")
+
+    def default_layers(self, layers: list[int]) -> list[int]:
+        """What `layers_to_transform=None` means, among the layers that the method can act on: the paper's part."""
+        if self.layers_of_paper is None:
+            return layers
+        *ends, depth = self.layers_of_paper
+        first, last = (round(layer_idx / (depth - 1) * (len(layers) - 1)) for layer_idx in ends)
+        return layers[first : last + 1]
+
+    def layers_among(self, layers: list[int]) -> list[int]:
+        """The layers that it acts on, among those that the method can act on."""
+        chosen = self.layers_to_transform
+        return self.default_layers(layers) if chosen is None else cast(list[int], chosen)
 
 
 class LayerWithoutParameters(VisualTunerLayer):

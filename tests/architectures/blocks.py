@@ -25,7 +25,7 @@ from tiny_vlms import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .rows import NOTHING_ROTATES, WITHOUT_A_STATE, AnyVLM, Architecture
+from .rows import NOTHING_ROTATES, SEVERAL_STREAMS, WITHOUT_A_STATE, AnyVLM, Architecture
 
 
 def _lfm2_vl():
@@ -164,7 +164,7 @@ ROWS: dict[str, Architecture] = {
     "lfm2_vl": Architecture(
         "LFM2-VL",
         AnyVLM(LFM2, _lfm2_vl, _lfm2_visual),
-        refused=dict.fromkeys(("pvm", "pvm-hidden-states"), "do not pass keyword arguments on")
+        refused={"FFN": "do not pass keyword arguments on"}
         if T.__version__.startswith("5.16.")  # to their convolutions
         else {},
     ),
@@ -181,7 +181,7 @@ ROWS: dict[str, Architecture] = {
     "gemma3n": Architecture(
         "Gemma 3n",
         Gemma3n("Gemma3nForConditionalGeneration", _gemma3n, _square_visual(4), seed=2),
-        refused=WITHOUT_A_STATE,
+        refused={**WITHOUT_A_STATE, "memvr": SEVERAL_STREAMS},
         sum_reader="altup.router_norm",
     ),
 }

@@ -30,7 +30,7 @@ from tiny_vlms import (
     VIDEO_BY_FRAME,
 )
 
-from .rows import AnyVLM, Architecture
+from .rows import SEVERAL_STREAMS, AnyVLM, Architecture
 
 
 AUDIO_ENCODER = dict(
@@ -357,7 +357,7 @@ ROWS: dict[str, Architecture] = {
         "Hy4",
         AnyVLM("HYV4VLForConditionalGeneration", _hy_v4_vl, _patches("image", 6), _patches("video", 12, frames=2)),
         refused={
-            **dict.fromkeys(("pvm", "pvm-hidden-states"), "its residual is several streams"),
+            "FFN": SEVERAL_STREAMS,
             "attention": "attention sinks",
         },
     ),
@@ -365,6 +365,8 @@ ROWS: dict[str, Architecture] = {
         "Muse Glimmer 30B", AnyVLM("MuseGlimmerForConditionalGeneration", _muse_glimmer, MUSE, MUSE_VIDEO)
     ),
     "muse_spark": Architecture(
-        "Muse Spark 816B-A42B", AnyVLM("MuseSparkForConditionalGeneration", _muse_spark, MUSE, MUSE_VIDEO)
+        "Muse Spark 816B-A42B",
+        AnyVLM("MuseSparkForConditionalGeneration", _muse_spark, MUSE, MUSE_VIDEO),
+        refused={"memvr": "return the residual stream with their output in it"},
     ),
 }

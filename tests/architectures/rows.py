@@ -22,7 +22,9 @@ NOTHING_ROTATES = {
 WITHOUT_A_STATE = {"var": "have several residual streams"}  # where sinks could be found
 # `generate` of the model hands embeddings to that of an inner one, or says where images are by a mask.
 WITHOUT_TOKENS = {"logits": "does not give its language model the tokens that images stand for"}
+SEVERAL_STREAMS = "its residual is several streams"
 LOGITS = tuple(row.config.method for row in METHODS if issubclass(row.config, LogitsMethod))
+FFN = tuple(row.config.method for row in METHODS if row.changes == "FFN")
 
 
 class AnyVLM(TinyVLM):
@@ -48,8 +50,8 @@ class Architecture:
         known_as: The models that people know it by, as `docs/models.md` lists them.
         tiny: A tiny model of it.
         refused: By method, the words of the refusal that say why. "pvm-hidden-states" is PVM with
-            `memory_source="hidden_states"`; "attention" stands for all that change attention, "logits" for all that
-            act in `generate` alone, "all" for all.
+            `memory_source="hidden_states"`; "FFN" stands for all at the FFN, "attention" for all that change
+            attention, "logits" for all that act in `generate` alone, "all" for all.
         differs: What does not hold of the model itself, without any adapter, and why: "cached" (a cache changes
             nothing) or "padded" (rows of a batch are what they are alone).
         sum_reader: The submodule of a decoder layer that reads the residual stream after the FFN, where the layer
@@ -67,5 +69,6 @@ class Architecture:
 
     def refusal(self, method: str) -> str | None:
         """Why a method does not work on it; `None`: it does."""
-        group = "all" if method.startswith("pvm") else "logits" if method in LOGITS else "attention"
+        method_itself = method.removesuffix("-hidden-states")
+        group = "FFN" if method_itself in FFN else "logits" if method in LOGITS else "attention"
         return self.refused.get(method, self.refused.get(group, self.refused.get("all")))

@@ -27,7 +27,7 @@ from tiny_vlms import (
     _square_visual,
 )
 
-from .rows import NOTHING_ROTATES, WITHOUT_A_STATE, WITHOUT_TOKENS, AnyVLM, Architecture
+from .rows import NOTHING_ROTATES, SEVERAL_STREAMS, WITHOUT_A_STATE, WITHOUT_TOKENS, AnyVLM, Architecture
 
 
 def _nemotron_h_omni():
@@ -309,7 +309,7 @@ def _inkling_image(model, generator):
 
 
 INKLING2 = {
-    **dict.fromkeys(("pvm", "pvm-hidden-states"), "reads several residual streams by attention"),
+    "FFN": "reads several residual streams by attention",
     "attention": "attention sinks",
     "dipe": NOTHING_ROTATES["dipe"],
 }
@@ -333,13 +333,13 @@ ROWS: dict[str, Architecture] = {
     "glm5_next": Architecture(
         "GLM-5.3-Flash",
         AnyVLM("Glm5NextForConditionalGeneration", _glm5_next, GRID),
-        refused={**NOTHING_ROTATES, **WITHOUT_A_STATE},
+        refused={**NOTHING_ROTATES, **WITHOUT_A_STATE, "memvr": SEVERAL_STREAMS},
         streams=("mlp", "mlp"),
     ),
     "qwen4_exp": Architecture(
         "Qwen4-Exp",
         AnyVLM("Qwen4ExpForConditionalGeneration", _qwen4_exp, GRID, VIDEO_BY_FRAME),
-        refused=WITHOUT_A_STATE,
+        refused={**WITHOUT_A_STATE, "memvr": SEVERAL_STREAMS},
         streams=("mlp", "mlp"),
     ),
     "blip-2": Architecture(
@@ -393,8 +393,7 @@ ROWS: dict[str, Architecture] = {
         "Nemotron 3 Nano Omni",
         AnyVLM("NemotronH_Omni_Reasoning_V3", _nemotron_h_omni, _nemotron_image, _nemotron_video),
         refused={
-            "pvm": "each layer is attention or an FFN, not both",
-            "pvm-hidden-states": "each layer is attention or an FFN, not both",
+            "FFN": "each layer is attention or an FFN, not both",
             **NOTHING_ROTATES,
         },
     ),

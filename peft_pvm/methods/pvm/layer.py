@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
+import functools
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ...tokens.context import CONTEXT, VisualContext, dropped_keywords
+from ...tokens.context import CONTEXT, VisualContext
 from ...tokens.families import VisionLanguageModel
-from ...tokens.tap import this_thread
 from ...tuners.base import VisualTunerLayer
+from ...tuners.block_check import BlockCheck
+from ...tuners.ffn_hooks import FFNCall, FFNHooks, ffns_missed, has_embeddings
 from ...utils.packages import execution_device
-from .block_check import BlockCheck
 from .branch import Branch, fresh_weights
 from .config import WEIGHTS, BranchShape, PVMConfig, weight_name
+
+
+branches_missed = functools.partial(ffns_missed, "PVM")
 
 
 class PVMLayer(VisualTunerLayer):
@@ -43,9 +46,6 @@ class PVMLayer(VisualTunerLayer):
         self.pvm_branches: dict[str, list[Branch]] = {}
         self.layer_idx = layer_idx
         self._decoder_layer = (vlm.layers[layer_idx],)  # in a tuple: it is no submodule
-        # What the hooks of one forward hand on, by thread: a server may run several conversations on one model. The
-        # decoder layer itself holds all of it until it adds up its output: nothing outlives it, however it ends.
-        self._in_flight: dict[int, dict[str, weakref.ref[Any]]] = {}
         self._has_memory = False
         self._is_checked = False
 
@@ -107,18 +107,12 @@ class PVMLayer(VisualTunerLayer):
         return self._decoder_layer[0]
 
     def new_hooks(self) -> list[Any]:
-        layer, block = self.decoder_layer, self.vlm.block
-        mixer = block.token_mixer(layer)
         hooks: list[Any] = [
             self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True),
-            mixer.register_forward_pre_hook(self._take_context, with_kwargs=True),
-            block.norm(layer).register_forward_pre_hook(self._take_residual),
-            getattr(layer, block.ffn_end).register_forward_hook(self._add_branch),
+            FFNHooks(self.vlm, self.layer_idx, self.acting, self._add_branches),
         ]
-        if block.is_parallel:
-            hooks.append(mixer.register_forward_hook(self._take_attention))
-        if not self._is_checked and not block.has_streams:
-            hooks.append(BlockCheck(layer, block, self.acting, self._pass_check))
+        if not self._is_checked and not self.vlm.block.has_streams:
+            hooks.append(BlockCheck(self.decoder_layer, self.vlm.block, self.acting, self._pass_check))
         return hooks
 
     def _pass_check(self) -> None:
@@ -133,53 +127,23 @@ class PVMLayer(VisualTunerLayer):
 
     def _check_memory(self, context: VisualContext) -> None:
         """Once for this layer, see that there are embeddings to read. Waits for the device."""
-        if self._has_memory or context.visual_mask is None or torch.compiler.is_compiling():
+        if self._has_memory:
             return
         names = self.acting(context.adapter_names)
         if any(branch.config.memory_source == "embeddings" for name in names for branch in self.pvm_branches[name]):
-            if not context.derived("embeddings", lambda: bool(context.memory.embeddings.any())):
-                raise no_embeddings(type(self.vlm.model).__name__)
-            self._has_memory = True
+            what_works = "Use PVMConfig(memory_source='hidden_states')"
+            self._has_memory = has_embeddings(context, type(self.vlm.model).__name__, what_works)
 
-    # The other hooks run within the forward of the decoder layer, also when gradient checkpointing runs it again: in
-    # this order, but in a parallel block the norm comes first.
-
-    def _take_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        context = kwargs.get(CONTEXT)
-        if context is not None:
-            self._hand_on("context", context)
-        elif self.acting():
-            raise dropped_keywords([self.layer_idx], type(self.decoder_layer).__name__)
-
-    def _take_residual(self, module: nn.Module, args: tuple) -> None:
-        self._hand_on("residual", args[0])
-
-    def _take_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
-        # Parallel block: the stream after attention exists only as a sum that the layer forms at its end.
-        self._hand_on("attention", output[0] if isinstance(output, tuple) else output)
-
-    def _hand_on(self, name: str, thing: Any) -> None:
-        self._in_flight.setdefault(this_thread(), {})[name] = weakref.ref(thing)
-
-    def _add_branch(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        handed = {name: reference() for name, reference in self._in_flight.pop(this_thread(), {}).items()}
-        context, hidden_states = handed.get("context"), handed.get("residual")
-        if self.vlm.block.is_parallel and hidden_states is not None:
-            attention = handed.get("attention")
-            hidden_states = None if attention is None else hidden_states + attention
-        if context is None or hidden_states is None or self.disable_adapters:
-            return None  # if the branch was to act, it is missed when the forward ends
-        if hidden_states.dim() == 2:  # OPT puts the tokens of all rows in one list
-            hidden_states = hidden_states.unflatten(0, (context.batch_size, -1))
-        update = self(hidden_states, context)
-        context.reached(self.layer_idx, branches_missed)
+    def _add_branches(self, call: FFNCall) -> torch.Tensor | None:
+        if self.disable_adapters:
+            return None
+        update = self(call.stream, call.context)
+        call.context.reached(self.layer_idx, branches_missed)
         if update is None:
             return None
-        if self.vlm.block.ffn_scale != 1:  # the layer will multiply it as well
-            update = update / self.vlm.block.ffn_scale
-        if isinstance(output, tuple):  # a mixture of experts may return its router's logits as well
-            return (output[0] + update.view_as(output[0]), *output[1:])
-        return output + update.view_as(output)
+        if call.block.ffn_scale != 1:  # the layer will multiply it as well
+            update = update / call.block.ffn_scale
+        return call.output + update
 
     def forward(self, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor | None:
         """The sum of the active adapters' branches, or of each row's own adapter.
@@ -214,21 +178,3 @@ def rows_of(adapter_name: str, context: VisualContext) -> torch.Tensor:
         return torch.tensor(chosen, device=context.device)[:, None, None]
 
     return context.derived(("rows", adapter_name), compare)
-
-
-def branches_missed(layers: list[int], model: str) -> NotImplementedError:
-    """The error for decoder layers in which a branch was to act and did not."""
-    return NotImplementedError(
-        f"PVM did not act in decoder layers {layers} of {model}: a layer, or its attention, norm or FFN, was "
-        "replaced after the adapter was attached (by fused kernels, for instance), or was not called, or not in the "
-        "order attention, norm, FFN. Replace modules first and attach the adapter then."
-    )
-
-
-def no_embeddings(model: str) -> NotImplementedError:
-    """The error for a model whose features are not in its input embeddings."""
-    return NotImplementedError(
-        f"{model} does not put the features of images into the input embeddings of its text model: at its visual "
-        "tokens these are 0, or there are none, because the features enter inside the layers or the text model reads "
-        "the pixels itself. PVM has nothing to remember of them. Use PVMConfig(memory_source='hidden_states')."
-    )

@@ -1,8 +1,9 @@
-"""Whether a decoder layer adds its FFN to the residual stream as a branch takes for granted, found out once.
+"""Whether a decoder layer adds its FFN to the residual stream as adapters there take for granted, found out once.
 
-A branch reads the stream after attention, and what it returns is added where the FFN's output is. So the output of the
-layer must be the sum of both, times a number at most, or a later module of the layer must read that sum, as in Gemma 4
-with inputs by layer or in the AltUp of Gemma 3n. That is tried on a few tokens of the first forward.
+What an adapter puts beside the FFN, or makes of its output, is added to the stream after attention where the FFN's
+output is. So the output of the layer must be the sum of both, times a number at most, or a later module of the layer
+must read that sum, as in Gemma 4 with inputs by layer or in the AltUp of Gemma 3n. That is tried on a few tokens of
+the first forward.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...tokens.blocks import DecoderBlock
-from ...tokens.tap import this_thread
-from ...utils.packages import is_tuner_child
+from ..tokens.blocks import DecoderBlock
+from ..tokens.tap import this_thread
+from ..utils.packages import is_tuner_child
 
 
 FEW = 4  # tokens
@@ -24,12 +25,12 @@ SMALL = 0.02  # of what the FFN adds
 
 
 class BlockCheck:
-    """Checks a decoder layer when a branch first acts on it, and is gone then: as the handle of a hook.
+    """Checks a decoder layer when an adapter first acts on its FFN, and is gone then: as the handle of a hook.
 
     Args:
-        layer: The decoder layer, on whose FFN the branch has its own hooks already.
+        layer: The decoder layer.
         block: Its shape.
-        acts: Whether a branch acts now.
+        acts: Whether an adapter acts now.
         passed: Called when it is found out that all is as it should be.
     """
 
@@ -41,9 +42,10 @@ class BlockCheck:
         self._parts: dict[int, list[torch.Tensor]] = {}
         self._num_parts = 3 if block.is_parallel else 2
         self._added_up = slice(1, None) if block.ends_with_sum else slice(None)
+        self._ffn_end: nn.Module = getattr(layer, block.ffn_end)
+        self._ffn_handle = self._ffn_end.register_forward_hook(self._note)
         self._handles = [
             block.norm(layer).register_forward_pre_hook(self._start),
-            getattr(layer, block.ffn_end).register_forward_hook(self._note),
             *(module.register_forward_pre_hook(self._read) for module in _inside(layer)),
             layer.register_forward_hook(self._compare),
         ]
@@ -52,11 +54,14 @@ class BlockCheck:
 
     def remove(self) -> None:
         """Do not check any more."""
-        for handle in self._handles:
+        for handle in (self._ffn_handle, *self._handles):
             handle.remove()
 
     def _start(self, module: nn.Module, args: tuple) -> None:
         if self.acts() and not torch.compiler.is_compiling():
+            # Last again, to note what all adapters make of the FFN's output, also those that were attached later.
+            self._ffn_handle.remove()
+            self._ffn_handle = self._ffn_end.register_forward_hook(self._note)
             self._parts[this_thread()] = [_last(args[0], min(FEW, args[0].shape[1]))]
 
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -73,13 +78,13 @@ class BlockCheck:
 
     def _compare(self, layer: nn.Module, args: tuple, output: Any) -> None:
         parts = self._parts.pop(this_thread(), [])
-        # With fewer parts, the branch was not reached either, which the forward's end tells.
+        # With fewer parts, the adapter did not act either, which the forward's end tells.
         if len(parts) == self._num_parts and not _drops_out(layer):
             if not self._is_sum(output, parts):
                 raise NotImplementedError(
                     f"{type(layer).__name__} does not return the sum of its residual stream after attention and of "
-                    "what its FFN returns, so that PVM would not be added to what it reads. Take it off with "
-                    "unload(); the methods that change attention alone work. A row in "
+                    "what its FFN returns, so that an adapter there would not be added to what it reads. Take it "
+                    "off with unload(); the methods that change attention alone work. A row in "
                     "peft_pvm/tokens/blocks.py can say where the two are in these layers."
                 )
             self._pass()

@@ -1,0 +1,130 @@
+"""MemVR: where the model is undecided, an FFN looks the image up once more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+
+from ..tokens.early_exit import EarlyExit
+from ..tokens.families import VisionLanguageModel
+from ..tokens.positions import causally_visible, gather_rows, pack, scatter_rows
+from ..tuners.ffn_method import FFNMethod, FFNStep, ffn_tuner
+from ..tuners.without_parameters import ROWS, Rows
+from ..utils.checks import is_number, setting
+
+
+PRODUCTS_AT_ONCE = 2**22  # of tokens and visual embeddings
+
+
+@dataclass
+class MemVRConfig(FFNMethod):
+    """Mixes what the image says of a token into the output of one FFN, the first that the token enters undecided
+    (arXiv 2410.03577, "Look Twice Before You Answer").
+
+    With `F` what the FFN of a layer returns for a token, `x` what it read, and `z_i` the embeddings that the vision
+    tower wrote for the visual tokens before that token::
+
+        a = sum_i (x . z_i) z_i
+        F = (1 - ratio) * F + ratio * mean|F| / mean|a| * a
+
+    Means are over channels. It happens once for a token, in the first of its layers where `H > threshold`: with `p`
+    the probabilities that the final norm and the head give the 10 likeliest tokens, among these, from the residual
+    stream that enters the layer, `H = -sum p log p / log 10`. Each of its layers runs the head once more, for every
+    token of text behind an image that is still to be changed. It has no parameters.
+
+    Args:
+        ratio: The share of what the image says, from 0 to 1.
+        threshold: How undecided the model has to be, from 0 to 1.
+        rows: "text": all text behind an image, each token judged by itself. "generated": the last token of each
+            forward alone. Then a step of decoding does not give what a forward over the whole text gives.
+        layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the authors' 7 to 16 of 32
+            layers, and the same part of other depths.
+        format_version: The format of the saved adapter. Do not change it.
+        init_weights: Without effect: there are no weights. PEFT expects the field.
+    """
+
+    method: ClassVar[str] = "memvr"
+    layers_of_paper: ClassVar[tuple[int, int, int]] = (7, 16, 32)
+    reads_embeddings: ClassVar[bool] = True
+
+    ratio: float = setting(
+        0.12,
+        "The share of what the image says, from 0 to 1.",
+        valid=lambda value: is_number(value) and 0 <= value <= 1,
+        accepted="a number from 0 to 1",
+    )
+    threshold: float = setting(
+        0.75,
+        "How undecided the model has to be, from 0 to 1.",
+        valid=lambda value: is_number(value) and 0 <= value <= 1,
+        accepted="a number from 0 to 1",
+    )
+    rows: Rows = setting("text", ROWS, among=("text", "generated"))
+
+    @classmethod
+    def check_model(cls, vlm: VisionLanguageModel) -> None:
+        """Raise a ValueError if nothing can be read off between layers."""
+        EarlyExit(vlm)
+
+    def changed(self, step: FFNStep) -> torch.Tensor | None:
+        """The formula, for tokens whose turn it is."""
+        turns, _ = self._turns(step)
+        batch_size, seq_len = turns.shape
+        if _all_at_once(turns):
+            positions = torch.arange(seq_len, device=turns.device).expand(batch_size, -1)
+        else:
+            positions = pack(turns)
+            if positions.shape[1] == 0:
+                return None
+        num_at_once = max(PRODUCTS_AT_ONCE // (batch_size * step.context.memory.slots.shape[1]), 1)
+        mixed = torch.cat([self._mixed(step, some) for some in positions.split(num_at_once, 1)], 1)
+        return torch.where(turns.unsqueeze(-1), scatter_rows(mixed, positions, seq_len), step.output)
+
+    def _turns(self, step: FFNStep) -> tuple[torch.Tensor, torch.Tensor]:
+        """For which tokens this is the layer, and which still wait for theirs, `(batch, seq_len)` each, bool."""
+        if step.layer_idx not in step.handed_on:
+            waiting = step.context.text_behind_images()
+            if self.rows == "generated":
+                waiting = waiting & (torch.arange(waiting.shape[1], device=waiting.device) == waiting.shape[1] - 1)
+            if step.handed_on:
+                _, of_layer_before = step.handed_on[max(step.handed_on)]
+                waiting = waiting & of_layer_before.to(waiting.device)[:, -waiting.shape[1] :]
+            turns = self._undecided(step, waiting)
+            step.handed_on[step.layer_idx] = turns, waiting & ~turns
+        return step.handed_on[step.layer_idx]
+
+    def _undecided(self, step: FFNStep, waiting: torch.Tensor) -> torch.Tensor:
+        """Which of the tokens that wait enter the layer undecided, `(batch, seq_len)`, bool."""
+        early_exit, entering = EarlyExit(step.vlm), cast(torch.Tensor, step.entering).detach()  # a layer's first run
+        if _all_at_once(waiting):
+            return waiting & (early_exit.entropies(entering) > self.threshold)
+        found = early_exit.entropies(entering[waiting]) > self.threshold
+        return waiting.masked_scatter(waiting, found)
+
+    def _mixed(self, step: FFNStep, positions: torch.Tensor) -> torch.Tensor:
+        """The FFN's output for some tokens with the image mixed in, `(batch, length, hidden_size)`.
+
+        Args:
+            step: The FFN.
+            positions: Where they stand in this forward, `(batch, length)`, as `pack` gives them.
+        """
+        memory = step.context.memory
+        output = gather_rows(step.output, positions)
+        precise = torch.promote_types(output.dtype, torch.float32)  # sums of products are large
+        embeddings = step.context.derived(("embeddings", precise), lambda: memory.embeddings.to(precise))
+        products = gather_rows(step.ffn_input, positions).to(precise) @ embeddings.transpose(1, 2)
+        sees = causally_visible(memory.slots, positions + step.context.past_length)
+        image = products.masked_fill(~sees, 0) @ embeddings
+        of_output, of_image = (states.to(precise).abs().mean(-1, keepdim=True) for states in (output, image))
+        image = of_output / of_image.clamp(min=torch.finfo(precise).tiny) * image
+        return ((1 - self.ratio) * output + self.ratio * image).to(output.dtype)
+
+
+def _all_at_once(tokens: torch.Tensor) -> bool:
+    """Whether all are computed, so that which are marked decides no shape and nobody waits for the device."""
+    return tokens.shape[1] == 1 or torch.compiler.is_compiling()
+
+
+MemVRModel = ffn_tuner(MemVRConfig)

@@ -1,0 +1,75 @@
+"""Early exit: what a model would write after each decoder layer, by its final norm and its head."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .families import VisionLanguageModel
+
+
+TOP = 10  # tokens that the entropy is over
+LOGITS_AT_ONCE = 2**24
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "layer_norm", "norm_f")
+
+# By the text model's `model_type`: why nothing can be read off between its layers.
+WITHOUT_EXIT: dict[str, str] = dict.fromkeys(
+    ("gemma3n_text", "glm5_next_text", "hy_v4_vl_text", "inkling2_text", "inkling2_loop_text", "qwen4_exp_text"),
+    "its residual is several streams, which become one behind the last layer alone",
+)
+
+
+class EarlyExit:
+    """Reads the residual stream between decoder layers as if it were that behind the last.
+
+    Args:
+        vlm: The model's parts.
+
+    Raises:
+        ValueError: The model has no head or no final norm, or several residual streams.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel):
+        self.vlm = vlm
+        reason = WITHOUT_EXIT.get(vlm.text_config.model_type)
+        if reason is None and self.vlm.head is None:
+            reason = "it has no head (get_output_embeddings)"
+        if reason is None and not self._norm_name():
+            reason = f"its text model has no final norm of a known name; looked for {', '.join(FINAL_NORMS)}"
+        if reason is not None:
+            raise ValueError(
+                f"Nothing can be read off between the decoder layers of {type(vlm.model).__name__} (text model type "
+                f"{vlm.text_config.model_type!r}): {reason}. The adapter needs the entropy of what the model would "
+                "write there."
+            )
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The logits of an early exit: `(..., hidden_size)` to `(..., vocab_size)`."""
+        return self.vlm.logits(getattr(self.vlm.text_model, self._norm_name())(hidden_states))
+
+    def entropies(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """How undecided the model is, from 0 to 1: the entropy over the likeliest tokens alone, over its maximum.
+
+        Args:
+            hidden_states: The residual stream, `(..., hidden_size)`.
+
+        Returns:
+            `(...)`, fp32, without gradients.
+        """
+        rows = hidden_states.detach().flatten(0, -2)
+        at_once = max(LOGITS_AT_ONCE // self.vlm.text_config.vocab_size, 1)
+        with torch.no_grad():
+            found = [_entropies(self.logits(block)) for block in rows.split(at_once)]
+        return torch.cat(found).to(hidden_states.device).view(hidden_states.shape[:-1])
+
+    def _norm_name(self) -> str:
+        names = (name for name in FINAL_NORMS if isinstance(getattr(self.vlm.text_model, name, None), nn.Module))
+        return next(names, "")
+
+
+def _entropies(logits: torch.Tensor) -> torch.Tensor:
+    """Of some rows of logits, `(rows, vocab_size)` to `(rows,)`."""
+    log_weights = logits.topk(TOP, -1).values.float().log_softmax(-1)
+    return -(log_weights.exp() * log_weights).sum(-1) / math.log(TOP)
