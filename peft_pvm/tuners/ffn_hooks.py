@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -126,7 +126,7 @@ class FFNHooks:
             return None  # if the adapter was to act, it is missed when the forward ends
         # A mixture of experts may return its router's logits as well. OPT puts the tokens of all rows in one list.
         own = output[0] if isinstance(output, tuple) else output
-        context: VisualContext = handed["context"]
+        context = cast(VisualContext, handed["context"])
         states = [handed.get("entering"), handed["normed"], handed.get("attention"), own]
         by_row = (_by_row(each, context) for each in states)
         changed = self.change(FFNCall(context, self.layer_idx, self.layer, self.block, *by_row))
