@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 
@@ -24,7 +25,7 @@ from ..tokens.families import find_vlm
 from ..utils.packages import require
 from ..utils.terminal import Terminal, say
 from .lab import REAL_BASE
-from .loading import LOADED_AS, load_model, load_processor, progress_bars
+from .loading import load_model, load_processor, progress_bars
 from .options import (
     LARGEST_SEED,
     MANY,
@@ -33,12 +34,12 @@ from .options import (
     counted,
     name_among,
     new_folder,
-    one_of,
     separated,
     set_kernel,
     whole_number,
     without_weights,
 )
+from .proposals import Device, DType, Kernel, Split
 from .refusals import reading
 
 
@@ -46,48 +47,54 @@ TINY, REAL, ALL = "tiny", "real", "all"
 LAB_TASKS = ("mosaic", "transcription")
 
 
+Model = Annotated[
+    str,
+    typer.Option(
+        help=f"Folder or Hub id of a vision-language model; `{TINY}` and `{REAL}` are the lab's, the latter in "
+        f"{REAL_BASE}."
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        callback=new_folder, help="Folder for the report. If it holds answers, the comparison goes on from there."
+    ),
+]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        help="`mosaic` or `transcription`, the lab's; a JSON Lines file of `image`, `question` and `answer`; or the "
+        "folder or Hub id of a data set with these columns, or with chats as for training."
+    ),
+]
+Methods = Annotated[str, typer.Option(help=f"`{ALL}`, or some of {', '.join(UNTRAINED)}, separated by commas.")]
+Lengths = Annotated[str, typer.Option(help="Tokens of text between image and question, separated by commas.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(help="Folder or Hub id, or several with + between, which act together. Repeatable."),
+]
+Seeds = Annotated[
+    str, typer.Option(help="Separated by commas. Each draws another text, and the lab's tasks other questions.")
+]
+MaxNewTokens = Annotated[
+    int | None, counted("Length of an answer at most; by default that of the longest right one, and 16 more.")
+]
+
+
 def compare(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Folder or Hub id of a vision-language model; `tiny` and `real` are the lab's, `real` in "
-            f"{REAL_BASE}."
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            callback=new_folder, help="Folder for the report. If it holds answers, the comparison goes on from there."
-        ),
-    ],
-    task: Annotated[
-        str,
-        typer.Option(
-            help="`mosaic` or `transcription`, the lab's; a JSON Lines file of `image`, `question` and `answer`; or "
-            "the folder or Hub id of a data set with these columns, or with chats as for training."
-        ),
-    ] = LAB_TASKS[0],
-    methods: Annotated[
-        str, typer.Option(help=f"`{ALL}`, or some of {', '.join(UNTRAINED)}, separated by commas.")
-    ] = ALL,
-    lengths: Annotated[
-        str, typer.Option(help="Tokens of text between image and question, separated by commas.")
-    ] = "0,256,1024",
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="Folder or Hub id, or several with + between, which act together. Repeatable."),
-    ] = None,
+    model: Model,
+    out: Out,
+    task: TaskName = LAB_TASKS[0],
+    methods: Methods = ALL,
+    lengths: Lengths = "0,256,1024",
+    adapter: Adapters = None,
     rows: Annotated[int, counted("Questions, under each seed.")] = 32,
-    seeds: Annotated[
-        str, typer.Option(help="Separated by commas. Each draws another text, and the lab's tasks other questions.")
-    ] = "0",
-    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
-    max_new_tokens: Annotated[
-        int | None, counted("Length of an answer at most; by default that of the longest right one, and 16 more.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(callback=one_of(LOADED_AS), help=f"One of {', '.join(LOADED_AS)}.")] = "auto",
-    attn_implementation: Annotated[str | None, typer.Option(help="The attention kernel, such as sdpa.")] = None,
+    seeds: Seeds = "0",
+    split: Split = "train",
+    max_new_tokens: MaxNewTokens = None,
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    attn_implementation: Kernel = None,
 ) -> None:
     """Have a model answer the same questions alone, with trivial controls, with each method and with adapters."""
     require("lab", "matplotlib", "PIL", "sklearn")
@@ -102,11 +109,10 @@ def compare(
     _check(source, [part for contender in entered for part in contender.adapters], attn_implementation)
     processor = tiny_vlm_processor() if source == TINY else load_processor(source)
     asked = _task(task, rows, split, isinstance(processor, TinyVLMProcessor))
-    loaded: Any = load_tiny_vlm() if source == TINY else load_model(source, [], device, dtype, attn_implementation)
     if source == TINY:
-        loaded = loaded.to(device)
-        if attn_implementation is not None:
-            set_kernel(loaded, attn_implementation)
+        loaded = _tiny(device, attn_implementation)
+    else:
+        loaded = load_model(source, [], device, dtype, attn_implementation)
     plan = Plan(tuple(sorted(set(tokens))), tuple(dict.fromkeys(draws)), max_new_tokens)
     with progress_bars() as show:
         found = compare_model(loaded, processor, asked, entered, plan, out, name=model, progress=show)
@@ -118,6 +124,13 @@ def compare(
     Terminal().print(table)
     for sentence in (*outcome(found), f"Report: {page}"):
         say(sentence)
+
+
+def _tiny(device: str, attn_implementation: str | None) -> Any:
+    model: Any = load_tiny_vlm().to(torch.device(device))
+    if attn_implementation is not None:
+        set_kernel(model, attn_implementation)
+    return model
 
 
 def _check(source: str, adapters: list[str], attn_implementation: str | None) -> None:

@@ -63,7 +63,7 @@ def save(comparison: Comparison, folder: str | os.PathLike) -> Path:
     """
     picture = draw_pareto(comparison)
     files = {
-        NUMBERS: json.dumps(comparison.to_dict(), indent=1).encode() + b"\n",
+        NUMBERS: _as_json(comparison).encode(),
         TEXT: ("\n".join(as_markdown(comparison, PICTURE)) + "\n").encode(),
         PAGE: as_html(comparison, picture).encode(),
         PICTURE: picture,
@@ -72,6 +72,12 @@ def save(comparison: Comparison, folder: str | os.PathLike) -> Path:
         for name, content in files.items():
             (staged / name).write_bytes(content)
     return Path(folder, PAGE)
+
+
+def _as_json(comparison: Comparison) -> str:
+    """A line for each part: with a line for each number, it would be several times as long."""
+    parts = (f"{json.dumps(name)}: {json.dumps(part)}" for name, part in comparison.to_dict().items())
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def as_markdown(comparison: Comparison, picture: str) -> list[str]:
@@ -160,8 +166,8 @@ def _how(comparison: Comparison) -> str:
     return (
         "Accuracy by tokens of text between image and question, with its standard error over "
         f"{comparison.num_questions} questions; seeds {', '.join(map(str, seeds))}. {about['scored']} Answers are "
-        f"generated, with at most {about['max_new_tokens']} tokens. Helps and hurts speak of the paired difference to "
-        "the base; where neither stands, the two cannot be told apart."
+        f'generated; the limit of tokens is {about["max_new_tokens"]}. Where "helps" or "hurts" stands, the paired '
+        "difference to the base is told from zero. Elsewhere the two cannot be told apart."
     )
 
 
@@ -201,7 +207,8 @@ def _latency(comparison: Comparison) -> list[str]:
     points = {name: (comparison.slowdown(name, lengths), sum(comparison.accuracies(name, lengths))) for name in whole}
     return [
         "Right and down is worse: an answer takes longer, and fewer are right. Bars are standard errors over "
-        "questions. Along the dotted line stand those that no other beats in both, as far as means show.",
+        "questions. Along the dotted line stand those that no other beats in both, as far as means show. Contenders ran one after "
+        "the other: whatever else the machine did meanwhile is in their times.",
         f"At all lengths together, these are: {', '.join(front(points))}.",
     ]
 
