@@ -171,28 +171,27 @@ def _task(name: str, rows: int, split: str, in_tokens: bool) -> Task:
 def lab_task(name: str, rows: int, in_tokens: bool) -> Task:
     """The questions of the lab about mosaics: see `_task`."""
     is_transcription = name == LAB_TASKS[1]
-    draw = partial(cells.ask_in_tokens if in_tokens else cells.ask_in_words, is_transcription, rows)
-    digit = cells.IN_TOKENS if in_tokens else cells.IN_WORDS
-    asked = NUM_CELLS if not in_tokens else cells.ROUNDS * NUM_CELLS if is_transcription else 1
+    ask = partial(cells.ask_in_tokens if in_tokens else cells.ask_in_words, is_transcription, rows)
 
     def questions(seed: int) -> list[Question]:
-        return [_about_cells(f"{seed}-{number}", *one) for number, one in enumerate(draw(seed))]
+        return [_about_cells(f"{seed}-{number}", *one) for number, one in enumerate(ask(seed))]
 
-    scored = "An answer counts if its first digit is the right one."
-    if asked > 1:
-        scored = (
-            f"Accuracy is the share of {asked} digits that are right; the digits of an answer count in their order."
-        )
-    return Task(
-        name,
-        questions,
-        lambda answer, question: cells.digits_right(answer, question.answers[0], digit),
-        scored,
-        asked,
-        ending="",
-        paragraphs=cells.held_out_text(),
-        max_new_tokens=(2 * asked - 1) if in_tokens else None,  # the tiny model does not end
-    )
+    def score(answer: str, question: Question) -> int:
+        if not in_tokens:
+            return cells.digits_right(answer, question.answers[0])
+        asked = question.prompt[0]["content"][-1]["text"]
+        return cells.cells_right(asked + answer, asked + question.answers[0])
+
+    if not in_tokens:
+        asked = NUM_CELLS
+        scored = f"Accuracy is the share of {asked} digits that are right. Digits of an answer count in their order."
+    elif is_transcription:
+        asked = cells.ROUNDS * NUM_CELLS
+        scored = f"Accuracy is the share of {asked} cells with the right digit behind them, be it their turn or not."
+    else:
+        asked, scored = 1, "An answer counts if it is the right digit."
+    limit = 2 * asked - 1 if in_tokens else None  # the tiny model does not end
+    return Task(name, questions, score, scored, asked, "", cells.held_out_text(), limit)
 
 
 def _about_cells(name: str, image: Any, question: str, answer: str) -> Question:

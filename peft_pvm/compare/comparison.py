@@ -93,14 +93,13 @@ class Comparison:
         """From single answers. A length that a contender did not finish is left out."""
         lengths = sorted({one.length for one in asked})
         by_length = {length: [one.key for one in asked if one.length == length] for length in lengths}
-        cells = {
-            contender.name: {
-                length: Cell.of([answers[(contender.name, *key)] for key in keys])
-                for length, keys in by_length.items()
-                if all((contender.name, *key) in answers for key in keys)
-            }
-            for contender in entered
-        }
+        cells: dict[str, dict[int, Cell]] = {contender.name: {} for contender in entered}
+        for name, of_contender in cells.items():
+            for length, keys in by_length.items():
+                found = [answers.get((name, *key)) for key in keys]
+                whole = [answer for answer in found if answer is not None]
+                if len(whole) == len(keys):
+                    of_contender[length] = Cell.of(whole)
         questions = [(seed, name) for _, seed, name in by_length[lengths[0]]]
         settings = {contender.name: contender.settings() for contender in entered}
         return cls(about, settings, questions, cells, refused)

@@ -166,7 +166,7 @@ def _how(comparison: Comparison) -> str:
     return (
         "Accuracy by tokens of text between image and question, with its standard error over "
         f"{comparison.num_questions} questions; seeds {', '.join(map(str, seeds))}. {about['scored']} Answers are "
-        f'generated; the limit of tokens is {about["max_new_tokens"]}. Where "helps" or "hurts" stands, the paired '
+        f'generated; the limit of tokens is {about["max_new_tokens"]}. Where "helps" or "hurts" stands, the '
         "difference to the base is told from zero. Elsewhere the two cannot be told apart."
     )
 
@@ -207,8 +207,8 @@ def _latency(comparison: Comparison) -> list[str]:
     points = {name: (comparison.slowdown(name, lengths), sum(comparison.accuracies(name, lengths))) for name in whole}
     return [
         "Right and down is worse: an answer takes longer, and fewer are right. Bars are standard errors over "
-        "questions. Along the dotted line stand those that no other beats in both, as far as means show. Contenders ran one after "
-        "the other: whatever else the machine did meanwhile is in their times.",
+        "questions. Along the dotted line stand those that no other beats in both, as far as means show. Contenders "
+        "ran one after the other: whatever else the machine did meanwhile is in their times.",
         f"At all lengths together, these are: {', '.join(front(points))}.",
     ]
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-ROUNDS = 2  # in which the tiny model writes a mosaic out
-IN_TOKENS, IN_WORDS = re.compile(r"\[digit (\d)\]"), re.compile(r"(?<!\d)(\d)(?!\d)")
+ROUNDS = 6  # in which the tiny model writes a mosaic out
+TOLD = re.compile(r"\[cell (\d)\]\[digit (\d)\]")  # in the tiny model's tokens
+DIGIT = re.compile(r"(?<!\d)\d(?!\d)")  # in words
 
 
 class CellQuestion(NamedTuple):
@@ -86,19 +87,29 @@ def _question(row: int, seed: int, split: Split, write: Write) -> CellQuestion:
     return CellQuestion(image, *write(pictures.digits[0, 0].tolist(), generator))
 
 
-def digits_right(answer: str, expected: str, digit: re.Pattern[str]) -> int:
-    """How many digits of an answer are those expected, place by place.
+def cells_right(written: str, expected: str) -> int:
+    """How many cells have the right digit behind them, be it their turn or not: who loses count can still look.
 
     Args:
-        answer: What the model wrote.
-        expected: The right answer.
-        digit: How a digit is written, `IN_TOKENS` or `IN_WORDS`.
+        written: Question and answer, in the tiny model's tokens.
+        expected: The same with the right answer.
 
     Example:
-        >>> digits_right("Digits: top left 3, top right 5", "Digits: top left 3, top right 4", IN_WORDS)
+        >>> cells_right("[cell 0][digit 3][cell 2][digit 5]", "[cell 0][digit 3][cell 1][digit 4]")
         1
     """
-    return sum(found == wanted for found, wanted in zip(digit.findall(answer), digit.findall(expected)))
+    digits = dict(TOLD.findall(expected))
+    return sum(digits.get(cell) == digit for cell, digit in TOLD.findall(written))
+
+
+def digits_right(answer: str, expected: str) -> int:
+    """How many digits of an answer in words are those expected, place by place.
+
+    Example:
+        >>> digits_right("Digits: top left 3, top right 5", "Digits: top left 3, top right 4")
+        1
+    """
+    return sum(found == wanted for found, wanted in zip(DIGIT.findall(answer), DIGIT.findall(expected)))
 
 
 def held_out_text(split: Split = "test") -> list[str]:

@@ -30,9 +30,7 @@ def test_the_same_bytes_from_the_same_results(tmp_path: Path):
         page = write_leaderboard(RECORDED, tmp_path / name)
         pictures = sorted((page.parent / "figures").iterdir())
         written.append([page.read_bytes(), *(picture.read_bytes() for picture in pictures)])
-        assert [picture.stem for picture in pictures] == [
-            f"leaderboard-{path.stem}" for path in sorted(RECORDED.iterdir())
-        ]
+        assert len(pictures) == len(read_comparisons(RECORDED))
     assert written[0] == written[1]
 
 
