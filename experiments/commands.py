@@ -20,6 +20,7 @@ from peft_pvm.utils.terminal import say
 from .anchors import compare_anchors
 from .base import new_tiny_vlm, train_base
 from .export import export_adapter
+from .leaderboard import write_leaderboard
 from .methods import METHODS
 from .pvm_limits import load_for_limits, show_limits
 from .real.commands import COMMANDS as REAL_COMMANDS
@@ -109,6 +110,17 @@ def report(
 ) -> None:
     """Write results.md and its pictures from the results."""
     say(write_report(results, docs))
+
+
+@app.command()
+def leaderboard(
+    results: Annotated[
+        Path, typer.Option("--results", callback=new_folder, help="Folder of what peft-pvm compare recorded.")
+    ] = RECORDED / "leaderboard",
+    docs: Annotated[Path, typer.Option(callback=new_folder, help="Folder for the page.")] = Path("docs"),
+) -> None:
+    """Write leaderboard.md and its pictures from recorded comparisons."""
+    say(write_leaderboard(results, docs))
 
 
 @app.command()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+
+from peft_pvm.utils.text import markdown_table as table
 
 from .summary import OF_MACHINES
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+__all__ = ["folded", "machines", "one_level_down", "table"]
 
 
 def folded(summary: str, lines: Iterable[str]) -> list[str]:

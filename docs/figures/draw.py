@@ -42,12 +42,13 @@ TEXT_FILL, IMAGE_FILL, PVM_FILL, BASE_FILL = "#E8E8E8", "#F6C9A8", "#BFDDF0", "#
 ROOMS = {
     "experiments": (5.0, "the lab, not in the wheel"),
     "cli": (5.0, "peft-pvm"),
-    "integrations": (1.5, "lmms-eval, vLLM, TRL"),
-    "bench": (5.0, "time and memory"),
+    "integrations": (0.7, "lmms-eval, vLLM, TRL"),
+    "compare": (3.6, "who helps, who hurts"),
+    "bench": (6.5, "time and memory"),
     "training": (8.5, "what makes it look"),
     "probe": (1.5, "how much it looks"),
     "": (5.0, "the public names"),
-    "demo": (8.5, "task and tiny model"),
+    "demo": (9.4, "task and tiny model"),
     "methods": (5.0, "PVM, DIPE, T-DRS, ..."),
     "tuners": (5.0, "the side that PEFT sees"),
     "attention": (3.7, "calls, stages, kernels"),
@@ -305,7 +306,7 @@ def rooms() -> str:
     step, height, width = 1.6, 1.0, 2.7
     figure, axes = new_figure(5.8)
     house = axes[0][0]
-    house.set(xlim=(-0.75, 9.95), ylim=(-0.1, max(floor.values()) * step + height + 0.1))
+    house.set(xlim=(-0.75, 10.85), ylim=(-0.1, max(floor.values()) * step + height + 0.1))
     house.set_axis_off()
     for start, end in sorted(nx.transitive_reduction(graph).edges):
         start_x, end_x = ROOMS[start][0], ROOMS[end][0]

@@ -8,6 +8,7 @@ import typer
 
 from .adapters import card, convert, export_reference, export_vllm, inspect, merge
 from .bench import bench, scale
+from .comparing import compare
 from .evaluation import curves, eval_lengths, probe
 from .lab import app as lab
 from .methods import methods
@@ -30,6 +31,7 @@ COMMANDS = (
     probe,
     layers,
     calibrate,
+    compare,
     sinks,
     bench,
     scale,

@@ -5,30 +5,18 @@ The pictures are inside the page. It has no script, and loads nothing from outsi
 
 from __future__ import annotations
 
-import base64
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from ..folders.replacing import replacing
+from ..utils.html import document, figure, table
 from ..utils.packages import require
 from .findings import Findings
 from .measures import Dilution, PowerLaw
 from .plots import Picture, draw
-
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111;
-  background: #fff }
-img { max-width: 100%; height: auto }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem }
-th, td { border-bottom: 1px solid #bbb; padding: 0.3rem 0.7rem; text-align: right }
-th:first-child, td:first-child { text-align: left }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f3f3f3; padding: 0.7rem }
-figure { margin: 0 }
-"""
 
 
 @dataclass(frozen=True)
@@ -89,15 +77,7 @@ def page(result: Findings, pictures: Sequence[Picture]) -> str:
     sections = [_summary(result), _looked_at(result), _forwards(result), _adapters(result), _signs(result)]
     sections += [_figure(picture) for picture in pictures]
     sections += [_tokens(result), _setting(result)]
-    title = escape(f"Probe of {result.model_name}")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # Browsers ask a server for an icon unless the page says that there is none.
-        '<meta name="viewport" content="width=device-width">\n<link rel="icon" href="data:,">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body>\n</html>\n"
-    )
+    return document(f"Probe of {result.model_name}", sections)
 
 
 def _summary(result: Findings) -> str:
@@ -116,10 +96,7 @@ def _summary(result: Findings) -> str:
 
 
 def _looked_at(result: Findings) -> str:
-    return "\n".join(
-        f'<figure><img alt="Image {number + 1} of the prompt" src="{_inlined(image)}"></figure>'
-        for number, image in enumerate(result.images)
-    )
+    return "\n".join(figure(image, f"Image {number + 1} of the prompt") for number, image in enumerate(result.images))
 
 
 def _forwards(result: Findings) -> str:
@@ -152,7 +129,7 @@ def _forwards(result: Findings) -> str:
         "dilution law is what a softmax gives that tells only text from image. The last column is the share of "
         "generated tokens that are this forward's first choice."
     )
-    return f"<h2>What was measured</h2>\n<p>{escape(explanation)}</p>\n{_table(header, rows)}"
+    return f"<h2>What was measured</h2>\n<p>{escape(explanation)}</p>\n{table(header, rows)}"
 
 
 def _exponent(law: PowerLaw | None) -> str:
@@ -185,7 +162,7 @@ def _adapters(result: Findings) -> str:
         )
         rows.append((adapter.name, adapter.method, "yes" if adapter.active else "no", alone, gates))
     header = ("Adapter", "Type", "Acts", "Mean KL to the base by itself (nats)", "Gates")
-    return f"<h2>Adapters</h2>\n{_table(header, rows)}"
+    return f"<h2>Adapters</h2>\n{table(header, rows)}"
 
 
 def _signs(result: Findings) -> str:
@@ -196,14 +173,12 @@ def _signs(result: Findings) -> str:
         "Shares of the base's scores of visual keys, before the softmax, over heads and generated tokens. A method "
         "that multiplies scores by more than 1 takes attention from these keys."
     )
-    return f"<h2>Scores below 0</h2>\n<p>{explanation}</p>\n{_table(('Layer', 'Below 0'), rows)}"
+    return f"<h2>Scores below 0</h2>\n<p>{explanation}</p>\n{table(('Layer', 'Below 0'), rows)}"
 
 
 def _figure(picture: Picture) -> str:
-    return (
-        f"<h2>{escape(picture.title)}</h2>\n<p>{escape(picture.explanation)}</p>\n"
-        f'<figure><img alt="{escape(picture.alternative)}" src="{_inlined(picture.png)}"></figure>'
-    )
+    shown = figure(picture.png, picture.alternative)
+    return f"<h2>{escape(picture.title)}</h2>\n<p>{escape(picture.explanation)}</p>\n{shown}"
 
 
 def _tokens(result: Findings) -> str:
@@ -212,19 +187,9 @@ def _tokens(result: Findings) -> str:
         for number, token in enumerate(result.tokens)
     ]
     header = ("Number", "Token", *(f"Attention on the image, {forward.name}" for forward in result.forwards))
-    return f"<h2>Token by token</h2>\n{_table(header, rows)}"
+    return f"<h2>Token by token</h2>\n{table(header, rows)}"
 
 
 def _setting(result: Findings) -> str:
     rows = [(name, str(value)) for name, value in (*result.settings.items(), *result.environment.items())]
-    return f"<h2>Settings and versions</h2>\n{_table(('Name', 'Value'), rows)}"
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
-def _inlined(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+    return f"<h2>Settings and versions</h2>\n{table(('Name', 'Value'), rows)}"

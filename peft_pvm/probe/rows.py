@@ -42,10 +42,15 @@ class Lesson:
 
     def on(self, model: Any) -> dict[str, torch.Tensor]:
         """The inputs on a model's device, pixels in its dtype."""
-        return {
-            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
-            for name, tensor in self.inputs.items()
-        }
+        return on_model(self.inputs, model)
+
+
+def on_model(inputs: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Inputs on a model's device, pixels in its dtype."""
+    return {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
 
 
 def read_chats(rows: Iterable[Mapping[str, Any]], most: int) -> list[Chat]:
@@ -118,17 +123,11 @@ def teach(processor: Any, chat: Chat) -> Lesson:
     Raises:
         ValueError: The processor has no chat template, or does not leave the answer as it is.
     """
-    if not getattr(processor, "chat_template", None):
-        raise ValueError(
-            f"{type(processor).__name__} has no chat template, so that it is not known how a chat is to be written."
-        )
+    _check_template(processor)
     answered = [*chat.prompt, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
     before, found, _ = processor.apply_chat_template(answered).partition(ANSWER)
     text = before + chat.answer
-    tokenizer = processor.tokenizer
-    # The template writes the token with which texts begin, if there is one: the tokenizer need not.
-    begun = {"add_special_tokens": False} if text.startswith(tokenizer.bos_token or "\0") else {}
-    inputs = dict(processor(images=[chat.images], text=[text], return_tensors="pt", **begun).items())
+    inputs, tokenizer = _processed(processor, chat.images, text), processor.tokenizer
     without, whole = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, text))
     # A token may hold the end of what comes before and the beginning of the answer.
     num_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(without, whole)))
@@ -136,3 +135,31 @@ def teach(processor: Any, chat: Chat) -> Lesson:
     if not found or inputs["input_ids"][0, -len(answer) :].tolist() != answer:
         raise ValueError(f"{type(processor).__name__} does not leave an answer in a chat as it is.")
     return Lesson(inputs, len(answer))
+
+
+def ask(processor: Any, prompt: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """A chat that waits for its answer, as `generate` takes it.
+
+    Args:
+        processor: The model's processor, with a chat template.
+        prompt: All messages, as in `Chat`.
+        images: Their images, in order.
+
+    Raises:
+        ValueError: The processor has no chat template.
+    """
+    _check_template(processor)
+    return _processed(processor, images, processor.apply_chat_template(prompt, add_generation_prompt=True))
+
+
+def _check_template(processor: Any) -> None:
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, so that it is not known how a chat is to be written."
+        )
+
+
+def _processed(processor: Any, images: Sequence[Any], text: str) -> dict[str, torch.Tensor]:
+    # The template writes the token with which texts begin, if there is one: the tokenizer need not.
+    begun = {"add_special_tokens": False} if text.startswith(processor.tokenizer.bos_token or "\0") else {}
+    return dict(processor(images=[images], text=[text], return_tensors="pt", **begun).items())

@@ -151,12 +151,13 @@ def parts_of(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return [] if isinstance(content, str) else content
 
 
-def into_messages(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
+def into_messages(messages: Sequence[Mapping[str, Any]], text: str, ending: str = "\n\n") -> list[dict[str, Any]]:
     """Put a text behind the last image or video of a chat.
 
     Args:
         messages: Each with `role` and `content`, a list of parts with `type`. At least one part is visual.
         text: The distractor.
+        ending: What stands behind it.
 
     Returns:
         New messages.
@@ -176,7 +177,11 @@ def into_messages(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict
         if part["type"] in VISUAL
     )
     parts = list(parts_of(messages[number]))
-    changed[number]["content"] = [*parts[: place + 1], {"type": "text", "text": f"{text}\n\n"}, *parts[place + 1 :]]
+    changed[number]["content"] = [
+        *parts[: place + 1],
+        {"type": "text", "text": f"{text}{ending}"},
+        *parts[place + 1 :],
+    ]
     return changed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 LONGEST = 1_000  # characters of a message
@@ -85,3 +85,14 @@ def code_span(text: object, limit: int = 200) -> str:
     """
     said = plain(text, limit)
     return f"<code>{markdown(said, limit)}</code>" if re.search(r"[`|\\]", said) else f"`{said}`"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table of a Markdown page, whose cells are Markdown.
+
+    Example:
+        >>> markdown_table(["a", "b"], [["1", "2"]])
+        ['| a | b |', '| --- | --- |', '| 1 | 2 |']
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]

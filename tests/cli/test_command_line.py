@@ -59,7 +59,10 @@ WILD = {
     ' "weight_map": ["x"], "log_history": [3], "r": [], "layers_to_transform": {}}',
     "binary": "\x00\xff\x1b[31m",
 }
-CRASHES_OTHERS = {("data", "null")}  # pyarrow, which reads data sets, ends the process at a JSON file of null
+CRASHES_OTHERS = {
+    ("data", "null"),
+    ("task", "null"),
+}  # pyarrow, which reads data sets, ends the process at a JSON file of null
 FILES = (
     "adapter_config.json",
     "config.json",

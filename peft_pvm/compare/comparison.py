@@ -1,0 +1,222 @@
+"""A comparison: what each contender answered, question by question, and what can be told from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean, median
+from typing import Any
+
+from ..folders.data_file import holding, read_json
+from .contenders import BASE, Contender
+from .journal import Answer
+from .statistics import Estimate, holm, sign_flip_p, verdict
+from .tasks import Asked
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a contender answered at one length, seed by seed and question by question, the same for all contenders.
+
+    Attributes:
+        right: How much of each answer is right.
+        tokens: How many each has.
+        seconds: What each took.
+    """
+
+    right: tuple[int, ...]
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer]) -> Cell:
+        """From answers in order."""
+        seconds = tuple(float(f"{answer.seconds:.4g}") for answer in answers)
+        return cls(tuple(answer.right for answer in answers), tuple(answer.tokens for answer in answers), seconds)
+
+    @property
+    def seconds_of_a_token(self) -> float:
+        """The median over answers. The prompt's time is in it."""
+        return median(seconds / max(tokens, 1) for seconds, tokens in zip(self.seconds, self.tokens))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What can be told of a contender at one length.
+
+    Attributes:
+        accuracy: Over questions.
+        difference: To the base, paired by question.
+        p: Of the difference, by the exact sign-flip test.
+        corrected: The same by Holm's method, over all contenders and lengths.
+        verdict: What follows.
+        slowdown: The time of an answer, as a multiple of the base's: the median over answers.
+    """
+
+    accuracy: Estimate
+    difference: Estimate
+    p: float
+    corrected: float
+    verdict: str
+    slowdown: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        about: Model, task, settings and machine.
+        contenders: The settings of each, by name, in order.
+        asked: Seed and name of each question, in order.
+        cells: By contender and length.
+        refused: By contender that refused, the reason.
+    """
+
+    about: Mapping[str, Any]
+    contenders: Mapping[str, Mapping[str, Any]]
+    asked: Sequence[tuple[int, str]]
+    cells: Mapping[str, Mapping[int, Cell]]
+    refused: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        about: Mapping[str, Any],
+        entered: Sequence[Contender],
+        asked: Sequence[Asked],
+        answers: Mapping[tuple[str, int, int, str], Answer],
+        refused: Mapping[str, str],
+    ) -> Comparison:
+        """From single answers. A length that a contender did not finish is left out."""
+        lengths = sorted({one.length for one in asked})
+        by_length = {length: [one.key for one in asked if one.length == length] for length in lengths}
+        cells: dict[str, dict[int, Cell]] = {contender.name: {} for contender in entered}
+        for name, of_contender in cells.items():
+            for length, keys in by_length.items():
+                found = [answers.get((name, *key)) for key in keys]
+                whole = [answer for answer in found if answer is not None]
+                if len(whole) == len(keys):
+                    of_contender[length] = Cell.of(whole)
+        questions = [(seed, name) for _, seed, name in by_length[lengths[0]]]
+        settings = {contender.name: contender.settings() for contender in entered}
+        return cls(about, settings, questions, cells, refused)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of text, of all contenders."""
+        return sorted({length for by_length in self.cells.values() for length in by_length})
+
+    @property
+    def num_questions(self) -> int:
+        """Different ones: of one name under several seeds, they are one."""
+        return len({name for _, name in self.asked})
+
+    @property
+    def tests(self) -> int:
+        """How many differences to the base are tested."""
+        return len(self.findings) - len(self.cells[BASE])
+
+    def accuracies(self, contender: str, lengths: Sequence[int]) -> list[float]:
+        """Of each question, from 0 to 1: mean over seeds and lengths."""
+        by_length = [self._sums(contender, length) for length in lengths]
+        most = len(self.asked) / self.num_questions * self.about["asked"]
+        return [fmean(sums) / most for sums in zip(*by_length)]
+
+    def slowdown(self, contender: str, lengths: Sequence[int]) -> float:
+        """The time of an answer as a multiple of the base's to the same question: the median over answers."""
+        pairs = [
+            (mine, base)
+            for length in lengths
+            for mine, base in zip(self.cells[contender][length].seconds, self.cells[BASE][length].seconds)
+        ]
+        return median(mine / base for mine, base in pairs)
+
+    @cached_property
+    def findings(self) -> dict[tuple[str, int], Finding]:
+        """By contender and length, the base included."""
+        keys = [(name, length) for name, by_length in self.cells.items() for length in by_length]
+        tested = [key for key in keys if key[0] != BASE]
+        p_values = [sign_flip_p(self._differences(*key)) for key in tested]
+        p_of = {key: (p, corrected) for key, p, corrected in zip(tested, p_values, holm(p_values))}
+        return {key: self._finding(*key, *p_of.get(key, (1.0, 1.0))) for key in keys}
+
+    def _finding(self, name: str, length: int, p: float, corrected: float) -> Finding:
+        mine, base = (self.accuracies(one, [length]) for one in (name, BASE))
+        difference = Estimate.of([a - b for a, b in zip(mine, base)])
+        said = verdict(corrected, difference.mean)
+        return Finding(Estimate.of(mine), difference, p, corrected, said, self.slowdown(name, [length]))
+
+    def _differences(self, name: str, length: int) -> list[int]:
+        """Of each question, how much more is right than with the base, over all seeds together."""
+        return [mine - base for mine, base in zip(self._sums(name, length), self._sums(BASE, length))]
+
+    def _sums(self, name: str, length: int) -> list[int]:
+        """How much of each question is right, over its seeds together."""
+        sums: dict[str, int] = {}
+        for (_, question), right in zip(self.asked, self.cells[name][length].right):
+            sums[question] = sums.get(question, 0) + right
+        return list(sums.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON holds: all numbers, and what is told from them."""
+        findings = [
+            {
+                "contender": name,
+                "length": length,
+                "accuracy": found.accuracy.mean,
+                "standard error": found.accuracy.standard_error,
+                "difference": found.difference.mean,
+                "its standard error": found.difference.standard_error,
+                "p": found.p,
+                "p, Holm": found.corrected,
+                "verdict": None if name == BASE else found.verdict,
+                "time, base = 1": found.slowdown,
+            }
+            for (name, length), found in self.findings.items()
+        ]
+        cells = {
+            name: {
+                str(length): {"right": cell.right, "tokens": cell.tokens, "seconds": cell.seconds}
+                for length, cell in by_length.items()
+            }
+            for name, by_length in self.cells.items()
+        }
+        return {
+            "about": self.about,
+            "contenders": self.contenders,
+            "refused": self.refused,
+            "findings": findings,
+            "questions": self.asked,
+            "answers": cells,
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Comparison:
+        """Read what `save` wrote as JSON.
+
+        Raises:
+            OSError: There is no such file.
+            ValueError: It holds something else.
+        """
+        content = read_json(path)
+        with holding(path, "what peft-pvm compare writes"):
+            asked = [(int(seed), str(name)) for seed, name in content["questions"]]
+            cells = {
+                str(name): {int(length): _cell(cell, len(asked)) for length, cell in by_length.items()}
+                for name, by_length in content["answers"].items()
+            }
+            refused = {str(name): str(reason) for name, reason in content["refused"].items()}
+            loaded = cls(dict(content["about"]), dict(content["contenders"]), asked, cells, refused)
+            _ = loaded.findings  # takes everything apart
+        return loaded
+
+
+def _cell(content: Mapping[str, Any], answers: int) -> Cell:
+    right, tokens = (tuple(map(int, content[name])) for name in ("right", "tokens"))
+    cell = Cell(right, tokens, tuple(map(float, content["seconds"])))
+    if {len(cell.right), len(cell.tokens), len(cell.seconds)} != {answers}:
+        raise ValueError("a list has another length than the questions")
+    return cell

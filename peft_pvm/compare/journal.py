@@ -1,0 +1,118 @@
+"""Answers on the disk, each as soon as it is there: an interrupted comparison goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..folders.data_file import holding
+from ..folders.replacing import write_file
+from ..utils.text import quoted
+from .tasks import Asked
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a contender answered to one question.
+
+    Attributes:
+        contender: Its name.
+        length: Tokens of text between image and question.
+        seed: Of the questions, the text and sampling.
+        question: The question's name.
+        expected: The first of the accepted answers.
+        answer: What the model wrote.
+        right: How much of it is right.
+        tokens: How many it wrote.
+        seconds: The time from the prompt, as tensors, to the last token.
+    """
+
+    contender: str
+    length: int
+    seed: int
+    question: str
+    expected: str
+    answer: str
+    right: int
+    tokens: int
+    seconds: float
+
+
+class Journal:
+    """A JSON Lines file: what is compared, then what each contender is, and its answers, in the order of writing.
+
+    Args:
+        path: The file, read if it is there. A last line that was not finished is dropped.
+        about: What decides answers and times; a file about anything else is refused.
+
+    Attributes:
+        answers: By contender, length, seed and question.
+
+    Raises:
+        ValueError: The file is damaged, or about something else.
+    """
+
+    def __init__(self, path: str | os.PathLike, about: Mapping[str, Any]):
+        self.path = Path(path)
+        self.answers: dict[tuple[str, int, int, str], Answer] = {}
+        self._settings: dict[str, Any] = {}
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if not whole:
+            write_file(self.path, _line({"about": about}))
+            return
+        with holding(self.path, "what peft-pvm compare writes"):
+            found = dict(json.loads(whole[0])["about"])
+            for line in whole[1:]:
+                entry = json.loads(line)
+                if "settings" in entry:
+                    self._settings[str(entry["contender"])] = entry["settings"]
+                else:
+                    self._take(Answer(**entry))
+        if len(whole) < len(lines):
+            write_file(self.path, "".join(whole))
+        for name in [*about, *(name for name in found if name not in about)]:
+            self._compare(f"answers with {name}", found.get(name), about.get(name))
+
+    def enter(self, contender: str, settings: Mapping[str, Any]) -> None:
+        """Note what a contender is. ValueError: under this name, answers of another one are there."""
+        if contender in self._settings:
+            self._compare(f"answers of {contender} with", self._settings[contender], settings)
+            return
+        self._settings[contender] = settings
+        self._append({"contender": contender, "settings": settings})
+
+    def find(self, contender: str, asked: Asked) -> Answer | None:
+        """An answer that is there. ValueError: it is to another question of this name."""
+        answer = self.answers.get((contender, *asked.key))
+        if answer is not None:
+            name, expected = asked.question.name, asked.question.answers[0]
+            self._compare(f"question {name} with the answer", answer.expected, expected)
+        return answer
+
+    def add(self, answer: Answer) -> None:
+        """Keep an answer, at once."""
+        self._take(answer)
+        self._append(asdict(answer))
+
+    def _take(self, answer: Answer) -> None:
+        self.answers[answer.contender, answer.length, answer.seed, answer.question] = answer
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(entry))
+
+    def _compare(self, what: str, found: Any, wanted: Any) -> None:
+        if found != wanted:
+            raise ValueError(
+                f"{self.path} has {what} {quoted(found)}, but these would be with {quoted(wanted)}. Write to another "
+                "folder with --out, or remove the file."
+            )
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

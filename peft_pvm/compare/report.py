@@ -1,0 +1,246 @@
+"""A comparison as a folder: its numbers, a Markdown page, an HTML page that needs nothing else, and its picture."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..folders.replacing import replacing
+from ..utils.html import document, figure
+from ..utils.html import table as html_table
+from ..utils.text import markdown, markdown_table
+from .comparison import Comparison, Finding
+from .contenders import BASE, METHOD
+from .plots import draw_pareto, front
+from .statistics import HELPS, HURTS, LEVEL, UNCLEAR, fewest_changed
+
+
+NUMBERS, PICTURE, PAGE, TEXT = "compare.json", "pareto.png", "compare.html", "compare.md"
+MISSING = "-"
+LATENCY, DETAILS, SETTINGS = "Accuracy against latency", "Every difference", "Settings and machine"  # headings
+ALTERNATIVE = "Accuracy of each method against the time of an answer."  # in the picture's place
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts, which are neither Markdown nor HTML."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report.
+
+    Attributes:
+        title: Its heading.
+        parts: Paragraphs and tables, in order.
+    """
+
+    title: str
+    parts: Sequence[str | Table]
+
+
+def save(comparison: Comparison, folder: str | os.PathLike) -> Path:
+    """Write `compare.json`, `compare.md`, `compare.html` and `pareto.png`, all or none.
+
+    The same comparison gives the same bytes.
+
+    Args:
+        comparison: What `compare` found.
+        folder: Made if it is not there; files of the same name are overwritten.
+
+    Returns:
+        The path of the HTML page.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    picture = draw_pareto(comparison)
+    files = {
+        NUMBERS: _as_json(comparison).encode(),
+        TEXT: ("\n".join(as_markdown(comparison, PICTURE)) + "\n").encode(),
+        PAGE: as_html(comparison, picture).encode(),
+        PICTURE: picture,
+    }
+    with replacing(folder, entry=NUMBERS) as staged:
+        for name, content in files.items():
+            (staged / name).write_bytes(content)
+    return Path(folder, PAGE)
+
+
+def _as_json(comparison: Comparison) -> str:
+    """A line for each part: with a line for each number, it would be several times as long."""
+    parts = (f"{json.dumps(name)}: {json.dumps(part)}" for name, part in comparison.to_dict().items())
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def as_markdown(comparison: Comparison, picture: str) -> list[str]:
+    """The report as lines of Markdown.
+
+    Args:
+        comparison: The comparison.
+        picture: Where the picture lies, from the page.
+    """
+    lines = [f"# {markdown(title(comparison))}"]
+    for section in sections(comparison):
+        lines += ["", f"## {section.title}", *in_markdown(section, picture)]
+    return lines
+
+
+def in_markdown(section: Section, picture: str) -> list[str]:
+    """What stands below a section's heading, as lines of Markdown."""
+    lines = []
+    for part in section.parts:
+        if isinstance(part, str):
+            lines += ["", markdown(part, limit=2_000)]
+        else:
+            rows = [[markdown(cell, limit=400) for cell in row] for row in part.rows]
+            lines += ["", *markdown_table([markdown(cell) for cell in part.header], rows)]
+    return [*lines, "", f"![{ALTERNATIVE}]({picture})"] if section.title == LATENCY else lines
+
+
+def as_html(comparison: Comparison, picture: bytes) -> str:
+    """The report as a page that needs nothing else."""
+    made = []
+    for section in sections(comparison):
+        made.append(f"<h2>{html.escape(section.title)}</h2>")
+        for part in section.parts:
+            made.append(f"<p>{html.escape(part)}</p>" if isinstance(part, str) else html_table(part.header, part.rows))
+        if section.title == LATENCY:
+            made.append(figure(picture, ALTERNATIVE))
+    return document(title(comparison), made)
+
+
+def title(comparison: Comparison) -> str:
+    """What the report is called."""
+    return f"{comparison.about['model']} on {comparison.about['task']}"
+
+
+def sections(comparison: Comparison) -> list[Section]:
+    """The report, whatever it is written as."""
+    return [
+        Section("What came out", [*outcome(comparison), *_refused(comparison)]),
+        Section("Accuracy", [_how(comparison), overview(comparison), _caution(comparison)]),
+        Section(LATENCY, _latency(comparison)),
+        Section(DETAILS, [_details(comparison)]),
+        Section(SETTINGS, [_settings(comparison), _machine(comparison)]),
+    ]
+
+
+def outcome(comparison: Comparison) -> list[str]:
+    """Who helps, who hurts, and of whom it cannot be told, in a sentence each."""
+    said = []
+    for word, meaning in ((HELPS, "Helps"), (HURTS, "Hurts"), (UNCLEAR, "Cannot be told from the base")):
+        by_name: dict[str, list[int]] = {}
+        for (name, length), found in comparison.findings.items():
+            if name != BASE and found.verdict == word:
+                by_name.setdefault(name, []).append(length)
+        told = [f"{_called(comparison, name)} {_where(comparison, lengths)}" for name, lengths in by_name.items()]
+        said.append(f"{meaning}: {'; '.join(told) or 'none'}.")
+    return said
+
+
+def _where(comparison: Comparison, lengths: Sequence[int]) -> str:
+    if list(lengths) == comparison.lengths:
+        return "at every length"
+    return f"at {', '.join(f'{length:,}' for length in lengths)}"
+
+
+def _called(comparison: Comparison, name: str) -> str:
+    kind = comparison.contenders[name]["kind"]
+    return name if kind == METHOD else f"{name} ({kind})"
+
+
+def _refused(comparison: Comparison) -> list[str]:
+    return [f"{name} refused the model: {reason}" for name, reason in comparison.refused.items()]
+
+
+def _how(comparison: Comparison) -> str:
+    about, seeds = comparison.about, sorted({seed for seed, _ in comparison.asked})
+    return (
+        "Accuracy by tokens of text between image and question, with its standard error over "
+        f"{comparison.num_questions} questions; seeds {', '.join(map(str, seeds))}. {about['scored']} Answers are "
+        f'generated; the limit of tokens is {about["max_new_tokens"]}. Where "helps" or "hurts" stands, the '
+        "difference to the base is told from zero. Elsewhere the two cannot be told apart."
+    )
+
+
+def overview(comparison: Comparison) -> Table:
+    """Accuracies by contender and length, with what can be told of them."""
+    rows = []
+    for name in comparison.contenders:
+        cells = [comparison.findings.get((name, length)) for length in comparison.lengths]
+        times = [comparison.findings[name, length].slowdown for length in comparison.cells[name]]
+        time = f"{comparison.slowdown(name, list(comparison.cells[name])):.2f}" if times else MISSING
+        rows.append([_called(comparison, name), *(_cell(found) for found in cells), time])
+    return Table(["", *(f"{length:,}" for length in comparison.lengths), "Time of an answer, base = 1"], rows)
+
+
+def _cell(found: Finding | None) -> str:
+    if found is None:
+        return MISSING
+    said = "" if found.verdict == UNCLEAR else f", {found.verdict}"
+    return f"{found.accuracy.shown()}{said}"
+
+
+def _caution(comparison: Comparison) -> str:
+    tests = comparison.tests
+    least = fewest_changed(tests)
+    return (
+        f"{tests} differences are tested, each by the exact two-sided sign-flip test over questions, and corrected "
+        f"together by Holm's method at {LEVEL}. To be told at all, an answer must have changed to at least {least} of "
+        f"the {comparison.num_questions} questions if the strictest step applies, all in one direction: what cannot "
+        "be told may still be there. A standard error of 0 says that all questions agree, not that no other one would "
+        "differ."
+    )
+
+
+def _latency(comparison: Comparison) -> list[str]:
+    lengths = comparison.lengths
+    whole = [name for name, cells in comparison.cells.items() if cells.keys() >= set(lengths)]
+    points = {name: (comparison.slowdown(name, lengths), sum(comparison.accuracies(name, lengths))) for name in whole}
+    return [
+        "Right and down is worse: an answer takes longer, and fewer are right. Bars are standard errors over "
+        "questions. Along the dotted line stand those that no other beats in both, as far as means show. Contenders "
+        "ran one after the other: whatever else the machine did meanwhile is in their times.",
+        f"At all lengths together, these are: {', '.join(front(points))}.",
+    ]
+
+
+def _details(comparison: Comparison) -> Table:
+    header = ["", "Tokens of text", "Less the base", "p", "p, Holm", "Verdict", "Time, base = 1", "ms a token"]
+    rows = [
+        [
+            _called(comparison, name),
+            f"{length:,}",
+            found.difference.shown("+.3f"),
+            f"{found.p:.2g}",
+            f"{found.corrected:.2g}",
+            found.verdict,
+            f"{found.slowdown:.2f}",
+            f"{1000 * comparison.cells[name][length].seconds_of_a_token:.3g}",
+        ]
+        for (name, length), found in comparison.findings.items()
+        if name != BASE
+    ]
+    return Table(header, rows)
+
+
+def _settings(comparison: Comparison) -> Table:
+    rows = [
+        [name, ", ".join(f"{field} {value}" for field, value in settings.items() if field != "kind") or "greedy"]
+        for name, settings in comparison.contenders.items()
+    ]
+    return Table(["", "Settings"], rows)
+
+
+def _machine(comparison: Comparison) -> Table:
+    shown = {name: value for name, value in comparison.about.items() if name not in ("scored", "environment")}
+    environment = comparison.about["environment"]
+    return Table(["Name", "Value"], [[name, str(value)] for name, value in (*shown.items(), *environment.items())])

@@ -1,0 +1,205 @@
+"""`compare`: a model with each contender answers the same questions, after ever more text behind the images."""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..env import environment
+from ..probe.observers import undisturbed
+from ..probe.rows import ask, on_model
+from ..tokens.families import VisionLanguageModel, find_vlm
+from ..tuners.active import base_of
+from ..utils.distractors import Distractors, read_paragraphs
+from ..utils.packages import attn_implementation
+from .comparison import Comparison
+from .contenders import BASE, Contender
+from .journal import Answer, Journal
+from .tasks import Asked, Task
+
+
+ANSWERS = "answers.jsonl"
+SPARE = 16  # tokens that an answer may be longer than the longest right one
+REFUSALS = (ImportError, NotImplementedError, ValueError)  # how methods say that a model is not for them
+GREEDY = {"do_sample": False, "num_beams": 1}
+
+Progress = Callable[[str, int, int], None]  # what is done, how many steps of it are done, how many there are
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked.
+
+    Attributes:
+        lengths: Tokens of text between image and question.
+        seeds: Each decides the text, sampling and, where questions are drawn, the questions.
+        max_new_tokens: Length of an answer at most; `None`: what the task says.
+    """
+
+    lengths: tuple[int, ...] = (0, 1024, 4096)
+    seeds: tuple[int, ...] = (0,)
+    max_new_tokens: int | None = None
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module,
+    processor: Any,
+    task: Task,
+    entered: Sequence[Contender],
+    plan: Plan,
+    out: str | os.PathLike,
+    *,
+    name: str = "",
+    progress: Progress | None = None,
+) -> Comparison:
+    """Have a model answer the same questions with each contender. Answers that are there are not asked for again.
+
+    Questions are asked one at a time, and each answer is kept at once, in `out/answers.jsonl`. A contender that
+    refuses the model is noted with its reason, and the others go on.
+
+    Args:
+        model: A vision-language model from transformers, without adapters. Adapters that contenders load stay on it,
+            off.
+        processor: Its processor, with a chat template.
+        task: What is asked.
+        entered: What is compared; the first is the base.
+        plan: Lengths and seeds.
+        out: Folder of the answers.
+        name: What the model is called; by default what its configuration says.
+        progress: Called with the contender, how many questions are answered and how many there are.
+
+    Returns:
+        The comparison, whose `save` writes a report.
+
+    Raises:
+        ValueError: The base cannot answer, a length leaves the model's positions, there is not enough text without the
+            answers in it, or `out` has answers to something else.
+    """
+    vlm = find_vlm(base_of(model))
+    asked = _asked(processor, task, plan)
+    limit = plan.max_new_tokens or task.max_new_tokens or SPARE + _longest_answer(processor, asked)
+    _check_positions(vlm, processor, asked, limit)
+    about = _about(vlm, task, limit, name)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    asker = _Asker(vlm.model, processor, task, limit, Journal(Path(out, ANSWERS), about))
+    refused = {}
+    with undisturbed(vlm):
+        for contender in entered:
+            try:
+                asker.ask(contender, asked, progress or (lambda *_: None))
+            except Refusal as error:
+                if contender.name == BASE:
+                    raise ValueError(f"The base cannot answer: {error}") from error
+                refused[contender.name] = str(error)
+    return Comparison.of(about, entered, asked, asker.journal.answers, refused)
+
+
+class Refusal(Exception):
+    """A contender cannot act on the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Asker:
+    """Asks a model questions and keeps the answers."""
+
+    model: Any
+    processor: Any
+    task: Task
+    limit: int
+    journal: Journal
+
+    def ask(self, contender: Contender, asked: Sequence[Asked], progress: Progress) -> None:
+        """Have a contender answer whatever it has not answered yet."""
+        self.journal.enter(contender.name, contender.settings())
+        left = [one for one in asked if self.journal.find(contender.name, one) is None]
+        if not left:
+            return
+        try:
+            with contender.acting(self.model):
+                length = None
+                for number, one in enumerate(left, len(asked) - len(left)):
+                    progress(contender.name, number, len(asked))
+                    inputs = on_model(ask(self.processor, one.messages, one.question.images), self.model)
+                    if one.length != length:  # what is tried or compiled once must not count as time of an answer
+                        self._generate(inputs, contender, one, min(2, self.limit))
+                        length = one.length
+                    self.journal.add(self._answer(inputs, contender, one))
+        except REFUSALS as error:
+            raise Refusal(str(error).strip() or type(error).__name__) from error
+
+    def _answer(self, inputs: dict[str, torch.Tensor], contender: Contender, asked: Asked) -> Answer:
+        started = time.perf_counter()
+        tokens = self._generate(inputs, contender, asked, self.limit)
+        seconds = time.perf_counter() - started
+        written = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        right = self.task.score(written, asked.question)
+        return Answer(contender.name, *asked.key, asked.question.answers[0], written, right, len(tokens), seconds)
+
+    def _generate(self, inputs: dict[str, torch.Tensor], contender: Contender, asked: Asked, limit: int) -> list[int]:
+        """The tokens of an answer, on the CPU."""
+        how: dict[str, Any] = GREEDY
+        if contender.temperature is not None:
+            how = {**GREEDY, "do_sample": True, "temperature": contender.temperature, "top_p": 1.0, "top_k": 0}
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(zlib.crc32(repr(asked.key).encode()))
+            sequences = self.model.generate(**inputs, **how, max_new_tokens=limit)
+        return sequences[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _asked(processor: Any, task: Task, plan: Plan) -> list[Asked]:
+    """All questions with the text before them, length by length."""
+    paragraphs = task.paragraphs or read_paragraphs()
+    asked = []
+    for length in plan.lengths:
+        for seed in plan.seeds:
+            texts = Distractors(processor.tokenizer, length, paragraphs, seed) if length else None
+            for question in task.draw(seed):
+                text = texts.draw(question.name, question.answers) if texts else ""
+                asked.append(Asked(length, seed, question, task.messages(question, text)))
+    return asked
+
+
+def _longest_answer(processor: Any, asked: Sequence[Asked]) -> int:
+    answers = {answer for one in asked for answer in one.question.answers}
+    return max(len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
+
+
+def _check_positions(vlm: VisionLanguageModel, processor: Any, asked: Sequence[Asked], limit: int) -> None:
+    """Refuse a length that leaves the model's positions, before anything is asked."""
+    positions = getattr(vlm.text_config, "max_position_embeddings", None)
+    longest = max(one.length for one in asked)
+    of_longest = next(one for one in asked if one.length == longest)
+    tokens = ask(processor, of_longest.messages, of_longest.question.images)["input_ids"].shape[1] + limit
+    if positions is not None and tokens > positions:
+        raise ValueError(
+            f"A text of {longest:,} tokens is too long: with image, question and answer it takes {tokens:,} "
+            f"positions, but the model has {positions:,}. Give shorter --lengths."
+        )
+
+
+def _about(vlm: VisionLanguageModel, task: Task, limit: int, name: str) -> dict[str, Any]:
+    """What decides answers and times, as JSON holds it."""
+    model: Any = vlm.model
+    return {
+        "model": name or model.config.name_or_path,
+        "type": model.config.model_type,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention kernel": attn_implementation(vlm.text_config),
+        "device": model.device.type,
+        "task": task.name,
+        "scored": task.scored,
+        "asked": task.asked,
+        "max_new_tokens": limit,
+        "environment": environment(),
+    }

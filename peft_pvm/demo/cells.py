@@ -1,0 +1,117 @@
+"""The lab's questions one by one, for models that generate: what some cells of a mosaic hold, or all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .for_trainers import cell_token, digit_token
+from .mosaic import NUM_CELLS, Split, draw_pictures, load_material
+from .questions import PLACES, ask, tell
+from .train import step_generator
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+ROUNDS = 6  # in which the tiny model writes a mosaic out
+TOLD = re.compile(r"\[cell (\d)\]\[digit (\d)\]")  # in the tiny model's tokens
+DIGIT = re.compile(r"(?<!\d)\d(?!\d)")  # in words
+
+
+class CellQuestion(NamedTuple):
+    """A question about a mosaic.
+
+    Attributes:
+        image: The mosaic.
+        question: The question.
+        answer: The right answer.
+    """
+
+    image: Image
+    question: str
+    answer: str
+
+
+def ask_in_tokens(transcription: bool, rows: int, seed: int, split: Split = "test") -> list[CellQuestion]:
+    """Questions in the tokens of the tiny model: one cell a mosaic, or cell after cell, round after round.
+
+    Args:
+        transcription: Whether all cells are written out, `ROUNDS` times. The first query is given.
+        rows: Mosaics.
+        seed: Decides them.
+        split: Where digits come from.
+    """
+
+    def write(digits: list[int], generator: torch.Generator) -> tuple[str, str]:
+        first = int(torch.randint(NUM_CELLS, (), generator=generator))
+        cells = [(first + step) % NUM_CELLS for step in range(ROUNDS * NUM_CELLS if transcription else 1)]
+        written = "".join(cell_token(cell) + digit_token(digits[cell]) for cell in cells)
+        return cell_token(first), written.removeprefix(cell_token(first))
+
+    return [_question(row, seed, split, write) for row in range(rows)]
+
+
+def ask_in_words(transcription: bool, rows: int, seed: int, split: Split = "test") -> list[CellQuestion]:
+    """Questions in natural language: all nine cells of a mosaic, in an order that is drawn, or row by row.
+
+    Args:
+        transcription: Whether the order is that of reading.
+        rows: Mosaics.
+        seed: Decides them.
+        split: Where digits come from.
+    """
+
+    def write(digits: list[int], generator: torch.Generator) -> tuple[str, str]:
+        drawn = torch.randperm(NUM_CELLS, generator=generator).tolist()
+        cells = range(NUM_CELLS) if transcription else drawn
+        places = [PLACES[cell] for cell in cells]
+        return f"\n{ask(places)}", f"Digits: {tell(places, [digits[cell] for cell in cells])}"
+
+    return [_question(row, seed, split, write) for row in range(rows)]
+
+
+Write = Callable[[list[int], torch.Generator], tuple[str, str]]  # question and answer about these digits
+
+
+def _question(row: int, seed: int, split: Split, write: Write) -> CellQuestion:
+    from PIL.Image import fromarray
+
+    generator = step_generator(seed, row)
+    pictures = draw_pictures(split, 1, 0, 1, generator)
+    image = fromarray((pictures.mosaics[0].permute(1, 2, 0) * 255).round().byte().numpy())
+    return CellQuestion(image, *write(pictures.digits[0, 0].tolist(), generator))
+
+
+def cells_right(written: str, expected: str) -> int:
+    """How many cells have the right digit behind them, be it their turn or not: who loses count can still look.
+
+    Args:
+        written: Question and answer, in the tiny model's tokens.
+        expected: The same with the right answer.
+
+    Example:
+        >>> cells_right("[cell 0][digit 3][cell 2][digit 5]", "[cell 0][digit 3][cell 1][digit 4]")
+        1
+    """
+    digits = dict(TOLD.findall(expected))
+    return sum(digits.get(cell) == digit for cell, digit in TOLD.findall(written))
+
+
+def digits_right(answer: str, expected: str) -> int:
+    """How many digits of an answer in words are those expected, place by place.
+
+    Example:
+        >>> digits_right("Digits: top left 3, top right 5", "Digits: top left 3, top right 4")
+        1
+    """
+    return sum(found == wanted for found, wanted in zip(DIGIT.findall(answer), DIGIT.findall(expected)))
+
+
+def held_out_text(split: Split = "test") -> list[str]:
+    """The paragraphs of a split's text, which the lab's models were not trained on."""
+    return bytes(load_material(split).text.tolist()).decode().split("\n\n")

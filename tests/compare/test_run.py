@@ -1,0 +1,198 @@
+"""A comparison on the lab's tiny model: what is asked, kept, gone on with and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+pytest.importorskip("matplotlib", reason="the command line needs the extra `lab`")
+pytest.importorskip("sklearn", reason="the lab needs the extra `lab`")
+
+from commands import run
+from environment import DEVICE
+
+from peft_pvm import attached
+from peft_pvm.cli.comparing import lab_task
+from peft_pvm.compare.contenders import BASE, METHOD, Contender, contenders
+from peft_pvm.compare.run import ANSWERS, Plan, compare
+from peft_pvm.demo.for_trainers import tiny_vlm_processor
+from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+from peft_pvm.methods import LogBiasConfig, VAFConfig, VCDConfig
+from peft_pvm.tuners.active import acting_adapters
+
+
+ADAPTER = Path(__file__).parents[2] / "adapters" / "pvm-tiny-vlm"
+PROCESSOR = tiny_vlm_processor()
+PLAN = Plan(lengths=(0, 40), seeds=(0, 3))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load_tiny_vlm().to(DEVICE)
+
+
+def compared(model: Any, out: Path, entered: Sequence[Contender], plan: Plan = PLAN, rows: int = 2, **options: Any):
+    return compare(model, PROCESSOR, lab_task("mosaic", rows, in_tokens=True), entered, plan, out, **options)
+
+
+def entries(out: Path) -> list[dict[str, Any]]:
+    """The answers on the disk, without their times."""
+    found = [json.loads(line) for line in (out / ANSWERS).read_text().splitlines()]
+    return [{**entry, "seconds": 0} for entry in found if "answer" in entry]
+
+
+def test_all_answer_the_same_questions(model: Any, tmp_path: Path):
+    entered = contenders(["vaf", "vcd"], [str(ADAPTER)])
+    found = compared(model, tmp_path, entered)
+    assert list(found.cells) == ["base", "temperature", "Log-bias", "VAF", "VCD", "pvm-tiny-vlm"]
+    by_name: dict[str, list[Any]] = {}
+    for entry in entries(tmp_path):
+        asked = entry["length"], entry["seed"], entry["question"], entry["expected"]
+        by_name.setdefault(entry["contender"], []).append(asked)
+    assert len(set(map(tuple, by_name.values()))) == 1
+    assert len(by_name[BASE]) == 2 * 2 * 2
+    assert found.findings[BASE, 0].accuracy.mean == 1, "the tiny model answers right after the image"
+    assert acting_adapters(model) == []
+    assert model.generate.__func__ is type(model).generate
+
+
+def test_methods_are_what_answers(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+
+    def noting(model: Any, *configs: Any):
+        seen.extend(configs)
+        return attached(model, *configs)
+
+    monkeypatch.setattr("peft_pvm.compare.contenders.attached", noting)
+    found = compared(model, tmp_path, contenders(["vcd"], [str(ADAPTER)]), Plan(lengths=(1024,)), rows=6)
+    assert [type(config) for config in seen] == [LogBiasConfig, VCDConfig]
+    right = {name: sum(cells[1024].right) for name, cells in found.cells.items()}
+    assert right["pvm-tiny-vlm"] >= 5 > 3 >= right[BASE]
+
+
+def test_an_interrupted_comparison_goes_on(model: Any, tmp_path: Path):
+    entered = contenders(["vaf"])
+    whole = compared(model, tmp_path / "whole", entered)
+
+    def stop(name: str, done: int, total: int) -> None:
+        if (name, done) == ("Log-bias", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compared(model, tmp_path / "parts", entered, progress=stop)
+    with (tmp_path / "parts" / ANSWERS).open("a") as file:
+        file.write('{"contender": "Log-b')  # the process was killed while it wrote
+    done: list[tuple[str, int]] = []
+    again = compared(
+        model, tmp_path / "parts", entered, progress=lambda name, number, total: done.append((name, number))
+    )
+    assert done == [("Log-bias", number) for number in range(3, 8)] + [("VAF", number) for number in range(8)]
+    assert entries(tmp_path / "parts") == entries(tmp_path / "whole")
+    assert [again.findings[key].accuracy for key in again.findings] == [
+        whole.findings[key].accuracy for key in whole.findings
+    ]
+    more = compared(model, tmp_path / "parts", contenders(["pai"]), Plan(lengths=(0, 40, 50), seeds=(0, 3)))
+    assert more.lengths == [0, 40, 50]
+    assert len(entries(tmp_path / "parts")) == 4 * 8 + 3 * 4 + 12
+
+
+def test_other_answers_are_not_mixed_in(model: Any, tmp_path: Path):
+    entered = contenders([])
+    plan = Plan(lengths=(0,))
+    compared(model, tmp_path, entered, plan)
+    with pytest.raises(ValueError, match=r"answers\.jsonl has answers with max_new_tokens 1, but these would"):
+        compared(model, tmp_path, entered, Plan(lengths=(0,), max_new_tokens=3))
+    other = [*entered[:2], Contender("Log-bias", "control", VAFConfig())]
+    with pytest.raises(ValueError, match="has answers of Log-bias with"):
+        compared(model, tmp_path, other, plan)
+    lines = (tmp_path / ANSWERS).read_text().replace('"expected": "[digit', '"expected": "[figure')
+    (tmp_path / ANSWERS).write_text(lines)
+    with pytest.raises(ValueError, match="has question 0-0 with the answer"):
+        compared(model, tmp_path, entered, plan)
+    (tmp_path / ANSWERS).write_text("[]\n")
+    with pytest.raises(ValueError, match=r"answers\.jsonl does not hold what peft-pvm compare writes"):
+        compared(model, tmp_path, entered, plan)
+
+
+def test_who_refuses_is_listed_and_the_others_go_on(model: Any, tmp_path: Path):
+    layers = Contender("too deep", METHOD, VAFConfig(layers_to_transform=[99]))
+    found = compared(model, tmp_path, [contenders([])[0], layers, Contender("VAF", METHOD, VAFConfig())])
+    assert list(found.refused) == ["too deep"]
+    assert "99" in found.refused["too deep"]
+    assert (list(found.cells["too deep"]), list(found.cells["VAF"])) == ([], [0, 40])
+
+
+def test_a_length_beyond_the_positions_is_refused_before_anything_is_asked(model: Any, tmp_path: Path):
+    with pytest.raises(ValueError, match="A text of 8,192 tokens is too long"):
+        compared(model, tmp_path, contenders([]), Plan(lengths=(0, 8192)))
+    assert not (tmp_path / ANSWERS).exists()
+
+
+def test_sampling_follows_the_seed(model: Any, tmp_path: Path):
+    """The same seeds give the same answers, and torch's own generator is left as it was."""
+    entered = contenders([])[:2]
+    for name in ("first", "second"):
+        compared(model, tmp_path / name, entered, Plan(lengths=(40,), seeds=(0, 1)), rows=4)
+    assert entries(tmp_path / "first") == entries(tmp_path / "second")
+
+
+def test_the_command(tmp_path: Path):
+    shutil.copytree(ADAPTER, tmp_path / "mine")
+    options = ["--model", "tiny", "--out", tmp_path / "out", "--lengths", 0, "--rows", 1, "--methods", "vaf"]
+    output = run("compare", *options, "--adapter", tmp_path / "mine", "--task", "transcription")
+    assert "temperature (control)" in output
+    assert "mine (adapter)" in output
+    assert "Report: " in output
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert found["about"]["asked"] == 54
+    assert found["answers"]["base"]["0"]["tokens"] == [107]
+    assert min(found["answers"]["base"]["0"]["right"]) > 9
+
+
+def test_a_file_of_the_user(tmp_path: Path):
+    from peft_pvm.demo.cells import ask_in_tokens
+
+    with (tmp_path / "questions.jsonl").open("w") as file:
+        for number, asked in enumerate(ask_in_tokens(False, 2, 0)):
+            asked.image.save(tmp_path / f"{number}.png")
+            row = {"image": f"{number}.png", "question": asked.question, "answers": ["no", asked.answer]}
+            file.write(json.dumps(row) + "\n")
+    options = [
+        "--model",
+        "tiny",
+        "--methods",
+        "vaf",
+        "--lengths",
+        "0",
+        "--max-new-tokens",
+        1,
+        "--out",
+        tmp_path / "out",
+    ]
+    run("compare", "--task", tmp_path / "questions.jsonl", *options)
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert found["answers"]["base"]["0"]["right"] == [1, 1]
+    assert found["about"]["scored"].startswith("An answer counts if it is one of the accepted ones")
+
+
+def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def load(*args: object, **kwargs: object):
+        raise AssertionError("The weights are loaded.")
+
+    monkeypatch.setattr("peft_pvm.cli.comparing.load_tiny_vlm", load)
+    (tmp_path / "bad.jsonl").write_text('{"image": "none.png", "question": "?", "answer": "x"}\n')
+
+    def error(*options: object) -> str:
+        return run("compare", "--model", "tiny", "--out", tmp_path / "out", *options, fails=True)
+
+    assert "'pvm' must be all, or some of" in error("--methods", "pvm")
+    assert "bad.jsonl, line 1: 'none.png' cannot be read as an image" in error("--task", tmp_path / "bad.jsonl")
+    assert "nowhere" in error("--adapter", "nowhere")
+    assert "'x' must be whole numbers" in error("--lengths", "x")
+    assert "'nowhere' cannot be used" in error("--device", "nowhere")
