@@ -355,12 +355,15 @@ def test_cards_say_what_the_docstring_says():
     class PlainConfig(AttentionMethod):
         """Has no paper."""
 
+        method = "plain"
+
     class SilentConfig(AttentionMethod):
-        pass
+        method = "silent"
 
     class LoudConfig(AttentionMethod):
         """Says otherwise (arXiv 2401.01234)."""
 
+        method = "loud"
         title, summary, paper = "LOUD", "Its own words.", "2409.99999"
 
     class LouderConfig(LoudConfig):
@@ -379,6 +382,8 @@ def test_cards_say_what_the_docstring_says():
 def test_the_number_of_the_paper_is_no_part_of_the_summary():
     class NumberedConfig(AttentionMethod):
         """Moves keys (arXiv 2401.01234) to where they were."""
+
+        method = "numbered"
 
     assert NumberedConfig.summary == "Moves keys to where they were."
     assert NumberedConfig.paper == "2401.01234"
