@@ -66,8 +66,7 @@ def render(comparisons: Mapping[str, Comparison]) -> str:
         "measured, how it is tested, and how to do it on your model.",
         "",
         "Methods run at their defaults: none was tuned for these models and tasks. Where a default suits a model "
-        "badly, that shows. Times were taken while other programs ran beside, so they are rough: a method that seems "
-        "twice as slow as another at one length may not be.",
+        "badly, that shows.",
         "",
         "## What helped and what hurt",
         "",

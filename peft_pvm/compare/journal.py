@@ -28,7 +28,7 @@ class Answer:
         answer: What the model wrote.
         right: How much of it is right.
         tokens: How many it wrote.
-        seconds: The time from the prompt, as tensors, to the last token.
+        seconds: The time from the prompt, as tensors, to the last token; on a CPU, the CPU time of all threads.
     """
 
     contender: str

@@ -207,8 +207,8 @@ def _latency(comparison: Comparison) -> list[str]:
     points = {name: (comparison.slowdown(name, lengths), sum(comparison.accuracies(name, lengths))) for name in whole}
     return [
         "Right and down is worse: an answer takes longer, and fewer are right. Bars are standard errors over "
-        "questions. Along the dotted line stand those that no other beats in both, as far as means show. Contenders "
-        "ran one after the other: whatever else the machine did meanwhile is in their times.",
+        "questions. Along the dotted line stand those that no other beats in both, as far as means show. On a CPU, "
+        "the time is the CPU time of all threads; elsewhere it is that of the clock.",
         f"At all lengths together, these are: {', '.join(front(points))}.",
     ]
 

@@ -309,8 +309,8 @@ def test_the_scale_command():
 
 
 def test_import_is_quick():
-    """The whole package adds at most 0.3 s to the import of PEFT; on a machine so slow or busy that PEFT takes more than
-    3 s, a tenth."""
+    """The whole package adds at most 0.3 s to the import of PEFT; on a machine so slow or busy that this alone takes
+    more than 3 s, a tenth."""
     from peft_pvm.bench.meters import import_seconds
 
     peft, own = import_seconds(rounds=3)
