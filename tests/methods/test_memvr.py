@@ -61,10 +61,12 @@ class Retracing:
         handles = [self.text_model.register_forward_pre_hook(self.start, with_kwargs=True)]
         for layer_idx, layer in enumerate(self.text_model.layers):
             if layer_idx in self.layers:
-                returns = getattr(layer, RETURNS.get(self.text_model.config.model_type, "mlp"))
+                ffn = layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp  # Llama 4's, and others'
+                name = RETURNS.get(self.text_model.config.model_type)
+                returns = getattr(layer, name) if name else ffn
                 handles += [
                     layer.register_forward_pre_hook(lambda module, args: self.now.update(entering=args[0])),
-                    layer.mlp.register_forward_pre_hook(lambda module, args: self.now.update(x=args[0])),
+                    ffn.register_forward_pre_hook(lambda module, args: self.now.update(x=args[0])),
                     returns.register_forward_hook(
                         lambda module, args, output, layer_idx=layer_idx: self.mix(layer_idx, output)
                     ),
@@ -78,7 +80,10 @@ class Retracing:
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.now = {"embeds": kwargs["inputs_embeds"].detach()}
 
-    def mix(self, layer_idx: int, output: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer_idx: int, output: Any) -> Any:
+        if isinstance(output, tuple):  # of a mixture of experts, with its router's logits
+            own = output[0].view_as(self.now["entering"])
+            return (self.mix(layer_idx, own).view_as(output[0]), *output[1:])
         changed = output.clone()
         for row, column in self.rows.nonzero().tolist():
             if self.turns.get((row, column), layer_idx) != layer_idx:
@@ -94,7 +99,7 @@ class Retracing:
 
     def entropy(self, hidden_state: torch.Tensor) -> float:
         with torch.no_grad():
-            scores = self.model.lm_head(self.text_model.norm(hidden_state[None]))[0]
+            scores = self.model.get_output_embeddings()(self.text_model.norm(hidden_state[None]))[0]
         softcap = getattr(self.text_model.config, "final_logit_softcapping", None)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
