@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationMixin
 
-from ..utils.packages import FEATURE_KEYWORDS
+from ..utils.packages import FEATURE_KEYWORDS, caps_paligemma
 from ..utils.wrapping import look_inside, unwrapped
 from .blocks import DecoderBlock, find_block
 from .unsuited import why_unsuited
@@ -75,7 +75,7 @@ LOGITS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "mistral_large4": _softcapped,
     "muse_glimmer": _multiplied_and_softcapped,
     "muse_spark": _multiplied_and_softcapped,
-    "paligemma": _softcapped,
+    "paligemma": lambda config, output: _softcapped(config, output) if caps_paligemma() else output,
 }
 
 

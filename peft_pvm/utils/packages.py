@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -324,3 +325,11 @@ def next_inputs(model: Any, inputs: dict[str, Any], output: Any = None) -> dict[
 def execution_device(module: nn.Module) -> torch.device | None:
     """Where accelerate runs a module whose weights it keeps elsewhere. It notes this on the module alone."""
     return getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+
+
+@functools.cache
+def caps_paligemma() -> bool:
+    """Whether PaliGemma caps its logits as the Gemma 2 in it does. Older transformers leave that out."""
+    from transformers.models.paligemma import modeling_paligemma  # loaded where such a model is at hand
+
+    return "final_logit_softcapping" in inspect.getsource(modeling_paligemma)

@@ -309,9 +309,8 @@ def test_the_scale_command():
 
 
 def test_import_is_quick():
-    """The whole package adds at most 0.3 s to the import of PEFT; on a machine so slow or busy that this alone takes
-    more than 3 s, a tenth."""
+    """The whole package adds at most 0.3 s to the import of PEFT, on a machine that is not busy with much else."""
     from peft_pvm.bench.meters import import_seconds
 
-    peft, own = import_seconds(rounds=3)
-    assert own < max(0.3, peft / 10)
+    _, own = import_seconds(rounds=3)
+    assert own < 0.3
