@@ -9,8 +9,8 @@ offers. What is replaced in PEFT and transformers for good is in `tuners/registr
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import functools
+import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
