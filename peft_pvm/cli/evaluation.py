@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..attention.dispatch import steerable_attentions
-from ..folders.data_file import write_json
+from ..folders.data_file import read_image, write_json
 from ..folders.replacing import write_file
 from ..integrations.lmms_eval import report, tasks_folder
 from ..integrations.trl import draw_curves, read_log
@@ -119,17 +118,10 @@ def _check_without_weights(
 
 
 def _open_image(path: Path) -> Image:
-    import PIL.Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # twice as large, it is an error
-        try:
-            with PIL.Image.open(path) as image:
-                return image.convert("RGB")
-        except Exception as error:  # of a damaged file, whatever PIL's readers trip over
-            raise typer.BadParameter(
-                f"'{path}' cannot be read as an image: {error}", param_hint=["--image"]
-            ) from error
+    try:
+        return read_image(path)
+    except ValueError as error:
+        raise typer.BadParameter(f"'{path}' {error}", param_hint=["--image"]) from error
 
 
 def _sentence(result: ProbeResult) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..folders.data_file import read_image
 from ..probe.rows import read_chats
 from ..utils.text import plain, quoted
 from .tasks import Question
@@ -45,15 +46,12 @@ def _rows(lines: Iterable[str], name: str, folder: Path) -> Iterator[tuple[str, 
 
 
 def _open(folder: Path, source: Any, where: str) -> Any:
-    import PIL.Image  # of the extra `lab`
-
     if not isinstance(source, str) or not source:
         raise ValueError(f"{where} has the image {quoted(source)}, but must have the path of a file in `image`.")
     try:
-        with PIL.Image.open(folder / source) as image:
-            return image.convert("RGB")
-    except Exception as error:  # of a damaged file, whatever PIL's readers trip over
-        raise ValueError(f"{where}: '{plain(source, 200)}' cannot be read as an image: {plain(error, 200)}") from error
+        return read_image(folder / source)
+    except ValueError as error:
+        raise ValueError(f"{where}: '{plain(source, 200)}' {error}") from error
 
 
 def questions_of(rows: Iterable[tuple[str, Mapping[str, Any]]], most: int, name: str) -> list[Question]:

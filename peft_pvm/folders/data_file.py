@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from ..utils.text import plain
 from .replacing import write_file
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 LONGEST_FILE = 64 * 2**20  # bytes
@@ -32,6 +37,27 @@ def read_json(path: str | os.PathLike, limit: int = LONGEST_FILE) -> Any:
     with open(path, "rb") as file:
         content = file.read(limit + 1)
     return parse_json(content, plain(os.fspath(path), 200), limit)
+
+
+def read_image(path: str | os.PathLike) -> Image:
+    """The image in a file, in RGB. Needs Pillow.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: There is no such file, or it is no image, a damaged one, or one so large that it may be an attack.
+            The message goes on behind the name that the user gave.
+    """
+    import PIL.Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # twice as large, it is an error
+        try:
+            with PIL.Image.open(path) as image:
+                return image.convert("RGB")
+        except Exception as error:  # of a damaged file, whatever Pillow's readers trip over, of which it has no list
+            raise ValueError(f"cannot be read as an image: {plain(error, 200)}") from error
 
 
 def parse_json(content: str | bytes, where: str, limit: int) -> Any:

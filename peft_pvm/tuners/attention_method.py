@@ -148,7 +148,8 @@ class AttentionMethodLayer(LayerWithoutParameters):
         ]
 
     def _mark(self, layer_idx: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Of every adapter that is attached: one that is activated in the middle of a conversation needs it."""
+        """Note what every attached adapter needs of the layer's tokens, also while it is off: it may be switched on in
+        the middle of a conversation."""
         context = kwargs.get(CONTEXT)
         if context is None or context.refusal is not None:
             return

@@ -96,7 +96,6 @@ class FFNHooks:
             handle.remove()
 
     def _take_entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._in_flight.pop(this_thread(), None)  # of a forward that was interrupted
         self._hand_on("entering", args[0] if args else kwargs["hidden_states"])
 
     # The others run within the forward of the decoder layer, also when gradient checkpointing runs it again: in this

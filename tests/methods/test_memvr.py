@@ -238,7 +238,7 @@ def test_two_chats_in_turns_are_what_the_oracle_makes_of_each(tiny: TinyVLM, row
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 def test_gradients_equal_the_oracles(plain: TinyVLM, checkpointed: bool):
-    """Of all layers: a layer that runs again for the backward pass decides as it did."""
+    """A layer that runs again for the backward pass decides what it decided before."""
     config = undecided_enough(plain, BATCH[:3])
     model = plain.build()
     inputs = plain.inputs(model, *BATCH)
