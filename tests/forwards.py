@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import environment  # noqa: F401  # its settings act before PEFT is imported
 import torch
@@ -62,6 +62,28 @@ def prefill(tiny: TinyVLM, model: PeftModel, *conversations: str, stop: int | No
 def resume(tiny: TinyVLM, model: PeftModel, cache, conversation: str, start: int) -> torch.Tensor:
     inputs = tiny.inputs(model.get_base_model(), conversation, start=start)
     return logits(model, inputs, **{CACHE: cache}, use_cache=True)
+
+
+def ends_of_turns(tiny: TinyVLM, base: torch.nn.Module, first: str, chat: str) -> list[int]:
+    """Where to cut a chat that begins with `first`: a prompt, an answer token by token, another turn, its answer."""
+    prompt, length = (tiny.inputs(base, each)["input_ids"].shape[1] for each in (first, chat))
+    return [0, prompt - 2, prompt - 1, prompt, length - 4, length - 3, length - 1, length]
+
+
+def logits_in_turns(
+    tiny: TinyVLM, base: torch.nn.Module, chats: Sequence[str], cuts: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """The logits of whole chats, each on its own cache, piece by piece in turns with the others."""
+    caches: list = [None] * len(chats)
+    pieces: list[list[torch.Tensor]] = [[] for _ in chats]
+    with torch.no_grad():
+        for turn in range(len(cuts[0]) - 1):
+            for number, chat in enumerate(chats):
+                piece = tiny.inputs(base, chat, start=cuts[number][turn], stop=cuts[number][turn + 1])
+                output = base(**piece, **{CACHE: caches[number]}, use_cache=True)
+                caches[number] = output[CACHE]
+                pieces[number].append(output.logits)
+    return [torch.cat(of_chat, 1) for of_chat in pieces]
 
 
 def counted_graphs() -> tuple[list[torch.fx.GraphModule], Callable]:

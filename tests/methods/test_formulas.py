@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from forwards import difference, in_double, logits
+from forwards import difference, ends_of_turns, in_double, logits, logits_in_turns
 from oracle import ByPair, Change, Tokens, oracle
 from tiny_vlms import TinyVLM
 
@@ -18,7 +18,6 @@ from peft_pvm.attention.scores import Scores
 from peft_pvm.attention.stages import Bias, GroupWeights, KeyScale, Stage, Values
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tuners.attention_method import AttentionMethod, SteeredLayer
-from peft_pvm.utils.packages import CACHE
 
 
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
@@ -358,21 +357,14 @@ def test_two_chats_in_turns_are_what_the_oracle_makes_of_each(tiny: TinyVLM, nam
     cuts, expected = [], []
     for chat, first in zip(chats, ("t4 i t3", "t5 i i t4")):
         whole = tiny.inputs(model, chat)
-        prompt, length = (tiny.inputs(model, each)["input_ids"].shape[1] for each in (first, chat))
-        cuts.append([0, prompt - 2, prompt - 1, prompt, length - 4, length - 3, length - 1, length])
+        cuts.append(ends_of_turns(tiny, model, first, chat))
         ends = {"ends": [place - 1 for place in cuts[-1][1:]]} if depends_on_ends else {}
         with oracle(tiny.build(), whole, **formula.oracle(config, layers, **ends)) as reference:
             expected.append(logits(reference, in_double(whole)))
-    caches, found = [None, None], [[], []]
-    with attached(model, config), torch.no_grad():
-        for turn in range(len(cuts[0]) - 1):
-            for number, chat in enumerate(chats):
-                piece = tiny.inputs(model, chat, start=cuts[number][turn], stop=cuts[number][turn + 1])
-                output = model(**piece, **{CACHE: caches[number]}, use_cache=True)
-                caches[number] = output[CACHE]
-                found[number].append(output.logits)
-    for pieces, whole in zip(found, expected):
-        assert difference(torch.cat(pieces, 1).double(), whole) < TOLERANCE
+    with attached(model, config):
+        found = logits_in_turns(tiny, model, chats, cuts)
+    for made, whole in zip(found, expected):
+        assert difference(made.double(), whole) < TOLERANCE
 
 
 @pytest.mark.parametrize(

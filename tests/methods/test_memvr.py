@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forwards import difference, in_double, logits
+from forwards import difference, ends_of_turns, in_double, logits, logits_in_turns
 from methods_under_test import give_weight
 from oracle import embeds_tokens, oracle
 from peft import get_peft_model
@@ -22,7 +22,6 @@ from peft_pvm import MemVRConfig, PVMConfig, attached
 from peft_pvm.methods import memvr
 from peft_pvm.tokens.early_exit import EarlyExit
 from peft_pvm.tuners.ffn_method import FFNStep
-from peft_pvm.utils.packages import CACHE
 
 
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
@@ -221,19 +220,12 @@ def test_two_chats_in_turns_are_what_the_oracle_makes_of_each(tiny: TinyVLM, row
     cuts, whole = [], []
     for chat, first in zip(chats, ("t4 i t3", "t5 i i t4")):
         inputs = tiny.inputs(model, chat)
-        prompt, length = (tiny.inputs(model, each)["input_ids"].shape[1] for each in (first, chat))
-        cuts.append([0, prompt - 2, prompt - 1, prompt, length - 4, length - 3, length - 1, length])
+        cuts.append(ends_of_turns(tiny, model, first, chat))
         whole.append(expected(tiny, inputs, config, [stop - 1 for stop in cuts[-1][1:]])[0])
-    caches, found = [None, None], [[], []]
-    with attached(model, config), torch.no_grad():
-        for turn in range(len(cuts[0]) - 1):
-            for number, chat in enumerate(chats):
-                piece = tiny.inputs(model, chat, start=cuts[number][turn], stop=cuts[number][turn + 1])
-                output = model(**piece, **{CACHE: caches[number]}, use_cache=True)
-                caches[number] = output[CACHE]
-                found[number].append(output.logits)
-    for pieces, of_oracle in zip(found, whole):
-        assert difference(torch.cat(pieces, 1).double(), of_oracle) < TOLERANCE
+    with attached(model, config):
+        found = logits_in_turns(tiny, model, chats, cuts)
+    for made, of_oracle in zip(found, whole):
+        assert difference(made.double(), of_oracle) < TOLERANCE
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
