@@ -14,9 +14,14 @@ from forwards import TOLERANCE, difference, logits
 from methods_under_test import METHODS, STEERING, Combination, Method, give_weight
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_vlms import TinyVLM
+from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from peft_pvm import DIPEConfig, PVMConfig, load_adapters
+from peft_pvm.methods.var import root_mean_square
+from peft_pvm.probe.observers import visual_mask
+from peft_pvm.tokens.blocks import layer_input
+from peft_pvm.tokens.families import find_vlm
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
@@ -62,19 +67,41 @@ STRONG = {
     "vaf": {"visual": 4.0},
     "pai": {"alpha": 1.0},
     "hgai": {"alpha": 1.5},
-    # No token and no head is so near to a threshold that rounding takes it to the other side.
-    "var": {"sink_channels": [40], "tau": 1.2, "rho": 1.0, "least_visual": 0.0, "p": 0.0},
+    "var": {"rho": 1.0, "least_visual": 0.0, "p": 0.0},
 }
 """Fields for a method whose defaults change less than few bits round."""
+
+
+def strong(name: str, base: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """`STRONG`, with a channel and a threshold so far from what any token has that rounding takes none across."""
+    if name != "var":
+        return STRONG.get(name, {})
+    sizes: list[torch.Tensor] = []
+    vlm = find_vlm(base)
+
+    def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        states = layer_input(args, kwargs, len(ROWS), vlm.text_config.hidden_size)
+        sizes.append(states.abs() / root_mean_square(states))
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in vlm.layers]
+    logits(base, inputs)
+    for handle in handles:
+        handle.remove()
+    of_images = torch.stack(sizes)[:, visual_mask(vlm, inputs)].flatten(0, 1).quantile(0.9, dim=0)  # a tenth is above
+    size = torch.cat(sizes).flatten(0, 1).sort(0).values  # (tokens of all layers, channels)
+    some_are_visual = (size[1:] <= of_images) & (size[:-1] > size.median(0).values)
+    number, channel = divmod(int((size.diff(dim=0) * some_are_visual).argmax()), size.shape[1])
+    return {**STRONG["var"], "sink_channels": [channel], "tau": float(size[number : number + 2, channel].mean())}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", [*STEERING, "tdrs-inter"])
 def test_half_precision_bases_are_steered(tiny: TinyVLM, name: str, dtype: torch.dtype):
     """As in fp32, to a few times what the base itself loses by the dtype."""
-    fields = STRONG.get(name, {})
-    exact = METHODS[name].attach(tiny.build(), **fields)
-    inputs = tiny.inputs(exact.get_base_model(), *ROWS)
+    base = tiny.build()
+    inputs = tiny.inputs(base, *ROWS)
+    fields = strong(name, base, inputs)
+    exact = METHODS[name].attach(base, **fields)
     expected = logits(exact, inputs)
     model = METHODS[name].attach(tiny.build().to(dtype), **fields)
     real = inputs["attention_mask"].bool()
@@ -145,9 +172,10 @@ def test_quantised_bases(tiny: TinyVLM, load_quantised: Callable[[], PreTrainedM
 @pytest.mark.parametrize("name", STEERING)
 def test_quantised_bases_are_steered(tiny: TinyVLM, name: str, load_quantised: Callable[[], PreTrainedModel]):
     """As a plain base with the weights that the few bits stand for."""
-    fields = STRONG.get(name, {})
-    model = METHODS[name].attach(load_quantised(), **fields)
-    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    base = load_quantised()
+    inputs = tiny.inputs(base, *ROWS)
+    fields = strong(name, base, inputs)
+    model = METHODS[name].attach(base, **fields)
     with model.disable_adapter():
         off = logits(model, inputs)
     assert torch.equal(off, logits(load_quantised(), inputs))
@@ -155,7 +183,8 @@ def test_quantised_bases_are_steered(tiny: TinyVLM, name: str, load_quantised: C
     plain = METHODS[name].attach(load_quantised().dequantize(), **fields)
     with plain.disable_adapter():
         rounding = difference(logits(plain, inputs), off)
-    assert difference(logits(plain, inputs), on) < 2 * rounding < difference(on, off)
+    # On a CPU without fast instructions for few bits, bitsandbytes computes with the plain weights: nothing is rounded.
+    assert difference(logits(plain, inputs), on) <= 2 * rounding < difference(on, off)
 
 
 # ---- offloaded
