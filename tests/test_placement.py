@@ -183,7 +183,7 @@ def test_quantised_bases_are_steered(tiny: TinyVLM, name: str, load_quantised: C
     plain = METHODS[name].attach(load_quantised().dequantize(), **fields)
     with plain.disable_adapter():
         rounding = difference(logits(plain, inputs), off)
-    # On a CPU without fast instructions for few bits, bitsandbytes computes with the plain weights: nothing is rounded.
+    # On a CPU without instructions for few bits, bitsandbytes computes with the plain weights: nothing is rounded.
     assert difference(logits(plain, inputs), on) <= 2 * rounding < difference(on, off)
 
 
