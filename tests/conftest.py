@@ -31,7 +31,9 @@ def _tells_something_new(item: pytest.Item) -> bool:
         return True
     is_leading = params["method"] in (None, *LEADING)
     is_representative = params["family"] in REPRESENTATIVE
-    return is_representative and is_leading if IS_OLDEST else is_representative or is_leading
+    if IS_OLDEST:
+        return is_representative and is_leading
+    return is_representative or is_leading
 
 
 @pytest.fixture(params=FAMILIES)
