@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import environment  # noqa: F401  # first: its settings act before anything else is imported
 import pytest
 import transformers
@@ -23,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     the newest transformers: what sets them apart is this package's own arithmetic. In short, test_architectures.py
     tests every method on every family, with both."""
     items[:] = filter(_tells_something_new, items)
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _tells_something_new(item: pytest.Item) -> bool:

@@ -25,9 +25,9 @@ from peft_pvm.tuners.saving import load_adapters
 from peft_pvm.utils.terminal import progress_bar
 
 from ..base import fingerprint
+from .arithmetic import bf16, one_thread
 from .methods import METHODS
 from .runs import load_base, load_method, load_questions
-from .training import one_thread
 from .writing import transcribe
 
 
@@ -88,7 +88,7 @@ class Results:
     def write(self) -> None:
         """Write the file."""
         cells = {str(length): self._cell(length) for length in sorted(self.right)}
-        write_json(self.path, {**self.about, "by tokens of text": cells, "environment": environment()})
+        write_json(self.path, {**self.about, "by tokens of text": cells, "environment": {**environment(), **bf16()}})
 
     def accuracy(self, length: int, rows: int) -> Accuracy:
         """Of the first rows."""

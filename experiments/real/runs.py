@@ -22,8 +22,8 @@ from ..base import fingerprint
 from ..checkpoint import CheckpointFile
 from ..methods import attach, trained_parameters
 from ..weights import RUN, put_weights, save_run
+from .arithmetic import bf16, one_thread
 from .methods import METHODS
-from .training import one_thread
 
 
 def load_base(base: str | os.PathLike) -> LlavaForConditionalGeneration:
@@ -97,6 +97,7 @@ def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.P
         # Counted afterwards, so that those before an interruption are among them.
         "tokens": sum(draw(step).inputs["input_ids"].numel() for step in range(training.steps)),
         "seconds": round(seconds),
+        **bf16(),
     }
     for adapter in METHODS[name].adapters():
         save_adapter(model, adapter, folder / adapter)

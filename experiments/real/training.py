@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +18,7 @@ from peft_pvm.demo.questions import COLOURS, Questions, Turn, augment
 from peft_pvm.demo.train import Checkpoint, fit, learning_rate_factor, step_generator
 from peft_pvm.utils.terminal import progress_bar
 
+from .arithmetic import one_thread
 from .language_model import LanguageModel
 from .vlm import new_vlm
 
@@ -51,17 +51,6 @@ class RealRecipe:
     max_text: int = 64
     on_text: bool = False
     seed: int = 0
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread, on which sums have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def lora_config() -> LoraConfig:

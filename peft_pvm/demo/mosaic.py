@@ -64,6 +64,27 @@ class Batch:
         """The same rows on a device."""
         return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.targets.to(device))
 
+    def parts(self, tokens: int) -> list[Batch]:
+        """The same rows as several batches, each of at most so many tokens and at least one row.
+
+        Args:
+            tokens: Their number, padding included.
+        """
+        rows, length = self.inputs["input_ids"].shape
+        at_once = max(1, tokens // length)
+        if at_once >= rows:
+            return [self]
+        of_all_rows = {"logits_to_keep": self.inputs["logits_to_keep"]}
+        split = {
+            name: tensor.split(at_once * (len(tensor) // rows))  # of pictures, each row has as many
+            for name, tensor in self.inputs.items()
+            if name not in of_all_rows
+        }
+        return [
+            Batch({name: parts[part] for name, parts in split.items()} | of_all_rows, targets)
+            for part, targets in enumerate(self.targets.split(at_once))
+        ]
+
 
 def split_of(content: bytes) -> Split:
     """The split that a piece of material belongs to: about one in five to "test", one in ten to "validation".

@@ -22,6 +22,7 @@ from .mosaic import IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcr
 
 
 TOKENS_PER_STEP = 2048  # larger steps are no faster per token on a CPU, whose cache they leave
+TOKENS_PER_BACKWARD = 4096  # what is kept for the gradients of more may not fit into memory
 TOKENS_PER_HIDDEN_STEP = 640  # short rows give as many answers
 LONGEST_WHEN_HIDDEN = 64  # bytes of distractor
 SHORTEST = 4  # bytes of distractor
@@ -207,10 +208,11 @@ def fit(
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = learning_rate_factor(step, steps) * peak
             batch = draw(step)
-            with images_hidden(vlm) if is_hidden(step) else contextlib.nullcontext():
-                loss = F.cross_entropy(target_logits(model, batch).flatten(0, 1), batch.targets.flatten())
             optimizer.zero_grad()
-            loss.backward()
+            with images_hidden(vlm) if is_hidden(step) else contextlib.nullcontext():
+                for part in batch.parts(TOKENS_PER_BACKWARD):
+                    loss = F.cross_entropy(target_logits(model, part).flatten(0, 1), part.targets.flatten())
+                    (loss * (len(part.targets) / len(batch.targets))).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peft_pvm.demo.mosaic import Split
 
-from ..training import one_thread
+from ..arithmetic import one_thread
 from .knowing import WEIGHTS, readable, text
 from .looking import attention, calibration, dipe_layers, limit
 from .study import Study
