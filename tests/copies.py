@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -19,15 +20,20 @@ class Mould:
     """
 
     def __init__(self, original: Any) -> None:
+        self._original = original
         self._parts: list[Any] = []  # what is not pickled: tensors, and functions, which are shared
+        self._rest = b""
         written = io.BytesIO()
         pickler = pickle.Pickler(written, protocol=pickle.HIGHEST_PROTOCOL)
         pickler.persistent_id = self._number_of  # type: ignore[method-assign]
-        pickler.dump(original)
-        self._rest = written.getvalue()
+        with contextlib.suppress(RuntimeError):  # modules with parametrizations refuse it
+            pickler.dump(original)
+            self._rest = written.getvalue()
 
     def make(self) -> Any:
         """Another copy."""
+        if not self._rest:
+            return copy.deepcopy(self._original)
         memo: dict[int, Any] = {}  # tied weights stay tied
         unpickler = pickle.Unpickler(io.BytesIO(self._rest))
         unpickler.persistent_load = lambda number: copy.deepcopy(self._parts[number], memo)

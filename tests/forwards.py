@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import environment  # noqa: F401  # its settings act before PEFT is imported
 import torch
 from peft import PeftModel
-from tiny_vlms import VOCAB, TinyVLM
+from tiny_vlms import IMAGE, VIDEO, VOCAB, TinyVLM
 
 from peft_pvm.utils.packages import CACHE
 
@@ -51,6 +51,15 @@ def generate(tiny: TinyVLM, model: PeftModel, *prompts: str, seed: int | None = 
     inputs = tiny.prompt(base, *prompts)
     inputs = in_double(inputs) if base.dtype == torch.float64 else inputs
     return model.generate(**inputs, **{**GENERATE, "do_sample": False, **kwargs})
+
+
+def without_images(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The text of one conversation."""
+    ids = [token_id for token_id in inputs["input_ids"][0].tolist() if token_id not in (IMAGE, VIDEO)]
+    text = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    if "token_type_ids" in inputs:
+        text["token_type_ids"] = torch.ones(1, len(ids), dtype=torch.long)
+    return text
 
 
 def prefill(tiny: TinyVLM, model: PeftModel, *conversations: str, stop: int | None = None, cache=None):

@@ -11,7 +11,7 @@ import environment  # noqa: F401  # its settings act before PEFT is imported
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from peft_pvm import DIPEConfig, LogBiasConfig, MemVRConfig, PVMConfig, TDRSConfig, VARConfig
+from peft_pvm import CAIConfig, DIPEConfig, LogBiasConfig, MemVRConfig, PVMConfig, TDRSConfig, VARConfig
 from peft_pvm.methods import METHODS as PACKAGED
 from peft_pvm.tuners.attention_method import AttentionMethod
 
@@ -116,15 +116,16 @@ LEADING = ("pvm", "dipe", "tdrs")
 # One of each kind, with parameters or without.
 FIRST_OF_KIND = tuple({(row.changes, row.needs_training): row.config.method for row in reversed(PACKAGED)}.values())
 # One of each kind of stage, but for a second that decides the weights, and PVM: these act in one layer together.
-TOGETHER = tuple(name for name in PUBLISHED if name not in ("pai", "hgai", "memvr"))
+TOGETHER = tuple(name for name in PUBLISHED if name not in ("pai", "hgai", "cai", "memvr"))
 
 
 def _acting(config: type[PeftConfig]) -> Callable[..., PeftConfig]:
     """A method that acts on a few tokens of text and on random weights: DIPE as it was published, without a limit;
-    MemVR on every token."""
+    CAI and MemVR on every token."""
     fixed = {
         DIPEConfig: {"max_distance": 0},
         LogBiasConfig: {"t0": 1.0},
+        CAIConfig: {"threshold": 0},
         MemVRConfig: {"threshold": 0},
         # In each family, some visual tokens are sinks and some are not.
         VARConfig: {"sink_channels": [28, 39], "tau": 1.0, "rho": 0.9, "least_visual": 0.05, "p": 0.1},

@@ -41,12 +41,14 @@ class Tokens:
         positions: `(batch, seq_len, axes)`.
         visual: `(batch, seq_len)`, bool.
         real: `(batch, seq_len)`, bool.
+        exit: Gives the logits that the final norm and the head make of hidden states, without gradients.
         layer_inputs: By layer, the hidden states that it begins with, `(batch, seq_len, hidden_size)`.
     """
 
     positions: torch.Tensor
     visual: torch.Tensor
     real: torch.Tensor
+    exit: Callable[[torch.Tensor], torch.Tensor]
     layer_inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def met_from(self, max_distance: int, by_image: tuple[int, int] | None) -> torch.Tensor:
@@ -271,7 +273,14 @@ def oracle(
     text_model = next(m for m in model.modules() if embeds_tokens(m) and hasattr(m, "layers"))
     ids = inputs["input_ids"]
     visual = (ids == IMAGE) | (ids == VIDEO)
-    tokens = Tokens(torch.zeros(*ids.shape, 1), visual, inputs["attention_mask"].bool())
+
+    @torch.no_grad()
+    def exit(states):
+        scores = model.get_output_embeddings()(text_model.norm(states))
+        softcap = getattr(text_model.config, "final_logit_softcapping", None)
+        return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+    tokens = Tokens(torch.zeros(*ids.shape, 1), visual, inputs["attention_mask"].bool(), exit)
 
     def note(module, args, kwargs):
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import test_five_properties as properties
@@ -13,13 +14,15 @@ from architectures.page import NEWEST, OLDEST
 from forwards import TOLERANCE, difference, generate, logits
 from methods_under_test import FIRST_OF_KIND, LEADING, METHODS, PUBLISHED
 from oracle import agrees_with_the_oracle
+from peft import get_peft_model
 from tiny_vlms import IMAGE, VIDEO, TinyVLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from peft_pvm import DIPEConfig, TDRSConfig
+from peft_pvm import CAIConfig, DIPEConfig, SPARCConfig, TDRSConfig
 from peft_pvm.tokens.context import CONTEXT
 from peft_pvm.tokens.early_exit import EarlyExit
 from peft_pvm.tokens.families import find_vlm
+from peft_pvm.tuners.attention_method import AttentionMethod
 
 
 ROTATING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
@@ -86,6 +89,22 @@ def test_architecture(name: str, method: str):
         is_added_to_the_streams(row.tiny, method, *row.streams)
     else:
         is_added_to_the_stream(row, method)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in core.ROWS])
+@pytest.mark.parametrize("config", [CAIConfig(threshold=0), SPARCConfig(alpha=3.0, tau=0.0)], ids=["cai", "sparc"])
+def test_what_reads_more_than_scores(name: str, config: AttentionMethod):
+    """Of a kind that is tested above by another method: it acts, or is refused for its own reason."""
+    row, answers = ARCHITECTURES[name], []
+    if reason := row.refusal(config.method):
+        with pytest.raises((ValueError, NotImplementedError), match=re.escape(reason)):
+            generate(row.tiny, get_peft_model(row.tiny.build(), config), "t4 i t3 i t6")
+        return
+    for alpha in ({}, {"alpha": 1.0} if config.method == "sparc" else {"threshold": 1.0}):
+        model = get_peft_model(row.tiny.build(), replace(config, **alpha))
+        answers.append(torch.stack(generate(row.tiny, model, "t4 i t3 i t6", max_new_tokens=4).logits))
+    assert answers[0].isfinite().all()
+    assert config.method == "sparc" or difference(*answers) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.tiny.video])

@@ -151,6 +151,11 @@ class AttentionCall:
         rows = torch.cat(by_kv_head, 2) if len(queries) > 1 else by_kv_head[0]
         return (rows @ self.key.transpose(2, 3) * self.scaling).chunk(len(queries), 2)
 
+    def last_row_weights(self) -> torch.Tensor:
+        """The weights of the last query, `(batch, heads, num_keys)`, in fp32 at least. No stage has changed them."""
+        (scores,) = self.row_scores(self.query[:, :, -1:])
+        return self._row_weights(scores).squeeze(2)
+
     def attend_row(self, scores: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Output:
         """What the attention function returns for a single query, given its scores. The cache is read, and not copied.
 
@@ -158,25 +163,29 @@ class AttentionCall:
             scores: As `row_scores` gives them, changed or not.
             change: Makes other weights of those of all heads, `(batch, heads, 1, num_keys)` both, in fp32 at least.
         """
-        value, softcap = self.value, self.kwargs.get("softcap")
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.reshape(len(scores), -1, 1, scores.shape[-1])  # all heads, as masks have them
-        if self.position_bias is not None:
-            scores = scores + self.position_bias
-        mask, bias = self.visibility.mask(), self.visibility.bias()
-        if bias is not None:
-            scores = scores + bias
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = F.softmax(scores, -1)
+        value, weights = self.value, self._row_weights(scores)
         weights = (weights if change is None else change(weights)).to(value.dtype)
         if dropout := self.kwargs.get("dropout", 0.0):
             weights = F.dropout(weights, dropout, self.module.training)
         by_kv_head = weights.reshape(len(weights), value.shape[1], -1, weights.shape[-1])
         output = (by_kv_head @ value).reshape(len(weights), 1, -1, value.shape[-1])
         return output, weights if self.kernel == "eager" or self.wants_weights else None
+
+    def _row_weights(self, scores: torch.Tensor) -> torch.Tensor:
+        """The weights of the last query, `(batch, heads, 1, num_keys)`, from its scores as `row_scores` gives them."""
+        softcap, last = self.kwargs.get("softcap"), slice(-1, None)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.reshape(len(scores), -1, 1, scores.shape[-1])  # all heads, as masks have them
+        if self.position_bias is not None:
+            scores = scores + self.position_bias[:, :, last]
+        mask, bias = self.visibility.mask(last), self.visibility.bias(last)
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return F.softmax(scores, -1)
 
     def run_kernel(self, scaling: float | None = None) -> Output:
         """The kernel's own output for these queries, keys and values.

@@ -15,7 +15,7 @@ from .stages import CHANNELS, Later, Stage, Weights, text_rows
 
 
 BLOCK_ELEMENTS = 2**20  # scores at once, of all rows and heads
-Added = Callable[[AttentionCall, torch.Tensor], torch.Tensor]
+Added = Callable[[AttentionCall, torch.Tensor, slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Scores(Stage):
     wants weights, gradients or dropout, rows are made whole and by hand.
 
     Args:
-        added: Gives it from a call and the scores of visual keys after scaling, `(batch, heads, rows, num_visual)`
-            both, or what can be expanded to it, in the order of `VisualContext.visual_columns`. What it says of keys
-            that a row does not see is lost.
+        added: Gives it from a call, the scores of visual keys after scaling and which queries these are: `(batch,
+            heads, rows, num_visual)` both, or what can be expanded to it, in the order of
+            `VisualContext.visual_columns`. What it says of keys that a row does not see is lost.
         rows: "text": rows of text with a visual token before them. "generated": of these, only the last row of each
             forward, which the next token comes from.
     """
@@ -73,7 +73,7 @@ class Scores(Stage):
         """The weights in their plainest form: see `Weights`."""
         lowest, rows = torch.finfo(scores.dtype).min / 2, self.changed_rows(call)
         if not call.context.memory.is_empty:
-            changed = self._raised(call, scores)
+            changed = self._raised(call, scores, slice(None))
             scores = changed if rows is None else torch.where(rows[:, None, :, None], changed, scores)
         return scores.masked_fill(hidden, lowest).softmax(-1)
 
@@ -91,10 +91,10 @@ class Scores(Stage):
 
         return call.context.derived(("first changed row", num_queries), find)
 
-    def _raised(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+    def _raised(self, call: AttentionCall, scores: torch.Tensor, queries: slice) -> torch.Tensor:
         """Scores of all keys with those of visual keys changed, `(batch, heads, rows, num_keys)` both."""
         index, is_there = _visual(call, scores)
-        added = self.added(call, scores.gather(-1, index))
+        added = self.added(call, scores.gather(-1, index), queries)
         return scores.scatter_add(-1, index, torch.where(is_there, added, 0).to(scores.dtype))
 
     # ---- many rows
@@ -129,7 +129,7 @@ class Scores(Stage):
             is_seen = is_seen & visible.expand(whole).gather(-1, index)
             if bias is not None:
                 scores = scores + bias.expand(whole).gather(-1, index).masked_fill(~is_seen, 0)
-        added = self.added(call, scores).to(scores.dtype)
+        added = self.added(call, scores, queries).to(scores.dtype)
         lowest = torch.finfo(scores.dtype).min / 2
         plain, mass = (part.transpose(1, 2).to(scores.dtype) for part in (output[..., :-1], output[..., -1:]))
         before = scores.masked_fill(~is_seen, lowest).log_softmax(-1) + mass.clamp(min=0).log()
@@ -171,7 +171,7 @@ class Scores(Stage):
         visible, bias = call.visibility.mask(queries), call.visibility.bias(queries)
         if bias is not None and visible is not None:
             scores = scores + bias.masked_fill(~visible, 0)
-        scores = self._raised(call, scores)
+        scores = self._raised(call, scores, queries)
         if visible is not None:
             scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min / 2)
         weights = scores.softmax(-1).to(call.value.dtype)

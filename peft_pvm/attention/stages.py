@@ -2,6 +2,7 @@
 
 With `q` and `k` rotated, a layer computes, for a row `i` and a key `j` that it sees::
 
+    q, k, v                              Watch: read, and not changed
     s_ij = q_i . k_j                     Positions: rotated by other positions, for some pairs
     s_ij = s_ij * c_j                    KeyScale
     s_ij = s_ij * scaling + a_i * b_j    Bias
@@ -63,6 +64,23 @@ class Stage:
             later: Runs later stages and the kernel, on the call or a changed one.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Watch(Stage):
+    """Nothing that changes the attention: something read of it.
+
+    Args:
+        read: Is given the call as the model made it.
+    """
+
+    order = -1
+
+    read: Callable[[AttentionCall], None]
+
+    def attend(self, call: AttentionCall, later: Later) -> Output:
+        self.read(call)
+        return later(call)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..tuners.base import VisualConfig
+from .cai import CAIConfig, CAIModel
 from .dipe import DIPEConfig, DIPEModel
 from .hgai import HGAIConfig, HGAIModel
 from .log_bias import LogBiasConfig, LogBiasModel
@@ -15,14 +16,18 @@ from .memvr import MemVRConfig, MemVRModel
 from .pai import PAIConfig, PAIModel
 from .pvm import PVMConfig, PVMModel, hotswap_adapter
 from .savaa import SAVAAConfig, SAVAAModel
+from .sparc import SPARCConfig, SPARCModel
 from .tdrs import TDRSConfig, TDRSModel
 from .vaf import VAFConfig, VAFModel
 from .var import VARConfig, VARModel
 from .vcd import VCDConfig, VCDModel
+from .vista import VISTAConfig, VISTAModel
 
 
 # What `peft_pvm` exports.
 __all__ = [
+    "CAIConfig",
+    "CAIModel",
     "DIPEConfig",
     "DIPEModel",
     "HGAIConfig",
@@ -39,6 +44,8 @@ __all__ = [
     "PVMModel",
     "SAVAAConfig",
     "SAVAAModel",
+    "SPARCConfig",
+    "SPARCModel",
     "TDRSConfig",
     "TDRSModel",
     "VAFConfig",
@@ -47,6 +54,8 @@ __all__ = [
     "VARModel",
     "VCDConfig",
     "VCDModel",
+    "VISTAConfig",
+    "VISTAModel",
     "hotswap_adapter",
 ]
 
@@ -159,6 +168,14 @@ METHODS = (
         "any; the scores of visual keys once more",
     ),
     Method(
+        "CAI",
+        CAIConfig,
+        "scores of the visual keys that are like a token are raised in layers that it enters undecided",
+        "Scores",
+        "any; the scores of visual keys twice more, and the head once in each of its layers",
+        full_name="Context-aware Attention Intervention",
+    ),
+    Method(
         "VAR",
         VARConfig,
         "a part of what attention sinks take goes to the other visual tokens, in heads that look at the image",
@@ -175,12 +192,30 @@ METHODS = (
         "any; in a step of decoding, its row of scores by hand",
     ),
     Method(
+        "SPARC",
+        SPARCConfig,
+        "visual tokens that a token of the answer looks at more than before count for more from then on",
+        "Values",
+        "any; in one layer, the scores of the last row once more",
+        full_name="Selective Progressive Attention ReCalibration",
+    ),
+    Method(
         "MemVR",
         MemVRConfig,
         "where the model is undecided in a middle layer, the output of its FFN is mixed with what the image says",
         "FFN",
         "any; the head once more in each of its layers",
         full_name="Memory-Space Visual Retracing",
+        text_alone="untouched",
+        plain_matrices=None,
+    ),
+    Method(
+        "VISTA",
+        VISTAConfig,
+        "what FFNs return in `generate` is turned towards what the image changes at the end of the prompt",
+        "FFN",
+        "any; in `generate`, the prompt read twice more",
+        full_name="Visual Information Steering",
         text_alone="untouched",
         plain_matrices=None,
     ),

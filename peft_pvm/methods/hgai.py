@@ -47,7 +47,7 @@ class HGAIConfig(AttentionMethod):
         """Raised scores of visual keys."""
         return Scores(self.added, self.rows)
 
-    def added(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+    def added(self, call: AttentionCall, scores: torch.Tensor, queries: slice) -> torch.Tensor:
         """What is added to the scores of visual keys, `(batch, 1, rows, num_visual)`: the same in all heads."""
         return self.alpha * scores.abs().mean(1, keepdim=True)
 

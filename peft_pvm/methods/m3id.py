@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..tuners.logits_method import LogitsMethod, Prompt, logits_tuner
+from ..tuners.in_generate import Prompt, text_alone
+from ..tuners.logits_method import LogitsMethod, logits_tuner
 from ..utils.checks import setting
 
 
@@ -43,24 +44,8 @@ class M3IDConfig(LogitsMethod):
     )
 
     def second_prompt(self, prompt: Prompt) -> dict[str, Any]:
-        """The text alone: placeholder tokens and padding are left out of each row, which is padded on the left again.
-
-        Raises:
-            ValueError: A row has no text.
-        """
-        kept = prompt.inputs["attention_mask"].bool() & ~prompt.visual
-        lengths = kept.sum(1)
-        if not bool(lengths.all()):
-            raise ValueError("M3ID leaves the images out, but a row of the prompt has nothing else. Add some text.")
-        # Stable, so that what is left out moves to the left and the rest stays in order.
-        order = kept.int().argsort(dim=1, stable=True)[:, -int(lengths.max()) :]
-        mask = kept.gather(1, order)
-        second = {"attention_mask": mask.long()}
-        for name in ("input_ids", "token_type_ids"):
-            if prompt.inputs.get(name) is not None:
-                tokens = prompt.inputs[name].gather(1, order)
-                second[name] = torch.where(mask, tokens, tokens[:, -1:])  # no placeholder is left, not even in padding
-        return second
+        """The text alone."""
+        return text_alone(prompt, self.title)
 
     def scores(self, logits: torch.Tensor, other: torch.Tensor, num_generated: int) -> torch.Tensor:
         """The formula, but for a number that all tokens of a row have in common, which no softmax sees."""

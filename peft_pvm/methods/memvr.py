@@ -7,7 +7,7 @@ from typing import ClassVar, cast
 
 import torch
 
-from ..tokens.early_exit import EarlyExit
+from ..tokens.early_exit import EarlyExit, all_at_once
 from ..tokens.families import VisionLanguageModel
 from ..tokens.positions import causally_visible, gather_rows, pack, scatter_rows
 from ..tuners.ffn_method import FFNMethod, FFNStep, ffn_tuner
@@ -72,7 +72,7 @@ class MemVRConfig(FFNMethod):
         """The formula, for tokens whose turn it is."""
         turns, _ = self._turns(step)
         batch_size, seq_len = turns.shape
-        if _all_at_once(turns):
+        if all_at_once(turns):
             positions = torch.arange(seq_len, device=turns.device).expand(batch_size, -1)
         else:
             positions = pack(turns)
@@ -91,17 +91,10 @@ class MemVRConfig(FFNMethod):
             if step.handed_on:
                 _, of_layer_before = step.handed_on[max(step.handed_on)]
                 waiting = waiting & of_layer_before.to(waiting.device)[:, -waiting.shape[1] :]
-            turns = self._undecided(step, waiting)
+            entering = cast(torch.Tensor, step.entering).detach()  # a layer's first run
+            turns = EarlyExit(step.vlm).undecided(entering, self.threshold, waiting)
             step.handed_on[step.layer_idx] = turns, waiting & ~turns
         return step.handed_on[step.layer_idx]
-
-    def _undecided(self, step: FFNStep, waiting: torch.Tensor) -> torch.Tensor:
-        """Which of the tokens that wait enter the layer undecided, `(batch, seq_len)`, bool."""
-        early_exit, entering = EarlyExit(step.vlm), cast(torch.Tensor, step.entering).detach()  # a layer's first run
-        if _all_at_once(waiting):
-            return waiting & (early_exit.entropies(entering) > self.threshold)
-        found = early_exit.entropies(entering[waiting]) > self.threshold
-        return waiting.masked_scatter(waiting, found)
 
     def _mixed(self, step: FFNStep, positions: torch.Tensor) -> torch.Tensor:
         """The FFN's output for some tokens with the image mixed in, `(batch, length, hidden_size)`.
@@ -120,11 +113,6 @@ class MemVRConfig(FFNMethod):
         of_output, of_image = (states.to(precise).abs().mean(-1, keepdim=True) for states in (output, image))
         image = of_output / of_image.clamp(min=torch.finfo(precise).tiny) * image
         return ((1 - self.ratio) * output + self.ratio * image).to(output.dtype)
-
-
-def _all_at_once(tokens: torch.Tensor) -> bool:
-    """Whether all are computed, so that which are marked decides no shape and nobody waits for the device."""
-    return tokens.shape[1] == 1 or torch.compiler.is_compiling()
 
 
 MemVRModel = ffn_tuner(MemVRConfig)

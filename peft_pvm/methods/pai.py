@@ -48,7 +48,7 @@ class PAIConfig(AttentionMethod):
         """Raised scores of visual keys."""
         return Scores(self.added, self.rows)
 
-    def added(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+    def added(self, call: AttentionCall, scores: torch.Tensor, queries: slice) -> torch.Tensor:
         """What is added to the scores of visual keys, `(batch, heads, rows, num_visual)` both."""
         return self.alpha * scores.abs()
 

@@ -10,6 +10,7 @@ import torch
 
 from ..attention.call import AttentionCall
 from ..attention.stages import GroupWeights, Stage
+from ..tokens.context import VisualContext
 from ..tokens.families import VisionLanguageModel
 from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
 from ..utils.checks import is_int, is_number, setting
@@ -66,7 +67,8 @@ class VARConfig(AttentionMethod):
 
     method: ClassVar[str] = "var"
     layers_of_paper: ClassVar[tuple[int, int, int]] = (2, 30, 32)
-    marks_tokens: ClassVar[bool] = True
+    reads_layer_inputs: ClassVar[bool] = True
+    reads_while_off: ClassVar[bool] = True
 
     sink_channels: list[int] | None = setting(
         None,
@@ -96,8 +98,8 @@ class VARConfig(AttentionMethod):
     )
     p: float = setting(0.6, "What part of their weight sinks keep.", valid=_is_share, accepted="a number from 0 to 1")
 
-    def check_fits(self, vlm: VisionLanguageModel) -> None:
-        """See that there are channels, and that the model has them."""
+    def fitted_to(self, vlm: VisionLanguageModel) -> VARConfig:
+        """Itself, if there are channels and the model has them."""
         model = type(vlm.model).__name__
         if self.sink_channels is None:
             raise ValueError(
@@ -111,14 +113,20 @@ class VARConfig(AttentionMethod):
                 f"VARConfig.sink_channels names channels {quoted(wrong)}, but the hidden states of {model} have "
                 f"{hidden_size} (0 to {hidden_size - 1})."
             )
+        return self
 
-    def mark(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Which tokens are sinks."""
-        states = hidden_states.detach()
-        chosen = torch.stack([states[..., channel] for channel in self._channels], -1)  # does not wait for the device
-        return (chosen.abs() > self.tau * root_mean_square(states)).any(-1)
+    def enter(
+        self, vlm: VisionLanguageModel, layer_idx: int, context: VisualContext, hidden_states: torch.Tensor
+    ) -> None:
+        """Note on the KV cache which tokens are sinks."""
+        context.mark(self._mark_name(layer_idx), self.are_sinks(hidden_states))
 
-    def mark_name(self, layer_idx: int) -> Hashable:
+    def are_sinks(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Which tokens are sinks, by the hidden states with which a layer begins, `(batch, seq_len)`, bool."""
+        chosen = torch.stack([hidden_states[..., channel] for channel in self._channels], -1)  # waits for no device
+        return (chosen.abs() > self.tau * root_mean_square(hidden_states)).any(-1)
+
+    def _mark_name(self, layer_idx: int) -> Hashable:
         """By what they are known as sinks, and in which layer."""
         return "sinks", layer_idx, self.tau, *self._channels
 
@@ -137,7 +145,7 @@ class VARConfig(AttentionMethod):
             RuntimeError: Nobody looked for sinks among some tokens.
         """
         visual = call.visual_keys
-        sinks = call.context.marks_of_keys(self.mark_name(layer_idx), visual.shape[1])
+        sinks = call.context.marks_of_keys(self._mark_name(layer_idx), visual.shape[1])
         if sinks is None:
             raise RuntimeError(
                 f"Nobody looked for sinks among all tokens of this KV cache at layer {layer_idx}: VAR must be "

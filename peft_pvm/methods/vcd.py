@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from ..tokens.positions import placeholder_mask
-from ..tuners.logits_method import LogitsMethod, Prompt, logits_tuner
+from ..tuners.in_generate import Prompt
+from ..tuners.logits_method import LogitsMethod, logits_tuner
 from ..utils.checks import is_int, is_number, setting
 from ..utils.packages import modalities_in
 

@@ -49,6 +49,8 @@ class VisualContext:
     Attributes:
         visual_positions: Where the visual tokens stand in this forward, as `pack` gives them. `None`: nowhere.
         memory: The tokens known up to here, this forward's included.
+        inputs_embeds: What the text model was given, `(batch, seq_len, hidden_size)`, without gradients. `None` where
+            it was given token ids.
         notes: What adapters noted at the end of the forward before, by name, `(batch, ...)`.
         past_length: Number of tokens read before this forward; a tensor for a static cache.
         is_evicted: Whether the cache has lost keys of some of them.
@@ -75,6 +77,7 @@ class VisualContext:
         self.attention_mask = attention_mask
         self.visual_positions: torch.Tensor | None = None
         self.memory = VisualMemory()
+        self.inputs_embeds: torch.Tensor | None = None
         self.notes: dict[str, torch.Tensor] = {}
         self.past_length: int | torch.Tensor = 0
         self.is_evicted = False
@@ -107,7 +110,7 @@ class VisualContext:
             coverage: Of which tokens.
         """
         self.notes = memory.notes
-        memory = replace(memory, notes={}) if memory.notes else memory
+        memory = replace(memory, notes={})  # a dictionary of its own, which layers may write into
         self.memory, self.is_evicted = memory, coverage.is_evicted
         self.marks_before = memory.marks
         if memory.marks:  # other forwards may need them as they are, and what nobody goes on noting is forgotten
@@ -278,6 +281,8 @@ class VisualContext:
         cut._derived = {}
         cut.past_length = self.past_length + self.seq_len - length
         cut.seq_len = length
+        if self.inputs_embeds is not None:
+            cut.inputs_embeds = self.inputs_embeds[:, -length:]
         cut.visual_positions = None  # the visual tokens have no hidden states there
         if self.visual_mask is not None:
             cut.visual_mask = self.visual_mask[:, -length:]

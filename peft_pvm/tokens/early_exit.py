@@ -64,9 +64,26 @@ class EarlyExit:
             found = [_entropies(self.logits(block)) for block in rows.split(at_once)]
         return torch.cat(found).to(hidden_states.device).view(hidden_states.shape[:-1])
 
+    def undecided(self, hidden_states: torch.Tensor, threshold: float, among: torch.Tensor) -> torch.Tensor:
+        """Which of some tokens have an entropy above a threshold, `(batch, seq_len)` both, bool.
+
+        Args:
+            hidden_states: The residual stream, `(batch, seq_len, hidden_size)`.
+            threshold: From 0 to 1.
+            among: The tokens.
+        """
+        if all_at_once(among):
+            return among & (self.entropies(hidden_states) > threshold)
+        return among.masked_scatter(among, self.entropies(hidden_states[among]) > threshold)
+
     def _norm_name(self) -> str:
         names = (name for name in FINAL_NORMS if isinstance(getattr(self.vlm.text_model, name, None), nn.Module))
         return next(names, "")
+
+
+def all_at_once(tokens: torch.Tensor) -> bool:
+    """Whether all tokens are computed, so that which are marked decides no shape and nobody waits for the device."""
+    return tokens.shape[1] == 1 or torch.compiler.is_compiling()
 
 
 def _entropies(logits: torch.Tensor) -> torch.Tensor:

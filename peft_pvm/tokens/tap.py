@@ -207,8 +207,10 @@ class Tap:
         elif inputs_embeds is None:  # text alone: nothing to read but the shape
             context = context or VisualContext(None)
             inputs_embeds = torch.empty(*inputs["input_ids"].shape, 0, device=inputs["input_ids"].device)
-        elif context is None:  # the text model is called by itself
-            context = _context_of_own_embeds(given_mask, inputs_embeds)
+        else:
+            if context is None:  # the text model is called by itself
+                context = _context_of_own_embeds(given_mask, inputs_embeds)
+            context.inputs_embeds = inputs_embeds.detach()
         if context.attention_mask is None:
             context.attention_mask = inputs.get("attention_mask")
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -21,7 +21,9 @@ from ..tokens.blocks import layer_input
 from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ..tokens.families import VisionLanguageModel
 from ..utils.text import quoted
+from .ffn_hooks import has_embeddings
 from .last_logits import LastLogits
+from .one_by_one import OneByOne
 from .without_parameters import LayerMethod, LayerWithoutParameters, TunerWithoutParameters, make_tuner
 
 
@@ -33,11 +35,13 @@ class SteeredLayer:
         layer_idx: Its index.
         rotary: The rotary embedding that it uses; `None` in a layer that does not rotate queries and keys.
         layer_type: Its type, for a rotary embedding that tells types apart.
+        among: All layers that the method can act on.
     """
 
     layer_idx: int
     rotary: nn.Module | None
     layer_type: str | None
+    among: list[int]
 
 
 @dataclass
@@ -54,7 +58,9 @@ class AttentionMethod(LayerMethod):
     """
 
     rotates: ClassVar[bool] = False  # whether it rotates queries or keys itself
-    marks_tokens: ClassVar[bool] = False  # whether it has `mark` note something of each token in its layers
+    reads_layer_inputs: ClassVar[bool] = False  # what its layers are called with, by `enter`
+    reads_while_off: ClassVar[bool] = False  # also while the adapter is off, for when it is switched on
+    reads_embeddings: ClassVar[bool] = False  # those of visual tokens
     multiplies_scores: ClassVar[bool] = False  # so that a score below 0 goes the other way
     reads_logits: ClassVar[bool] = False  # of the forward before, by what `LastLogits` notes of them
 
@@ -65,19 +71,21 @@ class AttentionMethod(LayerMethod):
         """
         raise NotImplementedError
 
-    def check_fits(self, vlm: VisionLanguageModel) -> None:
-        """Raise a ValueError if a setting does not fit a model."""
+    def fitted_to(self, vlm: VisionLanguageModel) -> AttentionMethod:
+        """Itself, with what follows from the model filled in. Raises a ValueError if a setting does not fit it."""
+        return self
 
-    def mark(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What it notes of each token where a layer begins, `(batch, seq_len)`, bool. See `VisualContext.mark`.
+    def enter(
+        self, vlm: VisionLanguageModel, layer_idx: int, context: VisualContext, hidden_states: torch.Tensor
+    ) -> None:
+        """Take in what one of its layers is called with, before its attention runs.
 
         Args:
-            hidden_states: What the layer is called with, `(batch, seq_len, hidden_size)`.
+            vlm: The model's parts.
+            layer_idx: The layer.
+            context: What is known of its tokens.
+            hidden_states: `(batch, seq_len, hidden_size)`.
         """
-        raise NotImplementedError
-
-    def mark_name(self, layer_idx: int) -> Hashable:
-        """What this is called in a layer: the same for adapters that note the same."""
         raise NotImplementedError
 
     def acts_in(self, context: VisualContext) -> bool:
@@ -125,43 +133,48 @@ class AttentionMethodLayer(LayerWithoutParameters):
 
     def __init__(self, vlm: VisionLanguageModel):
         super().__init__(vlm)
+        among = self.method_cls.layers_on(vlm)
         self.layers = {
-            layer_idx: SteeredLayer(layer_idx, vlm.rotary_of(layer_idx), vlm.layer_type(layer_idx))
-            for layer_idx in self.method_cls.layers_on(vlm)
+            layer_idx: SteeredLayer(layer_idx, vlm.rotary_of(layer_idx), vlm.layer_type(layer_idx), among)
+            for layer_idx in among
         }
         self._unchecked = set(self.layers)
+        self._has_embeddings = not self.method_cls.reads_embeddings
 
     def new_hooks(self) -> list[Any]:
         start = self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True)
         attentions = self.vlm.self_attentions
         checks = map(self._new_check, sorted(self._unchecked))
-        hooks = [start, *map(SteeringHandle, attentions.values()), *checks, *self._new_marking_hooks()]
+        hooks = [start, *map(SteeringHandle, attentions.values()), *checks, *self._new_entry_hooks()]
+        if not self.method_cls.acts_in_forwards:
+            hooks.append(OneByOne(self.vlm, self.acting))
         return [*hooks, LastLogits(self.vlm, self.acting)] if self.method_cls.reads_logits else hooks
 
-    def _new_marking_hooks(self) -> list[Any]:
-        if not self.method_cls.marks_tokens:
+    def _new_entry_hooks(self) -> list[Any]:
+        if not self.method_cls.reads_layer_inputs:
             return []
         layers = self.vlm.layers
         return [
-            layers[layer_idx].register_forward_pre_hook(functools.partial(self._mark, layer_idx), with_kwargs=True)
+            layers[layer_idx].register_forward_pre_hook(functools.partial(self._enter, layer_idx), with_kwargs=True)
             for layer_idx in self.layers
         ]
 
-    def _mark(self, layer_idx: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note what every attached adapter needs of the layer's tokens, also while it is off: it may be switched on in
-        the middle of a conversation."""
-        context = kwargs.get(CONTEXT)
+    def _enter(self, layer_idx: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context, acting = kwargs.get(CONTEXT), self.acting()
         if context is None or context.refusal is not None:
             return
-        configs = [config for config in self.configs.values() if layer_idx in config.layers_among(list(self.layers))]
+        reading = [self.configs[name] for name in (self.configs if self.method_cls.reads_while_off else acting)]
+        reading = [config for config in reading if layer_idx in config.layers_among(list(self.layers))]
+        if not reading:
+            return
         try:
             hidden_states = layer_input(args, kwargs, context.batch_size, self.vlm.text_config.hidden_size)
         except NotImplementedError:
-            if self.acting():
+            if acting:
                 raise
             return
-        for config in configs:
-            context.tail(hidden_states.shape[1]).mark(config.mark_name(layer_idx), config.mark(hidden_states))
+        for config in reading:
+            config.enter(self.vlm, layer_idx, context.tail(hidden_states.shape[1]), hidden_states.detach())
 
     def _new_check(self, layer_idx: int) -> AttentionCheck:
         layer, attention = self.layers[layer_idx], self.vlm.self_attentions[layer_idx]
@@ -174,6 +187,9 @@ class AttentionMethodLayer(LayerWithoutParameters):
         self.method_cls.start_forward(context)
         for adapter_name in self.acting():
             context.check_keys()
+            if not self._has_embeddings:
+                model = type(self.vlm.model).__name__
+                self._has_embeddings = has_embeddings(context, model, "Take it off with unload()")
             if self.configs[adapter_name].acts_in(context):
                 self._add_stages(context, adapter_name)
 
@@ -203,8 +219,7 @@ class AttentionMethodTuner(TunerWithoutParameters):
                 f"{type(config).__name__}.layers_to_transform names layers {quoted(wrong)}, but on "
                 f"{type(self.model).__name__} the method can act on layers {quoted(layers)} only."
             )
-        config.check_fits(self.vlm)
-        return config
+        return config.fitted_to(self.vlm)
 
 
 def attention_tuner(method_cls: type[AttentionMethod]) -> type[AttentionMethodTuner]:

@@ -17,6 +17,7 @@ from ..tokens.families import VisionLanguageModel
 from ..utils.text import quoted
 from .block_check import BlockCheck
 from .ffn_hooks import FFNCall, FFNHooks, ffns_missed, has_embeddings
+from .in_generate import GenerateHandle, InGenerate
 from .without_parameters import LayerMethod, LayerWithoutParameters, TunerWithoutParameters, make_tuner
 
 
@@ -95,7 +96,7 @@ class FFNMethodLayer(LayerWithoutParameters):
             if layer_idx in self._unchecked:
                 passed = functools.partial(self._unchecked.discard, layer_idx)
                 hooks.append(BlockCheck(self.vlm.layers[layer_idx], self.vlm.block, acts, passed))
-        return hooks
+        return [*hooks, GenerateHandle(self)] if issubclass(self.method_cls, InGenerate) else hooks
 
     def _layers(self, config: Any) -> list[int]:
         return config.layers_among(list(range(len(self.vlm.layers))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +20,6 @@ from ..utils.packages import caches_in
 MOST_LOGITS = 2**24  # at once, of visual tokens
 DEVIATION = 0.05  # of a model's logits from ours, as a share of the largest: half precision stays below
 LAST = "last logits"
-CANDIDATES = "_get_candidate_generator"  # of a transformers model: how assisted decoding and prompt lookup begin
 
 
 class LastLogits:
@@ -45,23 +43,11 @@ class LastLogits:
         # Before the tap puts the memory on the cache; and when the logits are there.
         read = vlm.text_model.register_forward_hook(self._read_hidden_states, with_kwargs=True, prepend=True)
         self._handles = [read, *(model.register_forward_hook(self._read_logits) for model in vlm.generators)]
-        for model in vlm.generators:
-            model.__dict__[CANDIDATES] = functools.partial(self._get_candidate_generator, model)
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        for model in self.vlm.generators:
-            del model.__dict__[CANDIDATES]
-
-    def _get_candidate_generator(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.acting():
-            raise NotImplementedError(
-                "An active adapter goes by the logits of the token before, but assisted decoding and prompt lookup "
-                "read several tokens at once. Call generate without assistant_model and prompt_lookup_num_tokens."
-            )
-        return getattr(type(model), CANDIDATES)(model, *args, **kwargs)
 
     @torch.no_grad()
     def _read_hidden_states(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -72,7 +58,8 @@ class LastLogits:
         prompt_length = context.notes.get("prompt_length")
         if prompt_length is None or context.seq_len > 1:
             prompt_length = torch.zeros(context.batch_size, dtype=torch.long, device=context.device) + length
-        notes, memory = {"prompt_length": prompt_length}, context.memory
+        memory = context.memory
+        notes = {**memory.notes, "prompt_length": prompt_length}
         # Some models leave all but the last token out of their last layers.
         if context.visual_positions is not None and hidden_states.shape[1] == context.seq_len:
             notes[LAST] = self.vlm.logits(hidden_states[:, -1:])[:, 0]
@@ -98,7 +85,7 @@ class LastLogits:
         for cache in caches_in(output):
             memory = memory_of(cache)
             # No adapter acts, or an inner model has returned the same logits.
-            if memory is None or not memory.notes or "entropy" in memory.notes:
+            if memory is None or "prompt_length" not in memory.notes or "entropy" in memory.notes:
                 continue
             values = output.values() if isinstance(output, Mapping) else output
             logits = next(value for value in values if isinstance(value, torch.Tensor) and value.dim() == 3)[:, -1]

@@ -181,7 +181,7 @@ ROWS: dict[str, Architecture] = {
     "gemma3n": Architecture(
         "Gemma 3n",
         Gemma3n("Gemma3nForConditionalGeneration", _gemma3n, _square_visual(4), seed=2),
-        refused={**WITHOUT_A_STATE, "memvr": SEVERAL_STREAMS},
+        refused={**WITHOUT_A_STATE, **dict.fromkeys(("memvr", "cai", "vista"), SEVERAL_STREAMS)},
         sum_reader="altup.router_norm",
     ),
 }

@@ -357,7 +357,7 @@ ROWS: dict[str, Architecture] = {
         "Hy4",
         AnyVLM("HYV4VLForConditionalGeneration", _hy_v4_vl, _patches("image", 6), _patches("video", 12, frames=2)),
         refused={
-            "FFN": SEVERAL_STREAMS,
+            **dict.fromkeys(("FFN", "cai"), SEVERAL_STREAMS),
             "attention": "attention sinks",
         },
     ),
@@ -367,6 +367,6 @@ ROWS: dict[str, Architecture] = {
     "muse_spark": Architecture(
         "Muse Spark 816B-A42B",
         AnyVLM("MuseSparkForConditionalGeneration", _muse_spark, MUSE, MUSE_VIDEO),
-        refused={"memvr": "return the residual stream with their output in it"},
+        refused=dict.fromkeys(("memvr", "vista"), "return the residual stream with their output in it"),
     ),
 }

@@ -21,7 +21,10 @@ NOTHING_ROTATES = {
 }
 WITHOUT_A_STATE = {"var": "have several residual streams"}  # where sinks could be found
 # `generate` of the model hands embeddings to that of an inner one, or says where images are by a mask.
-WITHOUT_TOKENS = {"logits": "does not give its language model the tokens that images stand for"}
+WITHOUT_TOKENS = {
+    **dict.fromkeys(("logits", "vista"), "does not give its language model the tokens that images stand for"),
+    "cai": "the input embeddings of text are not known",
+}
 SEVERAL_STREAMS = "its residual is several streams"
 LOGITS = tuple(row.config.method for row in METHODS if issubclass(row.config, LogitsMethod))
 FFN = tuple(row.config.method for row in METHODS if row.changes == "FFN")

@@ -311,6 +311,7 @@ def _inkling_image(model, generator):
 INKLING2 = {
     "FFN": "reads several residual streams by attention",
     "attention": "attention sinks",
+    "cai": SEVERAL_STREAMS,
     "dipe": NOTHING_ROTATES["dipe"],
 }
 ENCODER_DECODER = {"all": "is an encoder-decoder: images are in the encoder"}
@@ -333,13 +334,13 @@ ROWS: dict[str, Architecture] = {
     "glm5_next": Architecture(
         "GLM-5.3-Flash",
         AnyVLM("Glm5NextForConditionalGeneration", _glm5_next, GRID),
-        refused={**NOTHING_ROTATES, **WITHOUT_A_STATE, "memvr": SEVERAL_STREAMS},
+        refused={**NOTHING_ROTATES, **WITHOUT_A_STATE, **dict.fromkeys(("memvr", "cai", "vista"), SEVERAL_STREAMS)},
         streams=("mlp", "mlp"),
     ),
     "qwen4_exp": Architecture(
         "Qwen4-Exp",
         AnyVLM("Qwen4ExpForConditionalGeneration", _qwen4_exp, GRID, VIDEO_BY_FRAME),
-        refused={**WITHOUT_A_STATE, "memvr": SEVERAL_STREAMS},
+        refused={**WITHOUT_A_STATE, **dict.fromkeys(("memvr", "cai", "vista"), SEVERAL_STREAMS)},
         streams=("mlp", "mlp"),
     ),
     "blip-2": Architecture(

@@ -171,12 +171,15 @@ ROWS = {
     "chameleon": Architecture(
         "Chameleon",
         AnyVLM("ChameleonForConditionalGeneration", _chameleon, _chameleon_visual),
-        refused={**dict.fromkeys(("pvm", "memvr"), NO_FEATURES), "savaa": "does more to the output of its head"},
+        refused={
+            **dict.fromkeys(("pvm", "memvr", "cai"), NO_FEATURES),
+            "savaa": "does more to the output of its head",
+        },
     ),
     "granite4_vision": Architecture(
         "Granite 4 Vision",
         AnyVLM("Granite4VisionForConditionalGeneration", _granite4_vision, _tiled_visual(10)),
-        refused=dict.fromkeys(("pvm", "memvr"), NO_FEATURES),
+        refused=dict.fromkeys(("pvm", "memvr", "cai"), NO_FEATURES),
         differs={"cached": "it makes no cache itself"},
     ),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from forwards import difference, ends_of_turns, in_double, logits, logits_in_tur
 from oracle import ByPair, Change, Tokens, oracle
 from tiny_vlms import TinyVLM
 
-from peft_pvm import HGAIConfig, LogBiasConfig, PAIConfig, VAFConfig, VARConfig, attached
+from peft_pvm import CAIConfig, HGAIConfig, LogBiasConfig, PAIConfig, VAFConfig, VARConfig, attached
 from peft_pvm.attention.call import AttentionCall
 from peft_pvm.attention.scores import Scores
 from peft_pvm.attention.stages import Bias, GroupWeights, KeyScale, Stage, Values
@@ -33,11 +35,13 @@ class Formula:
         oracle: What `oracle` is to do, from a configuration and the layers it acts on; with rows that depend on it,
             also from where forwards end.
         wrong: Stages that look like the method's, and are not.
+        settled: Gives settings for a model and conversations by which no token stands at a threshold.
     """
 
     configs: tuple[AttentionMethod, ...]
     oracle: Callable[..., dict[str, ByPair | Change]]
     wrong: dict[str, Callable[..., Stage]]
+    settled: Callable[[TinyVLM, Sequence[str], Any], Any] = lambda family, conversations, config: config
 
 
 def acting_rows(tokens: Tokens) -> torch.Tensor:
@@ -174,12 +178,14 @@ def raised(size: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., dict[s
 
 def of_visual_keys(size: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Stage]:
     """The method with another size of scores."""
-    return lambda self, layer: Scores(lambda call, scores: self.alpha * size(scores))
+    return lambda self, layer: Scores(lambda call, scores, queries: self.alpha * size(scores))
 
 
 COMMON = {
     "no sizes": of_visual_keys(lambda scores: scores),
-    "of the last score": lambda self, layer: Scores(lambda call, scores: self.added(call, scores).roll(1, -1)),
+    "of the last score": lambda self, layer: Scores(
+        lambda call, scores, *of: self.added(call, scores, *of).roll(1, -1)
+    ),
     "the last row alone": lambda self, layer: Scores(self.added, "generated"),
     "keys times 1 + alpha": lambda self, layer: KeyScale(
         lambda call: 1 + self.alpha * call.visual_keys.float(), rows="text"
@@ -276,7 +282,95 @@ VAR = Formula(
     },
 )
 
-FORMULAS = {"vaf": VAF, "log_bias": LOG_BIAS, "pai": PAI, "hgai": HGAI, "var": VAR}
+# ---- CAI
+
+
+def entropy(tokens: Tokens, layer_idx: int, row: int, query: int) -> float:
+    logits = tokens.exit(tokens.layer_inputs[layer_idx][row, query][None])[0]
+    weights = logits.sort(descending=True).values[:10].softmax(-1).tolist()
+    return -sum(weight * math.log(weight) for weight in weights) / math.log(10)
+
+
+def intervened(config: CAIConfig, layers: list[int], ends: Sequence[int] = (-1,)) -> dict[str, Change]:
+    """Row by row, on the scores of a layer."""
+
+    def change(tokens: Tokens, layer_idx: int, scores: torch.Tensor) -> torch.Tensor:
+        if layer_idx not in layers:
+            return scores
+        embeddings, length = tokens.layer_inputs[0], scores.shape[-1]
+        factors = torch.zeros(len(scores), 1, *scores.shape[2:], dtype=scores.dtype)
+        last = [end % length for end in ends]
+        for row, query in acting_rows(tokens).nonzero().tolist():
+            asking = embeddings[row, query]
+            if config.rows == "generated":
+                if query not in last:
+                    continue
+                piece = range(max((end + 1 for end in last if end < query), default=0), query + 1)
+                if len(piece) > 1:
+                    text = [place for place in piece if tokens.real[row, place] and not tokens.visual[row, place]]
+                    asking = embeddings[row, text].mean(0)
+            found = entropy(tokens, layer_idx, row, query)
+            assert abs(found - config.threshold) > 1e-6, "a token is on the threshold"
+            if found > config.threshold:
+                keys = [key for key in range(query) if tokens.visual[row, key]]
+                cosines = torch.stack([torch.cosine_similarity(asking, embeddings[row, key], 0) for key in keys])
+                factors[row, 0, query, keys] = torch.sigmoid(config.slope * (cosines - cosines.min()))
+        return scores + scores.abs() * factors
+
+    return {"change": change}
+
+
+def between_tokens(family: TinyVLM, conversations: Sequence[str], config: CAIConfig) -> CAIConfig:
+    """The settings with a threshold that some tokens are above and others below, in the widest gap."""
+    found: list[float] = []
+
+    def note(tokens: Tokens, layer_idx: int, scores: torch.Tensor) -> torch.Tensor:
+        found.extend(entropy(tokens, layer_idx, *place) for place in acting_rows(tokens).nonzero().tolist())
+        return scores
+
+    for conversation in conversations:
+        inputs = family.inputs(reference := family.build(), conversation)
+        with oracle(reference, inputs, change=note):
+            logits(reference, in_double(inputs))
+    found.sort()
+    middle = found[len(found) // 4 : -(len(found) // 4)]
+    low, high = max(itertools.pairwise(middle), key=lambda pair: pair[1] - pair[0])
+    return replace(config, threshold=(low + high) / 2)
+
+
+def with_changed(change: Callable[..., torch.Tensor]) -> Callable[..., Stage]:
+    """The method with something else made of what it adds."""
+    return lambda self, layer: Scores(
+        lambda call, scores, queries: change(self, call, self.added(layer.layer_idx, call, scores, queries), queries),
+        self.rows,
+    )
+
+
+CAI = Formula(
+    (
+        CAIConfig(slope=20, layers_to_transform=[1, 2]),
+        CAIConfig(slope=5, rows="generated", layers_to_transform=[1, 2]),
+        CAIConfig(layers_to_transform=[1]),
+    ),
+    intervened,
+    {
+        "every token": lambda self, layer: Scores(
+            lambda call, scores, queries: (
+                scores.abs() * torch.sigmoid(self.slope * self._above_least(call, scores.dtype, queries)).unsqueeze(1)
+            )
+        ),
+        "all keys alike": lambda self, layer: Scores(
+            lambda call, scores, queries: scores.abs() * (self.added(layer.layer_idx, call, scores, queries) != 0)
+        ),
+        "the first rows' tokens": lambda self, layer: Scores(
+            lambda call, scores, queries: self.added(layer.layer_idx, call, scores, slice(0, scores.shape[2]))
+        ),
+        "no sizes": with_changed(lambda self, call, added, queries: -added),
+    },
+    between_tokens,
+)
+
+FORMULAS = {"vaf": VAF, "log_bias": LOG_BIAS, "pai": PAI, "hgai": HGAI, "var": VAR, "cai": CAI}
 
 
 def layers_of(config: AttentionMethod, model: torch.nn.Module) -> list[int]:
@@ -284,7 +378,7 @@ def layers_of(config: AttentionMethod, model: torch.nn.Module) -> list[int]:
 
 
 def agrees_with_the_oracle(family: TinyVLM, formula: Formula, config: AttentionMethod) -> bool:
-    model = family.build()
+    model, config = family.build(), formula.settled(family, BATCH, config)
     inputs = family.inputs(model, *BATCH)
     real = inputs["attention_mask"].bool()
     base = logits(model, inputs)[real]
@@ -326,8 +420,8 @@ def test_scores_that_are_raised_far_overflow_nothing(plain: TinyVLM):
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_gradients_equal_the_oracles(plain: TinyVLM, name: str, checkpointed: bool):
-    formula, config = FORMULAS[name], FORMULAS[name].configs[0]
-    model = plain.build()
+    formula = FORMULAS[name]
+    model, config = plain.build(), formula.settled(plain, BATCH, formula.configs[0])
     inputs = plain.inputs(model, *BATCH)
     real = inputs["attention_mask"].bool()
     with oracle(plain.build(), inputs, **formula.oracle(config, layers_of(config, model))) as reference:
@@ -349,11 +443,11 @@ def test_gradients_equal_the_oracles(plain: TinyVLM, name: str, checkpointed: bo
 )
 def test_two_chats_in_turns_are_what_the_oracle_makes_of_each(tiny: TinyVLM, name: str, number: int):
     """Each on its cache: a prompt, an answer token by token, another image in the same chat, an answer, more text."""
-    formula, config = FORMULAS[name], FORMULAS[name].configs[number]
+    formula, chats = FORMULAS[name], ("t4 i t3 i t6", "t5 i i t4 i t8")
+    config = formula.settled(tiny, chats, formula.configs[number])
     depends_on_ends = getattr(config, "rows", "text") == "generated"
     model = tiny.build()
     layers = layers_of(config, model)
-    chats = ("t4 i t3 i t6", "t5 i i t4 i t8")
     cuts, expected = [], []
     for chat, first in zip(chats, ("t4 i t3", "t5 i i t4")):
         whole = tiny.inputs(model, chat)
@@ -374,6 +468,7 @@ def test_two_chats_in_turns_are_what_the_oracle_makes_of_each(tiny: TinyVLM, nam
         (PAIConfig(), range(2, 32)),
         (HGAIConfig(), range(5, 18)),
         (VARConfig(), range(2, 31)),
+        (CAIConfig(), range(16, 32)),
         (LogBiasConfig(), range(32)),
     ],
     ids=lambda value: getattr(value, "method", ""),

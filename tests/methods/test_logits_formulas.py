@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, core
-from forwards import generate, in_double, logits
+from forwards import generate, in_double, logits, without_images
 from peft import get_peft_model
-from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
+from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import M3IDConfig, VCDConfig
 from peft_pvm.methods import METHODS
-from peft_pvm.tuners.logits_method import LogitsMethod, Prompt
+from peft_pvm.tuners.in_generate import Prompt
+from peft_pvm.tuners.logits_method import LogitsMethod
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
@@ -49,14 +50,6 @@ class Formula:
 # ---- M3ID
 
 
-def without_images(config: M3IDConfig, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    ids = [token_id for token_id in inputs["input_ids"][0].tolist() if token_id not in (IMAGE, VIDEO)]
-    text = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    if "token_type_ids" in inputs:
-        text["token_type_ids"] = torch.ones(1, len(ids), dtype=torch.long)
-    return text
-
-
 def m3id(config: M3IDConfig, with_image: torch.Tensor, without: torch.Tensor, t: int) -> torch.Tensor:
     p, q = with_image.softmax(-1), without.softmax(-1)
     if p.max() >= config.threshold:
@@ -67,7 +60,7 @@ def m3id(config: M3IDConfig, with_image: torch.Tensor, without: torch.Tensor, t:
 
 M3ID = Formula(
     M3IDConfig(rate=0.3, threshold=1.0),
-    without_images,
+    lambda config, inputs: without_images(inputs),
     m3id,
     {
         "no threshold": (

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from ffn_outputs import changing_ffns, ffn_of, text_model_of
 from forwards import difference, ends_of_turns, in_double, logits, logits_in_turns
 from methods_under_test import give_weight
-from oracle import embeds_tokens, oracle
+from oracle import oracle
 from peft import get_peft_model
 from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
 from torch import nn
@@ -26,11 +27,6 @@ from peft_pvm.tuners.ffn_method import FFNStep
 
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 TOLERANCE = 2e-5
-# By the text model's type: what returns what the FFN adds to the stream, if another module than the FFN.
-RETURNS = {
-    **dict.fromkeys(("gemma2", "gemma3_text", "gemma4_text"), "post_feedforward_layernorm"),
-    "glm4v_text": "post_mlp_layernorm",
-}
 
 
 class Retracing:
@@ -43,7 +39,8 @@ class Retracing:
 
     def __init__(self, model: Any, inputs: dict[str, torch.Tensor], config: MemVRConfig, ends: Sequence[int] = (-1,)):
         self.model, self.config = model, config
-        self.text_model = next(m for m in model.modules() if embeds_tokens(m) and hasattr(m, "layers"))
+        self.text_model = text_model_of(model)
+        self.shape = inputs["input_ids"].shape
         self.layers = config.layers_to_transform
         self.visual = torch.isin(inputs["input_ids"], torch.tensor((IMAGE, VIDEO)))
         self.rows = inputs["attention_mask"].bool() & ~self.visual & (self.visual.cumsum(1) > 0)
@@ -58,20 +55,17 @@ class Retracing:
     @contextlib.contextmanager
     def acting(self) -> Iterator[Retracing]:
         handles = [self.text_model.register_forward_pre_hook(self.start, with_kwargs=True)]
-        for layer_idx, layer in enumerate(self.text_model.layers):
-            if layer_idx in self.layers:
-                ffn = layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp  # Llama 4's, and others'
-                name = RETURNS.get(self.text_model.config.model_type)
-                returns = getattr(layer, name) if name else ffn
-                handles += [
-                    layer.register_forward_pre_hook(lambda module, args: self.now.update(entering=args[0])),
-                    ffn.register_forward_pre_hook(lambda module, args: self.now.update(x=args[0])),
-                    returns.register_forward_hook(
-                        lambda module, args, output, layer_idx=layer_idx: self.mix(layer_idx, output)
-                    ),
-                ]
+        for layer_idx in self.layers:
+            layer = self.text_model.layers[layer_idx]
+            handles += [
+                layer.register_forward_pre_hook(lambda module, args: self.now.update(entering=args[0])),
+                ffn_of(layer).register_forward_pre_hook(
+                    lambda module, args: self.now.update(x=args[0].view(*self.shape, -1))
+                ),
+            ]
         try:
-            yield self
+            with changing_ffns(self.model, self.layers, self.shape, self.mix):
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
@@ -79,10 +73,7 @@ class Retracing:
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.now = {"embeds": kwargs["inputs_embeds"].detach()}
 
-    def mix(self, layer_idx: int, output: Any) -> Any:
-        if isinstance(output, tuple):  # of a mixture of experts, with its router's logits
-            own = output[0].view_as(self.now["entering"])
-            return (self.mix(layer_idx, own).view_as(output[0]), *output[1:])
+    def mix(self, layer_idx: int, output: torch.Tensor) -> torch.Tensor:
         changed = output.clone()
         for row, column in self.rows.nonzero().tolist():
             if self.turns.get((row, column), layer_idx) != layer_idx:
@@ -109,9 +100,7 @@ class Retracing:
 def undecided_enough(family: TinyVLM, conversations: Sequence[str], **fields: Any) -> MemVRConfig:
     """Settings by which tokens have their turn in several layers, and none nearly has."""
     reference = family.build()
-    every_layer = list(
-        range(len(next(m for m in reference.modules() if hasattr(m, "layers") and embeds_tokens(m)).layers))
-    )
+    every_layer = list(range(len(text_model_of(reference).layers)))
     config = MemVRConfig(**{"ratio": 0.5, "layers_to_transform": every_layer, **fields})
     found: list[float] = []
     for conversation in conversations:
@@ -170,10 +159,10 @@ def in_step(**changes: Callable[[FFNStep], Any]) -> tuple[str, Callable[..., Any
 
 
 def own_entropy(of_scores: Callable[[torch.Tensor], torch.Tensor]) -> tuple[str, Callable[..., Any]]:
-    def undecided(self: MemVRConfig, step: FFNStep, waiting: torch.Tensor) -> torch.Tensor:
-        return waiting & (of_scores(EarlyExit(step.vlm).logits(step.entering).softmax(-1)) > self.threshold)
+    def undecided(self: EarlyExit, states: torch.Tensor, threshold: float, among: torch.Tensor) -> torch.Tensor:
+        return among & (of_scores(self.logits(states).softmax(-1)) > threshold)
 
-    return "_undecided", undecided
+    return "undecided", undecided
 
 
 def means_of_all(self: MemVRConfig, step: FFNStep, positions: torch.Tensor) -> torch.Tensor:
@@ -201,7 +190,7 @@ WRONG = {
 def test_wrong_variants_are_noticed(plain: TinyVLM, variant: str | None, monkeypatch: pytest.MonkeyPatch):
     config = undecided_enough(plain, BATCH[:3])
     if variant is not None:
-        monkeypatch.setattr(MemVRConfig, *WRONG[variant])
+        monkeypatch.setattr(EarlyExit if WRONG[variant][0] == "undecided" else MemVRConfig, *WRONG[variant])
     assert agrees(plain, config) == (variant is None)
 
 

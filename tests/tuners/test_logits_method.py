@@ -23,7 +23,8 @@ from tiny_vlms import FAMILIES, IMAGE, TinyVLM
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from peft_pvm import DIPEConfig, M3IDConfig, VCDConfig, attached
-from peft_pvm.tuners.logits_method import LogitsMethod, Prompt, logits_tuner
+from peft_pvm.tuners.in_generate import Prompt
+from peft_pvm.tuners.logits_method import LogitsMethod, logits_tuner
 from peft_pvm.tuners.registry import register
 from peft_pvm.utils.packages import CACHE
 
@@ -419,7 +420,9 @@ def test_positional_arguments(llava: TinyVLM, config: LogitsMethod):
 def test_two_at_once(llava: TinyVLM):
     model = llava.build()
     with attached(model, CONFIGS["m3id"], CONFIGS["vcd"]):
-        with pytest.raises(NotImplementedError, match=r"'attached_\d+' and 'attached_\d+' are active and both decide"):
+        with pytest.raises(
+            NotImplementedError, match=r"'attached_\d+' and 'attached_\d+' are active and both run the model"
+        ):
             scores(llava, _Bare(model))
         assert torch.isfinite(logits(model, llava.inputs(model, ROWS[0]))).all()
 

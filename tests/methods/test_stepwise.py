@@ -1,9 +1,8 @@
-"""SAVAA agrees with a loop without a cache, in float64; what it goes by follows the cache."""
+"""Methods that go from token to token agree with loops without a cache, and what they note follows the cache."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import pickle
 import re
@@ -22,110 +21,54 @@ from forwards import (
     counted_graphs,
     difference,
     generate,
-    in_double,
     logits,
     prefill,
     prompt_and_step,
 )
-from oracle import Tokens, oracle
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
+from stepwise import STEPWISE, Stepwise, in_pieces, length_of, steps, with_answer
 from test_decoding_step import static_cache, step_at, watched_step
 from test_five_properties import _hooks
-from tiny_vlms import FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
+from tiny_vlms import FAMILIES, GEMMA4_SHARED, TinyVLM
 
-from peft_pvm import SAVAAConfig, attached
+from peft_pvm import SAVAAConfig, SPARCConfig, attached
+from peft_pvm.attention.call import AttentionCall
+from peft_pvm.attention.stages import Values
 from peft_pvm.tokens.context import VisualContext
-from peft_pvm.tokens.families import LOGITS, find_vlm
+from peft_pvm.tokens.families import LOGITS
 from peft_pvm.tuners.last_logits import LastLogits
 from peft_pvm.utils.packages import CACHE
 
 
 AGREES = 2e-5
-CONFIG = SAVAAConfig(visual=3.0, text=2.0, alpha=0.5, risk_scale=1.5)
-CONFIGS = (CONFIG, SAVAAConfig(visual=0.4, text=0.7, alpha=0.1, risk_scale=1.0, layers_to_transform=[1]))
+SAVAA, SPARC = STEPWISE["savaa"], STEPWISE["sparc"]
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
 
 
-# ---- the method as a loop
+@pytest.fixture(params=STEPWISE)
+def stepwise(request: pytest.FixtureRequest) -> Stepwise:
+    return STEPWISE[request.param]
 
 
-def looped(tiny: TinyVLM, config: SAVAAConfig, inputs: dict[str, torch.Tensor], cuts: list[int]) -> torch.Tensor:
-    """The logits of one conversation, `(seq_len, vocab_size)`, from whole forwards.
-
-    Args:
-        tiny: The model.
-        config: The settings.
-        inputs: Of the whole conversation.
-        cuts: Where it is cut into pieces that are read one after the other, both ends included.
-    """
-    model = tiny.build()
-    layers = config.layers_to_transform or config.default_layers(SAVAAConfig.layers_on(find_vlm(model)))
-    ids = inputs["input_ids"][0]
-    visual = (ids == IMAGE) | (ids == VIDEO)
-    rows: dict[int, tuple[float, int]] = {}  # of decoded tokens: the factor of visual keys, and the prompt's length
-
-    def scale(tokens: Tokens, layer_idx: int) -> torch.Tensor:
-        pairs = torch.ones(1, len(ids), len(ids), dtype=torch.float64)
-        for row, (factor, prompt_length) in rows.items() if layer_idx in layers else ():
-            pairs[0, row, :prompt_length] = 1 / config.text
-            pairs[0, row, visual] = factor
-        return pairs
-
-    risk, prompt_length = None, 0
-    with oracle(model, inputs, scale=scale) as reference:
-        for start, stop in itertools.pairwise(cuts):
-            if stop - start > 1 or risk is None:
-                prompt_length = stop
-            elif visual[:start].any():
-                rows[start] = 1 + (config.visual - 1) * min(max(risk, 0.0), 1.0), prompt_length
-            for module in reference.modules():
-                if "rope_deltas" in vars(module):
-                    module.rope_deltas = None
-            found = logits(reference, in_double(inputs), use_cache=False)[0]
-            last = found[stop - 1].softmax(-1)
-            entropy = -sum(p * math.log(p) for p in last.tolist() if p > 0) / math.log(len(last))
-            of_images = found[:stop][visual[:stop]].softmax(-1)[:, last.argmax()].tolist()
-            risk = (
-                config.alpha * entropy + (1 - config.alpha) * (1 - max(of_images, default=0.0))
-            ) / config.risk_scale
-    return found
-
-
-def in_pieces(tiny: TinyVLM, model: torch.nn.Module, chats: list[str], cuts: list[list[int]]) -> list[torch.Tensor]:
-    """The logits of conversations that are read in turn, piece by piece, each on its own cache."""
-    caches: list[Any] = [None] * len(chats)
-    found: list[list[torch.Tensor]] = [[] for _ in chats]
-    for number in range(len(cuts[0]) - 1):
-        for chat, (text, ends) in enumerate(zip(chats, cuts)):
-            piece = tiny.inputs(model, text, start=ends[number], stop=ends[number + 1])
-            with torch.no_grad():
-                output = model(**piece, **{CACHE: caches[chat]}, use_cache=True)
-            caches[chat] = output[CACHE]
-            found[chat].append(output.logits[0])
-    return [torch.cat(pieces) for pieces in found]
-
-
-def length_of(tiny: TinyVLM, model: torch.nn.Module, chat: str) -> int:
-    return tiny.inputs(model, chat)["input_ids"].shape[1]
-
-
-def deviation(tiny: TinyVLM, attached_config: SAVAAConfig, config: SAVAAConfig) -> float:
+def deviation(tiny: TinyVLM, attached_config: Any, stepwise: Stepwise, config: Any = None) -> float:
     """How two chats in turns differ from the loop: a prompt, an answer, another image, an answer, text, an answer."""
     model = tiny.build()
     chats, cuts = ["t4 i t6 i t9", "t5 i i t7 i t11"], []
     for chat, first in zip(chats, ("t4 i t3", "t5 i i t4")):
         prompt, length = length_of(tiny, model, first), length_of(tiny, model, chat)
         cuts.append([0, *range(prompt, prompt + 4), *range(length - 7, length - 4), length - 2, length - 1, length])
-    expected = [looped(tiny, config, tiny.inputs(model, chat), ends) for chat, ends in zip(chats, cuts)]
+    config = config or stepwise.config
+    expected = [stepwise.loop(tiny, config, tiny.inputs(model, chat), ends) for chat, ends in zip(chats, cuts)]
     with attached(model, attached_config):
         found = in_pieces(tiny, model, chats, cuts)
     return max(difference(one.double(), other) for one, other in zip(found, expected))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["strong", "weak"])
-def test_two_chats_in_turns_are_the_loops(tiny: TinyVLM, config: SAVAAConfig):
-    assert deviation(tiny, config, config) < AGREES
+@pytest.mark.parametrize("which", ["config", "other"])
+def test_two_chats_in_turns_are_the_loops(tiny: TinyVLM, stepwise: Stepwise, which: str):
+    config = getattr(stepwise, which)
+    assert deviation(tiny, config, stepwise, config) < AGREES
 
 
 def noting(change: Callable[[VisualContext], dict[str, torch.Tensor]]) -> Callable[..., bool]:
@@ -140,55 +83,94 @@ def noting(change: Callable[[VisualContext], dict[str, torch.Tensor]]) -> Callab
 
 
 ACTS_IN, GROUNDED = SAVAAConfig.acts_in, LastLogits._grounded
-WRONG: dict[str, tuple[type, str, Callable[..., Any]]] = {
-    "entropy in nats": (SAVAAConfig, "acts_in", noting(lambda c: {"entropy": c.notes["entropy"] * math.log(320)})),
-    "what is grounded is risky": (SAVAAConfig, "acts_in", noting(lambda c: {"grounding": 1 - c.notes["grounding"]})),
-    "all text": (SAVAAConfig, "acts_in", noting(lambda c: {"prompt_length": c.notes["prompt_length"] + 99})),
-    "the prompt grows": (
-        SAVAAConfig,
-        "acts_in",
-        noting(lambda c: {"prompt_length": torch.zeros_like(c.notes["prompt_length"]) + c.past_length}),
-    ),
-    "the last image alone": (
-        LastLogits,
-        "_grounded",
-        lambda self, memory, *rest: GROUNDED(
-            self, replace(memory, grounding=tuple((slot, 0 * of) for slot, of in memory.grounding)), *rest
+NOTED, WEIGHTS, STAGES = SPARCConfig._noted, AttentionCall.last_row_weights, SPARCConfig.stages
+WRONG: dict[str, dict[str, tuple[type, str, Callable[..., Any]]]] = {
+    "savaa": {
+        "entropy in nats": (SAVAAConfig, "acts_in", noting(lambda c: {"entropy": c.notes["entropy"] * math.log(320)})),
+        "what is grounded is risky": (
+            SAVAAConfig,
+            "acts_in",
+            noting(lambda c: {"grounding": 1 - c.notes["grounding"]}),
         ),
-    ),
-    "the first image alone": (
-        LastLogits,
-        "_grounded",
-        lambda self, memory, *rest: (
-            replace(memory, grounding=((memory.last_slot, memory.grounding[0][1]),))
-            if memory.grounding
-            else GROUNDED(self, memory, *rest)
+        "all text": (SAVAAConfig, "acts_in", noting(lambda c: {"prompt_length": c.notes["prompt_length"] + 99})),
+        "the prompt grows": (
+            SAVAAConfig,
+            "acts_in",
+            noting(lambda c: {"prompt_length": torch.zeros_like(c.notes["prompt_length"]) + c.past_length}),
         ),
-    ),
-    "forwards of several tokens too": (SAVAAConfig, "acts_in", lambda self, context: "entropy" in context.notes),
+        "the last image alone": (
+            LastLogits,
+            "_grounded",
+            lambda self, memory, *rest: GROUNDED(
+                self, replace(memory, grounding=tuple((slot, 0 * of) for slot, of in memory.grounding)), *rest
+            ),
+        ),
+        "the first image alone": (
+            LastLogits,
+            "_grounded",
+            lambda self, memory, *rest: (
+                replace(memory, grounding=((memory.last_slot, memory.grounding[0][1]),))
+                if memory.grounding
+                else GROUNDED(self, memory, *rest)
+            ),
+        ),
+        "forwards of several tokens too": (SAVAAConfig, "acts_in", lambda self, context: "entropy" in context.notes),
+    },
+    "sparc": {
+        "one head": (AttentionCall, "last_row_weights", lambda self: WEIGHTS(self)[:, :1]),
+        "once chosen is enough": (
+            SPARCConfig,
+            "_noted",
+            lambda self, context: (NOTED(self, context)[0], NOTED(self, context)[1].clamp(max=1)),
+        ),
+        "new images start at 0": (
+            SPARCConfig,
+            "_noted",
+            lambda self, context: (NOTED(self, context)[0].nan_to_num(0), NOTED(self, context)[1]),
+        ),
+        "keys are scaled": (
+            Values,
+            "scaled",
+            lambda self, call, factors: replace(call, key=call.key * factors.to(call.key.dtype)),
+        ),
+        "visual rows too": (
+            SPARCConfig,
+            "stages",
+            lambda self, layer: [replace(s, rows="all") if isinstance(s, Values) else s for s in STAGES(self, layer)],
+        ),
+    },
 }
 
 
-@pytest.mark.parametrize("wrong", [None, *WRONG])
-def test_wrong_variants_are_noticed(wrong: str | None, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("method", "wrong"), [(method, wrong) for method in WRONG for wrong in (None, *WRONG[method])]
+)
+def test_wrong_variants_are_noticed(method: str, wrong: str | None, monkeypatch: pytest.MonkeyPatch):
     if wrong is not None:
-        monkeypatch.setattr(*WRONG[wrong])
-    assert (deviation(FAMILIES["llava"], CONFIG, CONFIG) < AGREES) == (wrong is None)
+        monkeypatch.setattr(*WRONG[method][wrong])
+    stepwise = STEPWISE[method]
+    assert (deviation(FAMILIES["llava"], stepwise.config, stepwise) < AGREES) == (wrong is None)
 
 
-@pytest.mark.parametrize("field", ["visual", "text", "alpha", "risk_scale"])
-def test_every_field_counts(field: str):
-    other = replace(CONFIG, **{field: 0.9 * getattr(CONFIG, field)})
-    assert deviation(FAMILIES["llava"], other, CONFIG) > 10 * AGREES
+FIELDS = {"savaa": ("visual", "text", "alpha", "risk_scale"), "sparc": ("alpha", "tau", "beta")}
+
+
+@pytest.mark.parametrize(("method", "field"), [(method, field) for method in FIELDS for field in FIELDS[method]])
+def test_every_field_counts(method: str, field: str):
+    stepwise = STEPWISE[method]
+    other = replace(stepwise.config, **{field: 0.6 * getattr(stepwise.config, field)})
+    assert deviation(FAMILIES["llava"], other, stepwise) > 10 * AGREES
 
 
 # ---- in generate
 
 
-def generated(tiny: TinyVLM, rows: tuple[str, ...], steps: int = 5, **arguments: Any) -> tuple[float, list[float]]:
+def generated(
+    tiny: TinyVLM, stepwise: Stepwise, rows: tuple[str, ...], steps: int = 5, **arguments: Any
+) -> tuple[float, list[float]]:
     """How the logits of generate differ from the loop's; and by row, what the method changes."""
     base = tiny.build()
-    model = get_peft_model(base, CONFIG)
+    model = get_peft_model(base, stepwise.config)
     result = generate(tiny, model, *rows, max_new_tokens=steps, min_new_tokens=steps, **arguments)
     computed = torch.stack(result.logits, 1).double()
     differences, changes = [], []
@@ -196,39 +178,28 @@ def generated(tiny: TinyVLM, rows: tuple[str, ...], steps: int = 5, **arguments:
         prompt = tiny.prompt(base, row)
         length, answer = prompt["input_ids"].shape[1], result.sequences[number, -steps:]
         whole = with_answer(prompt, answer)
-        expected = looped(tiny, CONFIG, whole, [0, *range(length, length + steps + 1)])
+        expected = stepwise.loop(tiny, stepwise.config, whole, [0, *range(length, length + steps + 1)])
         differences.append(difference(computed[number], expected[length - 1 : -1]))
-        plain = looped(tiny, replace(CONFIG, visual=1.0, text=1.0), whole, [0, length + steps])
+        plain = stepwise.loop(tiny, stepwise.without, whole, [0, length + steps])
         changes.append(difference(expected[length - 1 : -1], plain[length - 1 : -1]))
     return max(differences), changes
 
 
-def with_answer(prompt: dict[str, torch.Tensor], answer: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The inputs of a forward over a prompt and its answer."""
-    whole = {**prompt, "input_ids": torch.cat([prompt["input_ids"], answer[None]], 1)}
-    if "target_sizes" in prompt:  # MiniCPM-V 4.7, which would ask for the types of tokens
-        whole["position_ids"] = torch.arange(whole["input_ids"].shape[1])[None]
-    for name in whole:
-        if name in ("attention_mask", "image_embeds_position_mask") or name.endswith("token_type_ids"):
-            of_text = int(name in ("attention_mask", "token_type_ids"))
-            whole[name] = torch.nn.functional.pad(whole[name], (0, len(answer)), value=of_text)
-    return whole
-
-
-def test_generate_is_the_loop(family: TinyVLM):
+def test_generate_is_the_loop(family: TinyVLM, stepwise: Stepwise):
     """In a batch that is padded on the left: what each row gives alone. Without an image, that is the base's."""
-    deviates, changes = generated(family, ROWS)
+    deviates, changes = generated(family, stepwise, ROWS)
     assert deviates < AGREES
-    assert min(changes[:2]) > 1e-3
+    assert min(changes[:2]) > 1e-3 or not stepwise.always
     assert changes[2] == 0
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in core.ROWS])
 def test_architecture(name: str):
+    """Of SAVAA: its head and its logits are what types differ in."""
     row = ARCHITECTURES[name]
     reason = row.refusal("savaa")
     if reason is None:
-        deviates, changes = generated(row.tiny, ROWS[:1], steps=2)
+        deviates, changes = generated(row.tiny, SAVAA, ROWS[:1], steps=2)
         assert deviates < AGREES
         assert changes[0] > 1e-3
     else:
@@ -239,23 +210,13 @@ def test_architecture(name: str):
 # ---- beside generate
 
 
-def steps(tiny: TinyVLM, model: torch.nn.Module, cache: Any, chat: str, start: int, number: int) -> torch.Tensor:
-    """The logits of some tokens of a chat, decoded one by one on its cache."""
-    found = []
-    for place in range(start, start + number):
-        piece = tiny.inputs(model.get_base_model(), chat, start=place, stop=place + 1)
-        piece["attention_mask"] = piece["attention_mask"][:, : cache.get_seq_length() + 1]
-        found.append(logits(model, piece, **{CACHE: cache}, use_cache=True))
-    return torch.cat(found, 1)
-
-
-def test_forwards_and_what_is_off_are_the_bases(tiny: TinyVLM):
+def test_forwards_and_what_is_off_are_the_bases(tiny: TinyVLM, stepwise: Stepwise):
     base = tiny.build().requires_grad_(False)
     before = dict(vars(base))
     inputs = tiny.inputs(base, *ROWS)
     forward, answer = logits(base, inputs), base.generate(**tiny.prompt(base, *ROWS), **GENERATE, do_sample=False)
     hooks = _hooks(base)
-    model = get_peft_model(base, CONFIG)
+    model = get_peft_model(base, stepwise.config)
     assert torch.equal(logits(model, inputs), forward)
     assert difference(torch.stack(generate(tiny, model, *ROWS).logits)[1:], torch.stack(answer.logits)[1:]) > 1e-3
     with model.disable_adapter():
@@ -265,9 +226,9 @@ def test_forwards_and_what_is_off_are_the_bases(tiny: TinyVLM):
     assert _hooks(base) == hooks
 
 
-def test_saving_and_loading(tmp_path: Path):
+def test_saving_and_loading(tmp_path: Path, stepwise: Stepwise):
     llava = FAMILIES["llava"]
-    model = get_peft_model(llava.build(), CONFIG)
+    model = get_peft_model(llava.build(), stepwise.config)
     expected = torch.stack(generate(llava, model, *ROWS).logits)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
@@ -276,16 +237,16 @@ def test_saving_and_loading(tmp_path: Path):
     assert torch.equal(torch.stack(generate(llava, again, *ROWS).logits), expected)
 
 
-def test_kernels_agree(tiny: TinyVLM):
+def test_kernels_agree(tiny: TinyVLM, stepwise: Stepwise):
     found = []
     for kernel in ("eager", "sdpa"):
-        model = get_peft_model(tiny.build(attn_implementation=kernel), CONFIG)
+        model = get_peft_model(tiny.build(attn_implementation=kernel), stepwise.config)
         found.append(torch.stack(generate(tiny, model, *ROWS[:2]).logits))
     assert difference(*found) < TOLERANCE
 
 
-def test_a_step_waits_for_nothing(tiny: TinyVLM):
-    model = get_peft_model(tiny.build(), CONFIG)
+def test_a_step_waits_for_nothing(tiny: TinyVLM, stepwise: Stepwise):
+    model = get_peft_model(tiny.build(), stepwise.config)
     with model.disable_adapter():
         base_waits = watched_step(tiny, model, 64).waits
     assert watched_step(tiny, model, 64).waits == base_waits
@@ -293,9 +254,9 @@ def test_a_step_waits_for_nothing(tiny: TinyVLM):
 
 @on_a_cpu
 def test_steps_are_the_same_graphs():
-    """One of the model's forward, and one of the hook behind it."""
+    """Of SAVAA: one of the model's forward, and one of the hook behind it."""
     llava = FAMILIES["llava"]
-    base = get_peft_model(llava.build(), CONFIG).get_base_model()
+    base = get_peft_model(llava.build(), SAVAA.config).get_base_model()
     prompt, step = prompt_and_step(llava, base, "t4 i t9")
     graphs, backend = counted_graphs()
     results = []
@@ -312,8 +273,8 @@ def test_steps_are_the_same_graphs():
     assert difference(*results) < TOLERANCE
 
 
-def test_what_was_noted_follows_the_cache(plain: TinyVLM):
-    model = get_peft_model(plain.build(), CONFIG)
+def test_what_was_noted_follows_the_cache(plain: TinyVLM, stepwise: Stepwise):
+    model = get_peft_model(plain.build(), stepwise.config)
     chats = ("t4 i t9", "t6 i t7")
     alone, caches = [], []
     for chat in chats:
@@ -349,7 +310,7 @@ CHAT, REFUSAL = "t4 i t6 i t5", "needs the logits at all image tokens of a conve
 
 def test_a_crop_leaves_what_a_shorter_conversation_has(plain: TinyVLM):
     """A chat of two images goes on as if there had been no second, but for what the last forward said."""
-    model = get_peft_model(plain.build(), CONFIG)
+    model = get_peft_model(plain.build(), SAVAA.config)
     first = length_of(plain, model.get_base_model(), "t4 i t3")
     fresh = prefill(plain, model, CHAT, stop=first)
     rest = plain.inputs(model.get_base_model(), CHAT, start=first)
@@ -369,7 +330,7 @@ def test_a_crop_leaves_what_a_shorter_conversation_has(plain: TinyVLM):
 
 def test_what_is_not_known_is_refused(plain: TinyVLM):
     """An image that was read while the adapter was off, and one that a crop went through."""
-    model = get_peft_model(plain.build(), CONFIG)
+    model = get_peft_model(plain.build(), SAVAA.config)
     first = length_of(plain, model.get_base_model(), "t4 i t3")
     with model.disable_adapter():
         cache = prefill(plain, model, CHAT, stop=first)
@@ -384,22 +345,22 @@ def test_what_is_not_known_is_refused(plain: TinyVLM):
 
 def test_models_and_ways_to_generate_that_are_refused(monkeypatch: pytest.MonkeyPatch):
     llava = FAMILIES["llava"]
-    model = get_peft_model(llava.build(), CONFIG)
-    with pytest.raises(NotImplementedError, match="goes by the logits of the token before, but assisted decoding"):
+    model = get_peft_model(llava.build(), SAVAA.config)
+    with pytest.raises(NotImplementedError, match="go by what the token before was or did, but assisted decoding"):
         generate(llava, model, ROWS[0], prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="LlavaModel has no head that makes logits, which SAVAAModel reads"):
-        get_peft_model(llava.build().model, CONFIG)
+        get_peft_model(llava.build().model, SAVAA.config)
     granite = ARCHITECTURES["granite4_vision"].tiny
     model = granite.build()
     model.config.text_config.logits_scaling = 4.0
-    model = get_peft_model(model, CONFIG)
+    model = get_peft_model(model, SAVAA.config)
     generate(granite, model, ROWS[0])
     monkeypatch.delitem(LOGITS, "granite4_vision")
     with pytest.raises(NotImplementedError, match="does more to the output of its head than peft_pvm knows"):
         generate(granite, model, ROWS[0])
     if widths_of_last_layer(GEMMA4_SHARED) == [1]:
         with pytest.raises(NotImplementedError, match=REFUSAL):
-            generate(GEMMA4_SHARED, get_peft_model(GEMMA4_SHARED.build(), CONFIG), ROWS[0])
+            generate(GEMMA4_SHARED, get_peft_model(GEMMA4_SHARED.build(), SAVAA.config), ROWS[0])
 
 
 def widths_of_last_layer(tiny: TinyVLM) -> list[int]:

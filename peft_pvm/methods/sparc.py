@@ -1,0 +1,153 @@
+"""SPARC: visual tokens that a token of the answer looks at more than before count for more from then on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+
+from ..attention.call import AttentionCall, Output
+from ..attention.stages import Later, Stage, Values, Watch
+from ..tokens.context import VisualContext
+from ..tokens.families import VisionLanguageModel
+from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
+from ..utils.checks import is_int, is_number, setting
+from ..utils.text import quoted
+
+
+LAYER_OF_PAPER, DEPTH_OF_PAPER = 20, 32
+NARROW = ("sliding_attention", "chunked_attention")  # types of layers that do not see all keys
+
+
+@dataclass(frozen=True)
+class _ValuesOfChosen(Values):
+    """Scaled values, once there has been a forward to choose by."""
+
+    def attend(self, call: AttentionCall, later: Later) -> Output:
+        is_first = not any(name.startswith(SPARCConfig.method) for name in call.context.notes)
+        return later(call) if is_first else super().attend(call, later)
+
+
+@dataclass
+class SPARCConfig(AttentionMethod):
+    """Has visual tokens count for more from then on that a token of the answer looks at more than those before it
+    (arXiv 2502.01419, "Selective Progressive Attention ReCalibration").
+
+    With `a_j` the attention weight of visual token `j` in the last row of a forward, averaged over the heads of
+    `choosing_layer`, and `m_j` its moving average::
+
+        chosen:     a_j > 0  and  a_j - m_j >= tau * m_j
+        m_j       = beta * a_j + (1 - beta) * m_j            at first: a_j
+        w_ij      = w_ij * alpha^n_j                         n_j: in how many forwards before j was chosen
+
+    The weights are not normalised again. So it acts where a conversation on a KV cache is read on, as in `generate`.
+    **The first forward, which brings the image, is that of the base.** It has no parameters.
+
+    Args:
+        alpha: What the weight of a visual token is multiplied by each time that it was chosen, above 0.
+        tau: How much more than its moving average a chosen token is looked at, in units of that, at least 0.
+        beta: The share of the newest forward in the moving average, above 0, at most 1.
+        choosing_layer: The decoder layer by whose weights they are chosen. `None`: the authors' 20 of 32, and the same
+            part of other depths.
+        layers_to_transform: Indices of the decoder layers whose weights it changes (or one). `None`: all.
+        format_version: The format of the saved adapter. Do not change it.
+        init_weights: Without effect: there are no weights. PEFT expects the field.
+    """
+
+    method: ClassVar[str] = "sparc"
+    acts_in_forwards: ClassVar[bool] = False
+
+    alpha: float = setting(1.1, "What the weight of a visual token is multiplied by each time it was chosen.", above=0)
+    tau: float = setting(
+        1.5,
+        "How much more than its moving average a chosen token is looked at, in units of that.",
+        valid=lambda value: is_number(value) and value >= 0,
+        accepted="a number from 0 on",
+    )
+    beta: float = setting(
+        0.9,
+        "The share of the newest forward in the moving average.",
+        valid=lambda value: is_number(value) and 0 < value <= 1,
+        accepted="a number above 0, at most 1",
+    )
+    choosing_layer: int | None = setting(
+        None,
+        "The decoder layer by whose weights tokens are chosen, or None: the authors' part of the depth.",
+        valid=lambda value: value is None or (is_int(value) and 0 <= value < 2**31),
+        accepted="None or the index of a decoder layer",
+    )
+
+    def fitted_to(self, vlm: VisionLanguageModel) -> SPARCConfig:
+        """With a layer to choose by: of those that see all keys, the nearest to the paper's part of the depth."""
+        layers = self.layers_on(vlm)
+        if self.choosing_layer is None:
+            wide = [layer_idx for layer_idx in layers if vlm.layer_type(layer_idx) not in NARROW] or layers
+            aim = LAYER_OF_PAPER / (DEPTH_OF_PAPER - 1) * (len(vlm.layers) - 1)
+            return replace(self, choosing_layer=min(wide, key=lambda layer_idx: abs(layer_idx - aim)))
+        if self.choosing_layer not in layers:
+            raise ValueError(
+                f"SPARCConfig.choosing_layer is {self.choosing_layer}, but on {type(vlm.model).__name__} the method "
+                f"can look into layers {quoted(layers)} only."
+            )
+        return self
+
+    def layers_among(self, layers: list[int]) -> list[int]:
+        """The layers that it changes, and the one by which it chooses."""
+        return sorted({*super().layers_among(layers), cast(int, self.choosing_layer)})
+
+    def stages(self, layer: SteeredLayer) -> list[Stage]:
+        """Weights that are read, in one layer, and scaled values."""
+        watch = [Watch(self.choose)] if layer.layer_idx == self.choosing_layer else []
+        changes = layer.layer_idx in super().layers_among(layer.among)
+        scale = [_ValuesOfChosen(self.of_keys, rows="text")] if changes else []
+        return [*watch, *scale]
+
+    @classmethod
+    def start_forward(cls, context: VisualContext) -> None:
+        """What was chosen stays known, also through forwards in which no adapter is active."""
+        kept = {name: noted for name, noted in context.notes.items() if name.startswith(cls.method)}
+        context.memory.notes.update(kept)
+
+    def choose(self, call: AttentionCall) -> None:
+        """Choose by the last row, and note it on the KV cache for the forwards that follow."""
+        context = call.context
+        if context.memory.is_empty:
+            return
+        with torch.no_grad():
+            weights = F.pad(call.last_row_weights().mean(1), (0, 1))  # a visual token without a key gets none
+            seen = weights.gather(1, context.visual_columns(call.key.shape[2]))
+            average, count = (noted.to(seen) for noted in self._noted(context))
+            chosen = (seen > 0) & (seen - average >= self.tau * average)
+            newest = torch.where(average.isnan(), seen, self.beta * seen + (1 - self.beta) * average)
+            rows = context.text_behind_images()[:, -1:, None]
+            noted = torch.stack([newest, count + chosen], -1)
+            context.memory.notes[self._name] = torch.where(rows, noted, torch.stack([average, count], -1))
+
+    def of_keys(self, call: AttentionCall) -> torch.Tensor:
+        """What the values of each key are multiplied by, `(batch, num_keys)`."""
+        context, num_keys = call.context, call.key.shape[2]
+
+        def make() -> torch.Tensor:
+            _, count = self._noted(context)
+            factors = count.new_ones(len(count), num_keys + 1)
+            return factors.scatter(1, context.visual_columns(num_keys), self.alpha**count)[:, :num_keys]
+
+        return context.derived((self._name, self.alpha, num_keys), make)
+
+    def _noted(self, context: VisualContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """The moving average, NaN of visual tokens that no row has looked at, and how often each was chosen, before
+        this forward: `(batch, num_visual)` both."""
+        batch, num_visual = context.memory.slots.shape
+        noted = context.notes.get(self._name, torch.zeros(batch, 0, 2)).to(context.device)
+        new = num_visual - noted.shape[1]
+        average, count = noted.unbind(-1)
+        return F.pad(average, (0, new), value=torch.nan), F.pad(count, (0, new))
+
+    @property
+    def _name(self) -> str:
+        return f"{self.method} {self.choosing_layer} {self.tau} {self.beta}"
+
+
+SPARCModel = attention_tuner(SPARCConfig)
