@@ -22,7 +22,7 @@ from .mosaic import IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcr
 
 
 TOKENS_PER_STEP = 2048  # larger steps are no faster per token on a CPU, whose cache they leave
-TOKENS_PER_BACKWARD = 4096  # what is kept for the gradients of more may not fit into memory
+TOKENS_PER_BACKWARD = 2560  # what is kept for the gradients of more may not fit into memory
 TOKENS_PER_HIDDEN_STEP = 640  # short rows give as many answers
 LONGEST_WHEN_HIDDEN = 64  # bytes of distractor
 SHORTEST = 4  # bytes of distractor

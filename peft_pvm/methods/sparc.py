@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
@@ -85,7 +86,9 @@ class SPARCConfig(AttentionMethod):
         if self.choosing_layer is None:
             wide = [layer_idx for layer_idx in layers if vlm.layer_type(layer_idx) not in NARROW] or layers
             aim = LAYER_OF_PAPER / (DEPTH_OF_PAPER - 1) * (len(vlm.layers) - 1)
-            return replace(self, choosing_layer=min(wide, key=lambda layer_idx: abs(layer_idx - aim)))
+            config = copy.copy(self)  # the caller's can be used again, for another model
+            config.choosing_layer = min(wide, key=lambda layer_idx: abs(layer_idx - aim))
+            return config
         if self.choosing_layer not in layers:
             raise ValueError(
                 f"SPARCConfig.choosing_layer is {self.choosing_layer}, but on {type(vlm.model).__name__} the method "
@@ -100,7 +103,7 @@ class SPARCConfig(AttentionMethod):
     def stages(self, layer: SteeredLayer) -> list[Stage]:
         """Weights that are read, in one layer, and scaled values."""
         watch = [Watch(self.choose)] if layer.layer_idx == self.choosing_layer else []
-        changes = layer.layer_idx in super().layers_among(layer.among)
+        changes = self.layers_to_transform is None or layer.layer_idx in cast(list[int], self.layers_to_transform)
         scale = [_ValuesOfChosen(self.of_keys, rows="text")] if changes else []
         return [*watch, *scale]
 

@@ -35,13 +35,11 @@ class SteeredLayer:
         layer_idx: Its index.
         rotary: The rotary embedding that it uses; `None` in a layer that does not rotate queries and keys.
         layer_type: Its type, for a rotary embedding that tells types apart.
-        among: All layers that the method can act on.
     """
 
     layer_idx: int
     rotary: nn.Module | None
     layer_type: str | None
-    among: list[int]
 
 
 @dataclass
@@ -133,10 +131,9 @@ class AttentionMethodLayer(LayerWithoutParameters):
 
     def __init__(self, vlm: VisionLanguageModel):
         super().__init__(vlm)
-        among = self.method_cls.layers_on(vlm)
         self.layers = {
-            layer_idx: SteeredLayer(layer_idx, vlm.rotary_of(layer_idx), vlm.layer_type(layer_idx), among)
-            for layer_idx in among
+            layer_idx: SteeredLayer(layer_idx, vlm.rotary_of(layer_idx), vlm.layer_type(layer_idx))
+            for layer_idx in self.method_cls.layers_on(vlm)
         }
         self._unchecked = set(self.layers)
         self._has_embeddings = not self.method_cls.reads_embeddings

@@ -11,7 +11,7 @@ import torch
 from forwards import TOLERANCE, difference, in_double, logits
 from methods_under_test import METHODS
 from peft import PeftModel, get_peft_model
-from tiny_vlms import FAMILIES
+from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, TDRSConfig
 from peft_pvm.attention.call import AttentionCall
@@ -26,6 +26,7 @@ from peft_pvm.attention.stages import (
     Positions,
     Stage,
     Values,
+    Watch,
     Weights,
 )
 from peft_pvm.tokens.context import VisualContext
@@ -76,7 +77,7 @@ def by_group() -> GroupWeights:
     return GroupWeights(groups, factors)
 
 
-def size(call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+def size(call: AttentionCall, scores: torch.Tensor, queries: slice) -> torch.Tensor:
     return 1.5 * scores.abs()
 
 
@@ -303,3 +304,25 @@ def test_several_adapters_of_dipe_make_a_union():
     model.base_model.set_adapter(["one", "other"])
     union = get_peft_model(family.build(), DIPEConfig(max_distance=0, layers_to_transform=[0, 1, 2]))
     assert torch.equal(logits(model, inputs), logits(union, inputs))
+
+
+@pytest.mark.parametrize("kernel", [{"attn_implementation": "eager"}, {}], ids=["eager", "its own"])
+def test_the_weights_of_the_last_row_are_read(family: TinyVLM, kernel: dict, monkeypatch: pytest.MonkeyPatch):
+    """By `Watch`: those of the model's own queries and keys, whatever another stage makes of the keys."""
+    model = family.build(attn_implementation="eager")
+    inputs = family.inputs(model, "t4 i t3 i t6", "i t9", "t9")
+    with torch.no_grad():
+        weights = iter(model(**inputs, output_attentions=True, use_cache=False).attentions)
+    model, seen = family.build(**kernel), {}
+    monkeypatch.setitem(
+        KINDS, "watch", lambda: Watch(lambda call: seen.update({call.module.layer_idx: call.last_row_weights()}))
+    )
+    base, rows = logits(model, inputs), inputs["attention_mask"][:, -1].bool()
+    model = attach(model, "watch")
+    assert torch.equal(logits(model, inputs), base)
+    for layer_idx in sorted(seen):
+        own = next(weights)[:, :, -1]
+        assert difference(seen[layer_idx][rows], own[rows]) < TOLERANCE, layer_idx
+    first, before = min(seen), dict(seen)
+    logits(attach(family.build(**kernel), "scale", "watch"), inputs)
+    assert torch.equal(seen[first], before[first])
