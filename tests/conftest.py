@@ -9,7 +9,7 @@ import pytest
 import transformers
 from architectures.page import OLDEST
 from methods_under_test import LEADING, METHODS, Combination, Method
-from tiny_vlms import FAMILIES, REPRESENTATIVE, TinyVLM
+from tiny_vlms import FAMILIES, REPRESENTATIVE, TWINS, TinyVLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,10 +20,13 @@ IS_OLDEST = transformers.__version__ == OLDEST
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every property of the leading methods is tested on every family, with the oldest transformers on the
-    representative ones. Other methods, settings and combinations are tested on the representative families and with
-    the newest transformers: what sets them apart is this package's own arithmetic. In short, test_architectures.py
-    tests every method on every family, with both."""
+    """What tells nothing new is left out.
+
+    Every property of the leading methods is tested on families of every kind, and those that are marked by
+    `every_family` on all; with the oldest transformers on the representative ones. Other methods, settings and
+    combinations are tested on the representative families and with the newest transformers: what sets them apart is
+    this package's own arithmetic. In short, test_architectures.py tests every method on every family, with both.
+    """
     items[:] = filter(_tells_something_new, items)
 
 
@@ -35,6 +38,8 @@ def pytest_collection_finish() -> None:
 
 def _tells_something_new(item: pytest.Item) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
+    if params.get("family") in TWINS and not item.get_closest_marker("every_family"):
+        return False
     if not {"family", "method"} <= params.keys():
         return True
     is_leading = params["method"] in (None, *LEADING)

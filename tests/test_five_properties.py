@@ -15,6 +15,7 @@ from transformers.masking_utils import flash_attention_mask
 from peft_pvm.utils.packages import CACHE
 
 
+pytestmark = pytest.mark.every_family
 MIXED_BATCH = ("t4 i t3 i t6", "t7 i t5", "t9")  # two images, one, none
 
 

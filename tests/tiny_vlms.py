@@ -529,4 +529,15 @@ FAMILIES = {
 
 GEMMA4_SHARED = TinyVLM("Gemma4ForConditionalGeneration", _gemma4_shared, _gemma4_image, _gemma4_video)
 
+# Families that differ from another one in nothing that most tests are about. The five properties, and what methods
+# compute, are tested on all.
+TWINS = {
+    "qwen3_vl_moe": "glm4v_moe",
+    "qwen2_vl": "qwen2_5_vl",
+    **dict.fromkeys(("deepseek_vl", "internvl", "mistral3"), "llava"),
+    "smolvlm": "idefics3",
+    "paligemma": "paligemma2",
+    "glm4v": "glm4v_moe",
+    "aya_vision": "llava_cohere",
+}
 REPRESENTATIVE = ("qwen3_vl", "llava", "gemma3")  # mRoPE and DeepStack; plain; sandwich norms and sliding windows

@@ -11,6 +11,9 @@ from peft_pvm.attention.rotation import between, inverse, rotate, rotation_table
 from peft_pvm.tokens.families import find_vlm
 
 
+pytestmark = pytest.mark.every_family
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_rotations(family: TinyVLM, factor: float):
     """Also where the rotary embedding multiplies attention by a factor, as YaRN does."""

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_pvm import PVMConfig
 from peft_pvm.demo import train
-from peft_pvm.demo.mosaic import IMAGE, IMAGE_LENGTH, Batch
+from peft_pvm.demo.mosaic import IMAGE, IMAGE_LENGTH, Batch, make_questions
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.demo.train import Recipe, train_adapter
 
@@ -138,3 +138,31 @@ def test_lengths_are_drawn_as_the_recipe_says():
         assert visible[0] >= 4
         assert visible[-1] <= 1024
         assert median / 1.7 < visible[30] < 1.7 * median
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_parts_of_a_batch_are_its_rows(images: int):
+    model = load_tiny_vlm()
+    batch = make_questions("train", 7, 20, 3, torch.Generator().manual_seed(0), images)
+    parts = batch.parts(2 * batch.inputs["input_ids"].shape[1])
+    assert [len(part.targets) for part in parts] == [2, 2, 2, 1]
+    with torch.no_grad():
+        found = torch.cat([train.target_logits(model, part) for part in parts])
+        assert difference(found, train.target_logits(model, batch)) < 1e-5
+    assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+    assert batch.parts(10**6) == [batch]
+    assert len(batch.parts(1)) == 7
+
+
+def test_long_steps_have_the_gradients_of_all_rows(monkeypatch):
+    """What the optimizer is given, in parts and at once."""
+    seen = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: seen.append(gradients(parameters)))
+    for most in (10**6, 100):
+        monkeypatch.setattr(train, "TOKENS_PER_BACKWARD", most)
+        train_adapter(with_pvm(), dataclasses.replace(SHORT, steps=1))
+    assert difference(*seen) < 1e-5 * seen[0].abs().max()
+
+
+def gradients(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in parameters])

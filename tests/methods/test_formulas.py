@@ -22,6 +22,7 @@ from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tuners.attention_method import AttentionMethod, SteeredLayer
 
 
+pytestmark = pytest.mark.every_family
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 TOLERANCE = 2e-5
 

@@ -21,6 +21,7 @@ from peft_pvm.tuners.in_generate import Prompt
 from peft_pvm.tuners.logits_method import LogitsMethod
 
 
+pytestmark = pytest.mark.every_family
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
 SINGLE = ("t4 i t3", "t7 i t5", "t9")  # generate repeats images, and not rows with several
 VIDEOS = ("t4 v t3", "t2 v t6")  # without images, which the tiny GLM would take for frames

@@ -25,6 +25,7 @@ from peft_pvm.tokens.early_exit import EarlyExit
 from peft_pvm.tuners.ffn_method import FFNStep
 
 
+pytestmark = pytest.mark.every_family
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 TOLERANCE = 2e-5
 

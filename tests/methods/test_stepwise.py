@@ -41,6 +41,7 @@ from peft_pvm.tuners.last_logits import LastLogits
 from peft_pvm.utils.packages import CACHE
 
 
+pytestmark = pytest.mark.every_family
 AGREES = 2e-5
 SAVAA, SPARC = STEPWISE["savaa"], STEPWISE["sparc"]
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")

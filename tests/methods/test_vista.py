@@ -25,6 +25,7 @@ from peft_pvm.tuners.ffn_method import FFNStep
 from peft_pvm.tuners.in_generate import Prompt
 
 
+pytestmark = pytest.mark.every_family
 AGREES = 2e-5
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
 CONFIG = VISTAConfig(strength=0.7)

@@ -19,6 +19,9 @@ from peft_pvm.tokens.blocks import BLOCKS
 from peft_pvm.tokens.families import ATTENTION_NAMES, FAMILIES, ROTARY_NAMES, ROTATES, find_vlm
 
 
+pytestmark = pytest.mark.every_family
+
+
 def test_every_row_of_the_tables_is_tested():
     if not all(row.tiny.is_there for row in ARCHITECTURES.values()):
         pytest.skip("an older transformers has not all of them")

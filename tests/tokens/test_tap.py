@@ -25,6 +25,9 @@ from peft_pvm.tokens.tap import BASE, VISUAL_MASK, AdaptersByRow, Tap
 from peft_pvm.utils.packages import CACHE
 
 
+pytestmark = pytest.mark.every_family
+
+
 MESSAGE = "no pixels came with it"
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids")
 

@@ -62,6 +62,7 @@ def config(request) -> PeftConfig:
     return CONFIGS[request.param]()
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("name", FRESH)
 def test_shipped_adapters_fit_every_family(family: TinyVLM, name: str):
     is_what_it_says(family, name, lambda model: PeftModel.from_pretrained(model, SHIPPED / name))

@@ -12,6 +12,7 @@ from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
 from peft_pvm import DIPEConfig
 
 
+pytestmark = pytest.mark.every_family
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 TOLERANCE = 2e-5
 

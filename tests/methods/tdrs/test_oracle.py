@@ -18,6 +18,7 @@ from peft_pvm.methods.tdrs.weights import distance_boost, reweighted
 from peft_pvm.tokens.visibility import Visibility
 
 
+pytestmark = pytest.mark.every_family
 BATCH = ("t4 i t3 i t6", "t7 i i t5", "i t9", "t9")
 TOLERANCE = 2e-5
 CASES: dict[str, dict[str, Any]] = {
