@@ -24,6 +24,11 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
 
+    def clear(self) -> None:
+        """Begin anew."""
+        for held in (self.commits, self.branches, self.large, self.requests):
+            held.clear()
+
     def files(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """A commit's hash and files, by branch or hash."""
         wanted = self.branches.get((repo, revision), revision)

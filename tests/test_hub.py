@@ -9,15 +9,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hub_server import Hub, serve
+from hub_server import serve
 from tiny_vlms import REPRESENTATIVE
 
 
-PRELUDE = """
-import json, sys
+LOOP = """
+import contextlib, io, json, sys, traceback
 sys.path.insert(0, {tests!r})
 import torch
 from forwards import logits
@@ -27,8 +29,6 @@ from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, PVMConfig, hotswap_adapter
 from peft_pvm.folders.adapter_file import inspect_adapter
 
-family = FAMILIES[{family!r}]
-inputs = family.inputs(family.build(), "t4 i t3 i t6", "t7 i t5")
 def attached(seed, **fields):
     torch.manual_seed(0)
     model = get_peft_model(family.build(), PVMConfig(**{{"r": 32, **fields}})).eval()
@@ -36,39 +36,68 @@ def attached(seed, **fields):
     return model
 def same(model, other):
     return torch.equal(logits(model, inputs), logits(other, inputs))
+
+for line in sys.stdin:
+    name, script = json.loads(line)
+    family = FAMILIES[name]
+    inputs = family.inputs(family.build(), "t4 i t3 i t6", "t7 i t5")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(script)
+        reply = ["", json.loads(printed.getvalue().splitlines()[-1])]
+    except BaseException:
+        reply = [traceback.format_exc(), None]
+    print(json.dumps(reply), flush=True)
 """
 
 
-@pytest.fixture
-def hub():
-    server, hub = serve()
-    yield server, hub
-    server.shutdown()
+class Client:
+    """A process that knows the server as the Hub, and runs one script after another."""
+
+    def __init__(self, cache: Path):
+        self.server, self.hub = serve()
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_address[1]}",
+            "HF_HOME": str(cache),
+            "HF_TOKEN": "hf_token",
+            "HF_HUB_DISABLE_XET": "1",  # another protocol, to other servers
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-c", LOOP.format(tests=str(Path(__file__).parent))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, **pipes)
+
+    def run(self, script: str, family: str = "llava") -> Any:
+        """What a script prints, as JSON in its last line."""
+        self.process.stdin.write(json.dumps([family, script]) + "\n")
+        self.process.stdin.flush()
+        error, found = json.loads(self.process.stdout.readline())
+        assert not error, error
+        return found
+
+    def close(self) -> None:
+        self.process.communicate()
+        self.server.shutdown()
 
 
-def run(hub: tuple, tmp_path: Path, script: str, family: str = "llava") -> dict:
-    server, _ = hub
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_TOKEN": "hf_token",
-        "HF_HUB_DISABLE_XET": "1",  # another protocol, to other servers
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    source = PRELUDE.format(tests=str(Path(__file__).parent), family=family) + script
-    process = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.strip().splitlines()[-1])
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    client = Client(tmp_path_factory.mktemp("hf"))
+    yield client
+    client.close()
+
+
+@pytest.fixture(autouse=True)
+def _empty_hub(client: Client) -> None:
+    client.hub.clear()
 
 
 @pytest.mark.parametrize("family", REPRESENTATIVE)
-def test_there_and_back(hub: tuple[object, Hub], family: str, tmp_path: Path):
-    found = run(
-        hub,
-        tmp_path,
+def test_there_and_back(client: Client, family: str):
+    found = client.run(
         """
 model = attached(1)
 model.push_to_hub("someone/pvm")
@@ -85,7 +114,7 @@ print(json.dumps([same(loaded, model), same(base.eval(), model), same(swapped, m
         family,
     )
     assert found == [True, True, True, False, True, "pvm"]
-    _, held = hub
+    held = client.hub
     for repo in ("someone/pvm", "someone/again"):
         _, files = held.files(repo, "main")
         own = set(files) - {"generation_config.json"}  # of the base: transformers saves it along
@@ -95,11 +124,9 @@ print(json.dumps([same(loaded, model), same(base.eval(), model), same(swapped, m
     assert any(request.startswith("PUT /lfs/") for request in held.requests), "weights go up as large files"
 
 
-def test_adapters_that_belong_together(hub: tuple[object, Hub], tmp_path: Path):
+def test_adapters_that_belong_together(client: Client, tmp_path: Path):
     """The note goes along, also that of a LoRA and its card; and no file is asked for because of it."""
-    found = run(
-        hub,
-        tmp_path,
+    found = client.run(
         """
 import warnings
 from peft import LoraConfig
@@ -125,7 +152,7 @@ print(json.dumps(said))
     )
     assert [len(texts) for texts in found] == [1, 1, 0, 1]
     assert "load_adapters(model, ['<the folder of dipe>', 'someone/lora'])" in found[0][0]
-    _, held = hub
+    held = client.hub
     _, files = held.files("someone/lora", "main")
     assert set(files) == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors"),
@@ -135,10 +162,8 @@ print(json.dumps(said))
     assert b"| `default` | LORA | `weights " in files["dipe/README.md"]
 
 
-def test_revisions_and_subfolders(hub: tuple[object, Hub], tmp_path: Path):
-    found = run(
-        hub,
-        tmp_path,
+def test_revisions_and_subfolders(client: Client, tmp_path: Path):
+    found = client.run(
         """
 from huggingface_hub import HfApi
 first, second = attached(1), attached(2, layers_to_transform=[0])
@@ -158,10 +183,8 @@ print(json.dumps([
     assert found == [True, True, True, True, True, [0]]
 
 
-def test_what_is_not_there_is_said_to_be_missing(hub: tuple[object, Hub], tmp_path: Path):
-    found = run(
-        hub,
-        tmp_path,
+def test_what_is_not_there_is_said_to_be_missing(client: Client):
+    found = client.run(
         """
 get_peft_model(family.build(), DIPEConfig(max_distance=0)).push_to_hub("someone/dipe")
 messages = []

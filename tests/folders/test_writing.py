@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -30,13 +29,11 @@ from methods_under_test import METHODS
 from safetensors import safe_open
 from tiny_vlms import FAMILIES, TinyVLM
 
-model = FAMILIES["llava"].build()
+from peft import get_peft_model
+writers = dict(PeftModel=FAMILIES["llava"].build(), transformers=FAMILIES["llava"].build())
 config = METHODS["pvm"].config(layers_to_transform=[0], init_weights=False)
-if sys.argv[2] == "PeftModel":
-    from peft import get_peft_model
-    model = get_peft_model(model, config)
-else:
-    model.add_adapter(config)
+writers["PeftModel"] = get_peft_model(writers["PeftModel"], config)
+writers["transformers"].add_adapter(config)
 """
 # Everything that moves something on the disk is counted: the files' coming, the old configuration's going, ...
 DIE_AT_EACH_STEP = """
@@ -50,30 +47,37 @@ def counted(function):
     return call
 
 os.replace, os.unlink, os.fsync = counted(os.replace), counted(os.unlink), counted(os.fsync)
-for stop_at in range(1, 60):
-    folder = f"{sys.argv[1]}/{stop_at}/adapter"
-    shutil.copytree(sys.argv[1] + "/old", folder)
-    calls = 0
-    process = os.fork()
-    if process == 0:
+for name, model in writers.items():
+    for stop_at in range(1, 60):
+        folder = f"{sys.argv[1]}/{name}/{stop_at}/adapter"
+        shutil.copytree(sys.argv[1] + "/old", folder)
         calls = 0
-        model.save_pretrained(folder)
-        os._exit(0)
-    if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0:
-        break
+        process = os.fork()
+        if process == 0:
+            calls = 0
+            model.save_pretrained(folder)
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0:
+            break
 """
-SAVE_FOREVER = """
-print("saving", flush=True)
-while True:
-    model.save_pretrained(sys.argv[1])
+SAVE_UNTIL_KILLED = """
+import signal, time
+for attempt, wait in enumerate((0.005, 0.05)):
+    process = os.fork()
+    while process == 0:
+        writers["PeftModel"].save_pretrained(f"{sys.argv[1]}/{attempt}/adapter")
+    time.sleep(wait)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
 """
 
 
-def start(script: str, *arguments: object) -> subprocess.Popen:
+def run_script(script: str, folder: Path) -> None:
+    """In a process of its own, which has only one thread to be forked."""
     source = BUILD.format(tests=str(Path(__file__).parents[1])) + script
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", source, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.run([sys.executable, "-c", source, folder], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
 
 
 def save_old(folder: Path) -> None:
@@ -88,34 +92,32 @@ def layers_in(folder: Path) -> list[int]:
     return loaded.peft_config["default"].layers_to_transform
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="lets copies of one process die, for which Windows has no fork")
-@pytest.mark.parametrize("writer", ["PeftModel", "transformers"])
-def test_a_process_that_dies_while_saving(writer: str, tmp_path: Path):
-    """At every single step in turn."""
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of one process: Windows has no fork")
+
+
+@needs_fork
+def test_a_process_that_dies_while_saving(tmp_path: Path):
+    """At every single step in turn, of both ways to save."""
     save_old(tmp_path / "old")
-    process = start(DIE_AT_EACH_STEP, tmp_path, writer)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    steps = sorted((path for path in tmp_path.iterdir() if path.name != "old"), key=lambda path: int(path.name))
-    assert 10 < len(steps) < 59
-    assert all((step / "adapter" / "notes.txt").read_text() == "mine" for step in steps)
-    found = [layers_in(step / "adapter") for step in steps]
-    new = found.index([0])
-    assert found == [[1, 2]] * new + [[0]] * (len(steps) - new)
+    run_script(DIE_AT_EACH_STEP, tmp_path)
+    for writer in ("PeftModel", "transformers"):
+        steps = sorted((tmp_path / writer).iterdir(), key=lambda path: int(path.name))
+        assert 10 < len(steps) < 59
+        assert all((step / "adapter" / "notes.txt").read_text() == "mine" for step in steps)
+        found = [layers_in(step / "adapter") for step in steps]
+        new = found.index([0])
+        assert found == [[1, 2]] * new + [[0]] * (len(steps) - new)
     assert not list(tmp_path.rglob(".*")), "the next to read has cleared it up"
 
 
+@needs_fork
 def test_a_process_that_is_killed_while_saving(tmp_path: Path):
     """At moments of chance, without any help from inside."""
-    for attempt, wait in enumerate((0.005, 0.05)):
-        folder = tmp_path / str(attempt) / "adapter"
+    folders = [tmp_path / str(attempt) / "adapter" for attempt in range(2)]
+    for folder in folders:
         save_old(folder)
-        process = start(SAVE_FOREVER, folder, "PeftModel")
-        assert process.stdout.readline().strip() == "saving"
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert layers_in(folder) in ([1, 2], [0])
+    run_script(SAVE_UNTIL_KILLED, tmp_path)
+    assert all(layers_in(folder) in ([1, 2], [0]) for folder in folders)
 
 
 def test_an_error_while_writing_leaves_the_old_one(tmp_path: Path):
@@ -203,7 +205,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+@needs_fork
 def test_a_reader_finds_a_configuration_while_others_save(tmp_path: Path):
     """One of the two, at any time, though it goes and comes again hundreds of times."""
     script = f"""
