@@ -78,7 +78,7 @@ def train_command(
 ) -> None:
     """Train vision tower, projector and LoRA of the real base, and write them into one file.
 
-    On a CPU, an interrupted training goes on from its last hundredth step to the same file.
+    On a CPU, an interrupted training goes on from its last twentieth step to the same file.
     """
     check_device(device)
     language_model = load_language_model(gguf)

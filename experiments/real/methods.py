@@ -13,9 +13,11 @@ from torch import nn
 from peft_pvm.demo.mosaic import Batch
 from peft_pvm.demo.questions import Questions, Turn
 from peft_pvm.demo.train import step_generator
+from peft_pvm.methods.cai import CAIConfig
 from peft_pvm.methods.dipe import DIPEConfig
 from peft_pvm.methods.hgai import HGAIConfig
 from peft_pvm.methods.log_bias import LogBiasConfig
+from peft_pvm.methods.memvr import MemVRConfig
 from peft_pvm.methods.pai import PAIConfig
 from peft_pvm.methods.pvm import PVMConfig
 from peft_pvm.methods.tdrs import TDRSConfig
@@ -127,6 +129,8 @@ METHODS: dict[str, RealMethod] = {
     "vaf": RealMethod("VAF", lambda: {"vaf": VAFConfig()}),
     "pai": RealMethod("PAI", lambda: {"pai": PAIConfig()}),
     "hgai": RealMethod("HGAI", lambda: {"hgai": HGAIConfig()}),
+    "cai": RealMethod("CAI", lambda: {"cai": CAIConfig()}),
+    "memvr": RealMethod("MemVR", lambda: {"memvr": MemVRConfig()}),
     "log-bias": RealMethod("Log-bias", lambda: {"log-bias": LogBiasConfig()}),
     "lora": RealMethod("LoRA", _lora, training=LORA),
     "lora-short": RealMethod(

@@ -54,7 +54,7 @@ def run_folder(runs: str | os.PathLike, name: str, seed: int) -> Path:
 
 
 def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.PathLike, device: str = "cpu") -> Path:
-    """Train one method. On a CPU its state is kept every 100 steps, from which it goes on to the same weights.
+    """Train one method. On a CPU its state is kept every 20 steps, from which it goes on to the same weights.
 
     Args:
         name: A key of `METHODS` with a training.

@@ -67,7 +67,7 @@ def train_real_base(
         language_model: What reads in the end. It stays as it is.
         recipe: How to train.
         device: Where. On a CPU, the same seed gives the same bits.
-        checkpoint: Keeps the state of the second stage every 100 steps, so that an interrupted one goes on to the same
+        checkpoint: Keeps the state of the second stage every 20 steps, so that an interrupted one goes on to the same
             weights. It is removed at the end.
 
     Returns:

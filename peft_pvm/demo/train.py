@@ -26,7 +26,7 @@ TOKENS_PER_BACKWARD = 2560  # what is kept for the gradients of more may not fit
 TOKENS_PER_HIDDEN_STEP = 640  # short rows give as many answers
 LONGEST_WHEN_HIDDEN = 64  # bytes of distractor
 SHORTEST = 4  # bytes of distractor
-CHECKPOINT_EVERY = 100  # steps
+CHECKPOINT_EVERY = 20  # steps
 
 Lengths = Literal["log-uniform", "uniform"]
 
@@ -104,7 +104,7 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: Checkpoint | Non
     Args:
         model: The model; it is trained in place and left in eval mode. Only parameters that require gradients change.
         recipe: How to train.
-        checkpoint: Keeps the state every 100 steps, so that an interrupted training goes on to the same weights. It is
+        checkpoint: Keeps the state every 20 steps, so that an interrupted training goes on to the same weights. It is
             removed at the end.
 
     Raises:
@@ -188,7 +188,7 @@ def fit(
         draw: Makes the batch of a step, on the model's device.
         steps: Optimizer steps.
         description: What the progress bar says.
-        checkpoint: Keeps the state every 100 steps.
+        checkpoint: Keeps the state every 20 steps.
         is_hidden: Whether no text token can attend to an image in a step. Models without PVM are not refused: they are
             what it is compared with.
 
