@@ -75,6 +75,26 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     )
 
 
+def print_launches(result: dict[str, Any], console: Console) -> None:
+    """A table of operations, of a prefill and of a step of decoding."""
+    settings = result["settings"]
+    table = Table(
+        "", "prefill", "beyond the base", "a token", "beyond the base", "layers", "a layer", "once",
+        title=f"Operations, {settings['contexts'][0]:,} tokens, {settings['visual_tokens']:,} of them visual",
+    )  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, own in result["methods"].items():
+        prefill, step = own["prefill"], own["step"]
+        numbers = prefill["in all"], prefill["beyond the base"], *step.values()
+        table.add_row(METHODS[name].title, *map("{:,}".format, numbers))
+    console.print(table)
+    console.print(
+        "Operations that compute or copy, as torch dispatches them; views are free. A layer: in each decoder layer "
+        "that the method changes. Once: what these share."
+    )
+
+
 def _middle(values: list[float]) -> str:
     if len(values) < 2:
         return "".join(f"{value:.3f}" for value in values)

@@ -10,8 +10,9 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
+from ..bench.launches import measure_launches
 from ..bench.models import METHODS, PRESETS, build_random, load
-from ..bench.report import draw, print_tables, show_scale
+from ..bench.report import draw, print_launches, print_tables, show_scale
 from ..bench.run import Settings, measure
 from ..folders.data_file import holding, read_json, write_json
 from ..folders.replacing import write_file
@@ -38,6 +39,9 @@ from .refusals import reading
 
 
 DEFAULTS = Settings()
+# What matters where operations are counted.
+COUNTED = ("model", "preset", "layers", "method", "lengths", "visual_tokens", "batch", "device", "dtype")
+COUNTED += ("attn_implementation", "static_cache", "seed", "json_file")
 DEFAULT_METHODS, DEFAULT_CONTEXTS = ",".join(DEFAULTS.methods), ",".join(map(str, DEFAULTS.contexts))
 Preset = Annotated[
     str,
@@ -81,6 +85,9 @@ def bench(
     static_cache: Annotated[bool, typer.Option(help="Give the KV cache its full size from the start.")] = False,
     compile: Annotated[bool, typer.Option(help="Compile decoding; on CUDA, into graphs.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Decides the embeddings.")] = DEFAULTS.seed,
+    launches: Annotated[
+        bool, typer.Option(help="Count operations instead of measuring times, with the first length of the prompt.")
+    ] = False,
     json_file: JsonFile = None,
     plot: Plot = None,
     show: Show = None,
@@ -94,6 +101,8 @@ def bench(
         with holding(show, "what bench --json writes"):
             _report(result, plot)
         return
+    if launches:
+        refuse_beside(context, "--launches", COUNTED, "It times nothing")
     check_device(device)
     if model is not None and (given(context, "preset") or layers is not None):
         raise typer.BadParameter(
@@ -115,7 +124,14 @@ def bench(
         vlm = find_vlm(without_weights(model, attn_implementation))
         if any("pvm" in name for name in settings.methods):
             _ = vlm.block  # raises where PVM could not be attached
-    result = _measured(_built(model, preset, layers, dtype, device, attn_implementation), settings)
+    built = _built(model, preset, layers, dtype, device, attn_implementation)
+    if launches:
+        counted_launches = measure_launches(built, settings)
+        if json_file is not None:
+            write_json(json_file, counted_launches)
+        print_launches(counted_launches, Terminal())
+        return
+    result = _measured(built, settings)
     if json_file is not None:
         write_json(json_file, result)
     _report(result, plot)

@@ -207,7 +207,18 @@ class AnchoredPositions(Positions):
 
         key = ("dipe", self.rotary, self.layer_type, self.max_distance, self.by_image, self.axes, num_queries)
         tables, num_images = context.derived(key, turn)
-        return list(rotate(call.module, call.query.repeat(1, 1, num_images, 1), tables).split(num_queries, 2))
+        if num_queries > 1:
+            return list(rotate(call.module, call.query.repeat(1, 1, num_images, 1), tables).split(num_queries, 2))
+        # A step of decoding turns one query a head: by a matrix, which layers share.
+        width, kind = call.query.shape[-1], type(call.module)
+        dtype = torch.promote_types(call.query.dtype, torch.float32)
+
+        def matrix() -> torch.Tensor:
+            basis = torch.eye(width, dtype=dtype, device=call.query.device).unsqueeze(1)
+            return rotate(call.module, basis.expand(len(call.query), -1, num_images, -1), tables).flatten(2)
+
+        turned = call.query.squeeze(2).to(dtype) @ context.derived((*key, kind, width, dtype), matrix)
+        return list(turned.to(call.query.dtype).unsqueeze(2).split(width, -1))
 
     def members(self, call: AttentionCall) -> list[torch.Tensor]:
         """Which keys are of each image, `(batch, num_keys)`, bool. Those of text are of none."""

@@ -1,0 +1,172 @@
+"""How many operations a forward launches: what bounds a step of decoding on a GPU that is called from Python."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..tokens.families import find_vlm
+from .meters import describe_machine
+from .run import Runner, Settings
+
+
+# Operations that compute nothing, beside views: they make room, give what is there another shape, or are about dtypes.
+FREE = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "promote_types")
+FUSED = (F.rms_norm, torch.rms_norm)
+OUTSIDE = -1  # in place of a layer
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The operations of one forward.
+
+    Attributes:
+        outside: Of those outside the decoder layers, how many.
+        layers: In each decoder layer, how many.
+        names: All of them, by the names that torch gives them.
+    """
+
+    outside: int
+    layers: tuple[int, ...]
+    names: Mapping[str, int] = field(repr=False)
+
+    @property
+    def total(self) -> int:
+        """How many in all."""
+        return self.outside + sum(self.layers)
+
+    def beyond(self, base: Launches) -> list[int]:
+        """How many more than another each decoder layer has that has another number."""
+        by_layer = (own - other for own, other in zip(self.layers, base.layers))
+        return [number for number in by_layer if number]
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = OUTSIDE
+        self.is_within = False  # one operation that is counted already
+        self.found: Counter[tuple[int, str]] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        if not self.is_within and not function.is_view and name not in FREE:
+            self.found[self.place, name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class _Fusing(TorchFunctionMode):
+    """Counts what is several operations on a CPU, and one kernel on a GPU."""
+
+    def __init__(self, counting: _Counting):
+        super().__init__()
+        self.counting = counting
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function not in FUSED:
+            return function(*args, **(kwargs or {}))
+        self.counting.found[self.counting.place, function.__name__] += 1
+        self.counting.is_within = True
+        try:
+            return function(*args, **(kwargs or {}))
+        finally:
+            self.counting.is_within = False
+
+
+def count_launches(model: nn.Module, forward: Callable[[], object]) -> Launches:
+    """Count what a forward computes or copies, operation by operation, as torch dispatches them.
+
+    Views and metadata are free, and torch's own RMS norm is one operation, as on a GPU. There an operation is mostly
+    one kernel; a sort, or a sum over much, may be more.
+
+    Args:
+        model: A vision-language model.
+        forward: Runs it once.
+    """
+    layers, counting = find_vlm(model).layers, _Counting()
+
+    def go(place: int, *_: Any) -> None:
+        counting.place = place
+
+    handles = []
+    for layer_idx, layer in enumerate(layers):
+        # Before and after all others, so that what hooks compute is the layer's.
+        handles.append(layer.register_forward_pre_hook(functools.partial(go, layer_idx), prepend=True))
+        handles.append(layer.register_forward_hook(functools.partial(go, OUTSIDE)))
+    try:
+        with torch.no_grad(), _Fusing(counting), counting:
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_place: Counter[int] = Counter()
+    names: Counter[str] = Counter()
+    for (place, name), number in counting.found.items():
+        by_place[place] += number
+        names[name] += number
+    return Launches(by_place[OUTSIDE], tuple(by_place[place] for place in range(len(layers))), names)
+
+
+def measure_launches(model: nn.Module, settings: Settings) -> dict[str, Any]:
+    """Count the operations of a prefill and of a step of decoding, with the first length of the prompt.
+
+    Args:
+        model: A vision-language model from transformers.
+        settings: The methods and the prompt.
+
+    Returns:
+        What the JSON file holds: "machine", "settings", and "methods", by name what `summary` says of "prefill" and
+        "step", and the operations of a step by name.
+    """
+    found: dict[str, dict[str, Launches]] = {}
+    for name in dict.fromkeys(("base", *settings.methods)):
+        runner = Runner(model, name, settings.contexts[0], settings)
+        with torch.no_grad():  # what is made once, in the first forward after attaching, does not count
+            runner.prefill()
+            runner.decode()
+        found[name] = {"prefill": count_launches(runner.model, runner.prefill)}
+        with torch.no_grad():
+            runner.decode()
+        found[name]["step"] = count_launches(runner.model, runner.decode)
+    base = found["base"]
+    return {
+        "machine": describe_machine(next(model.parameters()).device),
+        "settings": asdict(settings),
+        "methods": {
+            name: {
+                **{part: summary(launches, base[part]) for part, launches in own.items()},
+                "operations of a step": dict(sorted(own["step"].names.items())),
+            }
+            for name, own in found.items()
+        },
+    }
+
+
+def summary(own: Launches, base: Launches) -> dict[str, int]:
+    """What tables say of a method: operations in all, beyond the base, in each layer in which it has any, and once.
+
+    Layers share what is the same for all of them, which the first one computes. So a layer's own operations are those
+    of the layer with the fewest.
+    """
+    layers = own.beyond(base)
+    beyond, least = own.total - base.total, min(layers, default=0)
+    return {
+        "in all": own.total,
+        "beyond the base": beyond,
+        "layers": len(layers),
+        "a layer": least,
+        "once": beyond - least * len(layers),
+    }
