@@ -40,8 +40,10 @@ from .refusals import reading
 
 DEFAULTS = Settings()
 # What matters where operations are counted.
-COUNTED = ("model", "preset", "layers", "method", "lengths", "visual_tokens", "batch", "device", "dtype")
-COUNTED += ("attn_implementation", "static_cache", "seed", "json_file")
+COUNTED = (
+    *("model", "preset", "layers", "method", "lengths", "visual_tokens", "batch", "device", "dtype"),
+    *("attn_implementation", "static_cache", "seed", "json_file"),
+)
 DEFAULT_METHODS, DEFAULT_CONTEXTS = ",".join(DEFAULTS.methods), ",".join(map(str, DEFAULTS.contexts))
 Preset = Annotated[
     str,
