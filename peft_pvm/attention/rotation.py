@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import nn
+
+from .call import AttentionCall
 
 
 FROM_NEIGHBOURS = "apply_rotary_pos_emb_interleave"  # takes neighbouring channels, and leaves them in halves
@@ -100,6 +103,28 @@ def _rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch
         rotated, _ = function(wide, wide[:, :0], *tables)  # it wants keys as well: none
     rotated = torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
     return rotated.to(states.dtype)
+
+
+def turned_by_matrix(call: AttentionCall, tables: Tables, key: tuple[Hashable, ...]) -> torch.Tensor:
+    """What `rotate` makes of the query of a step of decoding: by one product with a matrix, which layers share.
+
+    Args:
+        call: Of a single query.
+        tables: Of `(..., batch, positions, channels)`.
+        key: What names these tables in this forward.
+
+    Returns:
+        Rotated by each of the positions, `(batch, heads, 1, positions * head_dim)`, in fp32 at least.
+    """
+    query, positions = call.query, (tables if isinstance(tables, torch.Tensor) else tables[0]).shape[-2]
+    width, dtype = query.shape[-1], torch.promote_types(query.dtype, torch.float32)
+
+    def make() -> torch.Tensor:
+        basis = torch.eye(width, dtype=dtype, device=query.device).unsqueeze(1)
+        return rotate(call.module, basis.expand(len(query), -1, positions, -1), tables).flatten(2)
+
+    matrix = call.context.derived(("matrix", *key, type(call.module), width, dtype), make)
+    return (query.squeeze(2).to(dtype) @ matrix).unsqueeze(2)
 
 
 def has_rotary_function(attention: nn.Module) -> bool:

@@ -60,10 +60,16 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if not self.is_within and not function.is_view and name not in FREE:
+        if not self.is_within and not function.is_view and name not in FREE and not _is_empty(result):
             self.found[self.place, name] += 1
-        return function(*args, **(kwargs or {}))
+        return result
+
+
+def _is_empty(result: Any) -> bool:
+    """Whether there was nothing to compute: a tensor without numbers."""
+    return isinstance(result, torch.Tensor) and result.numel() == 0
 
 
 class _Fusing(TorchFunctionMode):
@@ -89,8 +95,8 @@ class _Fusing(TorchFunctionMode):
 def count_launches(model: nn.Module, forward: Callable[[], object]) -> Launches:
     """Count what a forward computes or copies, operation by operation, as torch dispatches them.
 
-    Views and metadata are free, and torch's own RMS norm is one operation, as on a GPU. There an operation is mostly
-    one kernel; a sort, or a sum over much, may be more.
+    Views, metadata and tensors without numbers are free, and torch's own RMS norm is one operation, as on a GPU.
+    There an operation is mostly one kernel; a sort, or a sum over much, may be more.
 
     Args:
         model: A vision-language model.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
+
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -39,6 +42,13 @@ class Visibility:
     gap: tuple[int, int | torch.Tensor] = (0, 0)
     ranked_by: Callable[[], Visibility | None] = lambda: None
     _ranks: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False, repr=False)
+    _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def derived(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` returns, made once for all layers that are given the same mask and ask for the same `key`."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     @property
     def columns(self) -> torch.Tensor:

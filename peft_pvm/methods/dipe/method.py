@@ -11,7 +11,7 @@ from torch import nn
 
 from ...attention.call import AttentionCall, Output
 from ...attention.reference import products
-from ...attention.rotation import Tables, rotate, rotation_tables, unit
+from ...attention.rotation import Tables, rotate, rotation_tables, turned_by_matrix, unit
 from ...attention.stages import Positions, Stage
 from ...tokens.context import VisualContext
 from ...tokens.families import VisionLanguageModel
@@ -209,16 +209,8 @@ class AnchoredPositions(Positions):
         tables, num_images = context.derived(key, turn)
         if num_queries > 1:
             return list(rotate(call.module, call.query.repeat(1, 1, num_images, 1), tables).split(num_queries, 2))
-        # A step of decoding turns one query a head: by a matrix, which layers share.
-        width, kind = call.query.shape[-1], type(call.module)
-        dtype = torch.promote_types(call.query.dtype, torch.float32)
-
-        def matrix() -> torch.Tensor:
-            basis = torch.eye(width, dtype=dtype, device=call.query.device).unsqueeze(1)
-            return rotate(call.module, basis.expand(len(call.query), -1, num_images, -1), tables).flatten(2)
-
-        turned = call.query.squeeze(2).to(dtype) @ context.derived((*key, kind, width, dtype), matrix)
-        return list(turned.to(call.query.dtype).unsqueeze(2).split(width, -1))
+        turned = turned_by_matrix(call, tables, key)  # a step of decoding has one query a head
+        return list(turned.to(call.query.dtype).split(call.query.shape[-1], -1))
 
     def members(self, call: AttentionCall) -> list[torch.Tensor]:
         """Which keys are of each image, `(batch, num_keys)`, bool. Those of text are of none."""

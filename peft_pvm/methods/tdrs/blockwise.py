@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...attention.call import records_gradients
 from ...tokens.visibility import Visibility
-from .weights import LOG2_E, Steps, distance_boost, semantic_position
+from .weights import LOG2_E, SEMANTIC_POSITION, Steps, boost_that_falls, fall_to
 
 
 BLOCK_ELEMENTS = 2**20  # scores in a block: larger ones leave a CPU's cache
@@ -98,7 +98,7 @@ def blockwise_attention(
             outputs.append(output.to(dtype))
             if weights is not None:
                 all_weights.append(F.pad(weights, (0, num_keys - weights.shape[-1])).to(dtype))
-    output = torch.cat(outputs, 2).transpose(1, 2).contiguous()
+    output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)).transpose(1, 2).contiguous()
     return output, torch.cat(all_weights, 2) if wants_weights else None
 
 
@@ -111,8 +111,7 @@ class _Rows:
 
     def __init__(self, inputs: Inputs, config: Steps, wants_weights: bool):
         self.inputs, self.config, self.wants_weights = inputs, config, wants_weights
-        self.key_ranks, self.query_ranks = (ranks.to(inputs.dtype) for ranks in inputs.visibility.ranks())
-        self.query = self._by_pair(inputs.query.to(inputs.dtype) * (inputs.scaling * LOG2_E))
+        self.query = self._by_pair(inputs.query.to(inputs.dtype))
         self.content_query = self._by_pair(inputs.content_query.to(inputs.dtype))
         num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
         per_query = self.query.shape[1] * num_keys
@@ -150,12 +149,8 @@ class _Rows:
         if inputs.inter is not None:
             of_queries, of_keys = inputs.inter
             applies = (of_queries[:, queries, None] != of_keys[:, None, keys]).unsqueeze(1)
-        distance = self.query_ranks[..., queries].unsqueeze(-1) - self.key_ranks[..., keys].unsqueeze(-2)
-        if visibility.is_plain_causal:
-            farthest = self.query_ranks[..., queries].unsqueeze(-1)  # to the first key
-        else:
-            farthest = (distance.abs() if visible is None else distance.abs() * visible).amax(-1, keepdim=True)
-        block = _Block(always, self._by_pair(distance), self._by_pair(farthest))
+        distance, fall = self._distances(queries, keys, visible)
+        block = _Block(always, self._by_pair(distance), self._by_pair(fall))
         block.visible, block.bias, block.applies = (
             None if tensor is None else self._by_pair(tensor) for tensor in (visible, bias, applies)
         )
@@ -167,41 +162,65 @@ class _Rows:
             all_weights.append(weights)
         return self._by_head(outputs), self._by_head(all_weights) if self.wants_weights else None
 
+    def _distances(
+        self, queries: slice, keys: slice, visible: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far queries are from keys, `(batch or 1, 1, queries, keys)`, and what `fall_to` makes of the largest."""
+        visibility, dtype = self.inputs.visibility, self.inputs.dtype
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
+            key_ranks, query_ranks = (ranks.to(dtype) for ranks in visibility.ranks())
+            to_first = query_ranks[..., queries].unsqueeze(-1)
+            distance = to_first - key_ranks[..., keys].unsqueeze(-2)
+            if visibility.is_plain_causal:
+                return distance, fall_to(to_first)
+            return distance, fall_to(
+                (distance.abs() if visible is None else distance.abs() * visible).amax(-1, keepdim=True)
+            )
+
+        # Of a single query, layers share them. Of many they would be as large as scores.
+        return visibility.derived((dtype, keys.stop), make) if visibility.num_queries == 1 else make()
+
     def _attend_pairs(
         self, pairs: slice, queries: slice, keys: slice, block: _Block
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output `(pairs, heads, queries, value_dim)` and weights `(pairs, heads, queries, keys)`."""
         inputs, config = self.inputs, self.config
-        scores = self.key.products(self.query[pairs, :, queries], pairs, keys)
+        scores = self.key.products(self.query[pairs, :, queries], pairs, keys, inputs.scaling * LOG2_E)
         if inputs.softcap is not None:
             scores = inputs.softcap * LOG2_E * torch.tanh(scores / (inputs.softcap * LOG2_E))
         if block.bias is not None:
             scores = scores + block.bias
-        semantic = semantic_position(self.content_key.products(self.content_query[pairs, :, queries], pairs, keys))
+        semantic = self._semantic_position(pairs, queries, keys)
         step = semantic if block.applies is None else torch.where(block.applies, semantic, 0)
         raised = torch.add(scores, step, alpha=config.sd_strength * LOG2_E)
-        weights, log_total = block.exponentials(raised)
-        again = scores.new_full((), float(config.counts_twice))
-        if block.applies is not None:
-            again = again * block.applies
+        weights, largest = block.exponentials(raised)
         if config.knows_distance:
-            floors, log_least = config.floors, None
-            if any(floor.is_multiple for floor in floors):
+            log_least = None
+            if any(floor.is_multiple for floor in config.floors):
+                log_total = weights.sum(-1, keepdim=True).log2() + largest
                 log_least = (block.least(raised) - log_total) / LOG2_E
-            dc_exponent, re_exponent = (floor.exponent(log_least) for floor in floors)
-            strengths = config.dc_strength, config.re_strength
-            boost = distance_boost(semantic, block.distance, block.farthest, dc_exponent, re_exponent, *strengths)
+            boost = block.boost(semantic, config, log_least)
+            boost = boost + 1 if config.counts_twice else boost
+        elif config.counts_twice:
+            boost = torch.ones_like(scores)
+        if config.knows_distance or config.counts_twice:
             if block.applies is not None:
                 boost = torch.where(block.applies, boost, 0)
             if config.form == "weights":
                 weights = torch.addcmul(weights, weights, boost)
             else:
-                weights, _ = block.exponentials(torch.addcmul(raised, scores, boost + again))
-        elif config.counts_twice:
-            weights, _ = block.exponentials(torch.addcmul(raised, scores, again))
+                weights, _ = block.exponentials(torch.addcmul(raised, scores, boost))
         total = weights.sum(-1, keepdim=True)
         weights = F.dropout(weights, inputs.dropout)
         return self.value.weighted(weights, pairs, keys) / total, weights / total if self.wants_weights else weights
+
+    def _semantic_position(self, pairs: slice, queries: slice, keys: slice) -> torch.Tensor:
+        """sem_pos, `(pairs, heads, queries, keys)`."""
+        query, (factor, shift) = self.content_query[pairs, :, queries], SEMANTIC_POSITION
+        make = functools.partial(query.new_full, (1, 1, 1), shift)
+        start = self.inputs.visibility.derived(("sem_pos", query.dtype, query.device), make)
+        return self.content_key.products(query, pairs, keys, factor, start)
 
     def _by_pair(self, tensor: torch.Tensor) -> torch.Tensor:
         """`(batch or 1, heads or 1, ...)` as `(pairs or 1, heads that share keys or 1, ...)`."""
@@ -213,7 +232,8 @@ class _Rows:
 
     def _by_head(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """All pairs, one after the other, as `(batch, heads, ...)`."""
-        return torch.cat(parts).view(*self.inputs.query.shape[:2], *parts[0].shape[2:])
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)  # of one, cat would make a copy
+        return whole.view(*self.inputs.query.shape[:2], *parts[0].shape[2:])
 
 
 def _streams(inputs: Inputs) -> bool:
@@ -247,10 +267,17 @@ class _Keys:
             piece = slice(start, min(start + self._at_once, keys.stop))
             yield piece, self._of(piece)[pairs]
 
-    def products(self, query: torch.Tensor, pairs: slice, keys: slice) -> torch.Tensor:
-        """`(pairs, heads, queries, keys)`, without repeating keys for the heads that share them."""
-        rows = query.flatten(1, 2)
-        products = [rows @ key.transpose(1, 2) for _, key in self._pieces(pairs, keys)]
+    def products(
+        self, query: torch.Tensor, pairs: slice, keys: slice, factor: float, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Times a factor and shifted, `(pairs, heads, queries, keys)`, without repeating keys for the heads that share
+        them: one operation."""
+        rows, is_shifted = query.flatten(1, 2), shift is not None
+        start = query.new_empty(1, 1, 1) if shift is None else shift  # what is empty is not read
+        products = [
+            torch.baddbmm(start, rows, key.transpose(1, 2), beta=int(is_shifted), alpha=factor)
+            for _, key in self._pieces(pairs, keys)
+        ]
         whole = products[0] if len(products) == 1 else torch.cat(products, -1)  # of one, cat would make a copy
         return whole.view(*query.shape[:3], -1)
 
@@ -268,7 +295,7 @@ class _Block:
     Attributes:
         always: So many keys, from the first on, are seen by every query.
         distance: Number of real tokens between query and key, `(.., .., queries, keys)`.
-        farthest: The largest distance to a key that a query sees, `(.., .., queries, 1)`.
+        fall: What `fall_to` makes of the largest distance to a key that a query sees, `(.., .., queries, 1)`.
         visible: Which of the other keys a query sees, `(.., .., queries, keys - always)`. `None`: all.
         bias: What a mask adds to the scores, shaped like `distance`, or `None`.
         applies: Which pairs are reweighted, shaped like `distance`. `None`: all.
@@ -276,7 +303,7 @@ class _Block:
 
     always: int
     distance: torch.Tensor
-    farthest: torch.Tensor
+    fall: torch.Tensor
     visible: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     applies: torch.Tensor | None = None
@@ -289,12 +316,19 @@ class _Block:
         return replace(self, **own)
 
     def exponentials(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What softmax divides by its sum, and the logarithm to 2 of the sum of 2**scores. Hidden scores are lost."""
+        """What softmax divides by its sum, and the largest scores, that of a query 0 in it. Hidden scores are lost."""
         if self.visible is not None:
             scores[..., self.always :].masked_fill_(~self.visible, _lowest(scores))
         largest = scores.detach().amax(-1, keepdim=True)
-        exponentials = torch.exp2(scores - largest)
-        return exponentials, exponentials.sum(-1, keepdim=True).log2() + largest
+        return torch.exp2(scores - largest), largest
+
+    def boost(self, semantic: torch.Tensor, config: Steps, log_least: torch.Tensor | None) -> torch.Tensor:
+        """`distance_boost` by sem_pos, given the logarithm of each query's least weight, if a floor needs it."""
+        dc_floor, re_floor = config.floors
+        dc_exponent = dc_floor.exponent(log_least)
+        re_exponent = dc_exponent if re_floor == dc_floor else re_floor.exponent(log_least)
+        strengths = config.dc_strength, config.re_strength
+        return boost_that_falls(semantic, self.distance, self.fall, dc_exponent, re_exponent, *strengths)
 
     def least(self, scores: torch.Tensor) -> torch.Tensor:
         """The least score that each query sees, `(.., .., queries, 1)`."""

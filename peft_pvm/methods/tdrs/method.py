@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from ...attention.call import AttentionCall, Output, records_gradients
 from ...attention.reference import products
-from ...attention.rotation import Tables, between, inverse, rotate, rotation_tables
+from ...attention.rotation import Tables, between, inverse, rotate, rotation_tables, turned_by_matrix
 from ...attention.stages import Stage, Weights
 from ...tokens.context import VisualContext
 from ...tuners.attention_method import AttentionMethod, SteeredLayer
@@ -245,15 +245,24 @@ class Reweighting:
         of_keys = positions[:, dropped:]
         if dropped and fixed:
             of_keys = torch.cat([positions[:, :fixed], positions[:, fixed + dropped :]], 1)
-        of_keys = F.pad(of_keys, (0, 0, 0, num_keys - of_keys.shape[1]))  # what a static cache has not filled yet
+        if of_keys.shape[1] < num_keys:  # what a static cache has not filled yet
+            of_keys = F.pad(of_keys, (0, 0, 0, num_keys - of_keys.shape[1]))
+
+        def name(what: str, positions: torch.Tensor) -> tuple[Hashable, ...]:
+            return "tdrs", what, rotary, self.layer_type, positions.shape[1]
 
         def undo(what: str, positions: torch.Tensor) -> Tables:
-            key = ("tdrs", what, rotary, self.layer_type, positions.shape[1])
-            return context.derived(key, lambda: inverse(rotation_tables(rotary, positions, self.layer_type)))
+            make = functools.partial(rotation_tables, rotary, positions, self.layer_type)
+            return context.derived(name(what, positions), lambda: inverse(make()))
 
         def content(states: torch.Tensor, tables: Tables) -> torch.Tensor:
             return F.normalize(rotate(call.module, states, tables), dim=-1)
 
         to_keys = undo("keys", of_keys)
-        query = content(call.query, undo("queries", own[:, -num_queries:]))
+        own = own[:, -num_queries:]
+        to_queries = undo("queries", own)
+        if num_queries == 1:
+            query = F.normalize(turned_by_matrix(call, to_queries, name("queries", own)), dim=-1)
+        else:
+            query = content(call.query, to_queries)
         return query, lambda keys: content(call.key[:, :, keys], between(to_keys, keys.start, keys.stop))

@@ -16,6 +16,9 @@ from ...utils.checks import is_number
 
 
 LOG2_E = math.log2(math.e)
+# sem_pos, how near a key is in meaning, from 0 to 1: the cosine of query and key without rotation, times the first and
+# shifted by the second.
+SEMANTIC_POSITION = (0.5, 0.5)
 LARGEST_MULTIPLE = 1e30  # of a least weight, which falls with the length of the context
 LARGEST_FLOOR = 0.999  # a multiple of the least weight is cut to this; at 1, distance would not matter at all
 
@@ -111,7 +114,8 @@ def semantic_position(similarity: torch.Tensor) -> torch.Tensor:
         >>> semantic_position(torch.tensor([-1.0, 0.0, 1.0]))
         tensor([0.0000, 0.5000, 1.0000])
     """
-    return (similarity * 0.5).add_(0.5)
+    factor, shift = SEMANTIC_POSITION
+    return similarity * factor + shift
 
 
 def distance_boost(
@@ -147,18 +151,34 @@ def distance_boost(
         >>> distance_boost(semantic, distance, torch.tensor(8.0), floor, floor, 1.0, 0.0)
         tensor([1.0000, 0.1000])
     """
-    if not isinstance(dc_exponent, torch.Tensor):
-        dc_exponent = semantic.new_full((), dc_exponent)  # made on the device: nothing is copied there
+    return boost_that_falls(semantic, distance, fall_to(farthest), dc_exponent, re_exponent, dc_strength, re_strength)
+
+
+def fall_to(farthest: torch.Tensor) -> torch.Tensor:
+    """What `boost_that_falls` needs of the largest distance to a key that a query sees: -log2(e) / d_max^2."""
+    return -LOG2_E / farthest.clamp(min=1).square()
+
+
+def boost_that_falls(
+    semantic: torch.Tensor,
+    distance: torch.Tensor,
+    fall: torch.Tensor,
+    dc_exponent: torch.Tensor | float,
+    re_exponent: torch.Tensor | float,
+    dc_strength: float,
+    re_strength: float,
+) -> torch.Tensor:
+    """`distance_boost`, for `fall_to` of the farthest, which layers share."""
     # Few steps over all pairs, and powers of two, which torch raises faster than those of e.
-    rate = dc_exponent * LOG2_E / farthest.clamp(min=1).square()
-    falling = (distance / (1 + semantic)).square() * -rate
+    falling = (distance / (1 + semantic)).square() * (dc_exponent * fall)
     near = torch.exp2(falling) if dc_strength else torch.zeros_like(falling)
     if dc_strength not in (0, 1):
         near = dc_strength * near
     if not re_strength:
         return near
-    power = -re_exponent * LOG2_E / torch.log1p(dc_exponent)
-    return torch.add(near, torch.exp2(power * torch.log1p(falling / -LOG2_E)), alpha=re_strength)
+    log = torch.log1p(dc_exponent) if isinstance(dc_exponent, torch.Tensor) else math.log1p(dc_exponent)
+    power = re_exponent * -LOG2_E / log
+    return torch.add(near, torch.exp2(power * torch.log1p(falling * (-1 / LOG2_E))), alpha=re_strength)
 
 
 def reweighted(

@@ -14,7 +14,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import TDRSConfig, attached
 from peft_pvm.methods.tdrs import blockwise, method
-from peft_pvm.methods.tdrs.weights import distance_boost, reweighted
+from peft_pvm.methods.tdrs.weights import boost_that_falls, reweighted
 from peft_pvm.tokens.visibility import Visibility
 
 
@@ -90,12 +90,12 @@ def test_every_strength_zero_is_the_base(family: TinyVLM):
 
 def _unscaled(semantic, *rest):
     """Distance in place of distance by similarity."""
-    return distance_boost(torch.zeros_like(semantic), *rest)
+    return boost_that_falls(torch.zeros_like(semantic), *rest)
 
 
-def _linear(semantic, distance, farthest, *rest):
+def _linear(semantic, distance, *rest):
     """The square root of distance in place of distance."""
-    return distance_boost(semantic, distance.abs().sqrt() * distance.sign(), farthest, *rest)
+    return boost_that_falls(semantic, distance.abs().sqrt() * distance.sign(), *rest)
 
 
 def _in_slots(visibility):
@@ -111,9 +111,9 @@ def _no_turn(tables):
 
 
 WRONG = {
-    "unscaled distance": (blockwise, "distance_boost", _unscaled),
-    "another power of distance": (blockwise, "distance_boost", _linear),
-    "similarity not shifted": (blockwise, "semantic_position", lambda similarity: similarity),
+    "unscaled distance": (blockwise, "boost_that_falls", _unscaled),
+    "another power of distance": (blockwise, "boost_that_falls", _linear),
+    "similarity not shifted": (blockwise, "SEMANTIC_POSITION", (1.0, 0.0)),
     "padding counted": (Visibility, "ranks", _in_slots),
     "rotation left in": (method, "inverse", _no_turn),
 }
