@@ -67,6 +67,7 @@ STRONG = {
     "vaf": {"visual": 4.0},
     "pai": {"alpha": 1.0},
     "hgai": {"alpha": 1.5},
+    "cai": {"slope": 1.0, "layers_to_transform": [0, 1, 2]},
     "var": {"rho": 1.0, "least_visual": 0.0, "p": 0.0},
 }
 """Fields for a method whose defaults change less than few bits round."""

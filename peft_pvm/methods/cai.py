@@ -93,12 +93,13 @@ class CAIConfig(AttentionMethod):
     def _above_least(self, call: AttentionCall, dtype: torch.dtype, queries: slice) -> torch.Tensor:
         """By how much the cosine of each row and each visual token is above the row's least, `(batch, rows,
         num_visual)`."""
-        context, memory = call.context, call.context.memory
+        context, memory, num_queries = call.context, call.context.memory, call.query.shape[2]
         visual = context.derived(("directions", dtype), lambda: F.normalize(memory.embeddings.to(dtype), dim=-1))
-        tokens = F.normalize(self._asking(context).to(visual)[:, queries], dim=-1)
+        # Some models leave all but the last tokens out of their last layers.
+        tokens = F.normalize(self._asking(context).to(visual)[:, -num_queries:][:, queries], dim=-1)
         cosines = tokens @ visual.transpose(1, 2)
-        places = torch.arange(context.seq_len, device=cosines.device)[queries].expand(len(cosines), -1)
-        sees = causally_visible(memory.slots, places + context.past_length)
+        places = torch.arange(num_queries, device=cosines.device)[queries].expand(len(cosines), -1)
+        sees = causally_visible(memory.slots, places + context.past_length + context.seq_len - num_queries)
         return cosines - cosines.masked_fill(~sees, torch.inf).amin(-1, keepdim=True).clamp(max=1)
 
     def _asking(self, context: VisualContext) -> torch.Tensor:
