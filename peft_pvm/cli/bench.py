@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
@@ -99,10 +101,7 @@ def bench(
         require("lab", "matplotlib")
     if show is not None:
         refuse_beside(context, "--show", ("plot",), "It measures nothing")
-        result = read_json(show)
-        with holding(show, "what bench --json writes"):
-            _report(result, plot)
-        return
+        return _show(show, plot)
     if launches:
         refuse_beside(context, "--launches", COUNTED, "It times nothing")
     check_device(device)
@@ -128,15 +127,15 @@ def bench(
             _ = vlm.block  # raises where PVM could not be attached
     built = _built(model, preset, layers, dtype, device, attn_implementation)
     if launches:
-        counted_launches = measure_launches(built, settings)
-        if json_file is not None:
-            write_json(json_file, counted_launches)
-        print_launches(counted_launches, Terminal())
-        return
-    result = _measured(built, settings)
-    if json_file is not None:
-        write_json(json_file, result)
-    _report(result, plot)
+        _report(measure_launches(built, settings), json_file, None, print_launches)
+    else:
+        _report(_measured(built, settings), json_file, plot)
+
+
+def _show(file: Path, plot: Path | None) -> None:
+    result = read_json(file)
+    with holding(file, "what bench --json writes"):
+        _report(result, None, plot)
 
 
 def _built(
@@ -159,10 +158,17 @@ def _measured(model: nn.Module, settings: Settings) -> dict[str, Any]:
         return measure(model, settings, lambda text: progress.update(task, description=text))
 
 
-def _report(result: dict[str, Any], plot: Path | None) -> None:
+def _report(
+    result: dict[str, Any],
+    json_file: Path | None,
+    plot: Path | None,
+    print_result: Callable[[dict[str, Any], Console], None] = print_tables,
+) -> None:
+    if json_file is not None:
+        write_json(json_file, result)
     if plot is not None:
         write_file(plot, as_png(draw(result)))
-    print_tables(result, Terminal())
+    print_result(result, Terminal())
 
 
 def scale(

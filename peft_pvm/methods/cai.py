@@ -98,8 +98,9 @@ class CAIConfig(AttentionMethod):
         # Some models leave all but the last tokens out of their last layers.
         tokens = F.normalize(self._asking(context).to(visual)[:, -num_queries:][:, queries], dim=-1)
         cosines = tokens @ visual.transpose(1, 2)
-        places = torch.arange(num_queries, device=cosines.device)[queries].expand(len(cosines), -1)
-        sees = causally_visible(memory.slots, places + context.past_length + context.seq_len - num_queries)
+        first = context.past_length + context.seq_len - num_queries
+        places = torch.arange(num_queries, device=cosines.device)[queries].expand(len(cosines), -1) + first
+        sees = causally_visible(memory.slots, places)
         return cosines - cosines.masked_fill(~sees, torch.inf).amin(-1, keepdim=True).clamp(max=1)
 
     def _asking(self, context: VisualContext) -> torch.Tensor:
