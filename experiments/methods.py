@@ -13,7 +13,6 @@ from torch import nn
 from peft_pvm.methods.dipe import DIPEConfig
 from peft_pvm.methods.pvm import PVMConfig
 from peft_pvm.methods.tdrs import TDRSConfig
-from peft_pvm.tuners.attention_method import AttentionMethod
 from peft_pvm.tuners.saving import add_adapters
 
 from .controls import add_mlp_branches
@@ -45,7 +44,7 @@ class Method:
     @property
     def is_trained(self) -> bool:
         """Whether it has a training of its own."""
-        has_weights = any(not isinstance(config, AttentionMethod) for config in self.adapters().values())
+        has_weights = any(getattr(config, "has_parameters", True) for config in self.adapters().values())
         return self.weights_of is None and (has_weights or self.add_branches is not None)
 
 

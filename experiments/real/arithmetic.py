@@ -25,9 +25,12 @@ PRODUCTS = {
 }
 
 
+BF16, OWN = "bf16 on the CPU", "its own instructions"  # a record without it is of such a CPU
+
+
 def bf16() -> dict[str, str]:
     """How bf16 is computed here, for the record."""
-    return {"bf16 on the CPU": "its own instructions" if HAS_BF16 else "products in fp32, rounded once"}
+    return {BF16: OWN if HAS_BF16 else "products in fp32, rounded once"}
 
 
 @contextlib.contextmanager

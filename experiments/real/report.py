@@ -107,7 +107,7 @@ def _seconds(results: Results) -> Iterator[str]:
     header = ("Method", *map(_number, lengths))
     yield from folded(
         f"Seconds of CPU time for a row of {NUM_CELLS} questions, by {_unit(task)}",
-        [f"`{task}`, mean over rows and seeds.", "", *table(header, rows)],
+        [f"`{task}`, mean over rows and seeds, on CPUs with instructions for bf16.", "", *table(header, rows)],
     )
 
 

@@ -15,6 +15,7 @@ from peft_pvm.demo.mosaic import NUM_CELLS
 from peft_pvm.demo.recall import Accuracy
 
 from ..summary import OF_MACHINES, Cell, read_results
+from .arithmetic import BF16, OWN
 from .methods import METHODS
 
 
@@ -69,7 +70,8 @@ class Run:
         questions: Split and seed of the questions; rows of files with the same are the same.
         training: How it was trained; `None` without a training of the experiment.
         accuracies: By tokens of text.
-        seconds: CPU time of a row, by tokens of text; empty if it was measured on a GPU.
+        seconds: CPU time of a row, by tokens of text; empty if it was measured on a GPU, or on a CPU without
+            instructions for bf16, whose times are not comparable.
         environment: The machine.
     """
 
@@ -94,7 +96,7 @@ class Run:
             (str(file["split"]), int(file["seed"])),
             None if training is None else Training.of(training),
             accuracies,
-            seconds if environment["GPU"] == "none" else {},
+            seconds if environment["GPU"] == "none" and environment.get(BF16, OWN) == OWN else {},
             {name: str(environment[name]) for name in OF_MACHINES},
         )
 
@@ -157,7 +159,9 @@ class Entry:
         if not self.accuracies(length):
             return UNTESTED
         measured = [run.seconds[length] for run in self.runs if length in run.seconds]
-        return f"{statistics.fmean(measured):.2f}" if measured else "GPU"
+        if measured:
+            return f"{statistics.fmean(measured):.2f}"
+        return "another CPU" if all(run.environment["GPU"] == "none" for run in self.runs) else "GPU"
 
 
 class Term(NamedTuple):

@@ -14,6 +14,7 @@ import pytest
 from experiments import claims as toy_claims
 from experiments.claims import FAILS, HOLDS, NOT_TESTED, UNCLEAR, Claim
 from experiments.real import report as real_report
+from experiments.real.arithmetic import BF16
 from experiments.real.claims import claims
 from experiments.real.methods import METHODS
 from experiments.real.report import draw_real, read_bases, render_base
@@ -292,11 +293,15 @@ def test_weights_of_another_method_are_trained_once(tmp_path):
 
 
 def test_seconds_are_those_of_a_row_on_a_cpu(folder):
+    """With instructions for bf16: times of others are not comparable."""
     environment_of_gpu = {**environment(), "GPU": "H100"}
     write_result(folder / "real", "look-up", "t-drs", {4096: "1" * 12}, environment=environment_of_gpu)
+    of_another = {**environment(), "GPU": "none", BF16: "products in fp32, rounded once"}
+    write_result(folder / "real", "look-up", "vaf", {4096: "1" * 12}, environment=of_another)
     page = "\n".join(render_base(Results(folder / "real")))
     assert rows_of(page, "base")[-1] == ["base", "0.18", "0.50", "0.50"]
     assert rows_of(page, "T-DRS")[-1] == ["T-DRS", "-", "GPU", "-"]
+    assert rows_of(page, "VAF")[-1] == ["VAF", "-", "another CPU", "-"]
 
 
 def test_what_is_not_in_the_tables_of_names_is_there_under_its_key(folder):
