@@ -94,7 +94,7 @@ def test_architecture(name: str, method: str):
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in core.ROWS])
 @pytest.mark.parametrize("config", [CAIConfig(threshold=0), SPARCConfig(alpha=3.0, tau=0.0)], ids=["cai", "sparc"])
 def test_what_reads_more_than_scores(name: str, config: AttentionMethod):
-    """Of a kind that is tested above by another method: it acts, or is refused for its own reason."""
+    """Each acts on every type, or is refused for its own reason."""
     row, answers = ARCHITECTURES[name], []
     if reason := row.refusal(config.method):
         with pytest.raises((ValueError, NotImplementedError), match=re.escape(reason)):

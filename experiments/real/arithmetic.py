@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
 class ProductsInFloat(TorchFunctionMode):
     """Computes products of bf16 matrices in fp32 and rounds them to bf16 once, at their end.
 
-    So do instructions for bf16, which also sum in fp32. Without them, torch takes eight times as long for such a
+    So do instructions for bf16, which also sum in fp32. Without them, torch takes many times as long for such a
     product as for one of fp32 matrices.
     """
 

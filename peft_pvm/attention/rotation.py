@@ -124,7 +124,8 @@ def turned_by_matrix(call: AttentionCall, tables: Tables, key: tuple[Hashable, .
         return rotate(call.module, basis.expand(len(query), -1, positions, -1), tables).flatten(2)
 
     matrix = call.context.derived(("matrix", *key, type(call.module), width, dtype), make)
-    return (query.squeeze(2).to(dtype) @ matrix).unsqueeze(2)
+    with torch.autocast(query.device.type, enabled=False):  # which leaves a rotation of a prompt alone
+        return (query.squeeze(2).to(dtype) @ matrix).unsqueeze(2)
 
 
 def has_rotary_function(attention: nn.Module) -> bool:

@@ -97,7 +97,8 @@ class CAIConfig(AttentionMethod):
         visual = context.derived(("directions", dtype), lambda: F.normalize(memory.embeddings.to(dtype), dim=-1))
         # Some models leave all but the last tokens out of their last layers.
         tokens = F.normalize(self._asking(context).to(visual)[:, -num_queries:][:, queries], dim=-1)
-        cosines = tokens @ visual.transpose(1, 2)
+        with torch.autocast(tokens.device.type, enabled=False):  # the slope makes much of small differences
+            cosines = tokens @ visual.transpose(1, 2)
         first = context.past_length + context.seq_len - num_queries
         places = torch.arange(num_queries, device=cosines.device)[queries].expand(len(cosines), -1) + first
         sees = causally_visible(memory.slots, places)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from ..tokens.early_exit import WITHOUT_EXIT
 from ..tokens.families import VisionLanguageModel
+from ..tokens.tap import this_thread
 from ..tuners.branch import Branch
 from ..tuners.ffn_method import FFNMethod, FFNStep, ffn_tuner
 from ..tuners.in_generate import InGenerate, Prompt, Run, running, text_alone
@@ -111,7 +112,12 @@ def _last_outputs(
 
 @contextlib.contextmanager
 def _watching(vlm: VisionLanguageModel, found: dict[int, torch.Tensor]) -> Iterator[None]:
+    """Take down what each decoder layer returns in this thread: another may be answering somebody else."""
+    thread = this_thread()
+
     def note(layer_idx: int, output: Any) -> None:
+        if this_thread() != thread:
+            return
         states = output[0] if isinstance(output, tuple) else output
         found[layer_idx] = states.flatten(0, -2)  # OPT puts the tokens of all rows in one list
 

@@ -7,7 +7,9 @@ import torch
 from forwards import TOLERANCE, difference
 from tiny_vlms import TinyVLM
 
-from peft_pvm.attention.rotation import between, inverse, rotate, rotation_tables, unit
+from peft_pvm.attention.call import AttentionCall
+from peft_pvm.attention.rotation import between, inverse, rotate, rotation_tables, turned_by_matrix, unit
+from peft_pvm.tokens.context import VisualContext
 from peft_pvm.tokens.families import find_vlm
 
 
@@ -38,3 +40,21 @@ def test_rotations(family: TinyVLM, factor: float):
         tail = rotate(attention, states[:, :, -2:], between(unit(by_one), -2, None))
         assert difference(tail, turned[:, :, -2:]) < TOLERANCE
         assert rotate(attention, states.bfloat16(), by_one).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_is_turned_as_a_prompt_is(family: TinyVLM, autocast: bool):
+    """By a matrix, also under autocast, which rounds the factors of products and not of sums."""
+    vlm = find_vlm(family.build())
+    axes = 3 if "mrope_section" in vlm.text_config.rope_parameters else 1
+    positions = torch.randint(-50, 50, (2, 3, axes), generator=torch.Generator().manual_seed(0))
+    for layer_idx, attention in vlm.self_attentions.items():
+        if not vlm.rotates(attention):
+            continue
+        query = torch.randn(2, 4, 1, attention.head_dim)
+        tables = rotation_tables(vlm.rotary, positions, vlm.layer_type(layer_idx))
+        call = AttentionCall(attention, query, query, query, None, VisualContext(None), "sdpa", {})
+        expected = rotate(attention, query.repeat(1, 1, 3, 1), tables)
+        with torch.autocast("cpu", enabled=autocast):
+            found = turned_by_matrix(call, tables, ("a test",))
+        assert difference(found.unflatten(-1, (3, -1)).squeeze(2), expected) < TOLERANCE

@@ -418,6 +418,24 @@ def test_scores_that_are_raised_far_overflow_nothing(plain: TinyVLM):
     assert difference(*found) < TOLERANCE
 
 
+def test_cosines_are_precise_under_autocast(plain: TinyVLM, monkeypatch: pytest.MonkeyPatch):
+    """CAI multiplies their differences by a hundred: they are what they are without autocast."""
+    found, original = [], CAIConfig._above_least
+
+    def twice(*args: Any) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            found.append((original(*args), None))
+        found[-1] = found[-1][0], original(*args)
+        return found[-1][1]
+
+    monkeypatch.setattr(CAIConfig, "_above_least", twice)
+    model = plain.build()
+    with attached(model, CAIConfig(threshold=0, layers_to_transform=[1])), torch.autocast("cpu"):
+        logits(model, plain.inputs(model, "t4 i t3 i t6"))
+    assert found
+    assert all(torch.equal(expected, made) and made.dtype == torch.float32 for expected, made in found)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_gradients_equal_the_oracles(plain: TinyVLM, name: str, checkpointed: bool):

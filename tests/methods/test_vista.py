@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
 
 from peft_pvm import M3IDConfig, VISTAConfig, attached
 from peft_pvm.methods import vista
+from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tuners.ffn_method import FFNStep
 from peft_pvm.tuners.in_generate import Prompt
 
@@ -179,6 +181,20 @@ def test_an_error_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch):
             generate(llava, model, ROWS[0])
     assert _hooks(model) == hooks
     generate(llava, model, ROWS[0])
+
+
+def test_what_another_thread_runs_is_not_looked_at():
+    """A server may answer somebody else on the same model while a prompt is read."""
+    llava = FAMILIES["llava"]
+    model, found = llava.build(), {}
+    inputs = llava.inputs(model, ROWS[0])
+    with vista._watching(find_vlm(model), found):
+        other = threading.Thread(target=lambda: logits(model, inputs))
+        other.start()
+        other.join()
+        assert not found
+        logits(model, inputs)
+    assert sorted(found) == [0, 1, 2]
 
 
 def test_saving_and_loading(tmp_path: Path):
