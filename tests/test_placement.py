@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from peft_pvm import DIPEConfig, PVMConfig, load_adapters
-from peft_pvm.methods.var import root_mean_square
+from peft_pvm.methods.var import sizes
 from peft_pvm.probe.observers import visual_mask
 from peft_pvm.tokens.blocks import layer_input
 from peft_pvm.tokens.families import find_vlm
@@ -77,19 +77,19 @@ def strong(name: str, base: PreTrainedModel, inputs: dict[str, torch.Tensor]) ->
     """`STRONG`, with a channel and a threshold so far from what any token has that rounding takes none across."""
     if name != "var":
         return STRONG.get(name, {})
-    sizes: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
     vlm = find_vlm(base)
 
     def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         states = layer_input(args, kwargs, len(ROWS), vlm.text_config.hidden_size)
-        sizes.append(states.abs() / root_mean_square(states))
+        found.append(sizes(states).abs())
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in vlm.layers]
     logits(base, inputs)
     for handle in handles:
         handle.remove()
-    of_images = torch.stack(sizes)[:, visual_mask(vlm, inputs)].flatten(0, 1).quantile(0.9, dim=0)  # a tenth is above
-    size = torch.cat(sizes).flatten(0, 1).sort(0).values  # (tokens of all layers, channels)
+    of_images = torch.stack(found)[:, visual_mask(vlm, inputs)].flatten(0, 1).quantile(0.9, dim=0)  # a tenth is above
+    size = torch.cat(found).flatten(0, 1).sort(0).values  # (tokens of all layers, channels)
     some_are_visual = (size[1:] <= of_images) & (size[:-1] > size.median(0).values)
     number, channel = divmod(int((size.diff(dim=0) * some_are_visual).argmax()), size.shape[1])
     return {**STRONG["var"], "sink_channels": [channel], "tau": float(size[number : number + 2, channel].mean())}

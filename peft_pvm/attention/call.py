@@ -149,7 +149,9 @@ class AttentionCall:
         """
         by_kv_head = [query.reshape(len(query), self.key.shape[1], -1, query.shape[-1]) for query in queries]
         rows = torch.cat(by_kv_head, 2) if len(queries) > 1 else by_kv_head[0]
-        return (rows @ self.key.transpose(2, 3) * self.scaling).chunk(len(queries), 2)
+        key = self.key.flatten(0, 1).transpose(1, 2)
+        scores = torch.baddbmm(key.new_empty(()), rows.flatten(0, 1), key, beta=0, alpha=self.scaling)
+        return scores.view(*rows.shape[:3], -1).chunk(len(queries), 2)
 
     def last_row_weights(self) -> torch.Tensor:
         """The weights of the last query, `(batch, heads, num_keys)`, in fp32 at least. No stage has changed them."""

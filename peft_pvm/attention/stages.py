@@ -8,7 +8,7 @@ With `q` and `k` rotated, a layer computes, for a row `i` and a key `j` that it 
     s_ij = s_ij * scaling + a_i * b_j    Bias
     s_ij = s_ij + f(s_i)_j               Scores (`scores.py`): visual keys, from their own scores
     w_i  = softmax(s_i)                  Weights: another function of the scores
-    w_ij = w_ij * f(group of j, i)       GroupWeights
+    w_ij = w_ij * f(groups of j, i)      GroupWeights
     o_i  = sum_j w_ij * c_j * v_j        Values
 
 Stages act in this order, in whatever order their adapters were attached. Several of `KeyScale`, `Bias` and `Values`
@@ -160,25 +160,32 @@ class Values(_Scale):
 
 @dataclass(frozen=True)
 class GroupWeights(Stage):
-    """Weights multiplied by factors of groups of keys, which follow from how much of a row's weight each group has.
+    """Weights changed by groups of keys, by what follows from how much of a row's weight groups have.
 
-    The layer attends to values that are 0 outside one group each, and to indicators of the groups, whose output is the
-    weight that reaches them. So it runs on any kernel, and on whatever makes the weights. They are not normalised
-    again: the factors decide. A step of decoding multiplies its row of weights instead, so that it does not copy the
-    cache's values. Beside a stage that comes later, it does copy them.
+    With `n_jg` how much key `j` belongs to group `g`, and `a_ig` made of what all groups have, `sum_j w_ij * n_jg`::
+
+        w_ij = w_ij * (1 + sum over groups g of a_ig * n_jg)
+
+    The layer also attends to values times how much their keys belong to each group, and to these numbers themselves,
+    whose output is what the groups have. So it runs on any kernel, and on whatever makes the weights. They are not
+    normalised again: the changes decide. A step of decoding changes its row of weights instead, so that it does not
+    copy the cache's values. Beside a stage that comes later, it does copy them.
 
     Args:
-        groups: Gives the groups, `(batch, num_groups, num_keys)`, bool; every key is in one of them.
-        factors: Makes the factors from the call and these weights, `(batch, num_queries, heads, num_groups)` both.
+        of_keys: Gives how much keys belong to groups, `(batch, num_keys, num_groups)`, float.
+        changes: Makes `a` from the call and what groups have, `(batch, num_queries, heads, num_groups)`. It may have
+            the first groups alone: the others are only looked at.
         rows: The rows that it acts on: "all", or "text" for those of text with a visual token before them.
+        num_changed: How many groups `a` has. `None`: all.
     """
 
     order = 2
     done_by_one = "weights by group"
 
-    groups: Callable[[AttentionCall], torch.Tensor]
-    factors: Callable[[AttentionCall, torch.Tensor], torch.Tensor]
+    of_keys: Callable[[AttentionCall], torch.Tensor]
+    changes: Callable[[AttentionCall, torch.Tensor], torch.Tensor]
     rows: Rows = "all"
+    num_changed: int | None = None
 
     def attend(self, call: AttentionCall, later: Later) -> Output:
         if self.rows == "text" and call.context.memory.is_empty:
@@ -186,31 +193,36 @@ class GroupWeights(Stage):
         if call.query.shape[2] == 1 and call.widened is None and not later.stages:
             (scores,) = call.row_scores(call.query)
             return call.attend_row(scores, lambda weights: self.changed(call, weights))
-        value, groups = call.value, self.groups(call)
-        members = groups.transpose(1, 2).unsqueeze(1).to(value.dtype)  # (batch, 1, num_keys, num_groups)
-        parts = (value.unsqueeze(3) * members.unsqueeze(4)).flatten(3)
-        indicators = members.expand(*value.shape[:2], -1, -1)
-        output, weights = later(replace(call, value=torch.cat([parts, indicators], -1)))
-        num_groups = groups.shape[1]
-        factors = self._acting_factors(call, output[..., -num_groups:]).to(output.dtype)
-        output = output[..., :-num_groups].unflatten(-1, (num_groups, -1))
-        if weights is not None:
-            weights = weights * (factors.transpose(1, 2) @ groups.unsqueeze(1).to(factors.dtype)).to(weights.dtype)
-        return (output * factors.unsqueeze(-1)).sum(-2), weights
+        value, belongs = call.value, self.of_keys(call).to(call.value.dtype)
+        changed = belongs[..., : self.num_changed]
+        parts = (value.unsqueeze(3) * changed[:, None, :, :, None]).flatten(3)
+        seen = belongs.unsqueeze(1).expand(*value.shape[:3], -1)
+        output, weights = later(replace(call, value=torch.cat([value, parts, seen], -1)))
+        plain, of_groups, found = output.tensor_split([value.shape[-1], value.shape[-1] + parts.shape[-1]], -1)
+        changes = self._acting(call, found).to(output.dtype)
+        output = plain + (of_groups.unflatten(-1, (changed.shape[-1], -1)) * changes.unsqueeze(-1)).sum(-2)
+        return output, None if weights is None else _changed(weights, changes.transpose(1, 2), changed)
 
     def changed(self, call: AttentionCall, weights: torch.Tensor) -> torch.Tensor:
-        """The weights times these factors, `(batch, heads, num_queries, num_keys)` both."""
+        """The weights with these changes, `(batch, heads, num_queries, num_keys)` both."""
         if self.rows == "text" and call.context.memory.is_empty:
             return weights
-        groups = self.groups(call).unsqueeze(1).to(weights.dtype)
-        masses = (weights @ groups.transpose(2, 3)).transpose(1, 2)
-        return weights * (self._acting_factors(call, masses).transpose(1, 2).to(weights.dtype) @ groups)
+        belongs = self.of_keys(call).to(weights.dtype)
+        found = (weights.flatten(1, 2) @ belongs).view(*weights.shape[:3], -1)
+        changes = self._acting(call, found.transpose(1, 2)).transpose(1, 2)
+        return _changed(weights, changes, belongs[..., : self.num_changed])
 
-    def _acting_factors(self, call: AttentionCall, masses: torch.Tensor) -> torch.Tensor:
-        """The factors in the rows that it acts on, and 1 in others."""
-        factors = self.factors(call, masses)
+    def _acting(self, call: AttentionCall, found: torch.Tensor) -> torch.Tensor:
+        """The changes in the rows that it acts on, and 0 in others."""
+        changes = self.changes(call, found)
         rows = text_rows(call) if self.rows == "text" else None
-        return factors if rows is None else torch.where(rows[:, :, None, None], factors, 1)
+        return changes if rows is None else torch.where(rows[:, :, None, None], changes, 0)
+
+
+def _changed(weights: torch.Tensor, changes: torch.Tensor, belongs: torch.Tensor) -> torch.Tensor:
+    """Weights, `(batch, heads, num_queries, num_keys)`, as `GroupWeights` has them, given `a` and `n`."""
+    by_key = changes.flatten(1, 2).to(weights.dtype) @ belongs.transpose(1, 2).to(weights.dtype)
+    return torch.addcmul(weights, weights, by_key.view_as(weights))
 
 
 class Positions(Stage):

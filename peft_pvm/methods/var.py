@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from ..attention.call import AttentionCall
 from ..attention.stages import GroupWeights, Stage
@@ -21,10 +22,10 @@ EPSILON = 1e-6  # in the norm, as the authors have it
 MOST_CHANNELS = 1_000
 
 
-def root_mean_square(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Of the channels of hidden states, `(..., hidden_size)` to `(..., 1)`, in fp32 at least."""
+def sizes(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Hidden states over the root mean square of their channels, `(..., hidden_size)` both, in fp32 at least."""
     states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    return (states.square().mean(-1, keepdim=True) + EPSILON).sqrt()
+    return F.rms_norm(states, states.shape[-1:], eps=EPSILON)
 
 
 def _is_share(value: object) -> bool:
@@ -48,9 +49,8 @@ class VARConfig(AttentionMethod):
         w_ij = w_ij * p                               for sinks, of text and image
         w_ij = w_ij * (1 + (1 - p) * S / (V - Sv))    for other visual tokens
 
-    Other rows and heads stay as they are, and so does the sum of each row. The sinks of a layer take four times the
-    channels of values in a forward with an image; a step of decoding makes its row of weights by hand. It has no
-    parameters.
+    Other rows and heads stay as they are, and so does the sum of each row. In a forward with an image a layer attends
+    to values of three times the channels; a step of decoding makes its row of weights by hand. It has no parameters.
 
     Args:
         sink_channels: Channels of the hidden state by which sinks are known, which differ from model to model:
@@ -118,52 +118,79 @@ class VARConfig(AttentionMethod):
     def enter(
         self, vlm: VisionLanguageModel, layer_idx: int, context: VisualContext, hidden_states: torch.Tensor
     ) -> None:
-        """Note on the KV cache which tokens are sinks."""
-        context.mark(self._mark_name(layer_idx), self.are_sinks(hidden_states))
+        """Note of tokens on the KV cache what depends on whether they are sinks: how much they belong to groups."""
+        sinks, visual = self.are_sinks(hidden_states), context.visual_mask
+        if visual is None:
+            others, text_sinks = context.derived((self._whose, "text", sinks.device), lambda: self._of_text(sinks))
+            of_tokens = torch.where(sinks.unsqueeze(-1), text_sinks, others)
+        else:
+            of_tokens = self._groups(sinks, visual[:, -sinks.shape[1] :].to(sinks.device))
+        context.mark((self._whose, layer_idx), of_tokens)
 
     def are_sinks(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Which tokens are sinks, by the hidden states with which a layer begins, `(batch, seq_len)`, bool."""
-        chosen = torch.stack([hidden_states[..., channel] for channel in self._channels], -1)  # waits for no device
-        return (chosen.abs() > self.tau * root_mean_square(hidden_states)).any(-1)
+        of_tokens = sizes(hidden_states)
+        chosen = torch.stack([of_tokens[..., channel] for channel in sorted(set(self.sink_channels or ()))], -1)
+        return torch.linalg.vector_norm(chosen, torch.inf, -1) > self.tau
 
-    def _mark_name(self, layer_idx: int) -> Hashable:
-        """By what they are known as sinks, and in which layer."""
-        return "sinks", layer_idx, self.tau, *self._channels
+    def _groups(self, sinks: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        """How much tokens belong to the groups that decide, `(batch, seq_len, 6)`, fp32, by what they are.
+
+        The first two are changed: what sinks lose, below 0, and other visual tokens. These come again as what gets
+        something, and what is got. Of the last three, a row must have more than `_least`: visual sinks, what is
+        missing to their largest share of the image, and the image.
+        """
+        lost, visual_sinks, image = (1 - self.p) * sinks, visual & sinks, 1.0 * visual
+        others = image - 1.0 * visual_sinks
+        return torch.stack([-lost, others, lost, visual_sinks, self.rho * image - 1.0 * visual_sinks, image], -1)
+
+    def _of_text(self, sinks: torch.Tensor) -> torch.Tensor:
+        """`_groups` of a token of text that is no sink, and of one that is: `(2, 6)`, where `sinks` are."""
+        sinks = torch.arange(2, device=sinks.device) > 0
+        return self._groups(sinks, torch.zeros_like(sinks))
 
     @property
-    def _channels(self) -> list[int]:
-        return sorted(set(self.sink_channels or ()))
+    def _whose(self) -> Hashable:
+        """What of the settings decides what is noted."""
+        return self.method, self.tau, self.rho, self.p, *sorted(set(self.sink_channels or ()))
 
     def stages(self, layer: SteeredLayer) -> Stage:
-        """Weights by group: sinks and others, of text and image."""
-        return GroupWeights(lambda call: self.groups(call, layer.layer_idx), self.factors, rows="text")
+        """Weights by group: of sinks, and of other visual tokens."""
+        return GroupWeights(lambda call: self.groups(call, layer.layer_idx), self.changes, rows="text", num_changed=2)
 
     def groups(self, call: AttentionCall, layer_idx: int) -> torch.Tensor:
-        """Other text, sinks of text, other visual tokens, visual sinks: `(batch, 4, num_keys)`, bool.
+        """How much keys belong to groups, `(batch, num_keys, 6)`: see `_groups`.
 
         Raises:
             RuntimeError: Nobody looked for sinks among some tokens.
         """
-        visual = call.visual_keys
-        sinks = call.context.marks_of_keys(self._mark_name(layer_idx), visual.shape[1])
-        if sinks is None:
+        of_keys = call.context.marks_of_keys((self._whose, layer_idx), call.key.shape[2])
+        if of_keys is None:
             raise RuntimeError(
                 f"Nobody looked for sinks among all tokens of this KV cache at layer {layer_idx}: VAR must be "
                 "attached from the first token on, in layers that compute the whole prompt. Start with a new cache."
             )
-        return torch.stack([~visual & ~sinks, ~visual & sinks, visual & ~sinks, visual & sinks], 1)
+        return of_keys
 
-    def factors(self, call: AttentionCall, masses: torch.Tensor) -> torch.Tensor:
-        """What weights are multiplied by, from the weight of these groups: `(batch, num_queries, heads, 4)` both."""
-        masses = masses.to(torch.promote_types(masses.dtype, torch.float32))
-        _, text_sinks, others, visual_sinks = masses.unbind(-1)
-        visual = others + visual_sinks
-        chosen = (visual_sinks > 0) & (visual_sinks <= self.rho * visual) & (visual >= self.least_visual)
-        chosen = chosen & (others > 0)  # which take what sinks give
-        more = (1 - self.p) * (text_sinks + visual_sinks) / torch.where(chosen, others, 1)
-        one = torch.ones_like(more)
-        kept, raised = torch.where(chosen, self.p, one), torch.where(chosen, 1 + more, one)
-        return torch.stack([one, kept, raised, kept], -1)
+    def changes(self, call: AttentionCall, found: torch.Tensor) -> torch.Tensor:
+        """By what the weights of sinks and of other visual tokens change, from the weight that groups have.
+
+        Args:
+            call: Not looked at.
+            found: `(batch, num_queries, heads, 6)`.
+
+        Returns:
+            `(batch, num_queries, heads, 2)`, fp32 at least.
+        """
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        least = call.context.derived((self._whose, "least", found.device), lambda: self._least(found))
+        stays = (found[..., 3:] <= least).any(-1, keepdim=True)
+        others_and_lost = found[..., 1:3]
+        return others_and_lost / others_and_lost[..., :1].masked_fill(stays, torch.inf)
+
+    def _least(self, found: torch.Tensor) -> torch.Tensor:
+        """What a row must have more of, `(3,)`."""
+        return F.pad(found.new_full((1,), self.least_visual), (2, 0))
 
 
 VARModel = attention_tuner(VARConfig)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..attention.dispatch import steerable_attentions
-from ..methods.var import VARConfig, root_mean_square
+from ..methods.var import VARConfig, sizes
 from ..tokens.blocks import layer_input
 from ..tokens.families import VisionLanguageModel, find_vlm
 from ..tuners.active import base_of, only
@@ -120,9 +120,9 @@ def _read_where_layers_begin(
         states = layer_input(args, kwargs, 1, vlm.text_config.hidden_size)[0]
         if len(states) != len(is_visual):  # a layer of the last tokens alone, on which VAR cannot act
             return
-        sizes = states.abs() / root_mean_square(states)
-        beyond = (sizes[is_visual.to(sizes.device)] > tau).nonzero()
-        found.append(Outliers(sizes[0].float().cpu(), beyond.cpu(), int(is_visual.sum())))
+        of_tokens = sizes(states).abs()
+        beyond = (of_tokens[is_visual.to(of_tokens.device)] > tau).nonzero()
+        found.append(Outliers(of_tokens[0].float().cpu(), beyond.cpu(), int(is_visual.sum())))
 
     with contextlib.ExitStack() as stack:
         for layer_idx in layers:

@@ -169,7 +169,7 @@ class VisualContext:
 
         Args:
             name: What it is called. Where nobody noted it of earlier tokens, nobody will know it.
-            of_tokens: `(batch, seq_len)`, bool.
+            of_tokens: `(batch, seq_len, ...)`.
         """
         before, past_length = self.marks_before.get(name, of_tokens[:, :0]), self.past_length
         if isinstance(past_length, int):  # no static cache, which is never cropped
@@ -181,7 +181,7 @@ class VisualContext:
             self.memory.marks[name] = torch.cat([before.to(of_tokens.device), of_tokens], 1)
 
     def marks_of_keys(self, name: Hashable, num_keys: int) -> torch.Tensor | None:
-        """What was noted of the keys that a layer hands to its attention, `(batch, num_keys)`, bool.
+        """What was noted of the keys that a layer hands to its attention, `(batch, num_keys, ...)`.
 
         Args:
             name: What it is called.
@@ -193,7 +193,10 @@ class VisualContext:
         marks = self.memory.marks.get(name)
         if marks is None:
             return None
-        filled = F.pad(marks.to(self.device), (0, num_keys))  # a static cache is not full
+        marks, dropped = marks.to(self.device), self.num_dropped(num_keys)
+        if isinstance(dropped, int) and dropped == 0 and marks.shape[1] == num_keys:  # every token has its key
+            return marks
+        filled = torch.cat([marks, marks.new_zeros(len(marks), num_keys, *marks.shape[2:])], 1)  # not full if static
         return filled.index_select(1, self.slots_of_keys(num_keys))
 
     def noted(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,15 +66,15 @@ def sharper() -> Weights:
 
 
 def by_group() -> GroupWeights:
-    """Visual keys get more the less a row looks at them."""
+    """Visual keys get more the less a row looks at them, and the more it looks at text."""
 
     def groups(call: AttentionCall) -> torch.Tensor:
-        return torch.stack([call.visual_keys, ~call.visual_keys], 1)
+        return torch.stack([0.7 * call.visual_keys, ~call.visual_keys], -1)
 
-    def factors(call: AttentionCall, masses: torch.Tensor) -> torch.Tensor:
-        return torch.stack([2 - masses[..., 0], torch.ones_like(masses[..., 1])], -1)
+    def changes(call: AttentionCall, found: torch.Tensor) -> torch.Tensor:
+        return (1 - found[..., :1]) * found[..., 1:]
 
-    return GroupWeights(groups, factors)
+    return GroupWeights(groups, changes, num_changed=1)
 
 
 def size(call: AttentionCall, scores: torch.Tensor, queries: slice) -> torch.Tensor:

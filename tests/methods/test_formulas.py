@@ -235,28 +235,37 @@ def redistributed(config: VARConfig, layers: list[int]) -> dict[str, Change]:
 
 
 def by_group(
-    groups: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Sequence[torch.Tensor]] | None = None,
-    factors: Callable[[VARConfig, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    groups: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    changes: Callable[[VARConfig, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     rows: str = "text",
 ) -> Callable[..., Stage]:
-    """The method with other groups, or other factors, which are given those of the method and the weights."""
+    """The method with other groups, or other changes, which are given those of the method and what groups have."""
 
     def stages(self: VARConfig, layer: SteeredLayer) -> Stage:
         def of_keys(call: AttentionCall) -> torch.Tensor:
             own = self.groups(call, layer.layer_idx)
-            return own if groups is None else torch.stack(groups(*own.unbind(1)), 1)
+            return own if groups is None else groups(own.clone())
 
-        def of_groups(call: AttentionCall, masses: torch.Tensor) -> torch.Tensor:
-            own = self.factors(call, masses)
-            return own if factors is None else factors(self, own, masses)
+        def of_groups(call: AttentionCall, found: torch.Tensor) -> torch.Tensor:
+            own = self.changes(call, found)
+            return own if changes is None else changes(self, own, found)
 
-        return GroupWeights(of_keys, of_groups, rows=rows)
+        return GroupWeights(of_keys, of_groups, rows=rows, num_changed=2)
 
     return stages
 
 
-def without_heads_chosen(self: VARConfig, own: torch.Tensor, masses: torch.Tensor) -> torch.Tensor:
-    return replace(self, rho=1.0, least_visual=0.0).factors(None, masses)
+def of_all_heads(self: VARConfig, own: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    return found[..., 1:3] / found[..., 1:2].masked_fill(found[..., 3:4] == 0, torch.inf)
+
+
+def sinks_of_some_kind_keep_theirs(visual: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    def groups(own: torch.Tensor) -> torch.Tensor:
+        kept = (own[..., 3] > 0) == visual
+        own[..., [0, 2]] *= ~kept.unsqueeze(-1)
+        return own
+
+    return groups
 
 
 VAR = Formula(
@@ -267,18 +276,16 @@ VAR = Formula(
     redistributed,
     {
         "rows of the image too": by_group(rows="all"),
-        "all heads": by_group(factors=without_heads_chosen),
-        "text sinks keep theirs": by_group(lambda a, b, c, d: (a | b, b & ~b, c, d)),
-        "sinks of the image keep theirs": by_group(
-            factors=lambda self, own, masses: torch.cat([own[..., :3], torch.ones_like(own[..., 3:])], -1)
-        ),
+        "all heads": by_group(changes=of_all_heads),
+        "text sinks keep theirs": by_group(sinks_of_some_kind_keep_theirs(visual=False)),
+        "sinks of the image keep theirs": by_group(sinks_of_some_kind_keep_theirs(visual=True)),
         "what is freed is shared evenly": by_group(
-            factors=lambda self, own, masses: torch.cat(
-                [own[..., :2], own[..., 2:3].mean((1, 2), keepdim=True).expand_as(own[..., 2:3]), own[..., 3:]], -1
+            changes=lambda self, own, found: torch.cat(
+                [own[..., :1], own[..., 1:].mean((1, 2), keepdim=True).expand_as(own[..., 1:])], -1
             )
         ),
         "sinks of layer 0": lambda self, layer: GroupWeights(
-            lambda call: self.groups(call, 0), self.factors, rows="text"
+            lambda call: self.groups(call, 0), self.changes, rows="text", num_changed=2
         ),
     },
 )
