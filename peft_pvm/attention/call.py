@@ -149,9 +149,7 @@ class AttentionCall:
         """
         by_kv_head = [query.reshape(len(query), self.key.shape[1], -1, query.shape[-1]) for query in queries]
         rows = torch.cat(by_kv_head, 2) if len(queries) > 1 else by_kv_head[0]
-        key = self.key.flatten(0, 1).transpose(1, 2)
-        scores = torch.baddbmm(key.new_empty(()), rows.flatten(0, 1), key, beta=0, alpha=self.scaling)
-        return scores.view(*rows.shape[:3], -1).chunk(len(queries), 2)
+        return scaled_products(rows, self.key, self.scaling).chunk(len(queries), 2)
 
     def last_row_weights(self) -> torch.Tensor:
         """The weights of the last query, `(batch, heads, num_keys)`, in fp32 at least. No stage has changed them."""
@@ -217,6 +215,17 @@ class AttentionCall:
         # Fused kernels want values as wide as keys.
         outputs = [run(F.pad(piece, (0, width - piece.shape[-1]))) for piece in self.value.split(width, -1)]
         return torch.cat([output for output, _ in outputs], -1)[..., :value_dim], outputs[0][1]
+
+
+def scaled_products(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The products of queries and keys, `(batch, kv_heads, num_queries or num_keys, head_dim)`, times a number.
+
+    Returns:
+        `(batch, kv_heads, num_queries, num_keys)`. It is scaled before it is rounded, and in one operation.
+    """
+    keys = key.flatten(0, 1).transpose(1, 2)
+    products = torch.baddbmm(key.new_empty(()), query.flatten(0, 1), keys, beta=0, alpha=scaling)
+    return products.view(*query.shape[:3], -1)
 
 
 def records_gradients(*tensors: Any) -> bool:

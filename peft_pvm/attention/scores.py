@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .call import WIDEST_FOR_FLASH, AttentionCall, Output, records_gradients
+from .call import WIDEST_FOR_FLASH, AttentionCall, Output, records_gradients, scaled_products
 from .stages import CHANNELS, Later, Stage, Weights, text_rows
 
 
@@ -94,8 +94,9 @@ class Scores(Stage):
     def _raised(self, call: AttentionCall, scores: torch.Tensor, queries: slice) -> torch.Tensor:
         """Scores of all keys with those of visual keys changed, `(batch, heads, rows, num_keys)` both."""
         index, is_there = _visual(call, scores)
-        added = self.added(call, scores.gather(-1, index), queries)
-        return scores.scatter_add(-1, index, torch.where(is_there, added, 0).to(scores.dtype))
+        added = self.added(call, scores.gather(-1, index), queries).to(scores.dtype)
+        added = added if is_there is None else added.masked_fill(~is_there, 0)
+        return scores.scatter_add(-1, index, added.expand(index.shape))
 
     # ---- many rows
 
@@ -121,6 +122,7 @@ class Scores(Stage):
         """
         scores = _scores(call, call.scored_by[0][:, :, queries], keys)
         index, is_seen = _visual(call, scores)
+        is_seen = torch.ones_like(index, dtype=torch.bool) if is_seen is None else is_seen
         if call.position_bias is not None:
             scores = scores + call.position_bias[:, :, queries].expand(*scores.shape[:3], -1).gather(-1, index)
         visible, bias = call.visibility.mask(queries), call.visibility.bias(queries)
@@ -159,8 +161,8 @@ class Scores(Stage):
             outputs.append(output)
             if wants_weights:
                 all_weights.append(weights)
-        output = torch.cat(outputs, 2).transpose(1, 2).contiguous()
-        return output, torch.cat(all_weights, 2) if wants_weights else None
+        output = _joined(outputs).transpose(1, 2).contiguous()
+        return output, _joined(all_weights) if wants_weights else None
 
     def _block(self, call: AttentionCall, queries: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Output `(batch, heads, rows, value_dim)` and weights `(batch, heads, rows, num_keys)` of a few rows."""
@@ -198,18 +200,29 @@ def _at_once(call: AttentionCall, num_keys: int) -> int:
 def _scores(call: AttentionCall, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The scores of some queries and keys after scaling, `(batch, heads, queries, keys)`, in fp32 at least."""
     by_kv_head = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    scores = (by_kv_head @ key.transpose(2, 3)).view(*query.shape[:3], key.shape[2])
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * call.scaling
+    scores = scaled_products(by_kv_head, key, call.scaling).view(*query.shape[:3], key.shape[2])
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     softcap = call.kwargs.get("softcap")
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-def _visual(call: AttentionCall, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns of visual keys for rows of scores, and which of them are there, as scores of visual keys are."""
-    num_keys = call.key.shape[2]
-    columns = call.context.visual_columns(num_keys)[:, None, None]
+def _visual(call: AttentionCall, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The columns of visual keys for rows of scores, and which of them are there, as scores of visual keys are.
+
+    `None`: all are.
+    """
+    columns, is_there = call.context.derived(("visual scores", call.key.shape[2]), lambda: _make_visual(call))
     shape = *scores.shape[:3], -1
-    return columns.clamp(max=num_keys - 1).expand(shape), (columns < num_keys).expand(shape)
+    return columns.expand(shape), None if is_there is None else is_there.expand(shape)
+
+
+def _make_visual(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    context, num_keys = call.context, call.key.shape[2]
+    columns = context.visual_columns(num_keys)[:, None, None]
+    dropped = context.num_dropped(num_keys)
+    if context.memory.is_dense and isinstance(dropped, int) and dropped == 0:
+        return columns, None
+    return columns.clamp(max=num_keys - 1), columns < num_keys
 
 
 def _visual_only(call: AttentionCall, tensor: torch.Tensor) -> torch.Tensor:
@@ -229,6 +242,11 @@ def _with_mass(call: AttentionCall) -> torch.Tensor:
     if value.shape[-1] > key.shape[-1] and not ("flash" in call.kernel and wider > WIDEST_FOR_FLASH):
         changes["widened"] = F.pad(query, (0, CHANNELS)), F.pad(key, (0, CHANNELS))  # the values fit beside them
     return replace(call, **changes).run_kernel()[0]
+
+
+def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of `(batch, heads, rows, ...)`, one behind the other."""
+    return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
 
 
 def _put(plain: torch.Tensor, changed: torch.Tensor, rows: torch.Tensor, axis: int, first: int) -> torch.Tensor:

@@ -76,7 +76,7 @@ class CAIConfig(AttentionMethod):
         if layer_idx in undecided or context.memory.is_empty:
             return
         among = context.text_behind_images()
-        if self.rows == "generated":
+        if self.rows == "generated" and context.seq_len > 1:
             among = among & (torch.arange(among.shape[1], device=among.device) == among.shape[1] - 1)
         undecided[layer_idx] = EarlyExit(vlm).undecided(hidden_states, self.threshold, among.to(hidden_states.device))
 
@@ -86,9 +86,18 @@ class CAIConfig(AttentionMethod):
 
     def added(self, layer_idx: int, call: AttentionCall, scores: torch.Tensor, queries: slice) -> torch.Tensor:
         """What is added to the scores of visual keys, `(batch, heads, rows, num_visual)` both."""
-        undecided = call.context.handed_on[self._whose][layer_idx].to(scores.device)
-        alike = torch.sigmoid(self.slope * self._above_least(call, scores.dtype, queries))
-        return scores.abs() * (alike * undecided[:, -call.query.shape[2] :][:, queries].unsqueeze(-1)).unsqueeze(1)
+        context = call.context
+        undecided = context.handed_on[self._whose][layer_idx].to(scores.device)[:, -call.query.shape[2] :][:, queries]
+        if context.seq_len == 1:  # the same in all layers, and not much to keep
+            key = self._whose, "alike", scores.dtype, scores.device
+            alike = context.derived(key, lambda: self._alike(call, scores.dtype, queries))
+        else:
+            alike = self._alike(call, scores.dtype, queries)
+        return scores.abs() * (alike * undecided.unsqueeze(-1)).unsqueeze(1)
+
+    def _alike(self, call: AttentionCall, dtype: torch.dtype, queries: slice) -> torch.Tensor:
+        """How much the token of each row is like each visual token, from 0.5 to 1, `(batch, rows, num_visual)`."""
+        return torch.sigmoid(self.slope * self._above_least(call, dtype, queries))
 
     def _above_least(self, call: AttentionCall, dtype: torch.dtype, queries: slice) -> torch.Tensor:
         """By how much the cosine of each row and each visual token is above the row's least, `(batch, rows,

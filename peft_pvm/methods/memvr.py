@@ -70,49 +70,67 @@ class MemVRConfig(FFNMethod):
 
     def changed(self, step: FFNStep) -> torch.Tensor | None:
         """The formula, for tokens whose turn it is."""
-        turns, _ = self._turns(step)
+        turns, memory = self._turns(step)[0], step.context.memory
         batch_size, seq_len = turns.shape
+        if seq_len == 1:  # behind all there is, if its turn comes
+            mixed = self._mixed(
+                step, step.ffn_input, step.output, None if memory.is_dense else (memory.slots >= 0).unsqueeze(1)
+            )
+            return torch.where(turns.unsqueeze(-1), mixed, step.output)
         if all_at_once(turns):
             positions = torch.arange(seq_len, device=turns.device).expand(batch_size, -1)
         else:
             positions = pack(turns)
             if positions.shape[1] == 0:
                 return None
-        num_at_once = max(PRODUCTS_AT_ONCE // (batch_size * step.context.memory.slots.shape[1]), 1)
-        mixed = torch.cat([self._mixed(step, some) for some in positions.split(num_at_once, 1)], 1)
+        num_at_once = max(PRODUCTS_AT_ONCE // (batch_size * memory.slots.shape[1]), 1)
+        mixed = torch.cat([self._mixed_at(step, some) for some in positions.split(num_at_once, 1)], 1)
         return torch.where(turns.unsqueeze(-1), scatter_rows(mixed, positions, seq_len), step.output)
 
     def _turns(self, step: FFNStep) -> tuple[torch.Tensor, torch.Tensor]:
         """For which tokens this is the layer, and which still wait for theirs, `(batch, seq_len)` each, bool."""
         if step.layer_idx not in step.handed_on:
-            waiting = step.context.text_behind_images()
-            if self.rows == "generated":
-                waiting = waiting & (torch.arange(waiting.shape[1], device=waiting.device) == waiting.shape[1] - 1)
             if step.handed_on:
-                _, of_layer_before = step.handed_on[max(step.handed_on)]
-                waiting = waiting & of_layer_before.to(waiting.device)[:, -waiting.shape[1] :]
+                _, waiting = step.handed_on[max(step.handed_on)]
+                waiting = waiting.to(step.output.device)[:, -step.context.seq_len :]
+            else:
+                waiting = self._asked(step)
             entering = cast(torch.Tensor, step.entering).detach()  # a layer's first run
             turns = EarlyExit(step.vlm).undecided(entering, self.threshold, waiting)
-            step.handed_on[step.layer_idx] = turns, waiting & ~turns
+            step.handed_on[step.layer_idx] = turns, waiting > turns
         return step.handed_on[step.layer_idx]
 
-    def _mixed(self, step: FFNStep, positions: torch.Tensor) -> torch.Tensor:
+    def _asked(self, step: FFNStep) -> torch.Tensor:
+        """Which tokens are to have their turn, `(batch, seq_len)`, bool."""
+        text = step.context.text_behind_images()
+        if self.rows == "text" or text.shape[1] == 1:
+            return text
+        return text & (torch.arange(text.shape[1], device=text.device) == text.shape[1] - 1)
+
+    def _mixed_at(self, step: FFNStep, positions: torch.Tensor) -> torch.Tensor:
+        """`_mixed` of tokens that stand at `positions` in this forward, `(batch, length)`, as `pack` gives them."""
+        sees = causally_visible(step.context.memory.slots, positions + step.context.past_length)
+        return self._mixed(step, gather_rows(step.ffn_input, positions), gather_rows(step.output, positions), sees)
+
+    def _mixed(
+        self, step: FFNStep, ffn_input: torch.Tensor, output: torch.Tensor, sees: torch.Tensor | None
+    ) -> torch.Tensor:
         """The FFN's output for some tokens with the image mixed in, `(batch, length, hidden_size)`.
 
         Args:
             step: The FFN.
-            positions: Where they stand in this forward, `(batch, length)`, as `pack` gives them.
+            ffn_input: What it read of these tokens, likewise.
+            output: What it returned for them, likewise.
+            sees: Which visual tokens stand before each, `(batch, length, num_visual)`, bool. `None`: all do.
         """
-        memory = step.context.memory
-        output = gather_rows(step.output, positions)
         precise = torch.promote_types(output.dtype, torch.float32)  # sums of products are large
-        embeddings = step.context.derived(("embeddings", precise), lambda: memory.embeddings.to(precise))
-        products = gather_rows(step.ffn_input, positions).to(precise) @ embeddings.transpose(1, 2)
-        sees = causally_visible(memory.slots, positions + step.context.past_length)
-        image = products.masked_fill(~sees, 0) @ embeddings
-        of_output, of_image = (states.to(precise).abs().mean(-1, keepdim=True) for states in (output, image))
+        embeddings = step.context.derived(("embeddings", precise), lambda: step.context.memory.embeddings.to(precise))
+        products = ffn_input.to(precise) @ embeddings.transpose(1, 2)
+        image = (products if sees is None else products.masked_fill(~sees, 0)) @ embeddings
+        own = output.to(precise)
+        of_output, of_image = (torch.linalg.vector_norm(states, 1, -1, keepdim=True) for states in (own, image))
         image = of_output / of_image.clamp(min=torch.finfo(precise).tiny) * image
-        return ((1 - self.ratio) * output + self.ratio * image).to(output.dtype)
+        return torch.lerp(own, image, self.ratio).to(output.dtype)
 
 
 MemVRModel = ffn_tuner(MemVRConfig)

@@ -50,7 +50,7 @@ class EarlyExit:
         return self.vlm.logits(getattr(self.vlm.text_model, self._norm_name())(hidden_states))
 
     def entropies(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """How undecided the model is, from 0 to 1: the entropy over the likeliest tokens alone, over its maximum.
+        """How undecided the model is: the entropy over the likeliest tokens alone, from 0 to log `TOP`.
 
         Args:
             hidden_states: The residual stream, `(..., hidden_size)`.
@@ -62,19 +62,21 @@ class EarlyExit:
         at_once = max(LOGITS_AT_ONCE // self.vlm.text_config.vocab_size, 1)
         with torch.no_grad():
             found = [_entropies(self.logits(block)) for block in rows.split(at_once)]
-        return torch.cat(found).to(hidden_states.device).view(hidden_states.shape[:-1])
+        whole = torch.cat(found) if len(found) > 1 else found[0]
+        return whole.to(hidden_states.device).view(hidden_states.shape[:-1])
 
     def undecided(self, hidden_states: torch.Tensor, threshold: float, among: torch.Tensor) -> torch.Tensor:
         """Which of some tokens have an entropy above a threshold, `(batch, seq_len)` both, bool.
 
         Args:
             hidden_states: The residual stream, `(batch, seq_len, hidden_size)`.
-            threshold: From 0 to 1.
+            threshold: From 0 to 1: over the largest entropy there is.
             among: The tokens.
         """
+        least = threshold * math.log(TOP)
         if all_at_once(among):
-            return among & (self.entropies(hidden_states) > threshold)
-        return among.masked_scatter(among, self.entropies(hidden_states[among]) > threshold)
+            return among & (self.entropies(hidden_states) > least)
+        return among.masked_scatter(among, self.entropies(hidden_states[among]) > least)
 
     def _norm_name(self) -> str:
         names = (name for name in FINAL_NORMS if isinstance(getattr(self.vlm.text_model, name, None), nn.Module))
@@ -87,6 +89,5 @@ def all_at_once(tokens: torch.Tensor) -> bool:
 
 
 def _entropies(logits: torch.Tensor) -> torch.Tensor:
-    """Of some rows of logits, `(rows, vocab_size)` to `(rows,)`."""
-    log_weights = logits.topk(TOP, -1).values.float().log_softmax(-1)
-    return -(log_weights.exp() * log_weights).sum(-1) / math.log(TOP)
+    """Of some rows of logits over their likeliest tokens, `(rows, vocab_size)` to `(rows,)`."""
+    return torch.special.entr(logits.topk(TOP, -1).values.float().softmax(-1)).sum(-1)

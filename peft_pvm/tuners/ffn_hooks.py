@@ -28,6 +28,7 @@ class FFNCall:
         entering: What the layer was given, `(batch, seq_len, hidden_size)`: the residual stream before it, or several.
             `None` where gradient checkpointing runs the layer again.
         normed: What the norm before the FFN was given, likewise.
+        norm_output: What that norm returned, likewise. `None` if the layer has already let go of it.
         attention: What attention returned in a parallel block, likewise.
         output: What the FFN adds to the stream, likewise.
     """
@@ -38,6 +39,7 @@ class FFNCall:
     block: DecoderBlock
     entering: torch.Tensor | None
     normed: torch.Tensor
+    norm_output: torch.Tensor | None
     attention: torch.Tensor | None
     output: torch.Tensor
 
@@ -48,9 +50,11 @@ class FFNCall:
 
     @property
     def ffn_input(self) -> torch.Tensor:
-        """What the FFN reads, `(batch, seq_len, hidden_size)`: computed once more, as layers do not keep it."""
+        """What the FFN reads, `(batch, seq_len, hidden_size)`: computed once more where the layer did not keep it."""
         if self.block.reads_stream:
             return self.normed
+        if self.norm_output is not None:
+            return self.norm_output
         return self.block.norm(self.layer).forward(self.normed)  # without hooks, which are for the layer's own call
 
 
@@ -85,6 +89,7 @@ class FFNHooks:
             self.layer.register_forward_pre_hook(self._take_entering, with_kwargs=True),
             mixer.register_forward_pre_hook(self._take_context, with_kwargs=True),
             self.block.norm(self.layer).register_forward_pre_hook(self._take_normed),
+            self.block.norm(self.layer).register_forward_hook(self._take_norm_output),
             getattr(self.layer, self.block.ffn_end).register_forward_hook(self._act, prepend=before_others),
         ]
         if self.block.is_parallel:
@@ -111,6 +116,10 @@ class FFNHooks:
     def _take_normed(self, module: nn.Module, args: tuple) -> None:
         self._hand_on("normed", args[0])
 
+    def _take_norm_output(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            self._hand_on("norm_output", output)
+
     def _take_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
         # Parallel block: the stream after attention exists only as a sum that the layer forms at its end.
         self._hand_on("attention", output[0] if isinstance(output, tuple) else output)
@@ -126,7 +135,7 @@ class FFNHooks:
         # A mixture of experts may return its router's logits as well. OPT puts the tokens of all rows in one list.
         own = output[0] if isinstance(output, tuple) else output
         context = cast(VisualContext, handed["context"])
-        states = [handed.get("entering"), handed["normed"], handed.get("attention"), own]
+        states = [*map(handed.get, ("entering", "normed", "norm_output", "attention")), own]
         by_row = (_by_row(each, context) for each in states)
         changed = self.change(FFNCall(context, self.layer_idx, self.layer, self.block, *by_row))
         if changed is None:

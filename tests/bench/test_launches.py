@@ -27,15 +27,15 @@ PROMPT = dict(contexts=(90,), visual_tokens=40)
 # Beyond the base: in each layer that a method changes, and once a step.
 NEEDED = {
     "pvm": (18, 0),
-    "dipe": (6, 37),
+    "dipe": (5, 37),
     "t-drs": (45, 55),
-    "vaf": (4, 28),
-    "log-bias": (6, 17),
-    "pai": (12, 9),
-    "hgai": (13, 9),
-    "cai": (46, 14),
-    "var": (52, 11),
-    "memvr": (62, 1),
+    "vaf": (3, 28),
+    "log-bias": (5, 17),
+    "pai": (6, 9),
+    "hgai": (7, 9),
+    "cai": (20, 30),
+    "var": (15, 15),
+    "memvr": (23, 2),
 }
 
 

@@ -183,7 +183,7 @@ WRONG = {
     "ten likeliest as they are": own_entropy(
         lambda weights: -(weights.topk(10).values * weights.topk(10).values.log()).sum(-1) / math.log(10)
     ),
-    "means over all tokens": ("_mixed", means_of_all),
+    "means over all tokens": ("_mixed_at", means_of_all),
 }
 
 
