@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..tokens.families import find_vlm
 from .meters import describe_machine
@@ -50,9 +51,13 @@ class Launches:
         return [number for number in by_layer if number]
 
 
+Look = Callable[[str, list[torch.Tensor]], None]
+
+
 class _Counting(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, look: Look | None) -> None:
         super().__init__()
+        self.look = look
         self.place = OUTSIDE
         self.is_within = False  # one operation that is counted already
         self.found: Counter[tuple[int, str]] = Counter()
@@ -64,6 +69,8 @@ class _Counting(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if not self.is_within and not function.is_view and name not in FREE and not _is_empty(result):
             self.found[self.place, name] += 1
+            if self.look is not None:
+                self.look(name, [leaf for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)])
         return result
 
 
@@ -92,7 +99,7 @@ class _Fusing(TorchFunctionMode):
             self.counting.is_within = False
 
 
-def count_launches(model: nn.Module, forward: Callable[[], object]) -> Launches:
+def count_launches(model: nn.Module, forward: Callable[[], object], look: Look | None = None) -> Launches:
     """Count what a forward computes or copies, operation by operation, as torch dispatches them.
 
     Views, metadata and tensors without numbers are free, and torch's own RMS norm is one operation, as on a GPU.
@@ -101,8 +108,9 @@ def count_launches(model: nn.Module, forward: Callable[[], object]) -> Launches:
     Args:
         model: A vision-language model.
         forward: Runs it once.
+        look: Called with each operation's name and the tensors that it reads and writes.
     """
-    layers, counting = find_vlm(model).layers, _Counting()
+    layers, counting = find_vlm(model).layers, _Counting(look)
 
     def go(place: int, *_: Any) -> None:
         counting.place = place

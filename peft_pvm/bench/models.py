@@ -61,28 +61,38 @@ class Shape:
     vocab_size: int
     ties_embeddings: bool
 
+    def part(self, layers: int) -> Shape:
+        """The shape with fewer decoder layers and the same share of the vocabulary.
+
+        So the output layer keeps its share of the work.
+
+        Raises:
+            ValueError: It has fewer layers.
+        """
+        if not 0 < layers <= self.layers:
+            raise ValueError(f"layers is {layers}, but {self.title} has 1 to {self.layers}.")
+        return dataclasses.replace(self, layers=layers, vocab_size=self.vocab_size * layers // self.layers)
+
     def config(self, layers: int | None = None) -> Qwen3VLConfig:
         """The configuration, with a vision tower as small as it gets: it is not measured.
 
         Args:
-            layers: Build this many decoder layers instead, and the same share of the vocabulary, so that the output
-                layer keeps its share of the work.
+            layers: Of a `part` with this many decoder layers.
 
         Raises:
             ValueError: The shape has fewer layers.
         """
-        layers = self.layers if layers is None else layers
-        if not 0 < layers <= self.layers:
-            raise ValueError(f"layers is {layers}, but {self.title} has 1 to {self.layers}.")
+        if layers is not None:
+            return self.part(layers).config()
         quarter = self.head_dim // 2 // 4
         text = dict(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
-            num_hidden_layers=layers,
+            num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
-            vocab_size=self.vocab_size * layers // self.layers,
+            vocab_size=self.vocab_size,
             max_position_embeddings=262_144,
             tie_word_embeddings=self.ties_embeddings,
             pad_token_id=0,
@@ -108,7 +118,9 @@ class Shape:
 PRESETS = {
     "tiny": Shape("a model of 6 layers of width 128", 6, 128, 384, 4, 2, 32, 512, True),
     "1b-random": Shape("16 of the 28 layers of Qwen3-VL-2B", 16, 2048, 6144, 16, 8, 128, 151_936, True),
+    "2b-random": Shape("Qwen3-VL-2B", 28, 2048, 6144, 16, 8, 128, 151_936, True),
     "8b-random": Shape("Qwen3-VL-8B", 36, 4096, 12288, 32, 8, 128, 151_936, False),
+    "32b-random": Shape("Qwen3-VL-32B", 64, 5120, 25600, 64, 8, 128, 151_936, False),
 }
 
 
@@ -119,20 +131,20 @@ def _shape(preset: str) -> Shape:
 
 
 def build_random(
-    preset: str, layers: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    preset: str | Shape, layers: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> nn.Module:
     """A model of one of `PRESETS` with random weights.
 
     Args:
-        preset: Its name.
-        layers: Fewer decoder layers: see `Shape.config`.
+        preset: Its name, or another shape.
+        layers: Fewer decoder layers: see `Shape.part`.
         dtype: The dtype of the weights.
         device: The device of the weights.
 
     Raises:
         ValueError: There is no such preset, or it has fewer layers.
     """
-    config = _shape(preset).config(layers)
+    config = (preset if isinstance(preset, Shape) else _shape(preset)).config(layers)
     with torch.device(device), no_init_weights():
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     fill_at_random(model)
@@ -190,6 +202,7 @@ class Footprint:
         pvm_weights: What it reads of PVM: all but the projections of the memory.
         projections: PVM's keys and values, for a visual token.
         embeddings: What is kept of a visual token to project it with another adapter.
+        bytes_of_a_number: 2 for bf16.
     """
 
     weights: int
@@ -197,6 +210,7 @@ class Footprint:
     pvm_weights: int
     projections: int
     embeddings: int
+    bytes_of_a_number: int
 
     def kept(self, context: int, visual_tokens: int) -> tuple[int, int, int]:
         """What a conversation keeps: KV cache, PVM's keys and values, embeddings."""
@@ -208,20 +222,20 @@ class Footprint:
         return base, self.pvm_weights + batch * self.projections * visual_tokens
 
 
-def footprint(preset: str, branches: int | None = None, bytes_of_a_number: int = 2) -> Footprint:
-    """The footprint of one of `PRESETS`.
+def footprint(preset: str | Shape, branches: int | None = None, bytes_of_a_number: int = 2) -> Footprint:
+    """The footprint of a shape.
 
     Args:
-        preset: Its name.
+        preset: The shape, or its name among `PRESETS`.
         branches: How many decoder layers, from the first on, have a branch; by default as many as in the paper.
         bytes_of_a_number: 2 for bf16.
 
     Raises:
         ValueError: There is no such preset, or it has fewer layers.
     """
-    of_preset = _shape(preset)
+    of_preset = preset if isinstance(preset, Shape) else _shape(preset)
     if branches is not None and not 1 <= branches <= of_preset.layers:
-        raise ValueError(f"branches is {branches}, but {preset} has 1 to {of_preset.layers} decoder layers.")
+        raise ValueError(f"branches is {branches}, but {of_preset.title} has 1 to {of_preset.layers} decoder layers.")
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(of_preset.config())
         vlm, config = find_vlm(model), pvm_config(model)
@@ -245,6 +259,7 @@ def footprint(preset: str, branches: int | None = None, bytes_of_a_number: int =
         pvm_weights=bytes_of_a_number * sum(own),
         projections=bytes_of_a_number * 2 * number * shape.num_key_value_heads * shape.head_dim,
         embeddings=bytes_of_a_number * text.hidden_size,
+        bytes_of_a_number=bytes_of_a_number,
     )
 
 

@@ -95,6 +95,49 @@ def print_launches(result: dict[str, Any], console: Console) -> None:
     )
 
 
+def print_prediction(result: dict[str, Any], console: Console) -> None:
+    """Tables of what steps are to take on a device, by batch."""
+    for batch, methods in result["batches"].items():
+        table = Table(
+            "", "operations", "eager, ms", "of base", "GB", "in a graph, ms", "of base",
+            title=f"{result['shape']}, {result['device']['title']}, batch {int(batch):,}",
+        )  # fmt: skip
+        for column in table.columns[1:]:
+            column.justify = "right"
+        base = methods["base"]
+        for name, own in methods.items():
+            eager, graph = own["eager"], own["graph"]
+            of_base = [step["ms"] / base[kind]["ms"] for kind, step in own.items()]
+            table.add_row(
+                METHODS[name].title, f"{eager['operations']:,}", f"{eager['ms']:.1f}", f"{of_base[0]:.2f}",
+                f"{graph['gb']:.1f}", f"{graph['ms']:.1f}", f"{of_base[1]:.2f}",
+            )  # fmt: skip
+        console.print(table)
+    device = result["device"]
+    console.print(
+        f"A step of decoding behind {result['context']:,} tokens, {result['visual_tokens']:,} of them visual, in "
+        f"bf16, by operations, bytes and products alone: {device['bandwidth'] / 1e9:,.0f} GB a second, "
+        f"{device['flops'] / 1e12:,.0f} TFLOP a second, {device['launch'] * 1e6:g} us an operation in eager mode, "
+        f"{device['kernel'] * 1e6:g} us in a graph."
+    )
+
+
+def print_check(result: dict[str, Any], console: Console) -> None:
+    """A table of steps as measured and as predicted."""
+    for title, methods in result["shapes"].items():
+        table = Table("", "measured, ms", "predicted, ms", "of measured", title=title)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, own in methods.items():
+            ratio = own["predicted"] / own["measured"]
+            table.add_row(METHODS[name].title, f"{own['measured']:.2f}", f"{own['predicted']:.2f}", f"{ratio:.2f}")
+        console.print(table)
+    console.print(
+        f"What an operation takes, {result['launch_us']:.1f} us, is taken from the base's step at the first shape, "
+        f"and the bandwidth, {result['bandwidth_gb']:.1f} GB a second, from its step at the second."
+    )
+
+
 def _middle(values: list[float]) -> str:
     if len(values) < 2:
         return "".join(f"{value:.3f}" for value in values)

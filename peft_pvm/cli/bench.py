@@ -14,7 +14,8 @@ from torch import nn
 
 from ..bench.launches import measure_launches
 from ..bench.models import METHODS, PRESETS, build_random, load
-from ..bench.report import draw, print_launches, print_tables, show_scale
+from ..bench.prediction import DEVICES, PREDICTED, check_predictions, predict
+from ..bench.report import draw, print_check, print_launches, print_prediction, print_tables, show_scale
 from ..bench.run import Settings, measure
 from ..folders.data_file import holding, read_json, write_json
 from ..folders.replacing import write_file
@@ -152,10 +153,15 @@ def _built(
 
 
 def _measured(model: nn.Module, settings: Settings) -> dict[str, Any]:
+    return _with_progress(lambda progress: measure(model, settings, progress))
+
+
+def _with_progress(run: Callable[[Callable[[str], None]], dict[str, Any]]) -> dict[str, Any]:
+    """What `run` returns, which is given what it calls with what comes next."""
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Progress(*columns, console=Terminal(stderr=True), transient=True) as progress:
         task = progress.add_task("")
-        return measure(model, settings, lambda text: progress.update(task, description=text))
+        return run(lambda text: progress.update(task, description=text))
 
 
 def _report(
@@ -172,6 +178,7 @@ def _report(
 
 
 def scale(
+    typer_context: typer.Context,
     preset: Annotated[
         str, typer.Option(callback=one_of(PRESETS), help=f"A shape: {', '.join(PRESETS)}.")
     ] = "8b-random",
@@ -181,8 +188,44 @@ def scale(
     sequences: Annotated[str, typer.Option(help="Conversations kept at once.")] = "1,1000,1000000",
     branches: Annotated[int | None, counted("Decoder layers with PVM; by default the paper's.")] = None,
     bandwidth: Annotated[float | None, typer.Option(help="Of memory, in GB a second, to tell times as well.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            callback=one_of(DEVICES),
+            help=f"Predict a step of decoding there, with the first length and number of visual tokens: "
+            f"{', '.join(DEVICES)}.",
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help=f"What --device and --check are about: some of {', '.join(PREDICTED[1:])}.")
+    ] = ",".join(PREDICTED[1:]),
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure steps on this CPU instead, beside what is predicted of them.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=new_file, help="Where to write what --device or --check prints.")
+    ] = None,
 ) -> None:
-    """Work out, from the shapes alone, what PVM keeps of a conversation and reads in a step, beside the base."""
+    """Work out, from shapes alone, what PVM keeps of a chat and reads in a step, or what steps take on a GPU."""
+    names = separated("--method", method, name_among(PREDICTED), f"some of {', '.join(PREDICTED)}")
+    if check:
+        refuse_beside(typer_context, "--check", ("method", "json_file"), "It has a prompt and shapes of its own")
+        settings = Settings(methods=(), contexts=(512,), visual_tokens=256)
+        found = _with_progress(lambda progress: check_predictions(names, settings, progress))
+        return _report(found, json_file, None, print_check)
     options = {"--context": context, "--visual-tokens": visual_tokens, "--batch": batch, "--sequences": sequences}
     contexts, visual, batches, kept = (counts(name, text) for name, text in options.items())
-    show_scale(preset, contexts, visual, batches, kept, branches, bandwidth)
+    if device is None:
+        refused = [name for name in ("method", "json_file") if given(typer_context, name)]
+        if refused:
+            raise typer.BadParameter(
+                "It has an effect with --device or --check alone.", param_hint=[f"--{refused[0]}"]
+            )
+        return show_scale(preset, contexts, visual, batches, kept, branches, bandwidth)
+    allowed = "preset", "context", "visual_tokens", "batch", "method", "json_file"
+    refuse_beside(typer_context, "--device", allowed, "It predicts times")
+    if visual[0] >= contexts[0]:
+        raise typer.BadParameter(
+            f"{visual[0]} visual tokens are no part of {contexts[0]}.", param_hint="--visual-tokens"
+        )
+    _report(predict(device, preset, contexts[0], visual[0], batches, names), json_file, None, print_prediction)

@@ -92,7 +92,10 @@ def test_memory_is_left():
     assert free_bytes(CPU) > 2**28
 
 
-@pytest.mark.parametrize(("preset", "billions"), [("tiny", 0.00125), ("1b-random", 1.12), ("8b-random", 8.19)])
+@pytest.mark.parametrize(
+    ("preset", "billions"),
+    [("tiny", 0.00125), ("1b-random", 1.12), ("2b-random", 1.72), ("8b-random", 8.19), ("32b-random", 32.8)],
+)
 def test_presets_are_of_their_size(preset: str, billions: float):
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(PRESETS[preset].config())
