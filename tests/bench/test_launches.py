@@ -28,7 +28,7 @@ PROMPT = dict(contexts=(90,), visual_tokens=40)
 NEEDED = {
     "pvm": (18, 0),
     "dipe": (5, 37),
-    "t-drs": (45, 55),
+    "t-drs": (44, 55),
     "vaf": (3, 28),
     "log-bias": (5, 17),
     "pai": (6, 9),

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ...attention.call import records_gradients
 from ...tokens.visibility import Visibility
-from .weights import LOG2_E, SEMANTIC_POSITION, Steps, boost_that_falls, fall_to
+from .weights import LOG2_E, SEMANTIC_POSITION, Steps, boost_that_falls, fall_to, over
 
 
-BLOCK_ELEMENTS = 2**20  # scores in a block: larger ones leave a CPU's cache
+BLOCK_ELEMENTS = 2**19  # scores in a block: larger ones leave a CPU's cache, at any width of heads
 BLOCK_ELEMENTS_OF_A_GPU = 2**24  # smaller ones leave it waiting
 ELEMENTS_IN_CACHE = 2**18  # of keys that are taken at once
 LEAST_QUERIES = 32  # in a block, however long its rows
@@ -193,13 +193,12 @@ class _Rows:
             scores = scores + block.bias
         semantic = self._semantic_position(pairs, queries, keys)
         step = semantic if block.applies is None else torch.where(block.applies, semantic, 0)
-        raised = torch.add(scores, step, alpha=config.sd_strength * LOG2_E)
-        weights, largest = block.exponentials(raised)
+        is_literal = config.form != "weights" and (config.knows_distance or config.counts_twice)  # needs them again
+        raised = torch.add(scores, step, alpha=config.sd_strength * LOG2_E, **({} if is_literal else over(scores)))
+        needs_least = config.knows_distance and any(floor.is_multiple for floor in config.floors)
+        weights, least = block.exponentials(raised.clone() if is_literal else raised, needs_least)
         if config.knows_distance:
-            log_least = None
-            if any(floor.is_multiple for floor in config.floors):
-                log_total = weights.sum(-1, keepdim=True).log2() + largest
-                log_least = (block.least(raised) - log_total) / LOG2_E
+            log_least = None if least is None else (least - weights.sum(-1, keepdim=True).log2()) / LOG2_E
             boost = block.boost(semantic, config, log_least)
             boost = boost + 1 if config.counts_twice else boost
         elif config.counts_twice:
@@ -208,7 +207,7 @@ class _Rows:
             if block.applies is not None:
                 boost = torch.where(block.applies, boost, 0)
             if config.form == "weights":
-                weights = torch.addcmul(weights, weights, boost)
+                weights = torch.addcmul(weights, weights, boost, **over(weights))
             else:
                 weights, _ = block.exponentials(torch.addcmul(raised, scores, boost))
         total = weights.sum(-1, keepdim=True)
@@ -315,20 +314,24 @@ class _Block:
         }
         return replace(self, **own)
 
-    def exponentials(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What softmax divides by its sum, and the largest scores, that of a query 0 in it. Hidden scores are lost."""
+    def exponentials(
+        self, scores: torch.Tensor, needs_least: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What softmax divides by its sum, and if needed each row's least logarithm of it. The scores are lost."""
         if self.visible is not None:
             scores[..., self.always :].masked_fill_(~self.visible, _lowest(scores))
-        largest = scores.detach().amax(-1, keepdim=True)
-        return torch.exp2(scores - largest), largest
+        scores = torch.sub(scores, scores.detach().amax(-1, keepdim=True), **over(scores))
+        least = self.least(scores) if needs_least else None
+        return torch.exp2(scores, **over(scores)), least
 
     def boost(self, semantic: torch.Tensor, config: Steps, log_least: torch.Tensor | None) -> torch.Tensor:
-        """`distance_boost` by sem_pos, given the logarithm of each query's least weight, if a floor needs it."""
+        """`distance_boost` by sem_pos, which is lost, given the log of each query's least weight, if needed."""
         dc_floor, re_floor = config.floors
         dc_exponent = dc_floor.exponent(log_least)
         re_exponent = dc_exponent if re_floor == dc_floor else re_floor.exponent(log_least)
         strengths = config.dc_strength, config.re_strength
-        return boost_that_falls(semantic, self.distance, self.fall, dc_exponent, re_exponent, *strengths)
+        scale = torch.add(semantic, 1, **over(semantic))
+        return boost_that_falls(scale, self.distance, self.fall, dc_exponent, re_exponent, *strengths)
 
     def least(self, scores: torch.Tensor) -> torch.Tensor:
         """The least score that each query sees, `(.., .., queries, 1)`."""

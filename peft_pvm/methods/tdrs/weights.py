@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -151,7 +151,8 @@ def distance_boost(
         >>> distance_boost(semantic, distance, torch.tensor(8.0), floor, floor, 1.0, 0.0)
         tensor([1.0000, 0.1000])
     """
-    return boost_that_falls(semantic, distance, fall_to(farthest), dc_exponent, re_exponent, dc_strength, re_strength)
+    fall, strengths = fall_to(farthest), (dc_strength, re_strength)
+    return boost_that_falls(1 + semantic, distance, fall, dc_exponent, re_exponent, *strengths)
 
 
 def fall_to(farthest: torch.Tensor) -> torch.Tensor:
@@ -159,8 +160,16 @@ def fall_to(farthest: torch.Tensor) -> torch.Tensor:
     return -LOG2_E / farthest.clamp(min=1).square()
 
 
+def over(tensor: torch.Tensor) -> dict[str, Any]:
+    """Has an operation write its result over a tensor that nobody needs any more: less leaves a CPU's cache.
+
+    Not where gradients may need it.
+    """
+    return {} if torch.is_grad_enabled() else {"out": tensor}
+
+
 def boost_that_falls(
-    semantic: torch.Tensor,
+    scale: torch.Tensor,
     distance: torch.Tensor,
     fall: torch.Tensor,
     dc_exponent: torch.Tensor | float,
@@ -168,17 +177,22 @@ def boost_that_falls(
     dc_strength: float,
     re_strength: float,
 ) -> torch.Tensor:
-    """`distance_boost`, for `fall_to` of the farthest, which layers share."""
+    """`distance_boost`, for 1 + sem_pos, which is lost, and `fall_to` of the farthest, which layers share."""
     # Few steps over all pairs, and powers of two, which torch raises faster than those of e.
-    falling = (distance / (1 + semantic)).square() * (dc_exponent * fall)
+    part = torch.div(distance, scale, **over(scale))
+    part = torch.square(part, **over(part))
+    falling = torch.mul(part, dc_exponent * fall, **over(part))
     near = torch.exp2(falling) if dc_strength else torch.zeros_like(falling)
     if dc_strength not in (0, 1):
-        near = dc_strength * near
+        near = torch.mul(near, dc_strength, **over(near))
     if not re_strength:
         return near
     log = torch.log1p(dc_exponent) if isinstance(dc_exponent, torch.Tensor) else math.log1p(dc_exponent)
     power = re_exponent * -LOG2_E / log
-    return torch.add(near, torch.exp2(power * torch.log1p(falling * (-1 / LOG2_E))), alpha=re_strength)
+    rising = torch.mul(falling, -1 / LOG2_E, **over(falling))
+    rising = torch.log1p(rising, **over(rising))
+    rising = torch.mul(rising, power, **over(rising))
+    return torch.add(near, torch.exp2(rising, **over(rising)), alpha=re_strength, **over(near))
 
 
 def reweighted(

@@ -88,14 +88,14 @@ def test_every_strength_zero_is_the_base(family: TinyVLM):
         assert torch.equal(logits(base, inputs), expected)
 
 
-def _unscaled(semantic, *rest):
+def _unscaled(scale, *rest):
     """Distance in place of distance by similarity."""
-    return boost_that_falls(torch.zeros_like(semantic), *rest)
+    return boost_that_falls(torch.ones_like(scale), *rest)
 
 
-def _linear(semantic, distance, *rest):
+def _linear(scale, distance, *rest):
     """The square root of distance in place of distance."""
-    return boost_that_falls(semantic, distance.abs().sqrt() * distance.sign(), *rest)
+    return boost_that_falls(scale, distance.abs().sqrt() * distance.sign(), *rest)
 
 
 def _in_slots(visibility):
