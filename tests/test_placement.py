@@ -69,6 +69,7 @@ STRONG = {
     "hgai": {"alpha": 1.5},
     "cai": {"slope": 1.0, "layers_to_transform": [0, 1, 2]},
     "var": {"rho": 1.0, "least_visual": 0.0, "p": 0.0},
+    "memvr": {"ratio": 0.8},
 }
 """Fields for a method whose defaults change less than few bits round."""
 
@@ -96,8 +97,8 @@ def strong(name: str, base: PreTrainedModel, inputs: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", [*STEERING, "tdrs-inter"])
-def test_half_precision_bases_are_steered(tiny: TinyVLM, name: str, dtype: torch.dtype):
+@pytest.mark.parametrize("name", [*STEERING, "tdrs-inter", "memvr"])
+def test_half_precision_bases_are_changed(tiny: TinyVLM, name: str, dtype: torch.dtype):
     """As in fp32, to a few times what the base itself loses by the dtype."""
     base = tiny.build()
     inputs = tiny.inputs(base, *ROWS)
