@@ -109,6 +109,17 @@ class AttentionCall:
         """Which keys are those of text before a row's first visual token, `(batch, num_keys)`, bool."""
         return self.context.text_before_images(self.key.shape[2])
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether the kernel can be given the first tokens alone: each sees those up to itself, without a mask."""
+        is_whole = self.query.shape[2] == self.key.shape[2] and self.widened is None
+        return is_whole and self.kernel == "sdpa" and self.position_bias is None and self.visibility.is_plain_causal
+
+    def first(self, length: int) -> AttentionCall:
+        """The call of the first tokens alone, if it `can_be_cut`: for the kernel, and no stage, to see."""
+        query, key, value = (tensor[:, :, :length] for tensor in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
+
     def attend(self) -> Output:
         """What the attention function returns, with what the active adapters do to it.
 

@@ -106,7 +106,10 @@ class _ByKey(Stage):
 
 
 class _Scale(_ByKey):
-    """Factors of keys or values. Where rows differ, both outputs are computed and each row takes its own."""
+    """Factors of keys or values. Where rows differ, both outputs are computed and each row takes its own.
+
+    The plain one is computed up to the last row that takes it, where a kernel lets rows be cut off.
+    """
 
     def scaled(self, call: AttentionCall, factors: torch.Tensor) -> AttentionCall:
         """The call with something multiplied by `(batch or 1, 1, num_keys, 1)`."""
@@ -123,11 +126,30 @@ class _Scale(_ByKey):
         output, weights = self.changed(call, later, factors)
         if rows is None:
             return output, weights
-        plain_output, plain_weights = later(call)
-        output = torch.where(rows[:, :, None, None], output, plain_output)
+        length = None if later.stages else _num_to_last_plain(call, rows)
+        if length == 0:
+            return output, weights
+        plain_output, plain_weights = later(call if length is None else call.first(length))
         if weights is not None and plain_weights is not None:
             weights = torch.where(rows[:, None, :, None], weights, plain_weights)
-        return output, weights
+        acting, changed = rows[:, :length, None, None], output[:, :length]
+        chosen = torch.where(acting, changed, plain_output)
+        return chosen if length is None else torch.cat([chosen, output[:, length:]], 1), weights
+
+
+def _num_to_last_plain(call: AttentionCall, rows: torch.Tensor) -> int | None:
+    """How many rows there are up to the last that is not among some, `(batch, num_queries)`. Waits for the device.
+
+    `None`: the kernel cannot be given the first rows alone.
+    """
+    if not call.can_be_cut or torch.compiler.is_compiling():
+        return None
+
+    def find() -> int:
+        plain = (~rows).any(0)
+        return int((plain * torch.arange(1, len(plain) + 1, device=plain.device)).amax())
+
+    return call.context.derived(("last plain row", rows.shape[1]), find)
 
 
 class KeyScale(_Scale):

@@ -143,7 +143,7 @@ METHODS = (
         VAFConfig,
         "scores of visual keys are raised in the text that follows",
         "KeyScale",
-        "any; twice in a forward with an image",
+        "any; twice in a forward with an image, on sdpa up to the image's end",
     ),
     Method(
         "Log-bias",

@@ -25,7 +25,7 @@ class VAFConfig(AttentionMethod):
 
     The softmax follows. A score below 0 is pushed down by a factor above 1. Keys are multiplied instead of scores, so
     that it runs on any kernel. In a forward with image tokens each layer attends twice, once for text and once for the
-    other rows. It has no parameters.
+    other rows, on sdpa up to the last of these. It has no parameters.
 
     Args:
         visual: What scores of visual keys are multiplied by, above 0.

@@ -168,6 +168,28 @@ def test_a_kind_is_what_it_is_on_whole_matrices(kinds: tuple[str, ...], name: st
     assert difference(torch.stack(answer.logits), torch.stack(expected.logits)) < tolerance
 
 
+@pytest.mark.parametrize(("conversation", "behind"), [("t3 i t9", 9), ("t3 i t2 i t4", 4), ("i", 0), ("t2 i", 0)])
+@pytest.mark.parametrize("kind", ["scale-text", "values-text"])
+def test_rows_that_are_all_changed_are_computed_once(kind: str, conversation: str, behind: int, monkeypatch):
+    """Without padding, the kernel's plain output is made up to the last token that keeps it: here, of an image."""
+    family = FAMILIES["llava"]
+    model = family.build().double()
+    inputs = in_double(family.inputs(model, conversation))
+    lengths = set()
+    first = AttentionCall.first
+
+    def noted(call: AttentionCall, length: int) -> AttentionCall:
+        lengths.add(call.query.shape[2] - length)
+        return first(call, length)
+
+    monkeypatch.setattr(AttentionCall, "first", noted)
+    model = attach(model, kind)
+    found = logits(model, inputs)
+    assert lengths == {behind}
+    on_whole_matrices(monkeypatch)
+    assert difference(found, logits(model, inputs)) < 1e-9
+
+
 @pytest.mark.parametrize("kinds", [pair for pair in itertools.combinations(KINDS, 2) if meet(pair)], ids="+".join)
 def test_the_order_of_attaching_changes_nothing(kinds: tuple[str, ...], monkeypatch):
     family = FAMILIES["llava"]
