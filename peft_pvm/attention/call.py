@@ -19,6 +19,7 @@ from ..tokens.visibility import Visibility
 
 SINKS = ("s_aux", "sinks")  # keywords that bring attention sinks
 WIDEST_FOR_FLASH = 256  # channels a head
+CHANNELS = 8  # widths of heads that fused kernels take are multiples of this
 Output = tuple[torch.Tensor, torch.Tensor | None]  # (batch, num_queries, heads, value_dim), and weights or None
 
 
@@ -216,16 +217,20 @@ class AttentionCall:
             )
         run = functools.partial(
             base_kernel(self.kernel, self.module),
-            query,
-            key,
             attention_mask=self.attention_mask,
             **{**self.kwargs, "scaling": self.scaling if scaling is None else scaling},
         )
         if self.widened is None and value_dim <= width:
-            return run(self.value)
-        # Fused kernels want values as wide as keys.
-        outputs = [run(F.pad(piece, (0, width - piece.shape[-1]))) for piece in self.value.split(width, -1)]
-        return torch.cat([output for output, _ in outputs], -1)[..., :value_dim], outputs[0][1]
+            return run(query, key, self.value)
+        # Fused kernels want values as wide as keys: the narrower are filled up.
+        at_once = max(width if "flash" in self.kernel else width + CHANNELS, WIDEST_FOR_FLASH)
+        outputs, all_weights = [], []
+        for piece in self.value.split(at_once, -1):
+            wide = max(width, piece.shape[-1] + -piece.shape[-1] % CHANNELS)
+            output, weights = run(*(F.pad(tensor, (0, wide - tensor.shape[-1])) for tensor in (query, key, piece)))
+            outputs.append(output[..., : piece.shape[-1]])
+            all_weights.append(weights)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1), all_weights[0]
 
 
 def scaled_products(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .call import WIDEST_FOR_FLASH, AttentionCall, Output, records_gradients, scaled_products
-from .stages import CHANNELS, Later, Stage, Weights, text_rows
+from .call import AttentionCall, Output, records_gradients, scaled_products
+from .stages import Later, Stage, Weights, text_rows
 
 
 BLOCK_ELEMENTS = 2**20  # scores at once, of all rows and heads
@@ -236,12 +236,7 @@ def _with_mass(call: AttentionCall) -> torch.Tensor:
     """The kernel's output, and in one more channel the weight that reaches the visual keys."""
     value, marks = call.value, call.visual_keys[:, None, :, None].to(call.value.dtype)
     value = torch.cat([value, marks.expand(*value.shape[:3], 1)], -1)
-    query, key = call.scored_by
-    changes: dict[str, Any] = {"value": value}
-    wider = key.shape[-1] + CHANNELS
-    if value.shape[-1] > key.shape[-1] and not ("flash" in call.kernel and wider > WIDEST_FOR_FLASH):
-        changes["widened"] = F.pad(query, (0, CHANNELS)), F.pad(key, (0, CHANNELS))  # the values fit beside them
-    return replace(call, **changes).run_kernel()[0]
+    return replace(call, value=value).run_kernel()[0]
 
 
 def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:

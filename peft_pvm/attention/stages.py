@@ -25,11 +25,10 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from .call import AttentionCall, Output
+from .call import CHANNELS, AttentionCall, Output
 
 
 Rows = Literal["all", "text"]
-CHANNELS = 8  # widths of heads that fused kernels take are multiples of this
 
 
 @dataclass(frozen=True)

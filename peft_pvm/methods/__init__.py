@@ -180,7 +180,7 @@ METHODS = (
         VARConfig,
         "a part of what attention sinks take goes to the other visual tokens, in heads that look at the image",
         "GroupWeights",
-        "any; in a forward with an image, over values four times as wide",
+        "any; in a forward with an image, over values three times as wide",
         full_name="Visual Attention Redistribution",
         of_the_model={"sink_channels": [0]},
     ),

@@ -50,7 +50,7 @@ class VARConfig(AttentionMethod):
         w_ij = w_ij * (1 + (1 - p) * S / (V - Sv))    for other visual tokens
 
     Other rows and heads stay as they are, and so does the sum of each row. In a forward with an image a layer attends
-    to values four times as wide; a step of decoding makes its row of weights by hand. It has no parameters.
+    to values three times as wide; a step of decoding makes its row of weights by hand. It has no parameters.
 
     Args:
         sink_channels: Channels of the hidden state by which sinks are known, which differ from model to model:
