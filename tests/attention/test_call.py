@@ -125,25 +125,41 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("widened_to", "value_dim", "runs"),
-    [(None, WIDTH, 1), (None, 3, 1), (None, WIDTH + 1, 2), (None, 3 * WIDTH, 3), (16, WIDTH, 1), (16, 33, 3)],
+    ("kernel", "widened_to", "value_dim", "widths"),
+    [
+        ("spy", None, WIDTH, [WIDTH]),
+        ("spy", None, WIDTH + 1, [WIDTH + 8]),
+        ("spy", None, 3 * WIDTH + 6, [4 * WIDTH]),
+        ("spy", 16, WIDTH, [16]),
+        ("spy", 16, 33, [40]),
+        ("spy", None, 300, [256, 48]),
+        ("spy", 256, 257, [264]),  # one more, and not a kernel for it
+        ("flash_spy", 256, 257, [256, 256]),
+    ],
 )
-def test_a_kernel_is_handed_values_no_wider_than_keys(
-    attention: LlamaAttention, spied: list, widened_to: int | None, value_dim: int, runs: int
+def test_a_kernel_is_handed_values_as_wide_as_keys(
+    attention: LlamaAttention, spied: list, kernel: str, widened_to: int | None, value_dim: int, widths: list[int]
 ):
-    """Of widened heads they are just as wide: fused kernels take nothing else."""
-    call = call_of(attention, "spy", value_dim, kwargs={"dropout": 0.1, "mine": 1})
+    """Fused kernels take nothing else: what is narrower is filled up."""
+    SteeringHandle(attention)
+    call = call_of(attention, kernel, value_dim, kwargs={"dropout": 0.1, "mine": 1})
     if widened_to is not None:
         call.widened = tuple(torch.nn.functional.pad(t, (0, widened_to - WIDTH)) for t in (call.query, call.key))
+    query, key = call.scored_by
     output, _ = call.run_kernel()
-    assert len(spied) == runs
-    width = widened_to or WIDTH
+    assert [handed["value"].shape[-1] for handed in spied] == widths
     for handed in spied:
-        assert handed["query"].shape[-1] == handed["key"].shape[-1] == width
-        assert handed["value"].shape[-1] == (value_dim if widened_to is None and value_dim <= width else width)
+        assert handed["query"].shape[-1] == handed["key"].shape[-1] == handed["value"].shape[-1]
+        torch.testing.assert_close(handed["query"] @ handed["key"][:, :1].mT, query @ key[:, :1].mT)
         assert (handed["dropout"], handed["mine"], handed["scaling"]) == (0.1, 1, WIDTH**-0.5)
         assert handed["mask"] is call.attention_mask
     torch.testing.assert_close(output[:, 0, ::2].transpose(0, 1), call.value.sum(2).transpose(0, 1))
+
+
+def test_narrow_values_are_left_alone(attention: LlamaAttention, spied: list):
+    call = call_of(attention, "spy", 3)
+    call.run_kernel()
+    assert spied[0]["value"] is call.value
 
 
 @pytest.mark.parametrize(
