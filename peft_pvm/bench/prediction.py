@@ -78,6 +78,7 @@ class Traffic:
     """What the operations of a step read and write, in bytes, by what it grows with.
 
     Attributes:
+        shape: Of the model that it is counted on.
         touched: "cache": with keys and their width. "rows": with keys and heads. "images": with visual tokens and the
             hidden size. "visual rows": with visual tokens and heads. "head": with the vocabulary and the hidden size.
     """
