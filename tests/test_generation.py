@@ -160,8 +160,9 @@ def test_deepcopied_cache(tiny: TinyVLM, model: PeftModel):
     assert difference(resume(tiny, model, twin, conversation, length - LAST), expected) < TOLERANCE
 
 
-def test_crop_forgets_images(plain: TinyVLM, method: Method):
-    """Cut a cache in front of its second image and go on as if that had never been."""
+@pytest.mark.parametrize("number", [3, 1])
+def test_crop_forgets_images(plain: TinyVLM, method: Method, number: int):
+    """Cut a cache in front of its second image and go on, by some tokens or one, as if that had never been."""
     model = method.attach(plain.build())
     whole = "t4 i t3 i t6"
     length = length_of(plain, model, whole)
@@ -169,15 +170,16 @@ def test_crop_forgets_images(plain: TinyVLM, method: Method):
     kept = length_of(plain, model, "t4 i t3")
     cache.crop(kept - length)
     inputs = plain.inputs(model.get_base_model(), whole, stop=kept)
-    text = torch.tensor([[11, 12, 13]])
-    positions = inputs["position_ids"].amax(-1, keepdim=True) + torch.arange(1, 4)
-    after = dict(input_ids=text, position_ids=positions, attention_mask=torch.ones(1, kept + 3, dtype=torch.long))
+    text = torch.tensor([[11, 12, 13]])[:, :number]
+    positions = inputs["position_ids"].amax(-1, keepdim=True) + torch.arange(1, number + 1)
+    mask = torch.ones(1, kept + number, dtype=torch.long)
+    after = dict(input_ids=text, position_ids=positions, attention_mask=mask)
     cropped = logits(model, after, **{CACHE: cache}, use_cache=True)
     fresh = logits(model, after, **{CACHE: prefill(plain, model, whole, stop=kept)}, use_cache=True)
     assert difference(cropped, fresh) < TOLERANCE
 
-    cache.crop(-(kept + 3 - 2))  # in front of all images
-    after = dict(input_ids=text, position_ids=positions, attention_mask=torch.ones(1, 5, dtype=torch.long))
+    cache.crop(-(kept + number - 2))  # in front of all images
+    after = dict(input_ids=text, position_ids=positions, attention_mask=mask[:, : 2 + number])
     on = logits(model, after, **{CACHE: copy.deepcopy(cache)}, use_cache=True)
     if method.text_alone != "changed":
         with model.disable_adapter():
