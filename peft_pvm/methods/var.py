@@ -44,7 +44,7 @@ class VARConfig(AttentionMethod):
     With `w_ij` the attention weight of key `j` in row `i` of a head, `S` the sum of a row's weights over all sinks,
     `Sv` over visual sinks and `V` over all visual tokens, in rows of text behind an image with::
 
-        0 < Sv <= rho * V      and      V >= least_visual
+        0 < Sv < rho * V      and      V > least_visual
 
         w_ij = w_ij * p                               for sinks, of text and image
         w_ij = w_ij * (1 + (1 - p) * S / (V - Sv))    for other visual tokens
@@ -142,7 +142,8 @@ class VARConfig(AttentionMethod):
         """
         lost, visual_sinks, image = (1 - self.p) * sinks, visual & sinks, 1.0 * visual
         others = image - 1.0 * visual_sinks
-        return torch.stack([-lost, others, lost, visual_sinks, self.rho * image - 1.0 * visual_sinks, image], -1)
+        groups = [-lost, others, lost, visual_sinks, self.rho * image - 1.0 * visual_sinks, image]
+        return torch.stack(groups, -1).float()
 
     def _of_text(self, sinks: torch.Tensor) -> torch.Tensor:
         """`_groups` of a token of text that is no sink, and of one that is: `(2, 6)`, where `sinks` are."""
