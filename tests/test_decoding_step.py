@@ -25,7 +25,7 @@ COMPILED = {
 }
 # What these note of tokens grows, so the second step is compiled once more, for any length. That graph stays.
 GRAPHS = {"var": 2, "tdrs": 2}
-LEADING = ("pvm", "dipe", "pvm+dipe")  # tried on a second family
+ON_TWO_FAMILIES = ("pvm", "dipe", "pvm+dipe")
 # By name, of aten. The last: a tensor made of Python numbers, which is copied to the device.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "lift_fresh")
 
@@ -46,7 +46,8 @@ def step_at(step: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tenso
 
 @on_a_cpu
 @pytest.mark.parametrize(
-    ("name", "method"), [("llava", method) for method in COMPILED] + [("qwen3_vl", method) for method in LEADING]
+    ("name", "method"),
+    [("llava", method) for method in COMPILED] + [("qwen3_vl", method) for method in ON_TWO_FAMILIES],
 )
 def test_steps_are_one_graph(name: str, method: str):
     """Compiled once, for all steps, with the mask that `generate` gives: of the cache's full length."""

@@ -195,7 +195,7 @@ class Prediction:
             "head": large.vocab_size * large.hidden_size / (small.vocab_size * small.hidden_size),
         }
         read = self.foot.weights + base.touched["cache"] * grown["cache"] * large.layers / small.layers
-        if name == "pvm":
+        if name == "pvm":  # whose widths are shares of the model's, so that its bytes are known by shape
             return read + self.foot.read(context, visual_tokens, batch)[1]
         for kind, factor in grown.items():
             beyond = own.touched.get(kind, 0) - base.touched.get(kind, 0)

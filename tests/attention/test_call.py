@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from peft_pvm import TDRSConfig
-from peft_pvm.attention.call import WIDEST_FOR_FLASH, AttentionCall, base_kernel, records_gradients
+from peft_pvm.attention.call import WIDEST_FOR_FLASH, AttentionCall, base_kernel, records_gradients, scaled_products
 from peft_pvm.attention.dispatch import SteeringHandle
 from peft_pvm.attention.reference import ReferenceStages
 from peft_pvm.attention.stages import Bias, KeyScale, LayerStages, Positions, Stage, Values
@@ -154,6 +154,15 @@ def test_a_kernel_is_handed_values_as_wide_as_keys(
         assert (handed["dropout"], handed["mine"], handed["scaling"]) == (0.1, 1, WIDTH**-0.5)
         assert handed["mask"] is call.attention_mask
     torch.testing.assert_close(output[:, 0, ::2].transpose(0, 1), call.value.sum(2).transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_are_scaled_before_they_are_rounded(dtype: torch.dtype):
+    """Those of 64 channels are beyond what half precision holds, and an eighth of them is not."""
+    query, key = (torch.full((1, 1, length, 64), 40.0, dtype=dtype) for length in (2, 3))
+    found = scaled_products(query, key, 0.125)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, torch.full((1, 1, 2, 3), 64 * 40.0**2 / 8, dtype=dtype))
 
 
 def test_narrow_values_are_left_alone(attention: LlamaAttention, spied: list):
