@@ -22,7 +22,6 @@ from forwards import (
     length_of,
     logits,
     prefill,
-    prompt_and_step,
     resume,
 )
 from methods_under_test import Method
@@ -122,22 +121,6 @@ def test_layers_that_compute_the_last_tokens_alone(method: Method, request):
     else:
         last, whole = logits(model, inputs, logits_to_keep=1), logits(model, inputs)
         assert difference(last, whole[:, -1:]) < TOLERANCE
-
-
-@on_a_cpu
-def test_decoding_traces_to_one_graph(method: Method):
-    """A step on a static cache has no data-dependent Python in it, and computes the same when traced."""
-    family = FAMILIES["llava"]
-    model = method.attach(family.build())
-    base = model.get_base_model()
-    prompt, step = prompt_and_step(family, base, "t4 i t9")
-    torch.compiler.reset()
-    results = []
-    for run in (base, torch.compile(base, fullgraph=True, backend="eager")):
-        cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
-        logits(base, prompt, **{CACHE: cache}, use_cache=True)
-        results.append(logits(run, step, **{CACHE: cache}, use_cache=True))
-    assert difference(*results) < TOLERANCE
 
 
 def test_two_generations_do_not_leak(tiny: TinyVLM, model: PeftModel):
@@ -354,7 +337,7 @@ def test_two_threads_on_one_model(plain: TinyVLM, method: Method):
     inputs = [plain.inputs(base, "t4 i t6"), plain.inputs(base, "t5 i i t8 i t3")]
     expected = [logits(model, each) for each in inputs]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda number: logits(model, inputs[number % 2]), range(100)))
+        found = list(pool.map(lambda number: logits(model, inputs[number % 2]), range(20)))
     assert all(torch.equal(logits_, expected[number % 2]) for number, logits_ in enumerate(found))
 
 

@@ -17,7 +17,7 @@ from peft_pvm import PVMConfig
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5", "t9")
-THREADS, ROUNDS = 8, 3
+THREADS, ROUNDS = 8, 1
 
 
 @pytest.fixture

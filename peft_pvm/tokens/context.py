@@ -15,8 +15,8 @@ from .positions import (
     EMPTY_SLOT,
     MULTIMODAL_AXES,
     gather_rows,
-    join_positions,
     modalities,
+    on_same_axes,
     pack,
     run_anchors,
     run_starts,
@@ -56,6 +56,7 @@ class VisualContext:
         is_evicted: Whether the cache has lost keys of some of them.
         keys_before: How many keys each layer of the cache held before this forward.
         num_fixed_keys: How many keys, from the first, layers with a sliding window keep for good.
+        capacity: How many tokens a static cache has room for. `None`: as many as come.
         position_ids: What the rotary embedding was given, `(batch, seq_len, axes)`, int64.
         anchors: The position of the first token of the run that holds each token, `(batch, seq_len)`, int64.
         keeps: What is to be kept of every token in the memory, by name: a function that gives it for this forward's
@@ -83,6 +84,7 @@ class VisualContext:
         self.is_evicted = False
         self.keys_before: list[int | None] = []
         self.num_fixed_keys = 0
+        self.capacity: int | None = None
         self.batch_size = self.seq_len = 0
         self.device = torch.device("cpu")
         self.records_gradients = False
@@ -158,10 +160,11 @@ class VisualContext:
             return
         kept = {}
         for name, of_tokens in self.keeps.items():
+            new = of_tokens(self)
             if name in self.memory.kept:
-                kept[name] = join_positions(self.memory.kept[name], of_tokens(self))
+                kept[name] = self._behind(*on_same_axes(self.memory.kept[name], new))
             elif is_first:
-                kept[name] = of_tokens(self)
+                kept[name] = self._behind(new[:, :0], new)
         self.memory = replace(self.memory, kept=kept)
 
     def mark(self, name: Hashable, of_tokens: torch.Tensor) -> None:
@@ -178,7 +181,18 @@ class VisualContext:
         else:
             is_known = name in self.marks_before
         if is_known:
-            self.memory.marks[name] = torch.cat([before.to(of_tokens.device), of_tokens], 1)
+            self.memory.marks[name] = self._behind(before.to(of_tokens.device), of_tokens)
+
+    def _behind(self, before: torch.Tensor, of_tokens: torch.Tensor) -> torch.Tensor:
+        """What was noted of earlier tokens and of these.
+
+        With a static cache the tensor is as long as the cache, so that a compiled step stays as it is.
+        """
+        if self.capacity is None:
+            return torch.cat([before, of_tokens], 1)
+        if before.shape[1] != self.capacity:
+            before = of_tokens.new_zeros(len(of_tokens), self.capacity, *of_tokens.shape[2:])
+        return before.index_copy(1, torch.arange(self.seq_len, device=before.device) + self.past_length, of_tokens)
 
     def marks_of_keys(self, name: Hashable, num_keys: int) -> torch.Tensor | None:
         """What was noted of the keys that a layer hands to its attention, `(batch, num_keys, ...)`.
@@ -191,13 +205,24 @@ class VisualContext:
             `None` if it was not noted of every token.
         """
         marks = self.memory.marks.get(name)
-        if marks is None:
-            return None
-        marks, dropped = marks.to(self.device), self.num_dropped(num_keys)
-        if isinstance(dropped, int) and dropped == 0 and marks.shape[1] == num_keys:  # every token has its key
-            return marks
-        filled = torch.cat([marks, marks.new_zeros(len(marks), num_keys, *marks.shape[2:])], 1)  # not full if static
-        return filled.index_select(1, self.slots_of_keys(num_keys))
+        return None if marks is None else self.of_keys(marks.to(self.device), num_keys)
+
+    def of_keys(self, of_tokens: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """Of what the memory holds of every token, that of the keys that a layer hands to its attention.
+
+        Args:
+            of_tokens: What `VisualMemory.kept` or `VisualMemory.marks` holds, `(batch, length, ...)`.
+            num_keys: How many keys that are.
+
+        Returns:
+            `(batch, num_keys, ...)`; for keys that a static cache has not filled yet, anything.
+        """
+        if of_tokens.shape[1] == num_keys:  # every token has its key
+            return of_tokens
+        missing = num_keys - of_tokens.shape[1]
+        if missing > 0:
+            of_tokens = torch.cat([of_tokens, of_tokens.new_zeros(len(of_tokens), missing, *of_tokens.shape[2:])], 1)
+        return of_tokens.index_select(1, self.slots_of_keys(num_keys))
 
     def noted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` and `anchors`.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 from .positions import EMPTY_SLOT, PADDING, TEXT, images_of_runs
 
@@ -121,8 +122,9 @@ class VisualMemory:
             each, by a weak reference to the branch. The last tokens may not be projected yet.
         runs: Where the modality changes, for text and visual tokens alike. `None` before the first token.
         kept: What adapters keep of every token in the cache, by name, `(batch, length, axes)`, int64.
-        marks: What adapters have decoder layers note of every token in the cache, by name, `(batch, length)`, bool.
-            Some may be of tokens that were cropped since.
+        marks: What adapters have decoder layers note of every token in the cache, by name, `(batch, length, ...)`.
+            Some may be of tokens that were cropped since. With a static cache, this and `kept` have room for as many
+            tokens as the cache has.
         grounding: After each forward with images, the largest slot so far and the probability that some visual token
             up to there gives each token of the vocabulary, `(batch, vocab_size)`.
         notes: What adapters noted at the end of the last forward for the next, by name, `(batch, ...)`.
@@ -327,6 +329,13 @@ def num_fixed_keys(cache: Cache | None) -> int:
     In reference sliding-window attention (Unlimited-OCR), a window slides over what is decoded alone.
     """
     return max([0, *[_num_fixed(layer) for layer in getattr(cache, "layers", ())]])
+
+
+def capacity_of(cache: Cache | None) -> int | None:
+    """How many tokens a static cache has room for. `None`: it grows, or a window slides over it in every layer."""
+    static = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, StaticLayer)]
+    lengths = [layer.max_cache_len for layer in static if not layer.is_sliding]
+    return max(lengths) if lengths else None
 
 
 def has_lost_keys(cache: Cache, keys_before: list[int | None], seq_len: int) -> bool:

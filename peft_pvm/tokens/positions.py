@@ -218,20 +218,15 @@ def images_of_runs(
     return first, torch.where(first < BEYOND, end, BEYOND)
 
 
-def join_positions(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
-    """Put the positions of tokens one after the other. Where one part has a single axis, it stands for all.
+def on_same_axes(*positions: torch.Tensor) -> list[torch.Tensor]:
+    """Positions of tokens with as many axes as any of them has. Where one has a single axis, it stands for all.
 
     Args:
-        earlier: `(batch, seq_len, axes)`, int64.
-        later: Of the tokens that follow, likewise.
-
-    Returns:
-        `(batch, sum of both seq_len, larger of both axes)`, int64.
+        positions: Each `(batch, seq_len, axes)`, int64.
 
     Example:
-        >>> join_positions(torch.tensor([[[0, 1, 2]]]), torch.tensor([[[5]]]))
-        tensor([[[0, 1, 2],
-                 [5, 5, 5]]])
+        >>> on_same_axes(torch.tensor([[[0, 1, 2]]]), torch.tensor([[[5]]]))
+        [tensor([[[0, 1, 2]]]), tensor([[[5, 5, 5]]])]
     """
-    axes = max(earlier.shape[-1], later.shape[-1])
-    return torch.cat([part.expand(-1, -1, axes) for part in (earlier, later)], 1)
+    axes = max(part.shape[-1] for part in positions)
+    return [part.expand(-1, -1, axes) for part in positions]

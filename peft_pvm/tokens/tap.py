@@ -41,6 +41,7 @@ from .memory import (
     Coverage,
     VisualMemory,
     attach_memory,
+    capacity_of,
     coverage_of,
     has_lost_keys,
     keys_by_layer,
@@ -225,6 +226,7 @@ class Tap:
             context.read(inputs_embeds, memory, coverage)
             context.keys_before = keys_by_layer(cache)
             context.num_fixed_keys = num_fixed_keys(cache)
+            context.capacity = capacity_of(cache)
         context.adapter_names = self.by_row.names(len(inputs_embeds))
         self._in_flight[this_thread()] = weakref.ref(context)
         return args, {**kwargs, CONTEXT: context}

@@ -241,12 +241,7 @@ class Reweighting:
                 "The KV cache holds tokens whose positions nobody kept: T-DRS must be attached from the first token "
                 "on. Start with a new cache."
             )
-        dropped, fixed = max(positions.shape[1] - num_keys, 0), context.num_fixed_keys
-        of_keys = positions[:, dropped:]
-        if dropped and fixed:
-            of_keys = torch.cat([positions[:, :fixed], positions[:, fixed + dropped :]], 1)
-        if of_keys.shape[1] < num_keys:  # what a static cache has not filled yet
-            of_keys = F.pad(of_keys, (0, 0, 0, num_keys - of_keys.shape[1]))
+        of_keys = context.derived(("positions of keys", num_keys), lambda: context.of_keys(positions, num_keys))
 
         def name(what: str, positions: torch.Tensor) -> tuple[Hashable, ...]:
             return "tdrs", what, rotary, self.layer_type, positions.shape[1]
