@@ -190,9 +190,8 @@ class VisualContext:
         """
         if self.capacity is None:
             return torch.cat([before, of_tokens], 1)
-        if before.shape[1] != self.capacity:
-            before = of_tokens.new_zeros(len(of_tokens), self.capacity, *of_tokens.shape[2:])
-        return before.index_copy(1, torch.arange(self.seq_len, device=before.device) + self.past_length, of_tokens)
+        slots = torch.arange(self.seq_len, device=of_tokens.device) + self.past_length
+        return _filled_up(before, self.capacity).index_copy(1, slots, of_tokens)
 
     def marks_of_keys(self, name: Hashable, num_keys: int) -> torch.Tensor | None:
         """What was noted of the keys that a layer hands to its attention, `(batch, num_keys, ...)`.
@@ -219,10 +218,7 @@ class VisualContext:
         """
         if of_tokens.shape[1] == num_keys:  # every token has its key
             return of_tokens
-        missing = num_keys - of_tokens.shape[1]
-        if missing > 0:
-            of_tokens = torch.cat([of_tokens, of_tokens.new_zeros(len(of_tokens), missing, *of_tokens.shape[2:])], 1)
-        return of_tokens.index_select(1, self.slots_of_keys(num_keys))
+        return _filled_up(of_tokens, num_keys).index_select(1, self.slots_of_keys(num_keys))
 
     def noted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` and `anchors`.
@@ -497,3 +493,11 @@ class VisualContext:
         """The slot of each row's first visual token, `(batch, 1)`, int64; the largest there is in a row without."""
         slots, none = self.memory.slots, torch.iinfo(torch.long).max
         return torch.where(slots >= 0, slots, none).amin(1, keepdim=True)
+
+
+def _filled_up(of_tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """The same with zeros behind it, up to a length."""
+    missing = length - of_tokens.shape[1]
+    if missing <= 0:
+        return of_tokens
+    return torch.cat([of_tokens, of_tokens.new_zeros(len(of_tokens), missing, *of_tokens.shape[2:])], 1)

@@ -85,7 +85,7 @@ def test_lmms_eval_finds_the_models_by_itself():
 def test_recall_by_length(folder: Path):
     """The command: the base forgets, PVM and DIPE do not, on the same texts of the very length."""
     out = folder / "report"
-    options = ["eval-lengths", "--model", "qwen3_vl", "--tasks", TASK, "--lengths", "0,512,1024", "--out", str(out)]
+    options = ["eval-lengths", "--model", "qwen3_vl", "--tasks", TASK, "--lengths", "0,512", "--out", str(out)]
     options += ["--model-args", f"pretrained={folder / 'qwen3_vl'},{MODEL_ARGS['qwen3_vl']}", "--device", "cpu"]
     options += ["--adapter", PVM, "--adapter", f"{PVM}+{DIPE}", "--include-path", str(folder / "tasks")]
     done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*options, "--batch-size", "8"], catch_exceptions=False)
@@ -94,14 +94,12 @@ def test_recall_by_length(folder: Path):
     assert (out / "by_length.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((out / "by_length.json").read_text())
     scores = {(row["adapter"], row["length"]): row["value"] for row in result["scores"]}
-    assert len(scores) == 9
+    assert len(scores) == 6
     for adapter in result["adapters"]:
         assert scores[adapter, 0] == 1
-    for length in (512, 1024):
-        assert scores["base", length] < 0.6
-        assert scores[PVM, length] > 0.9
-        assert scores[f"{PVM}+{DIPE}", length] > 0.9
-    assert scores["base", 1024] < scores["base", 512]
+    assert scores["base", 512] < 0.6
+    assert scores[PVM, 512] > 0.9
+    assert scores[f"{PVM}+{DIPE}", 512] > 0.9
     for run in result["text"]:
         assert (run["requests"], run["tokens"]) == ((ROWS, [run["length"]]) if run["length"] else (0, []))
     # The same by plain lmms-eval.
@@ -292,7 +290,7 @@ def test_why_the_papers_tasks_are_not_repeated(folder: Path, tmp_path: Path):
     """lmms-eval draws as many answers and scores the first. If this fails, `repeats` has come to be of use."""
     sampled = {"max_new_tokens": 1, "do_sample": True, "temperature": 2.0}
     save_task(tmp_path / "tasks", 24, repeats=4, generation_kwargs=sampled)
-    results = evaluate(folder, tasks=tmp_path / "tasks", model_args="distractor_tokens=1024")
+    results = evaluate(folder, tasks=tmp_path / "tasks", model_args="distractor_tokens=256")
     samples = results["samples"][TASK]
     assert all(len(sample["resps"][0]) == 4 for sample in samples)
     each = [[answer == sample["target"] for answer in sample["resps"][0]] for sample in samples]
