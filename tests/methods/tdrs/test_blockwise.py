@@ -214,7 +214,7 @@ def peak():
 
 
 torch.set_num_threads(1)
-length = 8_192
+length = 4_096
 torch.manual_seed(0)
 query, key, value, content_query, content_key = (torch.randn(1, 8, length, 64) for _ in range(5))
 contents = F.normalize(content_query, dim=-1), F.normalize(content_key, dim=-1)
@@ -229,10 +229,10 @@ print((peak() - before) * 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak memory from Linux's /proc")
 def test_memory_is_linear_in_length():
-    """8,192 tokens, 8 heads of 64: one matrix of scores would take 2 GiB."""
+    """4,096 tokens, 8 heads of 64: one matrix of scores would take 512 MiB."""
     run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     peak = int(run.stdout)
-    assert 0 < peak < 2**28
+    assert 0 < peak < 2**27
     print(f"peak extra memory: {peak / 2**20:.0f} MiB")
 
 
