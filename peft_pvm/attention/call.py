@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..tokens.context import VisualContext
+from ..tokens.keys import Keys
 from ..tokens.visibility import Visibility
 
 
@@ -81,12 +82,12 @@ class AttentionCall:
 
         def make() -> Visibility:
             first_query = context.past_length + context.seq_len - num_queries
-            dropped = context.num_dropped(num_keys)
+            dropped = self.keys.dropped
             sizes = num_queries, num_keys, first_query - dropped
             gap = context.num_fixed_keys, dropped
             visibility = Visibility(self.attention_mask, *sizes, is_causal, window, self.query.device, gap)
             if visibility.mask_decides:  # it may hide more than padding
-                visibility.ranked_by = functools.partial(context.padding, num_queries, num_keys)
+                visibility.ranked_by = functools.partial(self.keys.padding, num_queries)
             return visibility
 
         # The mask lives as long as what is derived from it, so that its id names it.
@@ -103,12 +104,12 @@ class AttentionCall:
     @property
     def visual_keys(self) -> torch.Tensor:
         """Which keys are those of visual tokens, `(batch, num_keys)`, bool."""
-        return self.context.visual_keys(self.key.shape[2])
+        return self.keys.visual
 
     @property
-    def text_before_images(self) -> torch.Tensor:
-        """Which keys are those of text before a row's first visual token, `(batch, num_keys)`, bool."""
-        return self.context.text_before_images(self.key.shape[2])
+    def keys(self) -> Keys:
+        """Which tokens the keys belong to."""
+        return Keys(self.context, self.key.shape[2])
 
     @property
     def can_be_cut(self) -> bool:

@@ -217,18 +217,15 @@ def _visual(call: AttentionCall, scores: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _make_visual(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    context, num_keys = call.context, call.key.shape[2]
-    columns = context.visual_columns(num_keys)[:, None, None]
-    dropped = context.num_dropped(num_keys)
-    if context.memory.is_dense and isinstance(dropped, int) and dropped == 0:
+    columns, num_keys, dropped = call.keys.visual_columns[:, None, None], call.keys.number, call.keys.dropped
+    if call.context.memory.is_dense and isinstance(dropped, int) and dropped == 0:
         return columns, None
     return columns.clamp(max=num_keys - 1), columns < num_keys
 
 
 def _visual_only(call: AttentionCall, tensor: torch.Tensor) -> torch.Tensor:
     """Keys or values of visual tokens alone, `(batch, kv_heads, num_visual, width)`, in the order of their columns."""
-    num_keys = tensor.shape[2]
-    columns = call.context.visual_columns(num_keys).clamp(max=num_keys - 1)
+    columns = call.keys.visual_columns.clamp(max=call.keys.number - 1)
     return tensor.gather(2, columns[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +26,7 @@ from .run import Runner, Settings
 FREE = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "promote_types")
 FUSED = (F.rms_norm, torch.rms_norm)
 OUTSIDE = -1  # in place of a layer
+COMPILED = "## Call CompiledFxGraph"  # what the profiler calls the run of a graph that inductor has compiled
 
 
 @dataclass(frozen=True)
@@ -134,20 +137,45 @@ def count_launches(model: nn.Module, forward: Callable[[], object], look: Look |
     return Launches(by_place[OUTSIDE], tuple(by_place[place] for place in range(len(layers))), names)
 
 
+def count_kernels(forward: Callable[[], object]) -> int:
+    """Count the kernels that a compiled forward launches: those that inductor has made, and torch's own.
+
+    Args:
+        forward: Runs it once. On a CPU it must have been compiled with `"cpp.enable_kernel_profile"`.
+    """
+    with torch.no_grad(), profile() as profiled:
+        forward()
+    events = profiled.events()
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+    in_graph = [event for event in events if event.cpu_parent and event.cpu_parent.name.startswith(COMPILED)]
+    return len(on_device or in_graph)
+
+
+def _kernels_of_a_step(model: nn.Module, name: str, settings: Settings) -> int:
+    runner = Runner(model, name, settings.contexts[0], replace(settings, compile=False, static_cache=True))
+    torch.compiler.reset()  # of each forward in Python, torch keeps a few compiled forms alone
+    runner.step = torch.compile(runner.model, fullgraph=True, options={"cpp.enable_kernel_profile": True})
+    with torch.no_grad():
+        runner.prefill()
+        runner.decode()
+    return count_kernels(runner.decode)
+
+
 def measure_launches(model: nn.Module, settings: Settings) -> dict[str, Any]:
     """Count the operations of a prefill and of a step of decoding, with the first length of the prompt.
 
     Args:
         model: A vision-language model from transformers.
-        settings: The methods and the prompt.
+        settings: The methods and the prompt. With `compile`, the kernels of a compiled step are counted as well, which
+            takes up to a minute for each method.
 
     Returns:
         What the JSON file holds: "machine", "settings", and "methods", by name what `summary` says of "prefill" and
-        "step", and the operations of a step by name.
+        "step", the operations of a step by name, and where it was compiled, its "kernels".
     """
     found: dict[str, dict[str, Launches]] = {}
     for name in dict.fromkeys(("base", *settings.methods)):
-        runner = Runner(model, name, settings.contexts[0], settings)
+        runner = Runner(model, name, settings.contexts[0], replace(settings, compile=False))
         with torch.no_grad():  # what is made once, in the first forward after attaching, does not count
             runner.prefill()
             runner.decode()
@@ -156,6 +184,7 @@ def measure_launches(model: nn.Module, settings: Settings) -> dict[str, Any]:
             runner.decode()
         found[name]["step"] = count_launches(runner.model, runner.decode)
     base = found["base"]
+    kernels = {name: _kernels_of_a_step(model, name, settings) for name in found if settings.compile}
     return {
         "machine": describe_machine(next(model.parameters()).device),
         "settings": asdict(settings),
@@ -163,6 +192,7 @@ def measure_launches(model: nn.Module, settings: Settings) -> dict[str, Any]:
             name: {
                 **{part: summary(launches, base[part]) for part, launches in own.items()},
                 "operations of a step": dict(sorted(own["step"].names.items())),
+                **({"kernels": kernels[name]} if settings.compile else {}),
             }
             for name, own in found.items()
         },

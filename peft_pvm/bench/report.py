@@ -82,16 +82,23 @@ def print_launches(result: dict[str, Any], console: Console) -> None:
         "", "prefill", "beyond the base", "a token", "beyond the base", "layers", "a layer", "once",
         title=f"Operations, {settings['contexts'][0]:,} tokens, {settings['visual_tokens']:,} of them visual",
     )  # fmt: skip
+    is_compiled = "kernels" in result["methods"]["base"]
+    if is_compiled:
+        table.add_column("compiled")
+        table.add_column("beyond the base")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, own in result["methods"].items():
         prefill, step = own["prefill"], own["step"]
-        numbers = prefill["in all"], prefill["beyond the base"], *step.values()
+        numbers = [prefill["in all"], prefill["beyond the base"], *step.values()]
+        if is_compiled:
+            numbers += [own["kernels"], own["kernels"] - result["methods"]["base"]["kernels"]]
         table.add_row(METHODS[name].title, *map("{:,}".format, numbers))
     console.print(table)
     console.print(
         "Operations that compute or copy, as torch dispatches them; views are free. A layer: in each decoder layer "
         "that the method changes. Once: what these share."
+        + (" Compiled: the kernels of a token." if is_compiled else "")
     )
 
 

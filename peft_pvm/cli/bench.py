@@ -45,7 +45,7 @@ DEFAULTS = Settings()
 # What matters where operations are counted.
 COUNTED = (
     *("model", "preset", "layers", "method", "lengths", "visual_tokens", "batch", "device", "dtype"),
-    *("attn_implementation", "static_cache", "seed", "json_file"),
+    *("attn_implementation", "static_cache", "compile", "seed", "json_file"),
 )
 DEFAULT_METHODS, DEFAULT_CONTEXTS = ",".join(DEFAULTS.methods), ",".join(map(str, DEFAULTS.contexts))
 Preset = Annotated[
@@ -71,6 +71,14 @@ Show = Annotated[
     typer.Option(exists=True, dir_okay=False, help="Measure nothing: print, or plot, what an earlier --json holds."),
 ]
 
+Launches = Annotated[
+    bool,
+    typer.Option(
+        help="Count operations instead of measuring times, with the first length of the prompt; with --compile, also "
+        "the kernels of a compiled step."
+    ),
+]
+
 
 def bench(
     context: typer.Context,
@@ -90,9 +98,7 @@ def bench(
     static_cache: Annotated[bool, typer.Option(help="Give the KV cache its full size from the start.")] = False,
     compile: Annotated[bool, typer.Option(help="Compile decoding; on CUDA, into graphs.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Decides the embeddings.")] = DEFAULTS.seed,
-    launches: Annotated[
-        bool, typer.Option(help="Count operations instead of measuring times, with the first length of the prompt.")
-    ] = False,
+    launches: Launches = False,
     json_file: JsonFile = None,
     plot: Plot = None,
     show: Show = None,

@@ -86,7 +86,7 @@ class SAVAAConfig(AttentionMethod):
             notes = context.notes
             risk = self.alpha * notes["entropy"] + (1 - self.alpha) * (1 - notes["grounding"])
             visual = 1 + (self.visual - 1) * (risk / self.risk_scale).clamp(0, 1)
-            is_prompt = context.slots_of_keys(num_keys) < notes["prompt_length"].unsqueeze(1)
+            is_prompt = call.keys.slots < notes["prompt_length"].unsqueeze(1)
             return torch.where(
                 call.visual_keys, visual.unsqueeze(1), torch.where(is_prompt, 1 / self.text, 1.0).to(visual.dtype)
             )

@@ -120,7 +120,7 @@ class SPARCConfig(AttentionMethod):
             return
         with torch.no_grad():
             weights = F.pad(call.last_row_weights().mean(1), (0, 1))  # a visual token without a key gets none
-            seen = weights.gather(1, context.visual_columns(call.key.shape[2]))
+            seen = weights.gather(1, call.keys.visual_columns)
             average, count = (noted.to(seen) for noted in self._noted(context))
             chosen = (seen > 0) & (seen - average >= self.tau * average)
             newest = torch.where(average.isnan(), seen, self.beta * seen + (1 - self.beta) * average)
@@ -135,7 +135,7 @@ class SPARCConfig(AttentionMethod):
         def make() -> torch.Tensor:
             _, count = self._noted(context)
             factors = count.new_ones(len(count), num_keys + 1)
-            return factors.scatter(1, context.visual_columns(num_keys), self.alpha**count)[:, :num_keys]
+            return factors.scatter(1, call.keys.visual_columns, self.alpha**count)[:, :num_keys]
 
         return context.derived((self._name, self.alpha, num_keys), make)
 

@@ -51,7 +51,7 @@ class VAFConfig(AttentionMethod):
         """What the scores of each key are multiplied by, `(batch, num_keys)`."""
 
         def make() -> torch.Tensor:
-            factors = torch.where(call.text_before_images, self.before, 1.0)
+            factors = torch.where(call.keys.text_before_images, self.before, 1.0)
             return torch.where(call.visual_keys, self.visual, factors)
 
         return call.context.derived(("vaf", self.visual, self.before, call.key.shape[2]), make)

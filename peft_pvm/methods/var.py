@@ -165,7 +165,7 @@ class VARConfig(AttentionMethod):
         Raises:
             RuntimeError: Nobody looked for sinks among some tokens.
         """
-        of_keys = call.context.marks_of_keys((self._whose, layer_idx), call.key.shape[2])
+        of_keys = call.keys.marks((self._whose, layer_idx))
         if of_keys is None:
             raise RuntimeError(
                 f"Nobody looked for sinks among all tokens of this KV cache at layer {layer_idx}: VAR must be "

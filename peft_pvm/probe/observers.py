@@ -58,7 +58,7 @@ class AttentionObserver:
         self.masses: dict[int, AttentionMass] = {}
 
     def __call__(self, call: AttentionCall) -> None:
-        visual_keys = call.context.visual_keys(call.key.shape[2])[0]
+        visual_keys = call.visual_keys[0]
         each = nn.functional.one_hot(visual_keys.nonzero().squeeze(1), len(visual_keys)).bool()
         groups = torch.cat([torch.stack([visual_keys, ~visual_keys]), each])
         reached = torch.cat([self._reached(call, part) for part in groups.split(call.value.shape[-1])], -1)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 
 from .memory import Coverage, Runs, VisualMemory
 from .positions import (
     EMPTY_SLOT,
     MULTIMODAL_AXES,
+    filled_up,
     gather_rows,
     modalities,
     on_same_axes,
@@ -21,7 +21,7 @@ from .positions import (
     run_anchors,
     run_starts,
 )
-from .visibility import Visibility, real_tokens
+from .visibility import real_tokens
 
 
 CONTEXT = "visual_context"  # the keyword argument
@@ -191,34 +191,7 @@ class VisualContext:
         if self.capacity is None:
             return torch.cat([before, of_tokens], 1)
         slots = torch.arange(self.seq_len, device=of_tokens.device) + self.past_length
-        return _filled_up(before, self.capacity).index_copy(1, slots, of_tokens)
-
-    def marks_of_keys(self, name: Hashable, num_keys: int) -> torch.Tensor | None:
-        """What was noted of the keys that a layer hands to its attention, `(batch, num_keys, ...)`.
-
-        Args:
-            name: What it is called.
-            num_keys: How many keys that are.
-
-        Returns:
-            `None` if it was not noted of every token.
-        """
-        marks = self.memory.marks.get(name)
-        return None if marks is None else self.of_keys(marks.to(self.device), num_keys)
-
-    def of_keys(self, of_tokens: torch.Tensor, num_keys: int) -> torch.Tensor:
-        """Of what the memory holds of every token, that of the keys that a layer hands to its attention.
-
-        Args:
-            of_tokens: What `VisualMemory.kept` or `VisualMemory.marks` holds, `(batch, length, ...)`.
-            num_keys: How many keys that are.
-
-        Returns:
-            `(batch, num_keys, ...)`; for keys that a static cache has not filled yet, anything.
-        """
-        if of_tokens.shape[1] == num_keys:  # every token has its key
-            return of_tokens
-        return _filled_up(of_tokens, num_keys).index_select(1, self.slots_of_keys(num_keys))
+        return filled_up(before, self.capacity).index_copy(1, slots, of_tokens)
 
     def noted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` and `anchors`.
@@ -350,109 +323,11 @@ class VisualContext:
             self._derived[key] = make()
         return self._derived[key]
 
-    def num_dropped(self, num_keys: int) -> int | torch.Tensor:
-        """How many tokens have none of the keys that a layer hands to its attention; a tensor for a static cache.
-
-        They stand behind the first `num_fixed_keys`. Layers with a sliding window hand out fewer keys than there are
-        tokens, static caches hand out more.
-
-        Args:
-            num_keys: How many keys that are.
-        """
-        dropped = self.past_length + self.seq_len - num_keys
-        return max(dropped, 0) if isinstance(dropped, int) else dropped.clamp(min=0)
-
-    def slots_of_keys(self, num_keys: int) -> torch.Tensor:
-        """Where the keys that a layer hands to its attention stand in the cache, `(num_keys,)`, int64.
-
-        Args:
-            num_keys: How many keys that are.
-        """
-        keys = torch.arange(num_keys, device=self.device)
-        return keys + self.num_dropped(num_keys) * (keys >= self.num_fixed_keys)
-
-    def padding(self, num_queries: int, num_keys: int) -> Visibility | None:
-        """Which of the keys that a layer hands to its attention are padding, by the mask that the model was given.
-
-        Args:
-            num_queries: How many queries there are.
-            num_keys: How many keys.
-
-        Returns:
-            `None` if that mask does not say.
-        """
-
-        def make() -> Visibility | None:
-            mask, dropped = self.attention_mask, self.num_dropped(num_keys)
-            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-                slots = self.slots_of_keys(num_keys).to(mask.device)
-                mask = F.pad(mask.bool(), (0, num_keys)).index_select(1, slots)  # a static cache is not full
-            elif mask is not None:
-                masks = mask.values() if isinstance(mask, Mapping) else [mask]
-                fits = [one for one in masks if isinstance(one, torch.Tensor) and one.shape[-1] == num_keys]
-                if not fits:
-                    return None
-                mask = fits[0]
-            mask = None if mask is None else mask.to(self.device)
-            sizes = num_queries, num_keys, self.past_length + self.seq_len - num_queries - dropped
-            return Visibility(mask, *sizes, device=self.device, gap=(self.num_fixed_keys, dropped))
-
-        return self.derived(("padding", num_queries, num_keys), make)
-
-    def visual_keys(self, num_keys: int) -> torch.Tensor:
-        """Which of the keys that a layer hands to its attention belong to visual tokens.
-
-        Args:
-            num_keys: How many keys that are.
-
-        Returns:
-            `(batch, num_keys)`, bool.
-        """
-        return self.derived(("visual_keys", num_keys), lambda: self._make_visual_keys(num_keys))
-
-    def _make_visual_keys(self, num_keys: int) -> torch.Tensor:
-        mask = torch.zeros(self.batch_size, num_keys + 1, dtype=torch.bool, device=self.device)
-        if self.memory.is_empty:
-            return mask[:, :num_keys]
-        return mask.scatter_(1, self.visual_columns(num_keys), True)[:, :num_keys]
-
-    def visual_columns(self, num_keys: int) -> torch.Tensor:
-        """Where the visual tokens of the memory stand among the keys that a layer hands to its attention.
-
-        Args:
-            num_keys: How many keys that are.
-
-        Returns:
-            `(batch, num_visual)`, int64; `num_keys` where there is none, or where it fell out of a sliding window.
-        """
-
-        def find() -> torch.Tensor:
-            slots, fixed = self.memory.slots, self.num_fixed_keys
-            keys = slots - self.num_dropped(num_keys) * (slots >= fixed)
-            return torch.where((slots >= 0) & (keys >= slots.clamp(max=fixed)), keys, num_keys)
-
-        return self.derived(("visual columns", num_keys), find)
-
     def images(self, image_gap: int, max_images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where images begin, and where the text behind them does: see `Runs.images`."""
         self.noted()
         runs = cast(Runs, self.memory.runs)  # there are some once positions are noted
         return runs.images(image_gap, max_images)
-
-    def image_of_keys(self, num_keys: int, image_gap: int, max_images: int) -> torch.Tensor:
-        """Which image each of the keys that a layer hands to its attention belongs to, if it is of a visual token.
-
-        Args:
-            num_keys: How many keys that are.
-            image_gap: See `images`.
-            max_images: See `images`.
-
-        Returns:
-            `(batch, num_keys)`, int64. The number for a text token has no meaning.
-        """
-        starts, _ = self.images(image_gap, max_images)
-        slots = self.slots_of_keys(num_keys).expand(len(starts), -1).contiguous()
-        return (torch.searchsorted(starts, slots, right=True) - 1).clamp(min=0)
 
     @property
     def only_text_behind_images(self) -> bool:
@@ -469,35 +344,9 @@ class VisualContext:
         if self.visual_mask is None:  # whatever is in memory stands before these tokens
             return (self.memory.slots >= 0).any(1, keepdim=True).expand(self.batch_size, self.seq_len)
         slots = torch.arange(self.seq_len, device=self.device) + self.past_length
-        return ~self.visual_mask & (slots > self._first_slots())
+        return ~self.visual_mask & (slots > self.first_visual_slots())
 
-    def text_before_images(self, num_keys: int) -> torch.Tensor:
-        """Which of the keys that a layer hands to its attention belong to text before a row's first visual token.
-
-        Args:
-            num_keys: How many keys that are.
-
-        Returns:
-            `(batch, num_keys)`, bool: all False in a row without visual tokens.
-        """
-
-        def compare() -> torch.Tensor:
-            if self.memory.is_empty:
-                return torch.zeros(self.batch_size, num_keys, dtype=torch.bool, device=self.device)
-            slots = self.slots_of_keys(num_keys)
-            return (slots < self._first_slots()) & (self.memory.slots >= 0).any(1, keepdim=True)
-
-        return self.derived(("text before images", num_keys), compare)
-
-    def _first_slots(self) -> torch.Tensor:
+    def first_visual_slots(self) -> torch.Tensor:
         """The slot of each row's first visual token, `(batch, 1)`, int64; the largest there is in a row without."""
         slots, none = self.memory.slots, torch.iinfo(torch.long).max
         return torch.where(slots >= 0, slots, none).amin(1, keepdim=True)
-
-
-def _filled_up(of_tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """The same with zeros behind it, up to a length."""
-    missing = length - of_tokens.shape[1]
-    if missing <= 0:
-        return of_tokens
-    return torch.cat([of_tokens, of_tokens.new_zeros(len(of_tokens), missing, *of_tokens.shape[2:])], 1)

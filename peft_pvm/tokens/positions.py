@@ -230,3 +230,16 @@ def on_same_axes(*positions: torch.Tensor) -> list[torch.Tensor]:
     """
     axes = max(part.shape[-1] for part in positions)
     return [part.expand(-1, -1, axes) for part in positions]
+
+
+def filled_up(of_tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """The same with zeros behind it, up to a length.
+
+    Args:
+        of_tokens: `(batch, number of tokens, ...)`.
+        length: Of how many tokens there is room for.
+    """
+    missing = length - of_tokens.shape[1]
+    if missing <= 0:
+        return of_tokens
+    return torch.cat([of_tokens, of_tokens.new_zeros(len(of_tokens), missing, *of_tokens.shape[2:])], 1)

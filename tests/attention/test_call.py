@@ -317,7 +317,7 @@ def test_which_tokens_are_visual(attention: LlamaAttention):
     call = call_of(attention)
     assert call.visual_keys.tolist() == VISUAL.tolist()
     assert call.visual_queries.tolist() == VISUAL[:, -QUERIES:].tolist()
-    assert call.text_before_images.tolist() == [[True, *[False] * 4], [False] * 5]
+    assert call.keys.text_before_images.tolist() == [[True, *[False] * 4], [False] * 5]
     call.query, call.key = call.query[:, :, -1:], call.key[:, :, -2:]  # the last token, in a sliding window
     assert call.visual_queries.tolist() == VISUAL[:, -1:].tolist()
     assert call.visual_keys.tolist() == VISUAL[:, -2:].tolist()
@@ -325,7 +325,11 @@ def test_which_tokens_are_visual(attention: LlamaAttention):
 
 def test_without_images_nothing_is_visual(attention: LlamaAttention):
     call = call_of(attention, context=context_of(torch.zeros_like(VISUAL)))
-    for found, width in ((call.visual_queries, QUERIES), (call.visual_keys, KEYS), (call.text_before_images, KEYS)):
+    for found, width in (
+        (call.visual_queries, QUERIES),
+        (call.visual_keys, KEYS),
+        (call.keys.text_before_images, KEYS),
+    ):
         assert found.tolist() == [[False] * width] * BATCH
 
 

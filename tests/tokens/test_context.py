@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from peft_pvm.tokens.context import VisualContext, dropped_keywords
+from peft_pvm.tokens.keys import Keys
 from peft_pvm.tokens.memory import Coverage, VisualMemory
 
 
@@ -153,11 +154,11 @@ def test_keys(seed: int, cuts: list[int], static: bool):
     for (_, stop), context in zip(batch.pieces(cuts), contexts):
         for num_keys in {1, 2, stop // 2 + 1, stop - 1 or 1, stop, stop + 3}:
             first = max(stop - num_keys, 0)
-            assert context.num_dropped(num_keys) == first
-            visual, before = context.visual_keys(num_keys), context.text_before_images(num_keys)
+            assert Keys(context, num_keys).dropped == first
+            visual, before = Keys(context, num_keys).visual, Keys(context, num_keys).text_before_images
             assert visual.shape == before.shape == (len(batch.kinds), num_keys)
-            assert context.visual_keys(num_keys) is visual, "made once for all layers"
-            assert context.text_before_images(num_keys) is before
+            assert Keys(context, num_keys).visual is visual, "made once for all layers"
+            assert Keys(context, num_keys).text_before_images is before
             for row, kinds in enumerate(batch.kinds):
                 seen = kinds[first:stop] + "-" * (num_keys - (stop - first))  # a key that is not filled yet
                 assert visual[row].tolist() == [kind == "v" for kind in seen]
@@ -392,8 +393,8 @@ def test_a_tail_is_the_context_of_the_last_tokens(seed: int, static: bool):
         if tail.visual_mask is not None:
             assert torch.equal(tail.visual_mask, batch.mask("v")[:, start:])
         for num_keys in (1, length, batch.length, batch.length + 2):
-            assert torch.equal(tail.visual_keys(num_keys), expected.visual_keys(num_keys))
-            assert torch.equal(tail.text_before_images(num_keys), expected.text_before_images(num_keys))
+            assert torch.equal(Keys(tail, num_keys).visual, Keys(expected, num_keys).visual)
+            assert torch.equal(Keys(tail, num_keys).text_before_images, Keys(expected, num_keys).text_before_images)
         assert torch.equal(tail.text_behind_images(), expected.text_behind_images())
     assert context.seq_len == batch.length
 
@@ -405,13 +406,13 @@ def test_a_context_on_another_device():
     context = context_of()
     context.adapter_names = ["a", "b"]
     assert context.to("cpu") is context
-    derived = context.visual_keys(4)
+    derived = Keys(context, 4).visual
     moved = context.to("meta")
     assert moved.device.type == "meta"
-    tensors = (moved.visual_mask, moved.visual_positions, moved.memory.embeddings, moved.visual_keys(4))
+    tensors = (moved.visual_mask, moved.visual_positions, moved.memory.embeddings, Keys(moved, 4).visual)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.seq_len, moved.past_length, moved.adapter_names) == (4, 0, ["a", "b"])
-    assert context.visual_keys(4) is derived
+    assert Keys(context, 4).visual is derived
     assert context.to(torch.device("meta")).memory is moved.memory, "the memory is copied once"
     assert {context.device.type, context.visual_mask.device.type, context.memory.slots.device.type} == {"cpu"}
 

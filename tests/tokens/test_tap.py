@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from peft_pvm.tokens.context import CONTEXT, VisualContext
 from peft_pvm.tokens.families import VisionLanguageModel, find_vlm
+from peft_pvm.tokens.keys import Keys
 from peft_pvm.tokens.memory import coverage_of, memory_of
 from peft_pvm.tokens.tap import BASE, VISUAL_MASK, AdaptersByRow, Tap
 from peft_pvm.utils.packages import CACHE
@@ -145,7 +146,7 @@ def test_it_sends_what_is_visual(family: TinyVLM):
         logits(model, family.inputs(model, "t5"))
     visual = (inputs["input_ids"] == IMAGE).tolist()
     assert seen[0].visual_mask.tolist() == visual
-    assert seen[0].text_before_images(len(visual[0]))[0].tolist()[:4] == [True] * 4
+    assert Keys(seen[0], len(visual[0])).text_before_images[0].tolist()[:4] == [True] * 4
     assert seen[0].position_ids is not None
     assert seen[1].visual_mask is None
     assert [context.refusal for context in seen] == [None, None]

@@ -220,7 +220,7 @@ class AnchoredPositions(Positions):
             if not self.by_image:
                 return [call.visual_keys]
             starts, _ = context.images(*self.by_image)
-            image = context.image_of_keys(num_keys, *self.by_image)
+            image = call.keys.images(*self.by_image)
             return [call.visual_keys & (image == number) for number in range(starts.shape[1])]
 
         return context.derived(("dipe members", self.by_image, num_keys), find)

@@ -233,15 +233,14 @@ class Reweighting:
         rotary = self.rotary
         if rotary is None:
             return F.normalize(call.query, dim=-1), lambda keys: F.normalize(call.key[:, :, keys], dim=-1)
-        context, num_queries, num_keys = call.context, call.query.shape[2], call.key.shape[2]
+        context, num_queries = call.context, call.query.shape[2]
         own, _ = context.noted()
-        positions = context.memory.kept.get(POSITIONS)
-        if positions is None:
+        of_keys = call.keys.kept(POSITIONS)
+        if of_keys is None:
             raise RuntimeError(
                 "The KV cache holds tokens whose positions nobody kept: T-DRS must be attached from the first token "
                 "on. Start with a new cache."
             )
-        of_keys = context.derived(("positions of keys", num_keys), lambda: context.of_keys(positions, num_keys))
 
         def name(what: str, positions: torch.Tensor) -> tuple[Hashable, ...]:
             return "tdrs", what, rotary, self.layer_type, positions.shape[1]

@@ -9,6 +9,7 @@ from forwards import TOLERANCE, difference, generate
 from methods_under_test import METHODS
 
 from peft_pvm.tokens.context import VisualContext
+from peft_pvm.tokens.keys import Keys
 
 
 def test_a_static_cache_changes_nothing():
@@ -34,7 +35,7 @@ def test_padding_is_looked_up_in_the_models_mask(form: str, num_keys: int):
     masks = {"two axes": REAL, "four axes": whole, "by layer type": {"window": whole[..., :2], "all": whole}}
     context = VisualContext(None, masks.get(form))
     context.past_length, context.seq_len = 4, 2
-    padding = context.padding(2, num_keys)
+    padding = Keys(context, num_keys).padding(2)
     of_keys, of_queries = padding.ranks()
     before = 0 if form == "none" or num_keys == 4 else 1
     assert of_keys[0, 0, before:].tolist() == list(range(num_keys - before))
@@ -44,4 +45,4 @@ def test_padding_is_looked_up_in_the_models_mask(form: str, num_keys: int):
 def test_a_mask_of_other_keys_says_nothing():
     context = VisualContext(None, {"window": torch.ones(1, 1, 2, 3, dtype=torch.bool)})
     context.past_length, context.seq_len = 4, 2
-    assert context.padding(2, 6) is None
+    assert Keys(context, 6).padding(2) is None
