@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("typer", reason="the command needs the extra `lab`")
 
 from typer.testing import CliRunner
 
-from peft_pvm.bench.launches import Launches, count_launches, measure_launches, summary
+from peft_pvm.bench.launches import Launches, count_kernels, count_launches, measure_launches, summary
 from peft_pvm.bench.models import METHODS, build_random
 from peft_pvm.bench.run import Settings
 from peft_pvm.cli.app import app
@@ -64,6 +65,19 @@ def test_views_are_free_and_layers_are_told_apart():
     assert {"mm", "add"} <= set(found.names)
     assert not {"t", "view", "unsqueeze", "slice", "detach", "empty"} & set(found.names)
     assert not any(layer._forward_hooks for layer in layers[:2])
+
+
+@on_a_cpu
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
+def test_kernels_of_a_compiled_forward():
+    """A product of matrices is torch's, the rest is one kernel of inductor's. What runs outside does not count."""
+    linear = nn.Linear(8, 8)
+    options = {"cpp.enable_kernel_profile": True}
+    compiled = torch.compile(lambda x: linear(x).relu() * 2 + 1, fullgraph=True, options=options)
+    x = torch.ones(2, 8)
+    with torch.no_grad():
+        compiled(x)
+    assert count_kernels(lambda: compiled(x * 1)) == 2
 
 
 def test_what_layers_share_is_counted_once():
