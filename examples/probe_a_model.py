@@ -6,36 +6,39 @@ python examples/probe_a_model.py Qwen/Qwen3-VL-2B-Instruct photo.jpg "What is wr
 
 import sys
 
-import torch
-
 from peft_pvm import DIPEConfig, TDRSConfig, attached
-from peft_pvm.probe import build_inputs, probe
+from peft_pvm.probe import build_inputs, picture_of, probe, verdict
 
 
-def tiny_model_and_inputs():
-    """A mosaic of nine digits, which the model then writes out over and over."""
-    from peft_pvm.demo.mosaic import make_transcriptions
-    from peft_pvm.demo.tiny_vlm import load_tiny_vlm
-
-    batch = make_transcriptions("test", 1, 0, written_cells=1, generator=torch.Generator().manual_seed(0))
-    inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "logits_to_keep"}
-    return load_tiny_vlm(), inputs, str
-
-
-def model_and_inputs(model_id: str, image_path: str, prompt: str):
-    """A model from the Hub, an image file and a prompt."""
+def load(model_id: str, image_path: str, prompt: str):
+    """A model from the Hub, its processor, an image and a prompt."""
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto", device_map="auto")
-    processor = AutoProcessor.from_pretrained(model_id)
-    inputs = build_inputs(processor, Image.open(image_path).convert("RGB"), prompt)
-    return model, {name: tensor.to(model.device) for name, tensor in inputs.items()}, processor.tokenizer.decode
+    return model, AutoProcessor.from_pretrained(model_id), Image.open(image_path).convert("RGB"), prompt
 
 
-model, inputs, decode = model_and_inputs(*sys.argv[1:4]) if len(sys.argv) == 4 else tiny_model_and_inputs()
+def load_tiny():
+    """The tiny model, and a mosaic of nine digits, which it then writes out over and over."""
+    from peft_pvm.demo.cells import ask_in_tokens
+    from peft_pvm.demo.for_trainers import tiny_vlm_processor
+    from peft_pvm.demo.tiny_vlm import load_tiny_vlm
+
+    question = ask_in_tokens(transcription=True, rows=1, seed=0)[0]
+    return load_tiny_vlm(), tiny_vlm_processor(), question.image, question.question
+
+
+model, processor, image, prompt = load(*sys.argv[1:4]) if len(sys.argv) == 4 else load_tiny()
+inputs = {name: tensor.to(model.device) for name, tensor in build_inputs(processor, image, prompt).items()}
 with attached(model, DIPEConfig(max_distance=0), TDRSConfig()):
-    result = probe(model, inputs, decode=decode, max_new_tokens=128)
-for forward in result.forwards:
-    print(f"{forward.name}: {forward.mean_mass[0]:.3f} of attention on the image, decay {forward.mean_decay}")
+    result = probe(
+        model,
+        inputs,
+        prompt=prompt,
+        decode=processor.tokenizer.decode,
+        images=[picture_of(processor, image)],
+        max_new_tokens=128,
+    )
+print(*verdict(result), sep="\n")
 print("Report:", result.save("probe_report"))

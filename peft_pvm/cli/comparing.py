@@ -97,7 +97,7 @@ def compare(
     attn_implementation: Kernel = None,
 ) -> None:
     """Have a model answer the same questions alone, with trivial controls, with each method and with adapters."""
-    require("lab", "matplotlib", "PIL", "sklearn")
+    require("lab", "jinja2", "matplotlib", "PIL", "sklearn")
     names = None
     if methods != ALL:
         names = separated("--methods", methods, name_among(tuple(UNTRAINED)), f"{ALL}, or some of {tuple(UNTRAINED)}")

@@ -14,7 +14,7 @@ from ..folders.replacing import write_file
 from ..integrations.lmms_eval import report, tasks_folder
 from ..integrations.trl import draw_curves, read_log
 from ..methods.pvm import PVMConfig
-from ..probe import ProbeResult, build_inputs, picture_of
+from ..probe import build_inputs, picture_of, verdict
 from ..probe import probe as probe_model
 from ..probe.run import check_retrieval
 from ..tokens.families import find_vlm
@@ -73,7 +73,7 @@ def probe(
     ] = None,
 ) -> None:
     """Measure how much a model stops looking at its image, and what adapters change about that."""
-    require("lab", "matplotlib", "PIL")
+    require("lab", "jinja2", "matplotlib", "PIL")
     check_device(device)
     if not sink_factor > 0:
         raise typer.BadParameter(f"{sink_factor} must be above 0.", param_hint=["--sink-factor"])
@@ -98,7 +98,8 @@ def probe(
         )
     path = result.save(out)
     say(f"Answer: {''.join(result.tokens)}")
-    say(_sentence(result))
+    for sentence in verdict(result):
+        say(sentence)
     say(f"Report: {path}")
 
 
@@ -122,15 +123,6 @@ def _open_image(path: Path) -> Image:
         return read_image(path)
     except ValueError as error:
         raise typer.BadParameter(f"'{path}' {error}", param_hint=["--image"]) from error
-
-
-def _sentence(result: ProbeResult) -> str:
-    parts = []
-    for forward in result.forwards[:2]:
-        law = forward.mean_decay
-        exponent = "" if law is None else f", decay exponent {law.exponent:.2f} ± {law.standard_error:.2f}"
-        parts.append(f"{forward.name}: {forward.mean_mass[0]:.3f} to {forward.mean_mass[-1]:.3f}{exponent}")
-    return f"Attention on the image, first to last token: {'; '.join(parts)}."
 
 
 def eval_lengths(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 from collections.abc import Sequence
@@ -10,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..folders.replacing import replacing
-from ..utils.html import document, figure
-from ..utils.html import table as html_table
+from ..utils.html import render
 from ..utils.text import markdown, markdown_table
 from .comparison import Comparison, Finding
 from .contenders import BASE, METHOD
@@ -59,7 +57,7 @@ def save(comparison: Comparison, folder: str | os.PathLike) -> Path:
         The path of the HTML page.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: jinja2 or matplotlib is not installed.
     """
     picture = draw_pareto(comparison)
     files = {
@@ -107,14 +105,14 @@ def in_markdown(section: Section, picture: str) -> list[str]:
 
 def as_html(comparison: Comparison, picture: bytes) -> str:
     """The report as a page that needs nothing else."""
-    made = []
-    for section in sections(comparison):
-        made.append(f"<h2>{html.escape(section.title)}</h2>")
-        for part in section.parts:
-            made.append(f"<p>{html.escape(part)}</p>" if isinstance(part, str) else html_table(part.header, part.rows))
-        if section.title == LATENCY:
-            made.append(figure(picture, ALTERNATIVE))
-    return document(title(comparison), made)
+    return render(
+        "compare/report.html",
+        title=title(comparison),
+        sections=sections(comparison),
+        with_picture=LATENCY,
+        picture=picture,
+        alternative=ALTERNATIVE,
+    )
 
 
 def title(comparison: Comparison) -> str:

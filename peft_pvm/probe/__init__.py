@@ -5,6 +5,7 @@ from .inputs import build_inputs, picture_of
 from .measures import Dilution, PowerLaw, fit_dilution, fit_power_law
 from .report import ProbeResult
 from .run import probe
+from .words import verdict
 
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "fit_power_law",
     "picture_of",
     "probe",
+    "verdict",
 ]

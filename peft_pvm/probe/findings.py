@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LayerAttention:
         dilution: The dilution law of the same numbers.
         scores_below_zero: Share of the scores of visual keys that are below 0 before any adapter changes them, over
             all heads, for each generated token. A method that multiplies scores by more than 1 takes attention from
-            these keys. Empty in what an earlier version wrote.
+            these keys.
     """
 
     layer_idx: int
@@ -50,7 +50,7 @@ class LayerAttention:
     sink_mass: list[float]
     decay: PowerLaw | None
     dilution: Dilution | None
-    scores_below_zero: list[float] = field(default_factory=list)
+    scores_below_zero: list[float]
 
     @property
     def share_below_zero(self) -> float:
@@ -77,6 +77,10 @@ class ForwardRecord:
             model has no final norm that could be applied.
         kl_to_base: KL(this || base) of the prediction of each generated token, in nats; of the base itself 0.
         agreement: Share of the generated tokens that are this forward's first choice.
+        choice_ids: For each generated token, the token that this forward would have chosen in its place.
+        choices: The same as text.
+        mean_map: The attention that reaches each visual token, averaged over heads, layers and generated tokens.
+        maps: The same for some of the generated tokens, from the first to the last.
     """
 
     name: str
@@ -87,6 +91,15 @@ class ForwardRecord:
     lens: list[list[float]] | None
     kl_to_base: list[float]
     agreement: float
+    choice_ids: list[int]
+    choices: list[str]
+    mean_map: list[float]
+    maps: dict[int, list[float]]
+
+    @property
+    def label(self) -> str:
+        """What a reader calls it: "base", or the names of the adapters that act."""
+        return " + ".join(self.adapters) or "base"
 
     @property
     def mean_mass(self) -> list[float]:
@@ -150,6 +163,8 @@ class Findings:
     grids: list[tuple[int, int]]
     token_ids: list[int]
     tokens: list[str]
+    base_token_ids: list[int]
+    base_tokens: list[str]
     unobserved_layers: list[int]
     forwards: list[ForwardRecord]
     adapters: list[AdapterRecord]
@@ -191,7 +206,9 @@ class Findings:
         content = read_json(path)
         version = content.pop("format_version", None) if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has format_version {version!r}, this peft_pvm reads {FORMAT_VERSION}.")
+            raise ValueError(
+                f"{path} has format_version {version!r}, this peft_pvm reads {FORMAT_VERSION}. Probe again."
+            )
         with holding(path, "what ProbeResult.save writes"):
             images = [(folder / f"image-{number}.png").read_bytes() for number in range(content.pop("num_images"))]
             content["grids"] = [tuple(grid) for grid in content["grids"]]
@@ -208,7 +225,8 @@ def most_text_tokens(attention: list[LayerAttention]) -> list[int]:
 
 def _forward(content: Mapping[str, Any]) -> ForwardRecord:
     attention = [LayerAttention(**{**layer, **_laws(layer, "")}) for layer in content["attention"]]
-    return ForwardRecord(**{**content, **_laws(content, "mean_"), "attention": attention})
+    maps = {int(token): weights for token, weights in content["maps"].items()}
+    return ForwardRecord(**{**content, **_laws(content, "mean_"), "attention": attention, "maps": maps})
 
 
 def _laws(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A probe's result as a folder: its numbers, its pictures, and one page that needs nothing else.
 
-The pictures are inside the page. It has no script, and loads nothing from outside.
+The page is made from `report.html` beside this file. It has no script and loads nothing.
 """
 
 from __future__ import annotations
@@ -8,15 +8,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from difflib import SequenceMatcher
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+
 from ..folders.replacing import replacing
-from ..utils.html import document, figure, table
+from ..utils.html import render
 from ..utils.packages import require
+from ..utils.plotting import COLOURS
 from .findings import Findings
+from .maps import frames, heat, looks, pictures_of, retrievals
 from .measures import Dilution, PowerLaw
 from .plots import Picture, draw
+from .words import nats, percent, share_changed, shown, verdict
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class ProbeResult(Findings):
         grids: Rows and columns of visual tokens, for each image, where they are known; otherwise empty.
         token_ids: The generated tokens.
         tokens: The generated tokens as text.
+        base_token_ids: What is generated with every adapter off.
+        base_tokens: The same as text.
         unobserved_layers: Decoder layers without softmax attention, which have no weights to record.
         forwards: What each forward showed; the base is the first.
         adapters: All attached adapters.
@@ -50,19 +58,19 @@ class ProbeResult(Findings):
             The path of the report.
 
         Raises:
-            ImportError: matplotlib is not installed. All but the pictures and the report is written by then: `load`
-                reads it where matplotlib is.
+            ImportError: jinja2 or matplotlib is not installed. All but the pictures and the report is written by then:
+                `load` reads it where they are.
         """
         files = {f"image-{number}.png": image for number, image in enumerate(self.images)}
         files["probe.json"] = self.to_json().encode()
         missing = None
         try:
-            require("lab", "matplotlib")
+            require("lab", "jinja2", "matplotlib")
         except ImportError as error:
             missing = error
         else:
             pictures = draw(self)
-            files |= {f"{picture.name}.png": picture.png for picture in pictures}
+            files |= {f"{picture.name}.svg": picture.svg.encode() for picture in pictures}
             files["report.html"] = page(self, pictures).encode()
         with replacing(folder, entry="probe.json") as staged:
             for name, content in files.items():
@@ -74,35 +82,88 @@ class ProbeResult(Findings):
 
 def page(result: Findings, pictures: Sequence[Picture]) -> str:
     """The page, a whole HTML document, with the pictures that `draw` makes of a result."""
-    sections = [_summary(result), _looked_at(result), _forwards(result), _adapters(result), _signs(result)]
-    sections += [_figure(picture) for picture in pictures]
-    sections += [_tokens(result), _setting(result)]
-    return document(f"Probe of {result.model_name}", sections)
-
-
-def _summary(result: Findings) -> str:
-    answer = "".join(result.tokens)
-    text = (
-        f"{result.num_prompt_tokens} prompt tokens, {result.num_visual_tokens} of them visual; "
-        f"{len(result.token_ids)} tokens generated."
-    )
-    if result.unobserved_layers:
-        layers = ", ".join(map(str, result.unobserved_layers))
-        text += f" Layers without softmax attention, which have no weights to show: {layers}."
-    return (
-        f"<p>{escape(text)}</p>\n<h2>Prompt</h2>\n<pre>{escape(result.prompt)}</pre>\n"
-        f"<h2>Answer</h2>\n<pre>{escape(answer)}</pre>"
+    return render(
+        "probe/report.html",
+        result=result,
+        verdict=verdict(result),
+        images=pictures_of(result),
+        frames=frames(result),
+        looks=looks(result),
+        retrievals=retrievals(result),
+        ramp=heat(np.linspace(0, 1, 64)[None]),
+        answers=answers(result),
+        pictures=pictures,
+        tables=_tables(result),
+        colours=COLOURS,
+        percent=percent,
+        share_changed=share_changed,
+        nats=nats,
     )
 
 
-def _looked_at(result: Findings) -> str:
-    return "\n".join(figure(image, f"Image {number + 1} of the prompt") for number, image in enumerate(result.images))
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.2g}"
 
 
-def _forwards(result: Findings) -> str:
+@dataclass(frozen=True)
+class Answer:
+    """An answer beside another.
+
+    Attributes:
+        label: Whose it is.
+        parts: Its text in pieces, and whether the other lacks them.
+    """
+
+    label: str
+    parts: list[tuple[str, bool]]
+
+
+def answers(result: Findings) -> list[Answer]:
+    """The base's answer and that of the model as it stands; one of them if they are the same."""
+    of_base, of_model = result.base.label, result.forwards[:2][-1].label
+    if result.base_token_ids == result.token_ids:
+        both = of_base if of_base == of_model else f"{of_base} and {of_model}, the same"
+        return [Answer(both, [("".join(result.tokens), False)])]
+    alike = SequenceMatcher(None, result.base_token_ids, result.token_ids, autojunk=False).get_matching_blocks()
+    kept_of_base = {block.a + step for block in alike for step in range(block.size)}
+    kept_of_model = {block.b + step for block in alike for step in range(block.size)}
+    return [
+        Answer(of_base, _parts(result.base_tokens, kept_of_base)),
+        Answer(of_model, _parts(result.tokens, kept_of_model)),
+    ]
+
+
+def _parts(tokens: Sequence[str], kept: set[int]) -> list[tuple[str, bool]]:
+    runs = groupby(enumerate(tokens), key=lambda numbered: numbered[0] not in kept)
+    return [("".join(token for _, token in run), is_changed) for is_changed, run in runs]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        title: Its heading.
+        explanation: What stands in it.
+        header: The names of its columns.
+        rows: Its rows.
+    """
+
+    title: str
+    explanation: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def _tables(result: Findings) -> list[Table]:
+    tables = [_forwards(result), _adapters(result), _signs(result), _tokens(result), _setting(result)]
+    return [table for table in tables if table.rows]
+
+
+def _forwards(result: Findings) -> Table:
     rows = [
         (
-            forward.name,
+            forward.label,
             f"{forward.mean_mass[0]:.3g} → {forward.mean_mass[-1]:.3g}",
             f"{forward.mean_mass_without_sinks[0]:.3g} → {forward.mean_mass_without_sinks[-1]:.3g}",
             _exponent(forward.mean_decay),
@@ -119,17 +180,14 @@ def _forwards(result: Findings) -> str:
         "Decay exponent",
         "Dilution: text tokens at which the share is one half",
         "Mean KL to the base (nats)",
-        "Would have said the same",
+        "Would have chosen the same tokens",
     )
     explanation = (
-        "Every forward reads the same prompt and answer: the base with every adapter off, the model as it stands, and "
-        "each adapter by itself. Attention on the image is a share of all attention, averaged over heads and layers. "
-        "Read it beside the share without sinks, for a model can put much of its attention on a few visual tokens "
-        "without looking at the image. An exponent of 1 is a fall like one over the number of text tokens; the "
-        "dilution law is what a softmax gives that tells only text from image. The last column is the share of "
-        "generated tokens that are this forward's first choice."
+        "Every forward reads the same prompt and the same answer. Attention is averaged over heads and layers. A "
+        "decay exponent of 1 means that attention falls like one over the number of text tokens. The dilution law is "
+        "what a softmax gives that only tells text from image."
     )
-    return f"<h2>What was measured</h2>\n<p>{escape(explanation)}</p>\n{table(header, rows)}"
+    return Table("Every forward in numbers", explanation, header, rows)
 
 
 def _exponent(law: PowerLaw | None) -> str:
@@ -145,13 +203,7 @@ def _tokens_to_half(law: Dilution | None) -> str:
     return f"{law.a:.3g}" if law.r_squared is None else f"{law.a:.3g}, R² {law.r_squared:.2f}"
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.3g}"
-
-
-def _adapters(result: Findings) -> str:
-    if not result.adapters:
-        return ""
+def _adapters(result: Findings) -> Table:
     rows = []
     for adapter in result.adapters:
         alone = "" if adapter.kl_alone is None else _mean(adapter.kl_alone)
@@ -160,36 +212,51 @@ def _adapters(result: Findings) -> str:
             for branch in result.branches
             if branch.adapter == adapter.name
         )
-        rows.append((adapter.name, adapter.method, "yes" if adapter.active else "no", alone, gates))
-    header = ("Adapter", "Type", "Acts", "Mean KL to the base by itself (nats)", "Gates")
-    return f"<h2>Adapters</h2>\n{table(header, rows)}"
+        rows.append(
+            (
+                adapter.name,
+                adapter.method,
+                "yes" if adapter.active else "no",
+                alone,
+                *([gates] if result.branches else []),
+            )
+        )
+    explanation = "What each adapter changes by itself, on the same text."
+    gates_of = ("Gates",) if result.branches else ()
+    header = ("Adapter", "Type", "Acts", "Mean KL to the base by itself (nats)", *gates_of)
+    return Table("Adapters", explanation, header, rows)
 
 
-def _signs(result: Findings) -> str:
-    if not all(layer.scores_below_zero for layer in result.base.attention):
-        return ""  # what an earlier version wrote
-    rows = [(str(layer.layer_idx), f"{layer.share_below_zero:.0%}") for layer in result.base.attention]
+def _signs(result: Findings) -> Table:
+    rows = [(str(layer.layer_idx), percent(layer.share_below_zero)) for layer in result.base.attention]
     explanation = (
-        "Shares of the base's scores of visual keys, before the softmax, over heads and generated tokens. A method "
-        "that multiplies scores by more than 1 takes attention from these keys."
+        "The share of the base's scores of visual keys that are below 0 before the softmax, over heads and generated "
+        "tokens. A method that multiplies scores by more than 1 takes attention from these keys."
     )
-    return f"<h2>Scores below 0</h2>\n<p>{explanation}</p>\n{table(('Layer', 'Below 0'), rows)}"
+    return Table("Scores below 0", explanation, ("Layer", "Below 0"), rows)
 
 
-def _figure(picture: Picture) -> str:
-    shown = figure(picture.png, picture.alternative)
-    return f"<h2>{escape(picture.title)}</h2>\n<p>{escape(picture.explanation)}</p>\n{shown}"
-
-
-def _tokens(result: Findings) -> str:
+def _tokens(result: Findings) -> Table:
     rows = [
-        (str(number), repr(token), *(f"{forward.mean_mass[number]:.3g}" for forward in result.forwards))
+        (
+            str(number),
+            shown(token),
+            shown(result.base.choices[number]) if result.base.choice_ids[number] != result.token_ids[number] else "",
+            *(f"{forward.mean_mass[number]:.3g}" for forward in result.forwards),
+            *(f"{forward.kl_to_base[number]:.2g}" for forward in result.forwards[1:]),
+        )
         for number, token in enumerate(result.tokens)
     ]
-    header = ("Number", "Token", *(f"Attention on the image, {forward.name}" for forward in result.forwards))
-    return f"<h2>Token by token</h2>\n{table(header, rows)}"
+    header = (
+        "Number",
+        "Token",
+        "The base would choose",
+        *(f"Attention on the image, {forward.label}" for forward in result.forwards),
+        *(f"KL to the base, {forward.label}" for forward in result.forwards[1:]),
+    )
+    return Table("Token by token", "Tokens are counted from 0.", header, rows)
 
 
-def _setting(result: Findings) -> str:
+def _setting(result: Findings) -> Table:
     rows = [(name, str(value)) for name, value in (*result.settings.items(), *result.environment.items())]
-    return f"<h2>Settings and versions</h2>\n{table(('Name', 'Value'), rows)}"
+    return Table("Settings and versions", "What the numbers depend on.", ("Name", "Value"), rows)

@@ -44,6 +44,7 @@ from .report import ProbeResult
 
 BASE, TOGETHER = "base", "adapters"  # names of forwards
 RETRIEVALS_KEPT = 6
+MAPS_KEPT = 12  # a map has a number for each visual token, of which there may be thousands
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class _Settings:
     sink_share: float
     retrieval_tokens: Sequence[int] | None
     generate_kwargs: Mapping[str, Any]
+    decode: Callable[[int], str]
 
 
 @torch.no_grad()
@@ -74,8 +76,9 @@ def probe(
 ) -> ProbeResult:
     """Measure how much a model looks at its image while it answers, and what its adapters change.
 
-    It generates with the adapters as they stand. Then it runs over prompt and answer once with every adapter off, once
-    with those that act, and once with each of these alone. The model is left as it was, also after an exception.
+    It generates with the adapters as they stand, and with every adapter off. Then it runs over the prompt and the
+    first of the two answers once with every adapter off, once with those that act, and once with each of these alone.
+    The model is left as it was, also after an exception.
 
     Args:
         model: A vision-language model from transformers, with or without adapters of any of PEFT's types that live in
@@ -102,35 +105,29 @@ def probe(
         NotImplementedError: The model or an adapter works in a way that the probe cannot follow.
     """
     vlm = find_vlm(base_of(model))
-    settings = _Settings(max_new_tokens, sink_factor, sink_share, retrieval_tokens, generate_kwargs or {})
+    settings = _Settings(max_new_tokens, sink_factor, sink_share, retrieval_tokens, generate_kwargs or {}, decode)
     acting = acting_adapters(vlm.model)
     _check(vlm, model, inputs, settings)
     check_retrieval(retrieval_tokens, max_new_tokens)
     progress = progress or (lambda description, done, total: None)
-    token_ids, forwards, traces = _observe(vlm, inputs, acting, settings, progress)
-    return ProbeResult(
-        **_describe(vlm, inputs, settings),
-        prompt=prompt,
-        token_ids=token_ids,
-        tokens=[decode(token_id) for token_id in token_ids],
-        forwards=forwards,
-        adapters=_adapters(vlm.model, acting, forwards),
-        branches=_branches(traces, retrieval_tokens),
-        images=list(images),
-    )
+    observed = _observe(vlm, inputs, acting, settings, progress)
+    return ProbeResult(**_describe(vlm, inputs, settings), **observed, prompt=prompt, images=list(images))
 
 
 def _observe(
     vlm: VisionLanguageModel, inputs: Mapping[str, Any], acting: list[str], settings: _Settings, progress: Progress
-) -> tuple[list[int], list[ForwardRecord], dict[tuple[str, int], BranchTrace]]:
-    """Generate, and look at the answer: its tokens, what each forward showed, what PVM did with all adapters on."""
+) -> dict[str, Any]:
+    """Of a result, what is found by generating and by looking at the answer."""
+    forwards: list[ForwardRecord] = []
+    traces: dict[tuple[str, int], BranchTrace] = {}
     with undisturbed(vlm):
-        token_ids = generate(vlm.model, inputs, settings.max_new_tokens, settings.generate_kwargs, progress)
+        arguments = settings.max_new_tokens, settings.generate_kwargs, progress
+        token_ids = generate(vlm.model, inputs, *arguments)
         check_retrieval(settings.retrieval_tokens, len(token_ids))
+        with only(vlm.model, []):
+            base_token_ids = generate(vlm.model, inputs, *arguments) if acting else token_ids
         whole = extended(vlm.model, inputs, token_ids[:-1])
         planned = _planned(acting)
-        forwards: list[ForwardRecord] = []
-        traces: dict[tuple[str, int], BranchTrace] = {}
         base_logits: torch.Tensor | None = None
         for done, (name, names) in enumerate(planned.items()):
             progress("looking at the answer", done, len(planned))
@@ -141,7 +138,15 @@ def _observe(
             traces = seen.branches if name == TOGETHER else traces
         progress("looking at the answer", len(planned), len(planned))
     _warn_of_signs(vlm.model, acting, forwards[0])
-    return token_ids, forwards, traces
+    return dict(
+        token_ids=token_ids,
+        tokens=[settings.decode(token_id) for token_id in token_ids],
+        base_token_ids=base_token_ids,
+        base_tokens=[settings.decode(token_id) for token_id in base_token_ids],
+        forwards=forwards,
+        adapters=_adapters(vlm.model, acting, forwards),
+        branches=_branches(traces, settings.retrieval_tokens),
+    )
 
 
 def _planned(names: list[str]) -> dict[str, list[str]]:
@@ -282,7 +287,8 @@ def _record(
     attention = [_attention(layer_idx, masses, settings) for layer_idx, masses in sorted(seen.masses.items())]
     text_tokens = most_text_tokens(attention)
     mean_mass = mean_over_layers([layer.visual_mass for layer in attention])
-    first_choices = seen.logits.argmax(-1).tolist()
+    choice_ids = seen.logits.argmax(-1).tolist()
+    by_token = torch.stack([masses.per_token.cpu() for masses in seen.masses.values()]).mean(0)
     return ForwardRecord(
         name=name,
         adapters=adapters,
@@ -291,8 +297,23 @@ def _record(
         mean_dilution=fit_dilution(text_tokens, mean_mass),
         lens=None if seen.lens is None else [numbers(layer) for layer in seen.lens],
         kl_to_base=numbers(kl_divergence(seen.logits, base_logits)),
-        agreement=rounded(sum(map(operator.eq, first_choices, token_ids)) / len(token_ids)),
+        agreement=rounded(sum(map(operator.eq, choice_ids, token_ids)) / len(token_ids)),
+        choice_ids=choice_ids,
+        choices=[settings.decode(token_id) for token_id in choice_ids],
+        mean_map=numbers(by_token.mean(0)),
+        maps={token: numbers(by_token[token]) for token in _spread(len(token_ids), MAPS_KEPT)},
     )
+
+
+def _spread(num_tokens: int, most: int) -> list[int]:
+    """Some tokens, evenly spread from the first to the last, or all if there are no more.
+
+    Example:
+        >>> _spread(9, 3), _spread(2, 3)
+        ([0, 4, 8], [0, 1])
+    """
+    steps = min(num_tokens, most) - 1
+    return [round(step * (num_tokens - 1) / max(steps, 1)) for step in range(steps + 1)]
 
 
 def _attention(layer_idx: int, masses: AttentionMass, settings: _Settings) -> LayerAttention:

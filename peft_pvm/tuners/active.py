@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, TypeVar, cast
@@ -16,6 +15,7 @@ from torch import nn
 from ..utils.packages import adapter_layers, held_by
 from ..utils.text import quoted
 from .base import VisualConfig, VisualTuner, VisualTunerLayer
+from .names import adapter_names
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -97,7 +97,6 @@ def only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
         yield
 
 
-_numbers = itertools.count()  # blocks may stand inside one another
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -105,8 +104,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
     """Attach fresh adapters to a model, all active beside those it has, and take them off at the end.
 
-    They act also where the model's own adapters are disabled. The model is then as it was, also after an exception:
-    modules, hooks, adapters and which of them act. What is trainable does not change, but what they bring is.
+    They have the names of their methods, with a number where a name is taken. They act also where the model's own
+    adapters are disabled. The model is then as it was, also after an exception: modules, hooks, adapters and which of
+    them act. What is trainable does not change, but what they bring is.
 
     Args:
         model: A vision-language model from transformers, or a PeftModel of one.
@@ -137,7 +137,7 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
         if not hasattr(base, "peft_config"):
             stack.callback(_forget_configs, base)
         acting = stack.enter_context(restored(base))
-        names = [f"attached_{next(_numbers)}" for _ in configs]
+        names = list(adapter_names([config.method for config in configs], base))
         for name, config in zip(names, configs):
             tuner_cls = cast(Any, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type])  # type: ignore[index]
             with warnings.catch_warnings():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,19 +58,22 @@ def styled(function: Callable[..., T]) -> Callable[..., T]:
     return draw
 
 
-def new_figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
-    """A figure of a page's width and its axes, an array of `(rows, columns)`.
+def new_figure(
+    height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **kwargs: Any
+) -> tuple[Figure, Any]:
+    """A figure and its axes, an array of `(rows, columns)`.
 
     Args:
         height: The height in inches.
         rows: Rows of axes.
         columns: Columns of axes.
+        width: The width in inches, by default that of a page.
         kwargs: Further arguments of `Figure.subplots`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
@@ -79,6 +83,21 @@ def as_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def as_svg(figure: Figure) -> str:
+    """An SVG element for an HTML page, which decides its font and background.
+
+    It is also a whole SVG file. Several can stand in one page: an id that occurs twice names the same thing.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": "peft-pvm", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    svg = buffer.getvalue()
+    return re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])
 
 
 def line_look(number: int, every: float | int = 1) -> dict[str, Any]:

@@ -164,6 +164,33 @@ def test_divergence_is_that_of_the_predictions(probed):
     assert [adapter.kl_alone for adapter in result.adapters] == [together.kl_to_base]
 
 
+def test_what_the_base_would_say(probed):
+    """By itself, and in the place of each token that the model with adapters wrote."""
+    family = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(family.build())
+    base = model.get_base_model()
+    inputs = family.prompt(base, "t4 i t5")
+    result = probed(model, decode=lambda token_id: f"<{token_id}>")
+    with torch.no_grad(), model.disable_adapter():
+        arguments = dict(max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False)
+        alone = base.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :].tolist()
+        logits = base(**extended(base, inputs, result.token_ids[:-1])).logits[0, -NUM_TOKENS:]
+    assert result.base_token_ids == alone != result.token_ids
+    assert result.base_tokens == [f"<{token_id}>" for token_id in alone]
+    assert result.base.choice_ids == logits.argmax(-1).tolist()
+    assert result.base.choices == [f"<{token_id}>" for token_id in result.base.choice_ids]
+    changed = [chosen != written for chosen, written in zip(result.base.choice_ids, result.token_ids)]
+    assert 1 - result.base.agreement == pytest.approx(sum(changed) / NUM_TOKENS)
+
+
+def test_maps_add_up_to_the_attention_on_the_image(result):
+    for forward in result.forwards:
+        assert list(forward.maps) == list(range(NUM_TOKENS)), "a short answer has a map for each token"
+        assert [sum(weights) for weights in forward.maps.values()] == pytest.approx(forward.mean_mass, rel=1e-4)
+        assert sum(forward.mean_map) == pytest.approx(sum(forward.mean_mass) / NUM_TOKENS, rel=1e-4)
+    assert max(result.base.mean_map) > 1.01 * min(result.base.mean_map), "everywhere alike: nothing is tested"
+
+
 def test_each_adapter_alone_is_the_model_with_it_alone(probed):
     """Also where they came by different ways and are of different types."""
     model = FAMILIES["llava"].build()
@@ -497,5 +524,5 @@ def test_progress_counts_tokens_and_forwards(probed):
         probed(model, progress=lambda *step: steps.append(step))
     assert [step for step in steps if step[0] == "generating"] == [
         ("generating", count, NUM_TOKENS) for count in [*range(NUM_TOKENS + 1), NUM_TOKENS]
-    ]
+    ] * 2, "with the adapters and without"
     assert [step[1:] for step in steps if step[0] != "generating"] == [(done, 4) for done in range(5)]

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
-import struct
 import subprocess
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from tiny_vlms import FAMILIES
 
-from peft_pvm.probe import ProbeResult
+from peft_pvm.probe import ProbeResult, verdict
+from peft_pvm.probe.maps import looks
+from peft_pvm.probe.plots import draw
+from peft_pvm.probe.report import Answer, answers, page
+from peft_pvm.probe.words import percent
 
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need matplotlib, of the extra lab")
 
-VOID = {"meta", "link", "img", "br"}
+
+VOID = {"meta", "link", "img", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -65,26 +74,12 @@ def test_json_round_trip_and_the_same_bytes(result: ProbeResult, saved: Path, tm
         assert matplotlib.rcParams["font.size"] == 30
     assert files(tmp_path) == files(saved.parent)
     assert sorted(files(tmp_path)) == [
-        "divergence.png", "image-0.png", "layers.png", "logit-lens.png", "mass-by-layer.png", "probe.json",
-        "report.html", "retrieval.png", "updates.png", "visual-mass.png",
+        "by-layer.svg", "by-token-and-layer.svg", "decay-by-layer.svg", "decay.svg", "divergence.svg", "image-0.png",
+        "logit-lens.svg", "probe.json", "report.html", "sinks.svg", "updates.svg", "visual-mass.svg",
     ]  # fmt: skip
     for name, content in files(tmp_path).items():
-        if name.endswith(".png"):
-            assert b"Software" not in content
-            assert struct.unpack(">II", content[16:24]) > (200, 40) or name == "image-0.png"
-
-
-def test_what_was_written_before_signs_were_looked_at_is_read(result: ProbeResult, saved: Path, tmp_path: Path):
-    assert "<h2>Scores below 0</h2>" in saved.read_text()
-    content = json.loads((saved.parent / "probe.json").read_text())
-    for forward in content["forwards"]:
-        for layer in forward["attention"]:
-            assert len(layer.pop("scores_below_zero")) == len(result.token_ids)
-    shutil.copytree(saved.parent, tmp_path / "old")
-    (tmp_path / "old" / "probe.json").write_text(json.dumps(content))
-    old = ProbeResult.load(tmp_path / "old")
-    assert old.base.attention[0].scores_below_zero == []
-    assert "Scores below 0" not in old.save(tmp_path / "again").read_text()
+        if name.endswith(".svg"):
+            ElementTree.fromstring(content)
 
 
 def test_json_tells_what_it_came_from(result: ProbeResult, saved: Path):
@@ -107,7 +102,7 @@ def test_what_cannot_be_read_back_is_refused(result: ProbeResult, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[" * 100_000, '{"format_version": 1}', '{"format_version": 1, "num_images": "x"}']
+    "content", ["", "[" * 100_000, '{"format_version": 2}', '{"format_version": 2, "num_images": "x"}']
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, content: str):
     (tmp_path / "probe.json").write_text(content)
@@ -120,7 +115,7 @@ def test_without_matplotlib_the_numbers_are_saved(
 ):
     monkeypatch.setattr("peft_pvm.utils.packages.find_spec", lambda name: None)
     with pytest.raises(
-        ImportError, match=r"has the numbers, but neither .* needs matplotlib, .* pip install '\.\[lab\]'"
+        ImportError, match=r"has the numbers, but neither .* needs jinja2 and matplotlib, .* pip install '\.\[lab\]'"
     ):
         result.save(tmp_path)
     assert sorted(files(tmp_path)) == ["image-0.png", "probe.json"]
@@ -133,40 +128,108 @@ def test_the_page_parses_and_needs_nothing_else(result: ProbeResult, saved: Path
     text = saved.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>")
     page = Page(text)
-    tags = [tag for tag, _ in page.tags]
-    assert "script" not in tags
     assert ("meta", {"charset": "utf-8"}) in page.tags
+    assert "default-src 'none'" in text, "a browser is to load and run nothing"
     for tag, attributes in page.tags:
         for name in ("src", "href"):
             assert attributes.get(name, "data:").startswith("data:"), f"{tag} loads {attributes.get(name)}"
         if tag == "img":
             assert attributes["alt"]
-    assert "url(" not in text
+        if attributes.get("role") == "img":
+            assert attributes["aria-label"]
+    assert text.count("url(") == text.count("url(data:") + text.count("url(#")
     assert "@import" not in text
-    assert tags.count("img") == 8  # seven pictures and the image
-    # User text is text.
-    assert result.prompt in page.text
     assert all(token in page.text for token in result.tokens)
 
 
-def test_few_tokens_and_no_adapter_make_a_page(probed, tmp_path: Path):
+def test_no_text_of_others_becomes_markup(result: ProbeResult):
+    """Prompt, tokens and model are text wherever they stand, also in attributes."""
+    text = page(replace(result, model_name=result.prompt, environment={result.prompt: result.prompt}), [])
+    assert result.prompt.startswith("<script>")
+    assert "<script" not in text
+    parsed = Page(text)
+    assert parsed.text.count(result.prompt) > len(result.tokens)
+    assert {tag for tag, _ in parsed.tags} <= {
+        "html", "head", "meta", "link", "title", "style", "body", "main", "header", "section", "div", "h1", "h2", "h3",
+        "p", "span", "b", "dl", "dt", "dd", "fieldset", "legend", "label", "input", "figure", "figcaption", "img",
+        "pre", "mark", "details", "summary", "table", "thead", "tbody", "tr", "th", "td",
+    }  # fmt: skip
+    assert any(tag == "img" and "<script>" in (attributes["alt"] or "") for tag, attributes in parsed.tags)
+
+
+def test_the_verdict_comes_first_and_names_adapters(result: ProbeResult, saved: Path):
+    base, *others = result.forwards
+    said = verdict(result)
+    assert said[0].startswith(f"{percent(base.mean_mass[0])} of the base's attention reaches the image at the first")
+    for forward in others:
+        assert f"with {forward.label} {percent(forward.mean_mass[-1])}" in said[0]
+        assert f"{forward.label} changes" in said[-1] or f", {forward.label} " in said[-1]
+    assert [forward.label for forward in others] == ["pvm + dipe", "pvm", "dipe"]
+    text = Page(saved.read_text(encoding="utf-8")).text
+    assert (
+        max(text.index(sentence) for sentence in said) < text.index("Where it looks") < text.index("What it answers")
+    )
+    assert text.index("What it answers") < text.index("Curves") < text.index("Details")
+
+
+def test_tokens_that_changed_are_marked(result: ProbeResult, saved: Path):
+    changed = replace(
+        result, base_token_ids=[1, 2, 3, 4], base_tokens=list("abcd"), token_ids=[1, 9, 3, 4, 5], tokens=list("aicde")
+    )
+    assert answers(changed) == [
+        Answer("base", [("a", False), ("b", True), ("cd", False)]),
+        Answer("pvm + dipe", [("a", False), ("i", True), ("cd", False), ("e", True)]),
+    ]
+    same = replace(result, base_token_ids=result.token_ids)
+    assert answers(same) == [Answer("base and pvm + dipe, the same", [("".join(result.tokens), False)])]
+    assert result.base_token_ids != result.token_ids
+    assert "<mark>" in saved.read_text(encoding="utf-8")
+
+
+def test_maps_lie_where_the_model_looks(result: ProbeResult):
+    """In each map, the strongest colour is at the visual token that draws most attention."""
+    from PIL import Image
+
+    for forward, row in zip(result.forwards, looks(result).rows.values(), strict=True):
+        for weights, drawn in zip([forward.mean_map, *forward.maps.values()], row, strict=True):
+            (overlay,) = drawn.overlays
+            opacity = np.array(Image.open(io.BytesIO(overlay.png)))[..., 3]
+            assert opacity.shape == result.grids[0]
+            assert opacity.ravel()[np.argmax(weights)] == opacity.max()
+            assert drawn.share == pytest.approx(sum(weights))
+
+
+def test_nothing_is_shown_of_what_is_not_there(probed, tmp_path: Path):
     one = probed(FAMILIES["llava"].build(), max_new_tokens=1, generate_kwargs={"min_new_tokens": 1})
-    Page(one.save(tmp_path / "one").read_text(encoding="utf-8"))
+    text = one.save(tmp_path / "one").read_text(encoding="utf-8")
+    Page(text)
+    assert "Where PVM reads" not in text
+    assert "KL to the base" not in text.split("<details>")[0]
+    assert sorted(files(tmp_path / "one")) == ["by-layer.svg", "logit-lens.svg", "probe.json", "report.html"]
     without_lens = replace(one, forwards=[replace(one.base, lens=None)])
-    without_lens.save(tmp_path / "two")
-    assert "logit-lens.png" not in files(tmp_path / "two")
+    assert "logit-lens" not in [picture.name for picture in draw(without_lens)]
 
 
-def test_the_page_opens_in_a_browser(saved: Path, tmp_path: Path):
+def test_the_page_fits_a_phone_in_a_browser(saved: Path, tmp_path: Path):
+    """With everything unfolded, and without a word on the console."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine")
+    report = escape(saved.read_text(encoding="utf-8"))
+    views = "".join(f'<iframe width="{width}" height="800" srcdoc="{report}"></iframe>' for width in (390, 1400))
+    measure = """<script>onload = () => { for (const view of document.querySelectorAll("iframe")) {
+        const page = view.contentDocument
+        page.querySelectorAll("details").forEach(part => part.open = true)
+        const {scrollWidth, clientWidth} = page.documentElement
+        view.title = `${scrollWidth} in ${clientWidth}`
+    } }</script>"""
+    (tmp_path / "views.html").write_text(f"<!DOCTYPE html>{views}{measure}", encoding="utf-8")
     command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1000,3000",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}", saved.as_uri(),
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "views.html").as_uri(),
     ]  # fmt: skip
     finished = subprocess.run(
         command, capture_output=True, text=True, timeout=60, env={**os.environ, "HOME": str(tmp_path)}
     )
     assert "CONSOLE" not in finished.stderr
-    assert (tmp_path / "page.png").stat().st_size > 10_000
+    assert re.findall(r'title="(\d+ in \d+)"', finished.stdout) == ["390 in 390", "1400 in 1400"]
