@@ -39,6 +39,15 @@ def test_each_file_that_is_named_is_there(page: str):
     assert {name for name in named if not any((root / name).exists() for root in roots)} == set()
 
 
+def test_pages_of_methods_have_one_order_of_sections():
+    """As CONTRIBUTING.md lists it."""
+    listed = re.search(r"its sections are (.+?)\.\s", (REPOSITORY / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
+    sections = re.findall(r'"(.+?)"', re.sub(r"\s+", " ", listed))
+    assert len(sections) == 7
+    for page in (REPOSITORY / "docs" / "methods").glob("*.md"):
+        assert re.findall(r"^## (.+)$", page.read_text(), re.MULTILINE) == sections, page.name
+
+
 def said(page: str, pattern: str) -> list[int]:
     """The numbers that a page gives, by a pattern with one group."""
     return [int(number.replace(",", "")) for number in re.findall(pattern, (REPOSITORY / page).read_text())]
