@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from peft_pvm.utils.packages import require
+from peft_pvm.utils.extras import require
 
 
 def main() -> None:

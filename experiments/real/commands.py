@@ -13,7 +13,6 @@ from peft_pvm.cli.lab import Rows, Seed
 from peft_pvm.cli.options import (
     LARGEST_SEED,
     MANY,
-    check_device,
     new_file,
     new_folder,
     one_of,
@@ -21,9 +20,10 @@ from peft_pvm.cli.options import (
     whole_number,
 )
 from peft_pvm.cli.refusals import reading
+from peft_pvm.cli.work.loading import check_device
 from peft_pvm.demo.for_trainers import write_chats
 from peft_pvm.demo.mosaic import Split
-from peft_pvm.utils.packages import require
+from peft_pvm.utils.extras import require
 from peft_pvm.utils.terminal import Terminal, say
 
 from ..checkpoint import CheckpointFile

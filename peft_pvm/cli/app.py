@@ -11,8 +11,7 @@ from .bench import bench, scale
 from .comparing import compare
 from .evaluation import curves, eval_lengths, probe
 from .lab import app as lab
-from .methods import methods
-from .models import models
+from .models import methods, models
 from .proposals import calibrate, layers, sinks
 from .refusals import Commands
 

@@ -6,17 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from transformers import LlavaForConditionalGeneration
 
-from ..demo.for_trainers import save_as_folder
-from ..demo.mosaic import Split
-from ..demo.questions import Questions
-from ..demo.recall import compare, load_models, run_demo
-from ..demo.tiny_vlm import SHIPPED, load_tiny_vlm
-from ..utils.packages import require
-from ..utils.terminal import say
+from ..utils.extras import require
+from .choices import Split
 from .options import LARGEST_SEED, MANY, new_folder
-from .refusals import Commands, reading
+from .refusals import Commands
 
 
 app = typer.Typer(
@@ -25,8 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A tiny model that forgets its image, and what helps against it.",
 )
-
-REAL_BASE = Path("runs", "real", "base")  # from the repository's root
 
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Decides everything that is drawn.")]
 Rows = Annotated[int, typer.Option(min=1, max=MANY, help="Rows of nine questions at every length.")]
@@ -43,7 +35,10 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """Train a PVM adapter on the shipped tiny model and show what each method changes."""
-    run_demo(out, steps, rows, seed)
+    require("lab", "sklearn")
+    from .work import lab as work
+
+    work.run_demo(out, steps, rows, seed)
 
 
 @app.command("recall")
@@ -63,21 +58,18 @@ def recall_command(
     seed: Seed = 0,
 ) -> None:
     """Test a base of the lab, and each of some adapters on it: which digit was in that cell, after ever more text?"""
-    if base == Path("real") and not base.exists():
-        base = REAL_BASE
-    with reading("a base of the lab and adapters of it", base or SHIPPED, *(adapters or [])):
-        models = load_models(adapters or [], base)
-        questions = None
-        if base is not None and isinstance(models["base"], LlavaForConditionalGeneration):
-            questions = Questions.of(base)
-    compare(models, rows, seed, questions)
+    require("lab", "sklearn")
+    from .work import lab as work
+
+    work.recall(adapters or [], base, rows, seed)
 
 
 @app.command("save-base")
 def save_base(out: Annotated[Path, typer.Argument(callback=new_folder, help="The folder.")]) -> None:
     """Write the tiny model as a folder, with tokenizer, image processor and chat template, as trainers want it."""
-    save_as_folder(load_tiny_vlm(), out)
-    say(out)
+    from .work import lab as work
+
+    work.save_base(out)
 
 
 @app.command()
@@ -96,7 +88,6 @@ def chats(
 ) -> None:
     """Write questions on mosaics as a data set of chats with images."""
     require("train", "datasets", "PIL")
-    from ..demo.for_trainers import make_chats, write_chats
+    from .work import lab as work
 
-    write_chats(make_chats(form, rows, max_length, split, seed), out)
-    say(out)
+    work.chats(out, form, rows, max_length, split, seed)

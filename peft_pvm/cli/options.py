@@ -1,7 +1,4 @@
-"""Checks of what commands are given, which come before any work is done.
-
-Models and adapters are checked by their configurations alone: loading weights can take minutes.
-"""
+"""Options that several commands have, and checks of what is given, which come before any work is done."""
 
 from __future__ import annotations
 
@@ -9,18 +6,13 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
-from peft import PeftConfig
-from torch import nn
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
-from ..folders.adapter_file import AdapterFile, inspect_adapter
-from ..tuners.base import VisualConfig
-from .refusals import reading
+from .choices import LoadedAs
 
 
 Value = TypeVar("Value")
@@ -28,7 +20,31 @@ Value = TypeVar("Value")
 MANY = 10**6  # the largest number of anything that is counted
 LARGEST = 10**9  # the largest number among several between commas
 LARGEST_SEED = 2**32 - 1  # that both torch and numpy take
-DTYPES = ("float32", "bfloat16", "float16")
+TINY, REAL = "tiny", "real"  # the models of the lab, by name
+REAL_BASE = Path("runs", "real", "base")  # from the repository's root
+
+Model = Annotated[str, typer.Option(help="Folder or Hub id of a vision-language model.")]
+Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
+DType = Annotated[LoadedAs, typer.Option(help="The dtype of the weights; auto: that of the checkpoint.")]
+Kernel = Annotated[str | None, typer.Option(help="The attention kernel, such as sdpa.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables and sentences.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model a command loads, and how.
+
+    Attributes:
+        model: Folder or Hub id.
+        device: Where it is to run.
+        dtype: Of its weights.
+        attn_implementation: The attention kernel; `None`: transformers chooses.
+    """
+
+    model: str
+    device: str
+    dtype: LoadedAs
+    attn_implementation: str | None
 
 
 def counted(help: str) -> Any:
@@ -46,15 +62,6 @@ def one_of(names: Collection[str]) -> Callable[[Value], Value]:
         return value
 
     return check
-
-
-def check_device(device: str) -> None:
-    """Refuse what torch cannot compute on; not as a callback, since it is about the machine, not the command line."""
-    try:
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # torch's own says what is accepted; builds without CUDA raise an AssertionError
-        reason = str(error).strip().partition("\n")[0]
-        raise typer.BadParameter(f"{device!r} cannot be used: {reason}", param_hint=["--device"]) from error
 
 
 def new_folder(path: Path | None) -> Path | None:
@@ -186,65 +193,3 @@ def name_among(names: tuple[str, ...]) -> Callable[[str], str]:
 def counts(option: str, text: str) -> list[int]:
     """The whole numbers above 0 that an option holds between commas."""
     return separated(option, text, whole_number(1), "whole numbers above 0")
-
-
-def without_weights(source: str, attn_implementation: str | None = None) -> nn.Module:
-    """A vision-language model of which only the configuration is read.
-
-    Args:
-        source: Folder or Hub id.
-        attn_implementation: The attention kernel; `None`: transformers chooses.
-
-    Raises:
-        OSError: There is none.
-        ValueError: It is no vision-language model.
-        BadParameter: The kernel cannot be used.
-    """
-    with reading("a model that reads images", source):
-        config = AutoConfig.from_pretrained(source)
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise ValueError(
-                f"{source} is a {config.model_type!r}, but must be a model that reads images and writes text."
-            )
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
-    if attn_implementation is not None:
-        set_kernel(model, attn_implementation)
-    return model
-
-
-def set_kernel(model: Any, attn_implementation: str) -> None:
-    """Give a model another attention kernel.
-
-    Raises:
-        BadParameter: transformers does not know it for this model, or a package that it needs is missing.
-    """
-    try:
-        model.set_attn_implementation(attn_implementation)
-    except (ImportError, OSError, ValueError) as error:
-        raise typer.BadParameter(
-            f"{attn_implementation!r} cannot be used: {error}", param_hint=["--attn-implementation"]
-        ) from error
-
-
-def check_adapter(adapter: str, base: str) -> Any:
-    """Refuse an adapter that cannot be read or does not fit.
-
-    Args:
-        adapter: Folder or Hub id.
-        base: Folder or Hub id of the base model, of which only the configuration is read.
-
-    Returns:
-        Its configuration.
-
-    Raises:
-        OSError: There is none.
-        ValueError: It is damaged, of no known method, or does not fit.
-    """
-    with reading("an adapter", adapter):
-        config = PeftConfig.from_pretrained(adapter)
-        if not isinstance(config, VisualConfig):
-            AdapterFile(adapter).read()
-        elif (misfit := inspect_adapter(adapter, base).misfit) is not None:
-            raise ValueError(f"The adapter {adapter} does not fit {base}: {misfit}")
-    return config

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from ..utils.packages import require
+from ..utils.extras import require
 
 
 GRID = 3  # cells along a side of the mosaic

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..folders.replacing import replacing
+from ..utils.extras import require
 from ..utils.html import render
-from ..utils.packages import require
 from ..utils.plotting import COLOURS
 from .findings import Findings
 from .maps import frames, heat, looks, pictures_of, retrievals

@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .packages import require
+from .extras import require
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -51,7 +50,6 @@ ENCODED_FEATURES = "mm_encoder_outputs"
 
 # Older ones warn that the tensors of `modules_to_save` are unexpected, and run without them.
 LOADS_MODULES_TO_SAVE = "AuxiliaryTrainingWrapper" in inspect.getsource(PeftAdapterMixin.load_adapter)
-PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}  # by module, where the names differ
 # Whether PEFT asks a tuner for the names of the tensors that it is going to load, as it does since 0.21. Before, the
 # only way is to wrap `set_peft_model_state_dict`.
 ASKS_TUNER_FOR_NAMES = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
@@ -124,24 +122,6 @@ def modalities_in(inputs: Mapping[str, Any]) -> list[str]:
         for modality, keywords in FEATURE_KEYWORDS.items()
         if (encoded or {}).get(modality) is not None or any(inputs.get(keyword) is not None for keyword in keywords)
     ]
-
-
-def require(extra: str, *modules: str) -> None:
-    """Refuse work that needs a package which is not installed, before the work begins.
-
-    Args:
-        extra: The extra of this package that brings it.
-        modules: What is going to be imported.
-
-    Raises:
-        ImportError: One of them is missing.
-    """
-    missing = [PACKAGES.get(module, module) for module in modules if find_spec(module) is None]
-    if missing:
-        raise ImportError(
-            f"This needs {' and '.join(missing)}, which the extra {extra!r} brings: "
-            f"pip install '.[{extra}]' in a checkout of peft-pvm."
-        )
 
 
 def add_peft_type(name: str) -> PeftType:

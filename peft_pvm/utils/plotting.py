@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .packages import require
+from .extras import require
 
 
 if TYPE_CHECKING:

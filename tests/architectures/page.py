@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers as T
 
-from peft_pvm.cli import methods, models
+from peft_pvm.cli.work import methods, models
 from peft_pvm.methods import METHODS as PACKAGED
 
 from . import ARCHITECTURES, OF_THE_NEWEST, type_of

@@ -232,9 +232,9 @@ def test_the_command_takes_a_model(tmp_path: Path):
     [
         (["--method", "pvm,lora"], "'--method': 'pvm,lora' must be some of base, pvm"),
         (["--method", "pvm,"], "'--method': 'pvm,' must be some of base, pvm"),
-        (["--preset", "70b"], "'--preset': '70b' is not one of tiny"),
+        (["--preset", "70b"], "'--preset': '70b' is not one of 'tiny'"),
         (["--layers", "7"], "layers is 7, but"),
-        (["--dtype", "int8"], "'--dtype': 'int8' is not one of float32"),
+        (["--dtype", "int8"], "'--dtype': 'int8' is not one of 'float32'"),
         (["--device", "gpu"], "'--device': 'gpu' cannot be used: Expected one of cpu"),
         (["--device", "meta"], "'--device': 'meta' cannot be used"),
         (["--context", "50", "--visual-tokens", "40"], "40 visual tokens need at least 57"),

@@ -137,7 +137,7 @@ def test_the_command(tmp_path: Path):
 def test_the_check(monkeypatch: pytest.MonkeyPatch):
     shapes = {"a shape": {"base": {"measured": 2.0, "predicted": 3.0}}}
     result = {"launch_us": 12.0, "bandwidth_gb": 20.0, "shapes": shapes}
-    monkeypatch.setattr("peft_pvm.cli.bench.check_predictions", lambda names, settings, progress: result)
+    monkeypatch.setattr(prediction, "check_predictions", lambda names, settings, progress: result)
     done = run("--check")
     assert done.exit_code == 0, done.output
     assert "1.50" in done.output
@@ -147,7 +147,7 @@ def test_the_check(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "abacus"], "'abacus' is not one of h100"),
+        (["--device", "abacus"], "'abacus' is not one of 'h100'"),
         (["--device", "h100", "--bandwidth", "3"], "It predicts times, so --bandwidth cannot be given"),
         (["--device", "h100", "--method", "vista"], "--method"),
         (["--device", "h100", "--context", "100"], "256 visual tokens are no part of 100"),

@@ -154,7 +154,7 @@ def test_merge_gives_what_the_model_gives(tiny: TinyVLM, tmp_path: Path):
         (("--density", "0.5"), "linear keeps all"),
         (("--combination-type", "ties", "--density", "nan"), "--density"),
         (("--combination-type", "cat", "--force"), "nothing to force"),
-        (("--combination-type", "svd"), "'svd' is not one of linear"),
+        (("--combination-type", "svd"), "'svd' is not one of 'linear'"),
     ],
 )
 def test_what_cannot_be_merged(tiny: TinyVLM, tmp_path: Path, options: tuple[str, ...], message: str):

@@ -34,11 +34,20 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from experiments.commands import app as experiments_app
-from peft_pvm.cli import refusals
+from peft_pvm.bench.models import METHODS, PRESETS
+from peft_pvm.bench.prediction import DEVICES, PREDICTED
+from peft_pvm.bench.run import Settings
+from peft_pvm.cli import choices, refusals
 from peft_pvm.cli.app import app
+from peft_pvm.compare.contenders import UNTRAINED
 from peft_pvm.demo.for_trainers import make_chats, save_as_folder, write_chats
+from peft_pvm.demo.mosaic import Split
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.folders.data_file import write_json
+from peft_pvm.methods.dipe.method import FARTHEST
+from peft_pvm.methods.pvm.merging import CombinationType
+from peft_pvm.methods.var import VARConfig
+from peft_pvm.probe.calibrate import LENGTHS, MAX_DISTANCES
 
 
 ADAPTER = Path(__file__).parents[2] / "adapters" / "pvm-tiny-vlm"
@@ -266,6 +275,53 @@ def test_without_arguments_there_is_help():
         assert "Usage" in done.stdout
 
 
+def test_help_and_errors_of_arguments_do_not_load_the_library():
+    """Not even where the library is imported first by habit: the console script comes before it."""
+    code = """
+import contextlib, io, sys
+sys.argv = ["peft-pvm", "no such command"]
+import peft_pvm_cli
+with contextlib.suppress(SystemExit):
+    peft_pvm_cli.main()
+import typer
+from peft_pvm.cli.app import app
+
+def walk(group, *path):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            walk(command, *path, name)
+        for wrong in ("--help", "--no-such-option", "--rows=-1", "--preset=none"):
+            with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+                group_of_all.main([*path, name, wrong])
+
+group_of_all = typer.main.get_command(app)
+walk(group_of_all)
+print(*{"torch", "transformers", "peft", "numpy"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+    assert "No such command 'no such command'" in done.stderr
+    assert "'none' is not one of" in done.stderr
+
+
+def test_what_options_accept_is_what_the_library_has():
+    assert get_args(choices.Split) == get_args(Split)
+    assert get_args(choices.Combination) == get_args(CombinationType)
+    assert get_args(choices.Preset) == tuple(PRESETS)
+    assert get_args(choices.GPU) == tuple(DEVICES)
+    assert tuple(UNTRAINED) == choices.UNTRAINED
+    assert tuple(METHODS) == choices.BENCHED
+    assert PREDICTED == choices.PREDICTED
+    assert (LENGTHS, MAX_DISTANCES) == (choices.LENGTHS, choices.MAX_DISTANCES)
+    assert (FARTHEST, VARConfig.tau) == (choices.FARTHEST, choices.TAU)
+    bench = {parameter.name: parameter.default for parameter in COMMANDS[("bench",)].params}
+    settings = vars(Settings())
+    assert bench["method"].split(",") == list(settings["methods"])
+    assert bench["lengths"].split(",") == list(map(str, settings["contexts"]))
+    shared = bench.keys() & settings
+    assert {name: bench[name] for name in shared} == {name: settings[name] for name in shared}
+
+
 def test_without_what_other_commands_need():
     """Where optional packages cannot be imported, all help is there, and what is missing is named."""
     code = """
@@ -290,7 +346,7 @@ lacking = {
     "lab recall": "scikit-learn", "lab chats x": "datasets and pillow", "bench --plot x.png": "matplotlib",
     "probe --model x --image pyproject.toml --prompt x --out x": "matplotlib and pillow",
     "layers --model x --data x": "datasets and pillow", "calibrate --model x --data x": "datasets and pillow",
-    "eval-lengths --model x --model-args x --tasks x --out x": "matplotlib",
+    "eval-lengths --model x --model-args x --tasks x --out x": "lmms-eval",
 }
 lacking_in_experiments = {
     "eval --method base --results new": "scikit-learn", "report --docs new": "matplotlib",
@@ -310,7 +366,7 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
     def fault(*args: object):
         raise KeyError("fault")
 
-    monkeypatch.setattr("peft_pvm.cli.bench.show_scale", fault)
+    monkeypatch.setattr("peft_pvm.cli.work.bench.show_scale", fault)
     assert isinstance(CliRunner().invoke(app, ["scale"]).exception, KeyError)
 
 
@@ -340,14 +396,14 @@ def test_what_is_planned_is_something():
 
 
 def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("peft_pvm.cli.bench.show_scale", lambda *args: torch.empty(2**55))
+    monkeypatch.setattr("peft_pvm.cli.work.bench.show_scale", lambda *args: torch.empty(2**55))
     done = CliRunner().invoke(app, ["scale"])
     assert done.exit_code == 1
     assert "memory" in done.stderr
 
 
 def script(redirection: str) -> subprocess.CompletedProcess[str]:
-    command = f"{sys.executable} -m peft_pvm.cli scale {redirection}"
+    command = f"{sys.executable} -m peft_pvm_cli scale {redirection}"
     return subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
 
 

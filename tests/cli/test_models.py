@@ -11,7 +11,7 @@ from architectures import ARCHITECTURES
 from commands import run
 from tiny_vlms import FAMILIES
 
-from peft_pvm.cli.models import NOT_TRIED, architectures
+from peft_pvm.cli.work.models import NOT_TRIED, architectures
 from peft_pvm.methods import METHODS
 
 
@@ -89,7 +89,7 @@ def test_a_base_model_on_which_nothing_works(tmp_path: Path):
 
 def test_a_type_that_is_not_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = saved(FAMILIES["llava"].config(), tmp_path)
-    monkeypatch.setattr("peft_pvm.cli.models.architectures", list)
+    monkeypatch.setattr("peft_pvm.cli.work.models.architectures", list)
     assert set(said(base).values()) == {NOT_TRIED}
     assert "llava, which is not tested" in run("inspect", "--base", base)
 

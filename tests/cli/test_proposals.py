@@ -109,7 +109,7 @@ def test_errors_say_what_is_wrong(command: str, folder: Path, monkeypatch: pytes
     assert "model: Couldn't cast" in error(data="model")
     assert "Available splits: ['train']" in error("--split", "test")
     assert "'nowhere' cannot be used" in error("--device", "nowhere")
-    assert "'float12' is not one of auto" in error("--dtype", "float12")
+    assert "'float12' is not one of 'auto'" in error("--dtype", "float12")
     assert "--attn-implementation" in error("--attn-implementation", "nope")
 
 

@@ -18,7 +18,7 @@ from commands import run
 from environment import DEVICE
 
 from peft_pvm import attached
-from peft_pvm.cli.comparing import lab_task
+from peft_pvm.cli.work.comparing import lab_task
 from peft_pvm.compare.contenders import BASE, METHOD, Contender, contenders
 from peft_pvm.compare.run import ANSWERS, Plan, compare
 from peft_pvm.demo.for_trainers import tiny_vlm_processor
@@ -185,7 +185,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path: Path, monkeypa
     def load(*args: object, **kwargs: object):
         raise AssertionError("The weights are loaded.")
 
-    monkeypatch.setattr("peft_pvm.cli.comparing.load_tiny_vlm", load)
+    monkeypatch.setattr("peft_pvm.cli.work.comparing.load_tiny_vlm", load)
     (tmp_path / "bad.jsonl").write_text('{"image": "none.png", "question": "?", "answer": "x"}\n')
 
     def error(*options: object) -> str:

@@ -441,7 +441,7 @@ def test_another_gguf_file_is_refused(tmp_path):
 
 def test_gguf_is_asked_for_by_name(tmp_path, monkeypatch):
     (tmp_path / "right.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("peft_pvm.utils.packages.find_spec", lambda module: None)
+    monkeypatch.setattr("peft_pvm.utils.extras.find_spec", lambda module: None)
     with pytest.raises(ImportError, match=r"needs gguf, which the extra 'real' brings"):
         load_language_model(tmp_path / "right.gguf", hashlib.sha256(b"GGUF").hexdigest())
 

@@ -25,9 +25,9 @@ pytest.importorskip("matplotlib", reason="the command needs matplotlib, of the e
 from PIL import Image
 from typer.testing import CliRunner
 
-from peft_pvm.cli import main
 from peft_pvm.cli.app import app
 from peft_pvm.probe import ProbeResult, verdict
+from peft_pvm_cli import main
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_errors_say_what_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert "does not fit" in error("llava", "--adapter", str(folder / "deeper-pvm"))
     assert "Can't find 'adapter_config.json'" in error("llava", "--adapter", str(folder / "nowhere"))
     assert "prompt" in error("llava", "--adapter", str(folder / "prompt-tuning"))
-    assert "'float12' is not one of auto" in error("llava", "--dtype", "float12")
+    assert "'float12' is not one of 'auto'" in error("llava", "--dtype", "float12")
     assert "'nowhere' cannot be used" in error("llava", "--device", "nowhere")
     assert "--attn-implementation" in error("llava", "--attn-implementation", "nope")
     assert "is not a folder" in error("llava", out="image.png")
@@ -157,7 +157,7 @@ def test_no_foreign_code_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("peft_pvm.utils.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("peft_pvm.utils.extras.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == (
@@ -167,7 +167,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_a_command_lacks_is_said_before_its_work(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("peft_pvm.utils.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("peft_pvm.utils.extras.find_spec", lambda name: None)
     done = run(folder, "nowhere")
     assert done.exit_code == 1
     assert "This needs jinja2 and matplotlib and pillow, which the extra 'lab' brings" in done.stderr
@@ -178,8 +178,8 @@ def test_the_library_needs_none_of_it():
     code = """
 import sys
 sys.modules.update(dict.fromkeys(["typer", "rich", "matplotlib", "PIL"]))
-import peft_pvm, peft_pvm.probe, peft_pvm.cli
-print(peft_pvm.probe.probe, peft_pvm.cli.main)
+import peft_pvm, peft_pvm.probe, peft_pvm_cli
+print(peft_pvm.probe.probe, peft_pvm_cli.main)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -113,7 +113,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, content: str):
 def test_without_matplotlib_the_numbers_are_saved(
     result: ProbeResult, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("peft_pvm.utils.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("peft_pvm.utils.extras.find_spec", lambda name: None)
     with pytest.raises(
         ImportError, match=r"has the numbers, but neither .* needs jinja2 and matplotlib, .* pip install '\.\[lab\]'"
     ):

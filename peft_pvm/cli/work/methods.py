@@ -1,16 +1,14 @@
-"""`peft-pvm methods`: what there is, and the same as tables of the docs."""
+"""The work of `peft-pvm methods`: what there is, and the same as tables of the docs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
-from ..methods import METHODS
-from ..utils.terminal import Terminal, say
+from ...methods import METHODS
+from ...utils.terminal import Terminal, say
 from .models import WORKS, architectures
 
 
@@ -25,8 +23,8 @@ HEADINGS = {
 }
 
 
-def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show the methods: what each does and changes, what it costs, and on how many types of models it works."""
+def methods(as_json: bool) -> None:
+    """Show the methods."""
     if as_json:
         say(json.dumps(rows(), indent=2, ensure_ascii=False))
         return

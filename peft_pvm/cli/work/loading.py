@@ -1,0 +1,162 @@
+"""What commands load: models, processors, rows of data; and the bars meanwhile.
+
+Models and adapters are first checked by their configurations alone: loading weights can take minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import typer
+from peft import PeftConfig
+from rich.progress import Progress, TaskID
+from torch import nn
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from ...folders.adapter_file import AdapterFile, inspect_adapter
+from ...probe.rows import Chat, read_chats
+from ...tuners.base import VisualConfig
+from ...tuners.saving import load_adapters
+from ...utils.terminal import Terminal
+from ..options import ModelOptions
+from ..refusals import reading
+
+
+def check_device(device: str) -> None:
+    """Refuse what torch cannot compute on; not as a callback, since it is about the machine, not the command line."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch's own says what is accepted; builds without CUDA raise an AssertionError
+        reason = str(error).strip().partition("\n")[0]
+        raise typer.BadParameter(f"{device!r} cannot be used: {reason}", param_hint=["--device"]) from error
+
+
+def without_weights(source: str, attn_implementation: str | None = None) -> nn.Module:
+    """A vision-language model of which only the configuration is read.
+
+    Args:
+        source: Folder or Hub id.
+        attn_implementation: The attention kernel; `None`: transformers chooses.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is no vision-language model.
+        BadParameter: The kernel cannot be used.
+    """
+    with reading("a model that reads images", source):
+        config = AutoConfig.from_pretrained(source)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ValueError(
+                f"{source} is a {config.model_type!r}, but must be a model that reads images and writes text."
+            )
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    if attn_implementation is not None:
+        set_kernel(model, attn_implementation)
+    return model
+
+
+def set_kernel(model: Any, attn_implementation: str) -> None:
+    """Give a model another attention kernel.
+
+    Raises:
+        BadParameter: transformers does not know it for this model, or a package that it needs is missing.
+    """
+    try:
+        model.set_attn_implementation(attn_implementation)
+    except (ImportError, OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{attn_implementation!r} cannot be used: {error}", param_hint=["--attn-implementation"]
+        ) from error
+
+
+def check_adapter(adapter: str, base: str) -> Any:
+    """Refuse an adapter that cannot be read or does not fit.
+
+    Args:
+        adapter: Folder or Hub id.
+        base: Folder or Hub id of the base model, of which only the configuration is read.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is damaged, of no known method, or does not fit.
+    """
+    with reading("an adapter", adapter):
+        config = PeftConfig.from_pretrained(adapter)
+        if not isinstance(config, VisualConfig):
+            AdapterFile(adapter).read()
+        elif (misfit := inspect_adapter(adapter, base).misfit) is not None:
+            raise ValueError(f"The adapter {adapter} does not fit {base}: {misfit}")
+    return config
+
+
+def load_model(options: ModelOptions, adapters: Sequence[str] = ()) -> Any:
+    """A model in eval mode, with adapters.
+
+    Args:
+        options: Which, and how.
+        adapters: Folders or Hub ids; all act.
+    """
+    kernel = {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
+    with reading("a model that reads images", options.model):
+        loaded = AutoModelForImageTextToText.from_pretrained(options.model, dtype=options.dtype, **kernel)
+    loaded = loaded.to(torch.device(options.device)).eval()
+    load_adapters(loaded, adapters)
+    return loaded
+
+
+def load_processor(source: str) -> Any:
+    """The processor of a model, by folder or Hub id. ValueError: it takes no images."""
+    with reading("a processor", source):
+        processor = AutoProcessor.from_pretrained(source)
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"The processor of {source} is a {type(processor).__name__}, which takes no images.")
+    return processor
+
+
+def moved(tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on a device, in a dtype if it is not of integers."""
+    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+
+
+def load_chats(data: str, split: str, rows: int) -> list[Chat]:
+    """The first chats of a data set that have images.
+
+    Args:
+        data: Folder or Hub id.
+        split: The split.
+        rows: How many at most. No more of the data set is read.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It holds no chats with images and answers.
+    """
+    import datasets  # of the extra `train`
+
+    with reading("a data set of chats with images", data):
+        return read_chats(datasets.load_dataset(data, split=split, streaming=True), rows)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Any]:
+    """Progress bars on standard error, where they do not mix with what the command prints."""
+    with Progress(console=Terminal(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(description: str, done: int, total: int) -> None:
+            if description not in tasks:
+                tasks[description] = bars.add_task(description, total=total)
+            bars.update(tasks[description], completed=done)
+
+        yield show
