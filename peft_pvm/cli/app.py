@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
+from ..utils.terminal import say
 from .adapters import card, convert, export_reference, export_vllm, inspect, merge
 from .bench import bench, scale
 from .comparing import compare
@@ -16,11 +19,23 @@ from .proposals import calibrate, layers, sinks
 from .refusals import Commands
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+VERSIONS = ("peft-pvm", "peft", "transformers", "torch")
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        say(", ".join(f"{package} {version(package)}" for package in VERSIONS))
+        raise typer.Exit
 
 
 @app.callback()
-def describe() -> None:
+def describe(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
     """Adapters that keep vision-language models looking at the image."""
     # PEFT asks transformers for something by its old name; nobody who runs a command can do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

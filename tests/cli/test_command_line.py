@@ -275,16 +275,24 @@ def test_without_arguments_there_is_help():
         assert "Usage" in done.stdout
 
 
-def test_help_and_errors_of_arguments_do_not_load_the_library():
-    """Not even where the library is imported first by habit: the console script comes before it."""
+def test_what_needs_no_library_does_not_load_it():
+    """Help, errors of arguments, versions and completion, as the console script gives them."""
     code = """
-import contextlib, io, sys
-sys.argv = ["peft-pvm", "no such command"]
+import contextlib, io, os, sys
 import peft_pvm_cli
-with contextlib.suppress(SystemExit):
-    peft_pvm_cli.main()
+
+def main(*arguments, **environment):
+    sys.argv = ["peft-pvm", *arguments]
+    os.environ.update(environment)
+    with contextlib.suppress(SystemExit):
+        peft_pvm_cli.main()
+
+main("--version")
+main("no such command")
+
 import typer
 from peft_pvm.cli.app import app
+group_of_all = typer.main.get_command(app)
 
 def walk(group, *path):
     for name, command in group.commands.items():
@@ -294,12 +302,15 @@ def walk(group, *path):
             with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
                 group_of_all.main([*path, name, wrong])
 
-group_of_all = typer.main.get_command(app)
 walk(group_of_all)
+main(_PEFT_PVM_COMPLETE="complete_bash", COMP_WORDS="peft-pvm bench --preset ", COMP_CWORD="3")
 print(*{"torch", "transformers", "peft", "numpy"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+    versions, *presets, loaded = done.stdout.splitlines()
+    assert f"torch {torch.__version__}" in versions
+    assert presets == list(PRESETS)
+    assert loaded == "", done.stderr
     assert "No such command 'no such command'" in done.stderr
     assert "'none' is not one of" in done.stderr
 
