@@ -23,7 +23,7 @@ NOT_OF_VERSIONS = bench compare demo docs experiments folders/test_replacing.py 
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench real-base environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm quality style docs generate clean
+.PHONY: demo bench real-base environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm quality style docs dist generate clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -90,6 +90,13 @@ style: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(VENV)/bin/mkdocs build --strict
 
+# What goes to PyPI, into dist/, built with the pinned versions.
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/twine check --strict dist/*
+	PEFT_PVM_TEST_DIST=dist $(VENV)/bin/pytest -q --noconftest tests/test_distributions.py
+
 # What code writes: the drawn figures, the tables of files and of checkpoints, the page of the command line, and the table of
 # models, also as the file in the package that `peft-pvm models` reads.
 generate: $(VENV)/.installed
@@ -98,7 +105,7 @@ generate: $(VENV)/.installed
 	$(VENV)/bin/typer peft_pvm.cli.app utils docs --name peft-pvm --title "Command line" --output docs/api/cli.md
 
 clean:
-	rm -rf site $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_LMMS) $(VENV_VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site dist $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_LMMS) $(VENV_VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'

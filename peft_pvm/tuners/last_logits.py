@@ -12,8 +12,8 @@ from torch import nn
 
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import VisionLanguageModel
-from ..tokens.memory import EMPTY_SLOT, attach_memory, coverage_of, memory_of
-from ..tokens.positions import gather_rows
+from ..tokens.memory import attach_memory, coverage_of, memory_of
+from ..tokens.positions import EMPTY_SLOT, gather_rows
 from ..utils.packages import caches_in
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from ..folders.adapter_file import FORMAT_VERSION, SAFETENSORS_WEIGHTS_NAME
+from ..folders.adapter_file import FORMAT_VERSION
 from ..folders.writing import written_whole
 from ..utils.checks import layer_list, setting
 from .base import VisualConfig, VisualTuner, VisualTunerLayer
