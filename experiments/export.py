@@ -13,6 +13,7 @@ from peft_pvm.folders.replacing import replacing
 from peft_pvm.folders.writing import CARD_NAME
 from peft_pvm.tuners.saving import save_adapter
 
+from .markdown import HOME
 from .runs import RECIPES, load_method
 from .summary import Entry, Results
 
@@ -66,7 +67,7 @@ def _card(recipe: str, seed: int, entry: Entry, base: Entry) -> str:
 # PVM on the lab's tiny model
 
 A Persistent Visual Memory ([arXiv 2605.00814](https://arxiv.org/abs/2605.00814)) for the tiny Qwen3-VL that ships with
-[peft-pvm](../../README.md), with {entry.parameters:,} parameters. It is an example, of no use on any other model.
+[peft-pvm]({HOME}), with {entry.parameters:,} parameters. It is an example, of no use on any other model.
 
 ```python
 import peft_pvm  # registers PVM with PEFT
@@ -97,5 +98,5 @@ The same while the model writes out its mosaic over and over, the image never re
 |---:|---:|---:|
 {NEWLINE.join(rounds)}
 
-Other seeds, controls of the same size, and what does not work are in [the results](../../docs/results.md).
+Other seeds, controls of the same size, and what does not work are in [the results]({HOME}/blob/main/docs/results.md).
 """

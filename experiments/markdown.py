@@ -1,4 +1,4 @@
-"""What the parts of the report are made of: tables, parts that are folded away, machines."""
+"""What the report and the adapters' cards are made of: tables, parts that are folded away, machines, addresses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from peft_pvm.utils.text import markdown_table as table
 from .summary import OF_MACHINES
 
 
-__all__ = ["folded", "machines", "one_level_down", "table"]
+__all__ = ["HOME", "folded", "machines", "one_level_down", "table"]
+
+HOME = (
+    "https://github.com/peft-pvm/peft-pvm"  # cards are read on the Hub, where links into the repository lead nowhere
+)
 
 
 def folded(summary: str, lines: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ PACKAGE = {
     path.relative_to(REPOSITORY).as_posix()
     for path in (REPOSITORY / "peft_pvm").rglob("*")
     if path.is_file() and "__pycache__" not in path.parts
-}
+} | {"peft_pvm_cli.py"}
 
 pytestmark = pytest.mark.skipif(not BUILT, reason="`make dist` builds what is tested here")
 

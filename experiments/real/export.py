@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from peft_pvm.folders.writing import CARD_NAME
 from peft_pvm.tuners.saving import load_adapters, save_adapter
 
-from ..markdown import table
+from ..markdown import HOME, table
 from .runs import load_base
 from .summary import TASKS, Results
 
@@ -59,7 +59,6 @@ def export_adapters(
 def _card(folders: Sequence[Path], folder: Path, trained_by: str, results: Results) -> str:
     """The card of one of the folders."""
     data = ModelCardData(library_name="peft", license="apache-2.0", tags=["peft-pvm", folder.name, "vision-language"])
-    to_root = "../" * len(folder.parts)
     names = [str(other) for other in folders]
     others = [str(other) for other in folders if other != folder]
     beside = f" It belongs together with {', '.join(others)}." if others else ""
@@ -70,8 +69,8 @@ def _card(folders: Sequence[Path], folder: Path, trained_by: str, results: Resul
 
 # {folder.name} on the lab's real base
 
-An adapter for [the real base of the lab]({to_root}docs/real-model.md), SmolLM2-135M-Instruct with a small vision tower
-that reads mosaics of digits. It is an example, of no use on any other model.{beside}
+An adapter for [the real base of the lab]({HOME}/blob/main/docs/real-model.md), SmolLM2-135M-Instruct with a small
+vision tower that reads mosaics of digits. It is an example, of no use on any other model.{beside}
 
 <!-- not run in tests: needs the real base -->
 
@@ -94,7 +93,7 @@ tests are others, split by a hash of their content.
 
 {_measured(results, method)} `python -m experiments real-eval --base runs/real/base --adapter {"+".join(names)}`
 tests them, with `--task` for the other tasks, and the same rows for all.
-[All results]({to_root}docs/results.md), with what does not work.
+[All results]({HOME}/blob/main/docs/results.md), with what does not work.
 """
 
 

@@ -1,4 +1,4 @@
-"""The README's tables and links."""
+"""The README's tables, and the links of all pages and cards."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+import peft_pvm
 from peft_pvm.methods import METHODS
 
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
+METADATA = (REPOSITORY / "pyproject.toml").read_text()
+(HOME,) = re.findall(r'^Repository = "(.+)"$', METADATA, re.MULTILINE)
 
 
 def test_the_models_that_it_names_work():
@@ -35,9 +39,8 @@ def test_it_is_short():
     assert len(README.splitlines()) < 180
 
 
-LINKING = [
-    path for pattern in ("*.md", "docs/**/*.md", "adapters/**/README.md") for path in sorted(REPOSITORY.glob(pattern))
-]
+CARDS = sorted((REPOSITORY / "adapters").rglob("README.md"))
+LINKING = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md")), *CARDS]
 
 
 def anchors(page: Path) -> set[str]:
@@ -46,13 +49,42 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+def links_of(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+
+
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_links_lead_somewhere(page):
     """mkdocs checks links within docs/ as well, but not those from outside."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if re.match(r"https?:", target):
+    for target in links_of(page):
+        in_main = target.removeprefix(f"{HOME}/blob/main/")
+        if re.match(r"https?:", in_main):
             continue
-        path, _, anchor = target.partition("#")
-        linked = page if not path else (page.parent / path).resolve()
+        path, _, anchor = in_main.partition("#")
+        start = page.parent if in_main == target else REPOSITORY
+        linked = page if not path else (start / path).resolve()
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), target
+
+
+def test_cards_can_be_read_on_the_hub():
+    assert [(card, link) for card in CARDS for link in links_of(card) if not link.startswith("https://")] == []
+
+
+def test_the_repository_has_one_address():
+    """RELEASING.md says how to set it."""
+    settings = [path for path in (REPOSITORY / ".github").rglob("*.y*ml") if path.is_file()]
+    files = [*LINKING, *settings, REPOSITORY / "CITATION.cff", REPOSITORY / "experiments" / "markdown.py"]
+    text = METADATA + "".join(file.read_text() for file in files)
+    addresses = re.findall(
+        r"(?<=github\.com/)[\w.-]+/peft-pvm\b|(?<=shields\.io/github/license/)[\w.-]+/[\w.-]+", text
+    )
+    assert {f"https://github.com/{address}" for address in addresses} == {HOME}
+
+
+def test_the_release_is_named_alike():
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## (\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE)
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert newest.groups() == (citation["version"], citation["date-released"])
+    assert peft_pvm.__version__ == citation["version"]
