@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
-from torch.profiler import profile
+from torch.profiler import DeviceType, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
