@@ -60,4 +60,4 @@ def test_links_and_pictures_work_on_pypi(wheel: zipfile.ZipFile):
     files = [match[1] for link in links if (match := re.match(rf"{home}/(?:raw|blob)/v{version}/(.+)", link))]
     assert files == re.findall(r"\]\((?!https:)([^)]+)\)", (REPOSITORY / "README.md").read_text())
     pictures = re.findall(rf'src="{home}/raw/v{version}/(.+?)"', page)
-    assert pictures == ["docs/figures/real.png", "docs/figures/recall.png"]
+    assert pictures == ["docs/figures/real.png"]
