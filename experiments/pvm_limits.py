@@ -17,7 +17,7 @@ from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.methods.pvm import PVMConfig
 from peft_pvm.methods.pvm.layer import PVMLayer
 from peft_pvm.tokens.context import VisualContext
-from peft_pvm.utils.terminal import Terminal, progress_bar
+from peft_pvm.utils.terminal import Bars, Terminal
 
 from .fading import NUM_DIALOGUE
 
@@ -78,7 +78,7 @@ def ask(model: torch.nn.Module, split: Split, distractor_length: int, rows: int,
     cells, digits, is_right = [], [], []
     handles = [layer.register_forward_pre_hook(partial(keep, layer)) for layer in layers]
     try:
-        with progress_bar() as bar:
+        with Bars() as bar:
             for start in bar.track(range(0, rows, at_once), description=f"{split}, {distractor_length} bytes"):
                 batch = make_questions(split, min(at_once, rows - start), distractor_length, NUM_CELLS, generator)
                 logits = model(**batch.inputs, use_cache=False).logits

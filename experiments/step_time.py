@@ -18,7 +18,7 @@ from peft_pvm.demo.tiny_vlm import tiny_vlm_config
 from peft_pvm.methods.pvm import PVMConfig
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tuners.active import base_of
-from peft_pvm.utils.terminal import Terminal, progress_bar
+from peft_pvm.utils.terminal import Bars, Terminal
 
 
 Size = Literal["tiny", "middle"]
@@ -61,7 +61,7 @@ def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int
     inputs = _batch(rows, text_tokens, torch.Generator().manual_seed(seed))
     models = _models(config, r, seed)
     times: dict[str, list[float]] = {name: [] for name in models}
-    with progress_bar() as progress:
+    with Bars() as progress:
         task = progress.add_task("Steps", total=(repeats + 1) * len(models))
         for _ in range(repeats + 1):
             for name, model in models.items():

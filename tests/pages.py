@@ -32,8 +32,8 @@ class Block:
     reason: str | None
 
     def commands(self) -> list[list[str]]:
-        """The words of each command, without comments."""
-        lines = self.code.replace("\\\n", " ").splitlines()
+        """The words of each command, without comments and without the file that its output goes to."""
+        lines = (line.partition(" > ")[0] for line in self.code.replace("\\\n", " ").splitlines())
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 

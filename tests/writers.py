@@ -88,7 +88,7 @@ def exported(export: Callable[..., object]) -> Callable[[Path], tuple[Write, Rea
 
 
 def results(folder: Path) -> tuple[Write, Read]:
-    """A file of JSON, as `peft-pvm bench --json` writes it."""
+    """A file of JSON, as `peft-pvm eval-lengths` writes it."""
     text = {kind: json.dumps([number] * 1_000_000) for kind, number in KINDS.items()}
     write = lambda out, kind: write_file(out / "results.json", text[kind])  # noqa: E731
     return write, lambda out: set(json.loads((out / "results.json").read_text()))

@@ -22,7 +22,7 @@ from peft_pvm.env import environment
 from peft_pvm.folders.base_checkpoint import SINGLE
 from peft_pvm.folders.data_file import holding, read_json, write_json
 from peft_pvm.tuners.saving import load_adapters
-from peft_pvm.utils.terminal import progress_bar
+from peft_pvm.utils.terminal import Bars
 
 from ..base import fingerprint
 from .arithmetic import bf16, one_thread
@@ -209,7 +209,7 @@ def evaluate(
 @torch.no_grad()
 def _ask(model: nn.Module, questions: Questions, plan: EvalPlan, results: Results) -> None:
     device = next(model.parameters()).device
-    with progress_bar() as bar:
+    with Bars() as bar:
         for length in plan.lengths:
             done = len(results.right.get(length, []))
             at_once = 1 if device.type == "cpu" else max(1, TOKENS_PER_FORWARD // (length + 256))

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS, Batch, draw_pictures
 from peft_pvm.demo.questions import COLOURS, Questions, Turn, augment
 from peft_pvm.demo.train import Checkpoint, fit, learning_rate_factor, step_generator
-from peft_pvm.utils.terminal import progress_bar
+from peft_pvm.utils.terminal import Bars
 
 from .arithmetic import one_thread
 from .language_model import LanguageModel
@@ -209,7 +209,7 @@ def _see(parameters: list[nn.Parameter], loss_of: Callable[[Labelled], torch.Ten
     """Train on augmented mosaics, half of them grey, half coloured."""
     peak = 2e-3
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
-    with progress_bar() as bar:
+    with Bars() as bar:
         for step in bar.track(range(steps), description="Learning to see"):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_factor(step, steps) * peak

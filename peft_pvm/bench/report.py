@@ -38,7 +38,7 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     for entry in result["contexts"]:
         context = entry["context"]
         table = Table(
-            "", "prefill, s", "of base", "ms a token", "of base", "prefill, MiB", "attention", "attention, a token",
+            "", "prefill s", "of base", "token ms", "of base", "prefill MiB", "attn", "attn, token",
             title=f"{context:,} tokens, {settings['visual_tokens']:,} of them visual, batch {settings['batch']}",
         )  # fmt: skip
         for column in table.columns[1:]:
@@ -62,7 +62,7 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"{model['name']}, {model['parameters']:,} parameters in {model['decoder_layers']} decoder layers, "
         f"{model['dtype']}, {model['attn_implementation']}. Of base: the median of the rounds, "
-        "± half of what lies between their quartiles. Attention: of one layer alone, over its kernel."
+        "± half of what lies between their quartiles. Attn: attention of one layer alone, over its kernel."
     )
     console.print(
         f"A PVM adapter: attached in {loading['attach']:.3f} s (of which {loading['draw_weights']:.3f} s go into its "
@@ -147,9 +147,9 @@ def print_check(result: dict[str, Any], console: Console) -> None:
 
 def _middle(values: list[float]) -> str:
     if len(values) < 2:
-        return "".join(f"{value:.3f}" for value in values)
+        return "".join(f"{value:.2f}" for value in values)
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.3f} ±{(high - low) / 2:.3f}"
+    return f"{middle:.2f} ±{(high - low) / 2:.2f}"
 
 
 @styled

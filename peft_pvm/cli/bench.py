@@ -11,6 +11,7 @@ from ..utils.extras import require
 from . import choices
 from .options import (
     LARGEST_SEED,
+    AsJSON,
     counted,
     counts,
     given,
@@ -24,8 +25,9 @@ from .options import (
 # What matters where operations are counted.
 COUNTED = (
     *("model", "preset", "layers", "method", "lengths", "visual_tokens", "batch", "device", "dtype"),
-    *("attn_implementation", "static_cache", "compile", "seed", "json_file"),
+    *("attn_implementation", "static_cache", "compile", "seed", "as_json"),
 )
+BESIDE_DEVICE = {"method": "--method", "as_json": "--json"}  # options of `scale`
 Preset = Annotated[choices.Preset, typer.Option(help="Instead of a model, random weights of a shape.")]
 Layers = Annotated[
     int | None, counted("Build only this many decoder layers of the preset, with the same share of its vocabulary.")
@@ -35,13 +37,10 @@ Lengths = Annotated[
     typer.Option("--context", help="Lengths of the prompt, visual tokens included, separated by commas."),
 ]
 DType = Annotated[choices.DType, typer.Option(help="The dtype of the weights.")]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", callback=new_file, help="Where to write every time measured.")
-]
 Plot = Annotated[Path | None, typer.Option(callback=new_file, help="Where to draw the ratios by length, as PNG.")]
 Show = Annotated[
     Path | None,
-    typer.Option(exists=True, dir_okay=False, help="Measure nothing: print, or plot, what an earlier --json holds."),
+    typer.Option(exists=True, dir_okay=False, help="Measure nothing: print, or plot, what an earlier --json printed."),
 ]
 
 Launches = Annotated[
@@ -74,7 +73,7 @@ def bench(
     compile: Annotated[bool, typer.Option(help="Compile decoding; on CUDA, into graphs.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Decides the embeddings.")] = 0,
     launches: Launches = False,
-    json_file: JsonFile = None,
+    as_json: AsJSON = False,
     plot: Plot = None,
     show: Show = None,
 ) -> None:
@@ -109,7 +108,7 @@ def bench(
         seed=seed,
     )
     measured = work.Measured(model, preset, layers, device, dtype, attn_implementation)
-    work.bench(measured, settings, launches, json_file, plot)
+    work.bench(measured, settings, launches, as_json, plot)
 
 
 def scale(
@@ -131,29 +130,25 @@ def scale(
     check: Annotated[
         bool, typer.Option("--check", help="Measure steps on this CPU instead, beside what is predicted of them.")
     ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=new_file, help="Where to write what --device or --check prints.")
-    ] = None,
+    as_json: AsJSON = False,
 ) -> None:
     """Work out, from shapes alone, what PVM keeps of a chat and reads in a step, or what steps take on a GPU."""
     names = separated("--method", method, name_among(choices.PREDICTED), f"some of {', '.join(choices.PREDICTED)}")
     if check:
-        refuse_beside(typer_context, "--check", ("method", "json_file"), "It has a prompt and shapes of its own")
+        refuse_beside(typer_context, "--check", ("method", "as_json"), "It has a prompt and shapes of its own")
         from .work import bench as work
 
-        return work.check(names, json_file)
+        return work.check(names, as_json)
     options = {"--context": context, "--visual-tokens": visual_tokens, "--batch": batch, "--sequences": sequences}
     contexts, visual, batches, kept = (counts(name, text) for name, text in options.items())
     if device is None:
-        refused = [name for name in ("method", "json_file") if given(typer_context, name)]
+        refused = [option for name, option in BESIDE_DEVICE.items() if given(typer_context, name)]
         if refused:
-            raise typer.BadParameter(
-                "It has an effect with --device or --check alone.", param_hint=[f"--{refused[0]}"]
-            )
+            raise typer.BadParameter("It has an effect with --device or --check alone.", param_hint=refused)
         from .work import bench as work
 
         return work.show_scale(preset, contexts, visual, batches, kept, branches, bandwidth)
-    allowed = "preset", "context", "visual_tokens", "batch", "method", "json_file"
+    allowed = "preset", "context", "visual_tokens", "batch", "method", "as_json"
     refuse_beside(typer_context, "--device", allowed, "It predicts times")
     if visual[0] >= contexts[0]:
         raise typer.BadParameter(
@@ -161,4 +156,4 @@ def scale(
         )
     from .work import bench as work
 
-    work.predict(device, preset, contexts[0], visual[0], batches, names, json_file)
+    work.predict(device, preset, contexts[0], visual[0], batches, names, as_json)

@@ -20,7 +20,10 @@ def models(
 
 
 def methods(as_json: AsJSON = False) -> None:
-    """Show the methods: what each does and changes, what it costs, and on how many types of models it works."""
+    """Show the methods: what each does, its parameters, and on how many types of models it works.
+
+    With --json, also what each changes and on which attention kernels.
+    """
     from .work import methods as work
 
     work.methods(as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +17,6 @@ from .options import (
     Model,
     ModelOptions,
     counted,
-    new_file,
     separated,
     whole_number,
 )
@@ -72,7 +70,7 @@ def calibrate(
     device: Device = "cpu",
     dtype: DType = "auto",
     attn_implementation: Kernel = None,
-    out: Annotated[Path | None, typer.Option(callback=new_file, help="Where to write every loss, as JSON.")] = None,
+    as_json: AsJSON = False,
 ) -> None:
     """Propose `max_distance` for DIPE, from how a model answers after ever more text behind the image."""
     require("train", "datasets", "PIL")
@@ -83,7 +81,7 @@ def calibrate(
     from .work import proposals as work
 
     of_model = ModelOptions(model, device, dtype, attn_implementation)
-    work.calibrate(of_model, work.Rows(data, split, rows), tokens, limits, seed, out)
+    work.calibrate(of_model, work.Rows(data, split, rows), tokens, limits, seed, as_json)
 
 
 def sinks(

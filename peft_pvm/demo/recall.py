@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, StoppingC
 from ..methods import METHODS, DIPEConfig, PVMConfig
 from ..tuners.active import attached
 from ..tuners.saving import load_adapters
-from ..utils.terminal import Terminal, progress_bar
+from ..utils.terminal import Bars, Terminal
 from .mosaic import (
     FIRST_QUERY,
     IMAGE_LENGTH,
@@ -96,7 +96,7 @@ def recall(
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, min(64, TOKENS_PER_FORWARD // (images * IMAGE_LENGTH + distractor_length + 2 * NUM_CELLS)))
     right: list[int] = []
-    with progress_bar() as bar:
+    with Bars() as bar:
         for start in bar.track(range(0, rows, at_once), description=f"{description}, {distractor_length} bytes"):
             batch = make_questions(split, min(at_once, rows - start), distractor_length, NUM_CELLS, generator, images)
             right += (target_logits(model, batch).argmax(-1) == batch.targets).sum(1).tolist()
@@ -128,7 +128,7 @@ def look_up(
         ValueError: There is not so much text in the split.
     """
     right = []
-    with progress_bar() as bar:
+    with Bars() as bar:
         for row in bar.track(range(rows), description=f"{description}, {text_tokens} tokens"):
             drawn = questions.draw(split, 1, [Turn(text_tokens=text_tokens)], step_generator(seed, row))
             batch = questions.only_digits(drawn)
@@ -173,7 +173,7 @@ def transcription(
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         inputs[name] = inputs[name][:, : first + 1]
     length = 2 * written_cells  # one token more than the cells have: a cell may be shifted
-    with progress_bar() as bar:
+    with Bars() as bar:
         task = bar.add_task(f"{description} {written_cells} cells", total=length)
 
         def count(*_: Any, **__: Any) -> torch.Tensor:
@@ -298,14 +298,21 @@ def compare(models: Mapping[str, nn.Module], rows: int, seed: int, questions: Qu
 
 
 def accuracy_table(results: dict[str, dict[int, Accuracy]], unit: str = "bytes") -> Table:
-    """Results side by side, one column for each name, one row for each length of text, in bytes or tokens."""
-    shown = {len(result.right) for column in results.values() for result in column.values()}
-    rows = ", ".join(map(str, shown))
-    title = f"Which digit was in that cell? {rows} x {NUM_CELLS} held-out questions, ± standard error"
-    table = Table(f"{unit} of text between", *results, title=title)
-    for column in table.columns:
+    """Results side by side, a row for each name, a column for each length of text, in bytes or tokens."""
+    shown = {len(result.right) for by_length in results.values() for result in by_length.values()}
+    title = (
+        f"Digits right, in % ± standard error, by {unit} of text in between; "
+        f"{', '.join(map(str, shown))} x {NUM_CELLS} questions"
+    )
+    lengths = next(iter(results.values()))
+    table = Table("", *(f"{length:,}" for length in lengths), title=title)
+    for column in table.columns[1:]:
         column.justify = "right"
-    for length in next(iter(results.values())):
-        each = (column[length] for column in results.values())
-        table.add_row(str(length), *(f"{result.value:.3f} ± {result.standard_error:.3f}" for result in each))
+    for name, by_length in results.items():
+        table.add_row(name, *(_percent(by_length[length]) for length in lengths))
     return table
+
+
+def _percent(accuracy: Accuracy) -> str:
+    error = accuracy.standard_error
+    return f"{accuracy.value:.0%}".rstrip("%") + ("" if math.isnan(error) else f" ±{100 * error:.0f}")

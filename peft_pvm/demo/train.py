@@ -17,7 +17,7 @@ from ..tokens.families import find_vlm
 from ..training.gates import parameter_groups
 from ..training.hidden import images_hidden
 from ..tuners.active import base_of
-from ..utils.terminal import progress_bar
+from ..utils.terminal import Bars
 from .mosaic import IMAGE_LENGTH, NUM_CELLS, Batch, make_questions, make_transcriptions
 
 
@@ -203,7 +203,7 @@ def fit(
     done = 0 if checkpoint is None else checkpoint.load(optimizer)
     vlm = find_vlm(base_of(model))
     model.train()
-    with progress_bar() as bar:
+    with Bars() as bar:
         for step in bar.track(range(done, steps), description=description, total=steps, completed=done):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = learning_rate_factor(step, steps) * peak

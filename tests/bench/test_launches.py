@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -106,12 +105,12 @@ def test_the_length_of_the_context_does_not_count(tiny: nn.Module):
     assert found[0] == found[1]
 
 
-def test_the_command(tmp_path: Path):
+def test_the_command():
     arguments = ["bench", "--launches", "--method", "pvm", "--context", "90", "--visual-tokens", "40"]
-    done = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "launches.json")], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "Operations, 90 tokens, 40 of them visual" in done.output
-    written = json.loads((tmp_path / "launches.json").read_text())
+    written = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert written["methods"]["pvm"]["step"]["a layer"] == NEEDED["pvm"][0]
     refused = CliRunner().invoke(app, [*arguments, "--rounds", "3"])
     assert refused.exit_code == 2

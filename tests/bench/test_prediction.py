@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -123,13 +122,13 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["scale", *arguments], env={"COLUMNS": "200"})
 
 
-def test_the_command(tmp_path: Path):
-    file = tmp_path / "predicted.json"
-    done = run("--device", "h100", "--method", "pvm", "--batch", "1,8", "--json", str(file))
+def test_the_command():
+    arguments = "--device", "h100", "--method", "pvm", "--batch", "1,8"
+    done = run(*arguments)
     assert done.exit_code == 0, done.output
     assert "Qwen3-VL-8B, H100 SXM, 80 GB, batch 8" in done.output
     assert "3,350 GB a second" in done.output
-    written = json.loads(file.read_text())
+    written = json.loads(run(*arguments, "--json").stdout)
     assert (written["context"], written["visual_tokens"], list(written["batches"])) == (4096, 256, ["1", "8"])
     assert list(written["batches"]["8"]) == ["base", "pvm"]
 

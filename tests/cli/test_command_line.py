@@ -413,14 +413,21 @@ def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
     assert "memory" in done.stderr
 
 
-def script(redirection: str) -> subprocess.CompletedProcess[str]:
-    command = f"{sys.executable} -m peft_pvm_cli scale {redirection}"
+def script(arguments: str) -> subprocess.CompletedProcess[str]:
+    command = f"{sys.executable} -m peft_pvm_cli {arguments}"
     return subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+
+
+def test_a_command_loads_what_it_needs(place: Place):
+    """In a process of its own, where nothing else has loaded it: the library, and the tiny model's processor."""
+    done = script(f"layers --model {place.model} --data {place.folder / 'chats'} --rows 1 --json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 3
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this machine")
 def test_output_that_is_full(tmp_path: Path):
-    done = script("> /dev/full")
+    done = script("scale > /dev/full")
     assert done.returncode == 1
     assert done.stderr == "Error: [Errno 28] No space left on device\n"
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0}]}))
@@ -429,7 +436,7 @@ def test_output_that_is_full(tmp_path: Path):
 
 
 def test_a_reader_that_has_seen_enough():
-    done = script("| true")
+    done = script("scale | true")
     assert done.returncode in (0, 1)  # 0: all was written before the reader left
     assert done.stderr == ""
 

@@ -54,11 +54,11 @@ def test_layers_are_proposed_with_a_reason(folder: Path):
     assert len(json.loads(run(folder, "layers", "--count", "5", "--rows", "1", "--json").stdout)["layers"]) == 5
 
 
-def test_a_limit_is_proposed_with_every_loss(folder: Path, tmp_path: Path):
-    options = "--rows", "4", "--lengths", "0,512", "--max-distances", "16,0", "--out", str(tmp_path / "losses.json")
+def test_a_limit_is_proposed_with_every_loss(folder: Path):
+    options = "--rows", "4", "--lengths", "0,512", "--max-distances", "16,0"
     done = run(folder, "calibrate", *options)
     assert done.exit_code == 0, done.output
-    written = json.loads((tmp_path / "losses.json").read_text())
+    written = json.loads(run(folder, "calibrate", *options, "--json").stdout)
     assert written["max_distance"] == 16
     assert f"{written['reason']}\n" in done.stdout
     assert [(entry["max_distance"], entry["length"]) for entry in written["answers"]] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = run("demo", "--steps", 2, "--rows", 1, "--out", tmp_path)
     assert "training 221,763 of" in output
     tested_here = [row.name for row in METHODS if row.acts_in_forwards and not row.of_the_model]
-    header = next(line for line in output.splitlines() if "DIPE" in line)
-    assert [name.strip() for name in header.strip("┃").split("┃")[1:]] == ["base", *tested_here]
-    rows = [line for line in output.splitlines() if line.count("±") == 1 + len(tested_here)]
-    assert [int(row.strip("│").split("│")[0]) for row in rows] == [0, 64, 128, 256, 512, 1024, 2048]
+    header, *rows = (line.split()[1:-1] for line in output.splitlines() if re.match(r"┃.*2,048|│.*\d", line))
+    assert [column for column in header if column != "┃"] == ["0", "64", "128", "256", "512", "1,024", "2,048"]
+    assert [row[0] for row in rows] == ["base", *tested_here]
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert [config.max_distance for config in tested if isinstance(config, DIPEConfig)] == [24], "as it was trained"
 
@@ -48,5 +48,15 @@ def test_recall_of_a_base_that_speaks(by_name: bool, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("peft_pvm.demo.recall.LENGTHS_IN_TOKENS", (0, 7))
     output = run("recall", "--base", "real" if by_name else base, "--rows", 1)
-    assert "tokens of text between" in output
-    assert len([line for line in output.splitlines() if line.count("±") == 1 and "│" in line]) == 2
+    assert "by tokens of text in between" in " ".join(output.split())
+    assert re.search(r"│ base │ +\d+ │ +\d+ │", output), "one row has no standard error"
+
+
+def test_an_adapter_that_is_not_there_is_named_before_a_base_is_loaded(monkeypatch: pytest.MonkeyPatch):
+    def load(*args: object, **kwargs: object):
+        raise AssertionError("The weights are loaded.")
+
+    monkeypatch.setattr("peft_pvm.demo.recall.load_tiny_vlm", load)
+    done = CliRunner().invoke(app, ["recall", "adapters/pvm-tiny-vlm+nowhere"])
+    assert done.exit_code == 1
+    assert "nowhere" in done.stderr

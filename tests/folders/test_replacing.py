@@ -248,7 +248,7 @@ def test_a_file_by_itself(tmp_path: Path):
 
 @needs_fork
 def test_a_file_that_is_a_pipe(tmp_path: Path):
-    """As in `--json /dev/stdout`."""
+    """As in `--plot /dev/stdout`."""
     os.mkfifo(tmp_path / "pipe")
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
     read: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from ...bench import prediction
@@ -17,11 +17,11 @@ from ...bench.launches import measure_launches
 from ...bench.models import build_random, load
 from ...bench.report import draw, print_check, print_launches, print_prediction, print_tables, show_scale
 from ...bench.run import Settings, measure
-from ...folders.data_file import holding, read_json, write_json
+from ...folders.data_file import holding, read_json
 from ...folders.replacing import write_file
 from ...tokens.families import find_vlm
 from ...utils.plotting import as_png
-from ...utils.terminal import Terminal
+from ...utils.terminal import Bars, Terminal, say
 from ..choices import DType, Preset
 from ..refusals import reading
 from .loading import check_device, set_kernel, without_weights
@@ -69,55 +69,55 @@ class Measured:
             return load(self.model, dtype, self.device, self.attn_implementation)
 
 
-def bench(measured: Measured, settings: Settings, launches: bool, json_file: Path | None, plot: Path | None) -> None:
+def bench(measured: Measured, settings: Settings, launches: bool, as_json: bool, plot: Path | None) -> None:
     """Measure times, or count operations."""
     measured.check(settings.methods)
     model = measured.built()
     if launches:
-        _report(measure_launches(model, settings), json_file, None, print_launches)
+        _report(measure_launches(model, settings), as_json, print_result=print_launches)
     else:
-        _report(_with_progress(lambda progress: measure(model, settings, progress)), json_file, plot)
+        _report(_with_progress(lambda progress: measure(model, settings, progress)), as_json, plot)
 
 
 def show(file: Path, plot: Path | None) -> None:
     """Print, and draw, what was measured earlier."""
     result = read_json(file)
-    with holding(file, "what bench --json writes"):
-        _report(result, None, plot)
+    with holding(file, "what bench --json prints"):
+        _report(result, False, plot)
 
 
-def check(methods: list[str], json_file: Path | None) -> None:
+def check(methods: list[str], as_json: bool) -> None:
     """Measure steps of decoding on this CPU, beside what is predicted of them."""
     settings = Settings(methods=(), contexts=(512,), visual_tokens=256)
     found = _with_progress(lambda progress: prediction.check_predictions(methods, settings, progress))
-    _report(found, json_file, None, print_check)
+    _report(found, as_json, print_result=print_check)
 
 
 def predict(
     device: str, preset: Preset, context: int, visual_tokens: int, batches: list[int], methods: list[str],
-    json_file: Path | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Predict what a step of decoding takes on a GPU."""
     found = prediction.predict(device, preset, context, visual_tokens, batches, methods)
-    _report(found, json_file, None, print_prediction)
+    _report(found, as_json, print_result=print_prediction)
 
 
 def _with_progress(run: Callable[[Callable[[str], None]], dict[str, Any]]) -> dict[str, Any]:
     """What `run` returns, which is given what it calls with what comes next."""
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    with Progress(*columns, console=Terminal(stderr=True), transient=True) as progress:
-        task = progress.add_task("")
-        return run(lambda text: progress.update(task, description=text))
+    with Bars() as bars:
+        task = bars.add_task("", total=None)
+        return run(lambda text: bars.update(task, description=text))
 
 
 def _report(
     result: dict[str, Any],
-    json_file: Path | None,
-    plot: Path | None,
+    as_json: bool,
+    plot: Path | None = None,
     print_result: Callable[[dict[str, Any], Console], None] = print_tables,
 ) -> None:
-    if json_file is not None:
-        write_json(json_file, result)
     if plot is not None:
         write_file(plot, as_png(draw(result)))
-    print_result(result, Terminal())
+    if as_json:
+        say(json.dumps(result, indent=1))
+    else:
+        print_result(result, Terminal())

@@ -21,7 +21,6 @@ from ...demo import cells
 from ...demo.for_trainers import TinyVLMProcessor, tiny_vlm_processor
 from ...demo.mosaic import NUM_CELLS
 from ...demo.tiny_vlm import load_tiny_vlm
-from ...folders.adapter_file import inspect_adapter
 from ...tokens.families import find_vlm
 from ...utils.extras import require
 from ...utils.terminal import Terminal, say
@@ -30,6 +29,7 @@ from ..refusals import reading
 from .loading import (
     check_adapter,
     check_device,
+    check_readable,
     load_model,
     load_processor,
     progress_bars,
@@ -111,14 +111,11 @@ def _tiny(of_model: ModelOptions) -> Any:
 
 def _check(of_model: ModelOptions, adapters: list[str]) -> None:
     """Find what is wrong with a model and adapters as far as their configurations tell."""
-    if of_model.model != TINY:
-        find_vlm(without_weights(of_model.model, of_model.attn_implementation))
+    if of_model.model == TINY:
+        return check_readable(adapters)
+    find_vlm(without_weights(of_model.model, of_model.attn_implementation))
     for part in adapters:
-        if of_model.model != TINY:
-            check_adapter(part, of_model.model)
-        else:
-            with reading("an adapter", part):
-                inspect_adapter(part)
+        check_adapter(part, of_model.model)
 
 
 def lab_task(name: str, rows: int, in_tokens: bool) -> Task:

@@ -15,6 +15,7 @@ from ...demo.tiny_vlm import SHIPPED, load_tiny_vlm
 from ...utils.terminal import say
 from ..options import REAL, REAL_BASE
 from ..refusals import reading
+from .loading import check_readable
 
 
 __all__ = ["chats", "recall", "run_demo", "save_base"]
@@ -24,6 +25,7 @@ def recall(adapters: list[str], base: Path | None, rows: int, seed: int) -> None
     """Test a base of the lab, and each of some adapters on it."""
     if base == Path(REAL) and not base.exists():
         base = REAL_BASE
+    check_readable(adapters)
     with reading("a base of the lab and adapters of it", base or SHIPPED, *adapters):
         models = load_models(adapters, base)
         questions = None

@@ -5,14 +5,15 @@ Models and adapters are first checked by their configurations alone: loading wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import typer
 from peft import PeftConfig
-from rich.progress import Progress, TaskID
+from rich.progress import TaskID
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -21,11 +22,13 @@ from transformers import (
     AutoProcessor,
 )
 
+from ...demo import for_trainers  # noqa: F401  # makes the tiny model's processor known to AutoProcessor
 from ...folders.adapter_file import AdapterFile, inspect_adapter
+from ...integrations.lmms_eval import separate
 from ...probe.rows import Chat, read_chats
 from ...tuners.base import VisualConfig
 from ...tuners.saving import load_adapters
-from ...utils.terminal import Terminal
+from ...utils.terminal import Bars
 from ..options import ModelOptions
 from ..refusals import reading
 
@@ -76,6 +79,17 @@ def set_kernel(model: Any, attn_implementation: str) -> None:
         raise typer.BadParameter(
             f"{attn_implementation!r} cannot be used: {error}", param_hint=["--attn-implementation"]
         ) from error
+
+
+def check_readable(adapters: Iterable[str]) -> None:
+    """Refuse adapters that cannot be read, before anything is loaded.
+
+    Args:
+        adapters: Folders or Hub ids, or several with `+` between.
+    """
+    for part in itertools.chain.from_iterable(map(separate, adapters)):
+        with reading("an adapter", part):
+            inspect_adapter(part)
 
 
 def check_adapter(adapter: str, base: str) -> Any:
@@ -151,7 +165,7 @@ def load_chats(data: str, split: str, rows: int) -> list[Chat]:
 @contextmanager
 def progress_bars() -> Iterator[Any]:
     """Progress bars on standard error, where they do not mix with what the command prints."""
-    with Progress(console=Terminal(stderr=True), transient=True) as bars:
+    with Bars() as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(description: str, done: int, total: int) -> None:

@@ -21,6 +21,7 @@ HEADINGS = {
     "models": "Types of models",
     "paper": "Source",
 }
+SHOWN = ("method", "does", "parameters", "models", "paper")  # what fits beside one another on a terminal
 
 
 def methods(as_json: bool) -> None:
@@ -28,9 +29,9 @@ def methods(as_json: bool) -> None:
     if as_json:
         say(json.dumps(rows(), indent=2, ensure_ascii=False))
         return
-    table = Table(*(heading.lower() for heading in HEADINGS.values()), show_lines=True)
+    table = Table(*(HEADINGS[field].lower() for field in SHOWN), show_lines=True)
     for row in rows():
-        table.add_row(*(row[field] for field in HEADINGS))
+        table.add_row(*(row[field] for field in SHOWN))
     Terminal().print(table)
 
 

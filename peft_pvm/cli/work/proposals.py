@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import typer
 from rich.table import Table
 
 from ...attention.dispatch import steerable_attentions
-from ...folders.data_file import write_json
 from ...methods.dipe.method import DIPEConfig
 from ...methods.var import VARConfig
 from ...probe.calibrate import Calibration
@@ -66,15 +64,16 @@ def layers(of_model: ModelOptions, rows: Rows, count: int, as_json: bool) -> Non
 
 
 def calibrate(
-    of_model: ModelOptions, rows: Rows, tokens: list[int] | None, limits: list[int], seed: int, out: Path | None
+    of_model: ModelOptions, rows: Rows, tokens: list[int] | None, limits: list[int], seed: int, as_json: bool
 ) -> None:
     """Propose `max_distance` for DIPE."""
     DIPEConfig.layers_on(_without_weights(of_model))
     given = rows.beside(of_model)
     with progress_bars() as show:
         found = calibrate_model(*given, tokens, limits, seed, show)
-    if out is not None:
-        write_json(out, {"model": of_model.model, "data": rows.data, "seed": seed, **found.to_dict()})
+    if as_json:
+        say(json.dumps({"model": of_model.model, "data": rows.data, "seed": seed, **found.to_dict()}, indent=2))
+        return
     Terminal().print(_loss_table(found))
     say(found.reason)
 
