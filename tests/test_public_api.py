@@ -57,6 +57,7 @@ CHANGED = {  # parameters
     "dropped_keywords": "it names the layers",
     "register": "a configuration says its name itself, and its tuner can be made from it",
     **dict.fromkeys(("Scoring", "Weighing", "Steering", "SteeringLayer", "SteeringTuner"), STAGES),
+    **dict.fromkeys(("ForwardRecord", "LayerAttention", "ProbeResult"), "probe makes it, of all that it found"),
     "VisionLanguageModel": "find_vlm makes it; its block is looked for when it is asked for",
 }
 

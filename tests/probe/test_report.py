@@ -19,7 +19,7 @@ import pytest
 from tiny_vlms import FAMILIES
 
 from peft_pvm.probe import ProbeResult, verdict
-from peft_pvm.probe.maps import looks
+from peft_pvm.probe.maps import STRONGEST, looks
 from peft_pvm.probe.plots import draw
 from peft_pvm.probe.report import Answer, answers, page
 from peft_pvm.probe.words import percent
@@ -187,15 +187,20 @@ def test_tokens_that_changed_are_marked(result: ProbeResult, saved: Path):
 
 
 def test_maps_lie_where_the_model_looks(result: ProbeResult):
-    """In each map, the strongest colour is at the visual token that draws most attention."""
+    """Their opacity is the root of the attention, beside the most that any forward gives to a token without sinks."""
     from PIL import Image
 
-    for forward, row in zip(result.forwards, looks(result).rows.values(), strict=True):
-        for weights, drawn in zip([forward.mean_map, *forward.maps.values()], row, strict=True):
-            (overlay,) = drawn.overlays
-            opacity = np.array(Image.open(io.BytesIO(overlay.png)))[..., 3]
-            assert opacity.shape == result.grids[0]
-            assert opacity.ravel()[np.argmax(weights)] == opacity.max()
+    sinks = {sink for forward in result.forwards for layer in forward.attention for sink in layer.sinks}
+    assert 0 < len(sinks) < result.num_visual_tokens
+    rows = [[forward.mean_map, *forward.maps.values()] for forward in result.forwards]
+    most = [max(np.delete(weights, list(sinks)).max() for weights in of_title) for of_title in zip(*rows)]
+    found = looks(result)
+    assert found.scales == pytest.approx(most)
+    for weights_of, drawn_of in zip(rows, found.rows.values(), strict=True):
+        for weights, drawn, scale in zip(weights_of, drawn_of, most, strict=True):
+            opacity = np.array(Image.open(io.BytesIO(drawn.overlays[0].png)))[..., 3] / 255
+            expected = STRONGEST * np.sqrt(np.minimum(np.array(weights) / scale, 1)).reshape(result.grids[0])
+            assert np.abs(opacity - expected).max() < 1 / 255
             assert drawn.share == pytest.approx(sum(weights))
 
 
