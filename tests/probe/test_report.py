@@ -216,7 +216,7 @@ def test_nothing_is_shown_of_what_is_not_there(probed, tmp_path: Path):
 
 
 def test_the_page_fits_a_phone_in_a_browser(saved: Path, tmp_path: Path):
-    """With everything unfolded, and without a word on the console."""
+    """With everything unfolded, without a word on the console, and with the maps of the chosen token alone."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine")
@@ -225,8 +225,10 @@ def test_the_page_fits_a_phone_in_a_browser(saved: Path, tmp_path: Path):
     measure = """<script>onload = () => { for (const view of document.querySelectorAll("iframe")) {
         const page = view.contentDocument
         page.querySelectorAll("details").forEach(part => part.open = true)
+        page.getElementById("at-1").click()
+        const seen = [...page.querySelectorAll(".at")].filter(part => part.offsetParent).map(part => part.className)
         const {scrollWidth, clientWidth} = page.documentElement
-        view.title = `${scrollWidth} in ${clientWidth}`
+        view.title = `${scrollWidth} in ${clientWidth}: ${[...new Set(seen)]}`
     } }</script>"""
     (tmp_path / "views.html").write_text(f"<!DOCTYPE html>{views}{measure}", encoding="utf-8")
     command = [
@@ -237,4 +239,4 @@ def test_the_page_fits_a_phone_in_a_browser(saved: Path, tmp_path: Path):
         command, capture_output=True, text=True, timeout=60, env={**os.environ, "HOME": str(tmp_path)}
     )
     assert "CONSOLE" not in finished.stderr
-    assert re.findall(r'title="(\d+ in \d+)"', finished.stdout) == ["390 in 390", "1400 in 1400"]
+    assert re.findall(r'title="(\d.*?)"', finished.stdout) == ["390 in 390: at at-1", "1400 in 1400: at at-1"]
