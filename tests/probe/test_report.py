@@ -209,6 +209,7 @@ def test_nothing_is_shown_of_what_is_not_there(probed, tmp_path: Path):
     text = one.save(tmp_path / "one").read_text(encoding="utf-8")
     Page(text)
     assert "Where PVM reads" not in text
+    assert "<h3>Prompt</h3>" not in text
     assert "KL to the base" not in text.split("<details>")[0]
     assert sorted(files(tmp_path / "one")) == ["by-layer.svg", "logit-lens.svg", "probe.json", "report.html"]
     without_lens = replace(one, forwards=[replace(one.base, lens=None)])
