@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
@@ -71,12 +72,7 @@ def free_bytes(device: torch.device) -> int:
     """How much memory is left for tensors."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
-        return 2**63 - 1
+    return psutil.virtual_memory().available
 
 
 def import_seconds(rounds: int = 5) -> tuple[float, float]:

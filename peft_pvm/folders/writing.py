@@ -33,6 +33,7 @@ FORMER_SAVE_SECONDS = 600  # after which nobody is still writing to one
 
 CARD_NAME = "README.md"
 PEFT_TEMPLATE = "# Model Card for Model ID"  # the heading of the card that PEFT leaves to be filled in
+TEMPLATE = Path(__file__).with_name("card.md.jinja")  # Jinja2, which reads it, comes with torch
 MARK = "<!-- Written by peft-pvm, again at every save. Delete this line to keep your changes. -->"
 MOST_RESULTS = 1_000
 RESULT_FIELDS = {"dataset", "metric", "value"}  # and "base", the base model's, if known
@@ -142,7 +143,7 @@ def write_card(config: PeftConfig, folder: str | os.PathLike) -> None:
     path = Path(folder) / CARD_NAME
     companions = AdapterFile(folder).companions()
     if (companions or isinstance(config, SavedConfig)) and not is_written_by_a_person(path):
-        write_file(path, str(ModelCard(card_text(config, read_results(folder), companions))))
+        write_file(path, card_text(config, read_results(folder), companions))
 
 
 def is_written_by_a_person(path: Path) -> bool:
@@ -193,66 +194,29 @@ def card_text(config: PeftConfig, results: list[dict[str, Any]], companions: Seq
         companions: The adapters that it was trained together with.
     """
     base = plain(config.base_model_name_or_path or "", 200)
-    about, fields = [f"# {method_of(config)} adapter", ""], []
-    if isinstance(config, SavedConfig):
-        more = [] if config.has_parameters else ["It has no parameters."]
-        if config.paper:
-            more.append(f"Source: [arXiv {config.paper}](https://arxiv.org/abs/{config.paper}).")
-        about = [f"# {config.title}", "", config.summary, "", " ".join(more), ""]
-        fields = ["| Field | Value | |", "|---|---|---|", *_field_rows(config), ""]
-    lines = ["---", _card_data(config, base, results).to_yaml(), "---", "", MARK, "", *about]
-    if companions:
-        lines += [
-            "The adapters below acted beside it in training. They belong together: without them, it computes "
-            "something else.",
-            "",
-            *("| Adapter | Method | Settings |", "|---|---|---|"),
-            *(
-                f"| {code_span(other.name)} | {markdown(other.method)} | {code_span(other.settings, 500)} |"
-                for other in companions
-            ),
-            "",
-        ]
-    lines += ["```python", *_loading_lines(base, companions), "```", "", *fields]
-    if results:
-        lines += [
-            "| Data set | Metric | Base | With this adapter |",
-            "|---|---|---|---|",
-            *(
-                f"| {markdown(result['dataset'])} | {markdown(result['metric'])} "
-                f"| {result.get('base', '')} | {result['value']} |"
-                for result in results
-            ),
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def _field_rows(config: SavedConfig) -> list[str]:
-    common = {field.name for field in dataclasses.fields(PeftConfig)} | {"init_weights", "format_version"}
-    return [
-        f"| `{field.name}` | {code_span(getattr(config, field.name), 500)} | {field.metadata.get('help', '')} |"
-        for field in dataclasses.fields(config)
-        if field.name not in common
-    ]
-
-
-def _loading_lines(base: str, companions: Sequence[Companion]) -> list[str]:
-    """Code that loads an adapter, with the base if the Hub has it, and with its companions."""
-    on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not os.path.exists(base)
     here = "this folder or its Hub id"
-    load = f'model = PeftModel.from_pretrained(model, "{here}")'
-    if companions:
-        others = [f"the folder or Hub id of {plain(companion.name, 100)}" for companion in companions]
-        load = f"peft_pvm.load_adapters(model, {[*others, here]})"
-    return [
-        "import peft_pvm  # registers the method with PEFT",
-        *(["from peft import PeftModel"] if not companions else []),
-        *(["from transformers import AutoModelForImageTextToText"] if on_hub else []),
-        "",
-        *([f'model = AutoModelForImageTextToText.from_pretrained("{base}")'] if on_hub else []),
-        load,
-    ]
+    card = ModelCard.from_template(
+        _card_data(config, base, results),
+        template_path=str(TEMPLATE),
+        mark=MARK,
+        config=config,
+        method=method_of(config),
+        fields=_fields_of(config) if isinstance(config, SavedConfig) else [],
+        base_on_hub=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.exists(base) else None,
+        here=here,
+        together=[*(f"the folder or Hub id of {plain(other.name, 100)}" for other in companions), here],
+        companions=companions,
+        results=results,
+        code_span=code_span,
+        markdown=markdown,
+    )
+    return str(card)
+
+
+def _fields_of(config: SavedConfig) -> list[dataclasses.Field]:
+    """The fields that are the method's own."""
+    common = {field.name for field in dataclasses.fields(PeftConfig)} | {"init_weights", "format_version"}
+    return [field for field in dataclasses.fields(config) if field.name not in common]
 
 
 def _card_data(config: PeftConfig, base: str, results: list[dict[str, Any]]) -> ModelCardData:

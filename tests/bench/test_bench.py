@@ -9,6 +9,7 @@ import json
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from forwards import logits
@@ -189,6 +190,10 @@ def test_other_ways_to_measure(how: dict, monkeypatch):
 def test_ratios_are_taken_within_a_round():
     methods = {"base": {"decode_s": [1.0, 2.0]}, "pvm": {"decode_s": [3.0, 4.0]}}
     assert ratios({"contexts": [{"context": 9, "methods": methods}]}, 9, "pvm", "decode_s") == [3.0, 2.0]
+
+
+def test_free_memory_is_a_part_of_what_the_machine_has():
+    assert 0 < bench_run.free_bytes(torch.device("cpu")) < psutil.virtual_memory().total
 
 
 def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
