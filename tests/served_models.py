@@ -1,4 +1,4 @@
-"""The lab's tiny Qwen3-VL as vLLM and as transformers run it, and what is asked of both."""
+"""What is asked of vLLM and of transformers alike, how, and the lab's tiny Qwen3-VL as both run it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     Qwen2VLImageProcessor,
-    Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -57,6 +59,15 @@ class Answer:
         if self.tokens != other.tokens:
             return float("inf")
         return max(abs(a - b) for a, b in zip(self.logprobs, other.logprobs))
+
+
+TOLERANCE = 2e-4  # of log-probabilities, in fp32
+
+
+def assert_same(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
+    """The same tokens with the same log-probabilities."""
+    differences = [a.differs_by(b) for a, b in zip(found, expected, strict=True)]
+    assert max(differences) < TOLERANCE, differences
 
 
 REQUESTS = [
@@ -109,8 +120,8 @@ def exported(base: Path, adapters: Sequence[Path], folder: Path) -> Path:
 
 def ask_transformers(base: Path, adapters: Sequence[Path], requests: Sequence[Request], **kwargs: Any) -> list[Answer]:
     """What each request alone is answered."""
-    model = Qwen3VLForConditionalGeneration.from_pretrained(base)
-    processor = Qwen3VLProcessor.from_pretrained(base)
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    processor = AutoProcessor.from_pretrained(base)
     for number, adapter in enumerate(adapters):
         model.load_adapter(str(adapter), adapter_name=f"adapter_{number}")
     if adapters:
@@ -123,6 +134,9 @@ def ask_transformers(base: Path, adapters: Sequence[Path], requests: Sequence[Re
             pixels, known = clip(request.frames)
             video = dict(videos=[pixels], video_metadata=[VideoMetadata(**known)], do_sample_frames=False)
         inputs = processor(text=[request.prompt], images=images or None, return_tensors="pt", **video)
+        inputs.pop(
+            "token_type_ids", None
+        )  # with which Gemma 3 sees images whole; vLLM on a CPU lets it see them causally
         output = model.generate(
             **inputs,
             max_new_tokens=NEW_TOKENS,
@@ -160,6 +174,18 @@ def engine(folder: Path, **kwargs: Any) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+@contextlib.contextmanager
+def engine_inside(folder: Path, **kwargs: Any) -> Iterator[Any]:
+    """An engine in this process, which is there in a few seconds."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        environment.setenv(
+            "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+        )  # the threads of this process are left where they are
+        with engine(folder, distributed_executor_backend="uni", **kwargs) as llm:
+            yield llm
 
 
 def ask_vllm(llm: Any, requests: Sequence[Request], **kwargs: Any) -> list[Answer]:

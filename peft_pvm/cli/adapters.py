@@ -88,7 +88,7 @@ def export_reference(
 
 
 def export_vllm(
-    base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model, a Qwen3-VL.")],
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")],
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids: one of PVM, one of DIPE, or both.")],
     out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the model.")],
     accept_causal: Annotated[

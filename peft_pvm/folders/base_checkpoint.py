@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from ..utils.text import plain, quoted
 from .data_file import read_json
@@ -22,6 +23,9 @@ from .replacing import replacing, settle
 
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# Models whose first configs have the fields of the text model beside their own. For any other, transformers would make
+# up a text model of its defaults.
+FLAT = ("qwen2_vl", "qwen2_5_vl")
 FIRST_OF_TWO, FURTHER_SHARD = "model-00001-of-00002.safetensors", "model-pvm.safetensors"
 
 
@@ -144,6 +148,8 @@ class BaseCheckpoint:
         if not path.is_file():
             raise FileNotFoundError(f"There is no {path}.")
         content = read_json(self._own(path))
+        if isinstance(content, dict) and content.get("model_type") in FLAT and "text_config" not in content:
+            content = AutoConfig.for_model(**content).to_dict()
         if not isinstance(content, dict) or not isinstance(content.get("text_config"), dict):
             raise ValueError(f"{path} has no text_config: it is not that of a vision-language model.")
         return content

@@ -18,7 +18,7 @@ OF_OTHERS = {
     "A gate stays at zero",
     "ImportError about torchvision",
     "The version of PEFT you are using is not compatible, please use a version >= 0.22.0",
-    "Model architectures ['PeftPVMQwen3VLForConditionalGeneration'] are not supported",
+    "Model architectures ['PeftPVM…'] are not supported",
 }
 
 

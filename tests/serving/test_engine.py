@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +16,23 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings it")
 
-from served_models import NEW_TOKENS, REQUESTS, Answer, Request, ask_transformers, ask_vllm, engine, exported
+from served_models import (
+    NEW_TOKENS,
+    REQUESTS,
+    TOLERANCE,
+    Answer,
+    Request,
+    ask_transformers,
+    ask_vllm,
+    assert_same,
+    engine,
+    exported,
+)
 from transformers import AutoTokenizer
 
 from peft_pvm.demo.mosaic import IMAGE
 
 
-TOLERANCE = 2e-4  # of log-probabilities, in fp32
 COMBINATIONS = {
     "base": [],
     "pvm": ["pvm"],
@@ -31,12 +40,6 @@ COMBINATIONS = {
     "pvm+dipe": ["pvm", "dipe"],
     "branches+dipe on some layers": ["branches", "dipe-some-layers"],
 }
-
-
-def assert_same(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
-    assert len(found) == len(expected)
-    differences = [a.differs_by(b) for a, b in zip(found, expected)]
-    assert max(differences) < TOLERANCE, differences
 
 
 def second_turns(base: Path, answers: Sequence[Answer]) -> list[Request]:
@@ -182,53 +185,18 @@ def test_the_engine_says_what_it_refuses(serve, capfd: pytest.CaptureFixture):
 
 
 def test_what_enters_the_first_layer_survives_kernels_that_add_in_place(monkeypatch: pytest.MonkeyPatch):
-    from peft_pvm.integrations.vllm import model
+    from vllm.model_executor.models.qwen3_vl import Qwen3LLMModel
 
-    def add_in_place(self, input_ids, tokens, intermediate_tensors, inputs_embeds, deepstack_input_embeds):
+    from peft_pvm.integrations.vllm.model import with_adapters
+
+    def add_in_place(self, input_ids, tokens, intermediate_tensors, inputs_embeds):
         inputs_embeds.add_(1)
         return tokens.inputs_embeds
 
-    monkeypatch.setattr(model.qwen3_vl.Qwen3LLMModel, "forward", add_in_place)
-    bare = model.LanguageModel.__new__(model.LanguageModel)
+    text_model = with_adapters(Qwen3LLMModel)
+    monkeypatch.setattr(Qwen3LLMModel, "forward", add_in_place)
     embeddings = torch.zeros(2, 4)
-    kept = model.LanguageModel.forward(bare, None, torch.zeros(3, 2, dtype=torch.long), inputs_embeds=embeddings)
+    positions = torch.zeros(3, 2, dtype=torch.long)
+    kept = text_model.forward(text_model.__new__(text_model), None, positions, inputs_embeds=embeddings)
     assert embeddings.all()
     assert not kept.any()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"pipeline_parallel_size": 2}, "tensor parallelism only"),
-        ({"decode_context_parallel_size": 2}, "tensor parallelism only"),
-        ({"prefill_context_parallel_size": 2}, "tensor parallelism only"),
-        ({"speculative_config": object()}, "speculative decoding"),
-        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
-        ({"is_pruned": True}, "pruning of videos"),
-    ],
-)
-def test_what_was_not_made_to_work_is_refused(change: dict, message: str):
-    from peft_pvm.integrations.vllm.model import refuse_what_breaks
-
-    def config(**changes) -> SimpleNamespace:
-        multimodal = SimpleNamespace(is_multimodal_pruning_enabled=lambda: changes.get("is_pruned", False))
-        sizes = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
-        return SimpleNamespace(
-            parallel_config=SimpleNamespace(**{size: changes.get(size, 1) for size in sizes}),
-            speculative_config=changes.get("speculative_config"),
-            use_v2_model_runner=changes.get("use_v2_model_runner", False),
-            model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal),
-        )
-
-    refuse_what_breaks(config(), has_anchors=True)
-    with pytest.raises(NotImplementedError, match=message):
-        refuse_what_breaks(config(**change), has_anchors=True)
-    refuse_what_breaks(config(use_v2_model_runner=True), has_anchors=False)
-
-
-def test_another_version_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch):
-    from peft_pvm.integrations.vllm.model import refuse_what_breaks
-
-    monkeypatch.setattr("vllm.__version__", "0.34.0")
-    with pytest.raises(NotImplementedError, match=r"vLLM 0\.32\. and 0\.33\., but this is 0\.34\.0"):
-        refuse_what_breaks(SimpleNamespace(), has_anchors=False)

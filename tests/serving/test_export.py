@@ -15,7 +15,8 @@ from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, PVMConfig
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.vllm import export_vllm
-from peft_pvm.integrations.vllm.export import ARCHITECTURE, FIELD, configs_of
+from peft_pvm.integrations.vllm.export import FIELD, MAKES_POSITIONS, configs_of
+from peft_pvm.integrations.vllm.families import FAMILIES as SERVED
 
 
 pytest.importorskip("matplotlib", reason="the command line needs the extra `lab`")
@@ -58,7 +59,8 @@ def test_a_folder_has_the_base_the_branch_and_what_was_asked_for(
     assert (out / "chat_template.jinja").is_file()
     assert "base_model_name_or_path" not in (out / "config.json").read_text()
     config = AutoConfig.from_pretrained(out)
-    assert config.architectures == [ARCHITECTURE]
+    assert config.architectures == ["PeftPVMQwen3VLForConditionalGeneration"]
+    assert not hasattr(config, MAKES_POSITIONS)
     pvm, dipe = configs_of(config.text_config)
     assert (pvm is None) == (names == ["dipe"])
     assert (dipe is None) == (names == ["pvm"])
@@ -81,6 +83,31 @@ def test_a_folder_that_was_exported_before_there_was_a_limit_has_none(
     _, dipe = configs_of(config.text_config)
     assert dipe is not None
     assert dipe.max_distance == 0
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_each_family_gets_its_class_and_labels_for_its_positions(
+    family: str, adapters: dict[str, Path], tmp_path: Path
+):
+    FAMILIES[family].build().save_pretrained(tmp_path / "base")
+    export_vllm(tmp_path / "base", [adapters["dipe"]], tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.architectures == [SERVED[family].architecture] == [f"PeftPVM{FAMILIES[family].model_class}"]
+    has_three_rows = "mrope_section" in str(config.get_text_config().rope_parameters)
+    assert SERVED[family].makes_positions == has_three_rows
+    assert hasattr(config, MAKES_POSITIONS) != has_three_rows  # vLLM asks for positions where one of both is there
+    assert configs_of(config.get_text_config())[1] is not None
+
+
+def test_a_config_with_the_text_model_s_fields_beside_its_own(adapters: dict[str, Path], tmp_path: Path):
+    FAMILIES["qwen2_5_vl"].build().save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content.pop("text_config"), **content}))
+    export_vllm(tmp_path / "base", [adapters["dipe"]], tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.text_config.hidden_size == FAMILIES["qwen2_5_vl"].config().text_config.hidden_size
+    assert configs_of(config.text_config)[1] is not None
 
 
 def refused(adapter: Path, base: Path, tmp_path: Path, **options) -> str:
@@ -113,8 +140,12 @@ def test_an_adapter_that_sees_its_sample_is_served_causally_on_request(base: Pat
 
 def test_other_methods_bases_and_sizes_are_refused(base: Path, adapters: dict[str, Path], tmp_path: Path):
     assert "there are PVM and DIPE" in refused(adapters["t-drs"], base, tmp_path)
-    FAMILIES["qwen2_5_vl"].build().save_pretrained(tmp_path / "other")
-    assert "is of type 'qwen2_5_vl'" in refused(adapters["dipe"], tmp_path / "other", tmp_path)
+    FAMILIES["llava"].build().save_pretrained(tmp_path / "other")
+    assert "is of type 'llava'" in refused(adapters["dipe"], tmp_path / "other", tmp_path)
+    other_text = FAMILIES["internvl"].build()
+    other_text.config.text_config = FAMILIES["llava"].config().text_config
+    other_text.save_pretrained(tmp_path / "other-text")
+    assert "is of type 'llama'" in refused(adapters["dipe"], tmp_path / "other-text", tmp_path)
     tiny = FAMILIES["qwen3_vl"].build()
     tiny.save_pretrained(tmp_path / "smaller")
     assert "must be of shape" in refused(adapters["pvm"], tmp_path / "smaller", tmp_path)

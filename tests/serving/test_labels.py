@@ -45,6 +45,14 @@ def test_without_anchors_they_fit_32_bits():
     assert not anchors.any()
 
 
+def test_positions_of_one_axis_have_the_same_labels():
+    labelled, _ = attach_labels(torch.arange(4).expand(3, -1), 0, torch.tensor([False, True, True, False]), True)
+    positions, *labels = detach_labels(labelled)
+    position, *of_one_axis = detach_labels(labelled[0])
+    assert position.equal(positions[0])
+    assert all(map(torch.equal, of_one_axis, labels))
+
+
 def test_positions_of_a_dummy_run_are_text():
     positions, visual_mask, anchors = detach_labels(torch.arange(5).expand(3, -1))
     assert positions.equal(torch.arange(5).expand(3, -1))

@@ -27,8 +27,9 @@ def heads(count: int, length: int, dtype: torch.dtype = torch.float64) -> torch.
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What vLLM's kernels compute, scaled as for the heads that were widened."""
+    """What vLLM's kernels compute, scaled as for the heads that were widened; they take values of the same width."""
     scaling = HEAD_DIM**-0.5
+    value = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
     query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True).transpose(
         0, 1
@@ -63,7 +64,8 @@ def test_anchored_across_modalities_is_two_kinds_of_scores(layout: str):
     visual_mask = torch.tensor(LAYOUTS[layout]) == 1
     length = len(visual_mask)
     query, anchored, key, value = (heads(count, length) for count in (HEADS, HEADS, KV_HEADS, KV_HEADS))
-    output = causal_attention(*anchored_across_modalities(query, anchored, key, value, visual_mask, 2 * HEAD_DIM + 5))
+    wide = anchored_across_modalities(query, anchored, key, visual_mask, 2 * HEAD_DIM + 5)
+    output = causal_attention(*wide, value)
     assert not output[..., HEAD_DIM:].any()
     keys = key.repeat_interleave(2, 1)
     same = visual_mask[:, None] == visual_mask[None]

@@ -1,13 +1,15 @@
 """Serving with vLLM: its plugin, found by the entry point `vllm.general_plugins`, and what makes a folder for it."""
 
-from .export import ARCHITECTURE, export_vllm
+from .export import export_vllm
+from .families import FAMILIES
 
 
 __all__ = ["export_vllm", "register"]
 
 
 def register() -> None:
-    """Make our architecture known to vLLM. It calls this in each of its processes."""
+    """Make our architectures known to vLLM. It calls this in each of its processes."""
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
+    for family in FAMILIES.values():
+        ModelRegistry.register_model(family.architecture, f"{__name__}.model:{family.architecture}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig
+from transformers import AutoConfig
 
 from ...folders.adapter_file import PEFT_PREFIX, read_config
 from ...folders.base_checkpoint import BaseCheckpoint
@@ -21,11 +22,13 @@ from ...tokens.positions import PADDING, modalities, run_anchors, run_starts
 from ...tuners.base import with_absent_fields
 from ...utils.checks import layer_list
 from ...utils.text import quoted
+from .families import FAMILIES, TEXT_MODELS
 
 
-BASES = ("qwen3_vl",)  # by `model_type`
-ARCHITECTURE = "PeftPVMQwen3VLForConditionalGeneration"
 FIELD = "peft_pvm"  # of the text config, where the adapters stand by method
+# A model whose config has this field makes the positions of a prompt itself, which is where labels are attached. The
+# field belongs to mRoPE; vLLM takes it for that beside a text model without mRoPE as well, which ignores it.
+MAKES_POSITIONS = "mrope_section"
 LEFT_OUT = ("base_model_name_or_path", "revision")  # where an adapter was trained may be a private path
 WIDEST = 1024
 # A query and a key of this size give a hidden token a score of -16384 * scaling, so a weight of exactly 0 beside any
@@ -44,7 +47,7 @@ def export_vllm(
     It holds a copy of the base's weights as they are, one more file with PVM's, and a config that names our class.
 
     Args:
-        base: Folder or Hub id of a Qwen3-VL.
+        base: Folder or Hub id of a model of one of the `FAMILIES`.
         adapters: Folders or Hub ids, at most one of PVM and one of DIPE.
         output_dir: The folder.
         accept_causal: Take an adapter with `memory_visibility="sample"` as well. In vLLM a token sees the images
@@ -59,8 +62,9 @@ def export_vllm(
         ValueError: Not our adapters, two of one method, or one that does not fit the base.
     """
     checkpoint = BaseCheckpoint(base)
-    if (found := checkpoint.config.get("model_type")) not in BASES:
-        raise NotImplementedError(f"{base} is of type {quoted(found)}. For vLLM there is {', '.join(BASES)}.")
+    content = checkpoint.config
+    base_config = _base_config(base, content)
+    family = FAMILIES[base_config.model_type]
     by_method: dict[str, dict[str, Any]] = {}
     branch: Tensors = {}
     for adapter in adapters:
@@ -75,7 +79,7 @@ def export_vllm(
                     raise NotImplementedError(
                         f"{adapter} has {name}={quoted(value)}. In vLLM, DIPE knows {name}={known!r} only."
                     )
-            num_layers = checkpoint.config["text_config"]["num_hidden_layers"]
+            num_layers = base_config.get_text_config().num_hidden_layers
             chosen = [] if config.layers_to_transform is None else layer_list(config, "None")
             if beyond := [index for index in chosen if index >= num_layers]:
                 raise ValueError(f"{adapter} acts on layers {quoted(beyond)}, but {base} has {num_layers} layers.")
@@ -86,10 +90,24 @@ def export_vllm(
         }
     if not by_method:
         raise ValueError("No adapter is given. To serve the base alone, vLLM takes it as it is.")
-    content = checkpoint.config
-    content["architectures"] = [ARCHITECTURE]
+    content["architectures"] = [family.architecture]
+    if not family.makes_positions:
+        content[MAKES_POSITIONS] = []
     content["text_config"][FIELD] = by_method
     return checkpoint.copy(output_dir, content, branch)
+
+
+def _base_config(base: str | os.PathLike, content: dict[str, Any]) -> Any:
+    """The base's, as transformers reads it, if vLLM serves such a model with our adapters."""
+    found = content.get("model_type")
+    if found not in FAMILIES:
+        raise NotImplementedError(f"{base} is of type {quoted(found)}. For vLLM there are {', '.join(FAMILIES)}.")
+    config = AutoConfig.for_model(**content)
+    if (text_type := config.get_text_config().model_type) not in TEXT_MODELS:
+        raise NotImplementedError(
+            f"The text model of {base} is of type {quoted(text_type)}. For vLLM there are {', '.join(TEXT_MODELS)}."
+        )
+    return config
 
 
 def _pvm_weights(adapter: str | os.PathLike, base: BaseCheckpoint, accept_causal: bool) -> Tensors:
@@ -117,13 +135,11 @@ def configs_of(text_config: Any) -> tuple[PVMConfig | None, DIPEConfig | None]:
 
 
 def acts_on(dipe: DIPEConfig, layer_idx: int) -> bool:
-    """Whether DIPE acts on a decoder layer of Qwen3-VL, which all rotate queries and keys."""
+    """Whether DIPE acts on a decoder layer, which all rotate queries and keys in the families served."""
     return dipe.layers_to_transform is None or layer_idx in layer_list(dipe, "None")
 
 
 POSITION_BITS, ANCHOR_SHIFT = 30, 32
-
-Widened = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attach_labels(
@@ -156,14 +172,15 @@ def detach_labels(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
     """What `attach_labels` put together, token by token.
 
     Args:
-        positions: Labelled, `(axes, num_tokens)`, int64.
+        positions: Labelled, `(axes, num_tokens)`, or of one axis `(num_tokens,)`, int64.
 
     Returns:
-        Positions `(axes, num_tokens)`, which tokens are visual `(num_tokens,)`, bool, and anchors `(num_tokens,)`,
-        which are 0 where there are none.
+        Positions of the same shape, which tokens are visual `(num_tokens,)`, bool, and anchors `(num_tokens,)`, which
+        are 0 where there are none.
     """
-    visual_mask = (positions[0] >> POSITION_BITS) & 1 == 1
-    return positions & ((1 << POSITION_BITS) - 1), visual_mask, positions[0] >> ANCHOR_SHIFT
+    first = positions if positions.dim() == 1 else positions[0]
+    visual_mask = (first >> POSITION_BITS) & 1 == 1
+    return positions & ((1 << POSITION_BITS) - 1), visual_mask, first >> ANCHOR_SHIFT
 
 
 def supported_width(least: int, supports: Callable[[int], bool]) -> int:
@@ -184,7 +201,7 @@ def supported_width(least: int, supports: Callable[[int], bool]) -> int:
 
 def visual_keys_only(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visual_mask: torch.Tensor, width: int
-) -> Widened:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention to visual tokens alone, with keys and values for all: one more channel hides the others.
 
     A query with no visual token in sight reads the values of the hidden ones, which are 0.
@@ -197,7 +214,7 @@ def visual_keys_only(
         width: The width of the returned heads, more than `head_dim`.
 
     Returns:
-        Queries, keys and values of this width. Beyond `head_dim`, what attention makes of the values is 0.
+        Queries and keys of this width, and values, which keep theirs.
     """
     visual = visual_mask[:, None, None]
     head_dim = query.shape[-1]
@@ -206,18 +223,13 @@ def visual_keys_only(
     return (
         torch.cat([query, ask], -1),
         torch.where(visual, F.pad(key, (0, width - head_dim)), hide),
-        F.pad(value.masked_fill(~visual, 0), (0, width - head_dim)),
+        value.masked_fill(~visual, 0),
     )
 
 
 def anchored_across_modalities(
-    query: torch.Tensor,
-    anchored: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visual_mask: torch.Tensor,
-    width: int,
-) -> Widened:
+    query: torch.Tensor, anchored: torch.Tensor, key: torch.Tensor, visual_mask: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """DIPE's scores (arXiv 2603.10863): `anchored` meets the keys of the other modality, `query` those of its own.
 
     Keys are split by modality, `[text or 0, visual or 0]`; queries hold in each half what it is to be met with.
@@ -226,16 +238,15 @@ def anchored_across_modalities(
         query: Rotated by their positions, `(num_tokens, heads, head_dim)`.
         anchored: Rotated by their anchors, as `query`.
         key: `(num_tokens, kv_heads, head_dim)`.
-        value: The same shape as `key`.
         visual_mask: `(num_tokens,)`, bool.
         width: The width of the returned heads, at least twice `head_dim`.
 
     Returns:
-        Queries, keys and values of this width. Beyond `head_dim`, what attention makes of the values is 0.
+        Queries and keys of this width.
     """
     visual = visual_mask[:, None, None]
     head_dim = query.shape[-1]
     queries = torch.cat([torch.where(visual, anchored, query), torch.where(visual, query, anchored)], -1)
     keys = torch.cat([key.masked_fill(visual, 0), key.masked_fill(~visual, 0)], -1)
     spare = (0, width - 2 * head_dim)
-    return F.pad(queries, spare), F.pad(keys, spare), F.pad(value, (0, width - head_dim))
+    return F.pad(queries, spare), F.pad(keys, spare)

@@ -1,0 +1,114 @@
+"""What our classes stand on in vLLM, which is checked at start: what differs is refused by name."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+from .families import Family
+
+
+VERSIONS = ("0.32.", "0.33.")  # of vLLM: the first was run, what this stands on is the same in the second
+
+# What our classes call, override or read: parameters in this order, and attributes.
+MODEL_FORWARD = ("input_ids", "positions", "intermediate_tensors", "inputs_embeds")
+POSITIONS_OF_PROMPT = ("input_tokens", "mm_features")
+LAYER_FORWARD = ("positions", "hidden_states", "residual")
+SELF_ATTENTION_FORWARD = ("positions", "hidden_states")
+SELF_ATTENTION = ("attn", "rotary_emb", "head_dim", "num_heads", "num_kv_heads", "scaling")
+ATTENTION = ("layer_name", "head_size", "sliding_window", "attn_backend")
+CALLED: dict[Callable, tuple[str, ...]] = {
+    Attention.__init__: (
+        "num_heads",
+        "head_size",
+        "scale",
+        "num_kv_heads",
+        "cache_config",
+        "per_layer_sliding_window",
+        "prefix",
+    ),
+    Attention.forward: ("query", "key", "value"),
+    PlaceholderRange: ("offset", "length", "is_embed"),
+    MultiModalFeatureSpec: ("mm_position",),
+}
+
+
+def warn_of_other_version() -> None:
+    """Warn of a version of vLLM in which what is checked here was not read as well."""
+    if not vllm.__version__.startswith(VERSIONS):
+        warnings.warn(
+            f"PVM and DIPE were tested with vLLM {' and '.join(VERSIONS)}, but this is {vllm.__version__}. Names and "
+            "parameters are checked, but nobody has read the code. Compare some answers with those of transformers.",
+            stacklevel=2,
+        )
+
+
+def refuse_what_breaks(vllm_config: VllmConfig, has_anchors: bool) -> None:
+    """Raise NotImplementedError for a configuration that is known to break."""
+    config = vllm_config.parallel_config
+    sizes = config.pipeline_parallel_size, config.decode_context_parallel_size, config.prefill_context_parallel_size
+    if max(sizes) > 1:
+        raise NotImplementedError("PVM and DIPE in vLLM know tensor parallelism only: neither pipeline nor context.")
+    if vllm_config.speculative_config is not None:
+        raise NotImplementedError("PVM and DIPE in vLLM do not work with speculative decoding: leave it out.")
+    if vllm_config.model_config.get_multimodal_config().is_multimodal_pruning_enabled():
+        raise NotImplementedError("PVM and DIPE in vLLM do not work with the pruning of videos: leave it out.")
+    if has_anchors and vllm_config.use_v2_model_runner:
+        raise NotImplementedError(
+            "DIPE needs 64 bits for a position, and vLLM's second model runner has 32. "
+            "Set VLLM_USE_V2_MODEL_RUNNER=0 in the environment."
+        )
+
+
+def refuse_other_model(native: Any, family: Family) -> None:
+    """Raise NotImplementedError if vLLM's class of a model, or what we call for each, is another than we stand on."""
+    for function, names in CALLED.items():
+        _takes(function, names)
+    _takes(native.forward, MODEL_FORWARD)
+    if family.makes_positions != getattr(native, "supports_mrope", False):
+        raise _differs(native, "makes the positions of a prompt" if family.makes_positions else "counts tokens")
+    if family.makes_positions:
+        _takes(native.get_mrope_input_positions, POSITIONS_OF_PROMPT)
+
+
+def refuse_other_text_model(model: Any, text_model: type) -> None:
+    """Raise NotImplementedError if a model was built without the text model that our class put in its way."""
+    _has(model, ("language_model",))
+    _has(model.language_model, ("model",))
+    if type(model.language_model.model) is not text_model:
+        raise _differs(type(model), f"builds its text model as {text_model.__mro__[1].__name__}")
+
+
+def refuse_other_layer(layer: Any) -> None:
+    """Raise NotImplementedError if a decoder layer is another than we stand on."""
+    _takes(type(layer).forward, LAYER_FORWARD)
+    _has(layer, ("self_attn",))
+    _takes(type(layer.self_attn).forward, SELF_ATTENTION_FORWARD)
+    _has(layer.self_attn, SELF_ATTENTION)
+    if type(layer.self_attn.attn) is not Attention:
+        raise _differs(type(layer.self_attn), f"attends by {Attention.__name__}")
+    _has(layer.self_attn.attn, ATTENTION)
+
+
+def _takes(function: Callable, names: tuple[str, ...]) -> None:
+    if tuple(name for name in inspect.signature(function).parameters if name in names) != names:
+        raise _differs(function, f"takes {', '.join(names)}")
+
+
+def _has(owner: object, names: tuple[str, ...]) -> None:
+    if missing := [name for name in names if not hasattr(owner, name)]:
+        raise _differs(type(owner), f"has {', '.join(missing)}")
+
+
+def _differs(what: Any, expected: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"PVM and DIPE stand on the insides of vLLM {' and '.join(VERSIONS)}, where {what.__module__}."
+        f"{what.__qualname__} {expected}. In this one, {vllm.__version__}, it does not: install one of those."
+    )

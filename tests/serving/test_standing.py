@@ -1,0 +1,143 @@
+"""What our classes stand on in vLLM is checked before they do.
+
+It needs vLLM beside a torch for the CPU: `make test-vllm`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings it")
+
+from torch import nn
+from vllm.model_executor.layers.attention import Attention
+
+from peft_pvm.integrations.vllm.families import FAMILIES
+from peft_pvm.integrations.vllm.standing import (
+    refuse_other_layer,
+    refuse_other_model,
+    refuse_other_text_model,
+    refuse_what_breaks,
+    warn_of_other_version,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "tensor parallelism only"),
+        ({"decode_context_parallel_size": 2}, "tensor parallelism only"),
+        ({"prefill_context_parallel_size": 2}, "tensor parallelism only"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"is_pruned": True}, "pruning of videos"),
+    ],
+)
+def test_what_was_not_made_to_work_is_refused(change: dict, message: str):
+    def config(**changes) -> SimpleNamespace:
+        multimodal = SimpleNamespace(is_multimodal_pruning_enabled=lambda: changes.get("is_pruned", False))
+        sizes = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(**{size: changes.get(size, 1) for size in sizes}),
+            speculative_config=changes.get("speculative_config"),
+            use_v2_model_runner=changes.get("use_v2_model_runner", False),
+            model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal),
+        )
+
+    refuse_what_breaks(config(), has_anchors=True)
+    with pytest.raises(NotImplementedError, match=message):
+        refuse_what_breaks(config(**change), has_anchors=True)
+    refuse_what_breaks(config(use_v2_model_runner=True), has_anchors=False)
+
+
+def test_a_version_that_nobody_compared_is_named(monkeypatch: pytest.MonkeyPatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_version()
+    monkeypatch.setattr("vllm.__version__", "0.34.0")
+    with pytest.warns(UserWarning, match=r"tested with vLLM 0\.32\. and 0\.33\., but this is 0\.34\.0"):
+        warn_of_other_version()
+
+
+class Model:
+    """As vLLM's that count tokens."""
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs): ...
+
+
+class SelfAttention(nn.Module):
+    """As vLLM's."""
+
+    head_dim = num_heads = num_kv_heads = scaling = 1
+
+    def __init__(self):
+        super().__init__()
+        self.rotary_emb = nn.Identity()
+        self.attn = Attention.__new__(Attention)
+        nn.Module.__init__(self.attn)
+        self.attn.layer_name, self.attn.head_size, self.attn.sliding_window, self.attn.attn_backend = "", 1, None, None
+
+    def forward(self, positions, hidden_states, **kwargs): ...
+
+
+class Layer(nn.Module):
+    """As vLLM's."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attn = SelfAttention()
+
+    def forward(self, positions, hidden_states, residual, **kwargs): ...
+
+
+def test_another_model_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    counts, makes = FAMILIES["gemma3"], FAMILIES["qwen3_vl"]
+    refuse_other_model(Model, counts)
+    with pytest.raises(
+        NotImplementedError, match=r"test_standing\.Model makes the positions of a prompt\. In this one"
+    ):
+        refuse_other_model(Model, makes)
+    with monkeypatch.context() as other:
+        other.setattr(Model, "supports_mrope", True, raising=False)
+        other.setattr(Model, "get_mrope_input_positions", lambda self, input_tokens: None, raising=False)
+        with pytest.raises(NotImplementedError, match="takes input_tokens, mm_features"):
+            refuse_other_model(Model, makes)
+    with monkeypatch.context() as other:
+        other.setattr(Model, "forward", lambda self, positions, input_ids: None)
+        with pytest.raises(
+            NotImplementedError, match="takes input_ids, positions, intermediate_tensors, inputs_embeds"
+        ):
+            refuse_other_model(Model, counts)
+    monkeypatch.setattr("peft_pvm.integrations.vllm.standing.CALLED", {Attention.forward: ("query", "value", "key")})
+    with pytest.raises(NotImplementedError, match=r"Attention\.forward takes query, value, key"):
+        refuse_other_model(Model, counts)
+
+
+def test_another_decoder_layer_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    refuse_other_layer(Layer())
+    with monkeypatch.context() as other:
+        other.setattr(Layer, "forward", lambda self, hidden_states, positions, residual: None)
+        with pytest.raises(NotImplementedError, match="takes positions, hidden_states, residual"):
+            refuse_other_layer(Layer())
+    with monkeypatch.context() as other:
+        other.delattr(SelfAttention, "scaling")
+        with pytest.raises(NotImplementedError, match=r"test_standing\.SelfAttention has scaling"):
+            refuse_other_layer(Layer())
+    layer = Layer()
+    layer.self_attn.attn = nn.Identity()
+    with pytest.raises(NotImplementedError, match="attends by Attention"):
+        refuse_other_layer(layer)
+
+
+def test_a_text_model_that_was_not_taken_is_refused():
+    built = nn.Identity()
+    model = SimpleNamespace(language_model=SimpleNamespace(model=built))
+    refuse_other_text_model(model, nn.Identity)
+    with pytest.raises(NotImplementedError, match="builds its text model as Linear"):
+        refuse_other_text_model(model, type("Ours", (nn.Linear,), {}))
+    with pytest.raises(NotImplementedError, match="SimpleNamespace has language_model"):
+        refuse_other_text_model(SimpleNamespace(), nn.Identity)
