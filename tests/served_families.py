@@ -13,7 +13,7 @@ import transformers as T
 from processors import tokenizer
 from safetensors.torch import load_file, save_file
 from served_models import Request
-from tiny_vlms import END, FAMILIES, IMAGE, START, VIDEO
+from tiny_vlms import END, FAMILIES, IMAGE, START, TEXT, VIDEO
 
 from peft_pvm.folders.base_checkpoint import CONFIG, SINGLE
 
@@ -75,9 +75,9 @@ def _gemma3_processor() -> Any:
     return T.Gemma3Processor(T.Gemma3ImageProcessor(size=SQUARE), tokenizer(names, **marks), image_seq_length=4)
 
 
-def _as_published(name: str, tensor: torch.Tensor, vision_type: str) -> tuple[str, torch.Tensor]:
+def _as_published(name: str, tensor: torch.Tensor, config: Any) -> tuple[str, torch.Tensor]:
     """A weight as transformers reads and vLLM wants it, where transformers 5 writes another."""
-    if vision_type == "siglip_vision_model":
+    if config.vision_config.model_type == "siglip_vision_model":
         name = name.replace("vision_tower.", "vision_tower.vision_model.")
     return name, tensor.mT.contiguous() if ".mlp.experts." in name else tensor
 
@@ -90,15 +90,19 @@ class ServedFamily:
         family: Its name in `FAMILIES`.
         processor: Makes its processor.
         image: How an image stands in a prompt.
+        text: The config of another text model than the tiny model's.
     """
 
     family: str
     processor: Callable[[], Any]
     image: str
+    text: Callable[[], Any] | None = None
 
     def config(self) -> Any:
         """The tiny one with heads that vLLM can do."""
         config = FAMILIES[self.family].config()
+        if self.text is not None:
+            config.text_config = self.text()
         config.vision_config.vision_use_head = False  # of SigLIP, which vLLM has none of, nor have published models
         text = config.text_config
         if hasattr(text, "head_dim") and text.head_dim is not None:
@@ -128,9 +132,8 @@ class ServedFamily:
         model = replace(FAMILIES[self.family], config=self.config).build()
         model.save_pretrained(folder)
         self.processor().save_pretrained(folder)
-        vision_type = model.config.vision_config.model_type
         weights = load_file(folder / SINGLE).items()
-        published = dict(_as_published(name, tensor, vision_type) for name, tensor in weights)
+        published = dict(_as_published(name, tensor, model.config) for name, tensor in weights)
         save_file(published, folder / SINGLE, metadata={"format": "pt"})
         if self.family == "qwen2_5_vl":  # whose published configs have the text model's fields beside their own
             content = json.loads((folder / CONFIG).read_text())
@@ -141,12 +144,10 @@ class ServedFamily:
 
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 SERVED = {
-    served.family: served
-    for served in (
-        ServedFamily("gemma3", _gemma3_processor, "<start_of_image>"),
-        ServedFamily("internvl", _internvl_processor, "<IMG_CONTEXT>"),
-        ServedFamily("llava_onevision", _llava_onevision_processor, "<image>"),
-        ServedFamily("qwen2_5_vl", _qwen2_5_vl_processor, QWEN_IMAGE),
-        ServedFamily("qwen3_vl_moe", _qwen3_vl_processor, QWEN_IMAGE),
-    )
+    "gemma3": ServedFamily("gemma3", _gemma3_processor, "<start_of_image>"),
+    "internvl3": ServedFamily("internvl", _internvl_processor, "<IMG_CONTEXT>"),
+    "internvl3_5": ServedFamily("internvl", _internvl_processor, "<IMG_CONTEXT>", lambda: T.Qwen3Config(**TEXT)),
+    "llava_onevision": ServedFamily("llava_onevision", _llava_onevision_processor, "<image>"),
+    "qwen2_5_vl": ServedFamily("qwen2_5_vl", _qwen2_5_vl_processor, QWEN_IMAGE),
+    "qwen3_vl_moe": ServedFamily("qwen3_vl_moe", _qwen3_vl_processor, QWEN_IMAGE),
 }

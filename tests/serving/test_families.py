@@ -34,10 +34,14 @@ from served_models import (
 from transformers import AutoModelForImageTextToText
 
 from peft_pvm import DIPEConfig, PVMConfig
-from peft_pvm.integrations.vllm.families import FAMILIES
+from peft_pvm.demo.tiny_vlm import tiny_vlm_config
+from peft_pvm.integrations.vllm.families import FAMILIES, TEXT_MODELS
 
 
-COMBINATIONS = ("pvm", "dipe", "pvm+dipe")
+# Another text model in the same model is tested with both adapters at once.
+SERVINGS = [(name, "pvm+dipe") for name in SERVED] + [
+    (name, adapter) for name, family in SERVED.items() if family.text is None for adapter in ("pvm", "dipe")
+]
 SETTINGS = dict(limit_mm_per_prompt={"image": 2, "video": 0}, max_model_len=512)
 
 
@@ -86,7 +90,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory):
     return of
 
 
-@pytest.fixture(scope="module", params=[(family, name) for family in SERVED for name in COMBINATIONS], ids="-".join)
+@pytest.fixture(scope="module", params=SERVINGS, ids="-".join)
 def served(serve, request: pytest.FixtureRequest) -> Iterator[Served]:
     """All that vLLM answers of one."""
     served = serve(*request.param)
@@ -100,7 +104,9 @@ def served(serve, request: pytest.FixtureRequest) -> Iterator[Served]:
 
 
 def test_each_family_is_tested():
-    assert {*SERVED, "qwen3_vl"} == set(FAMILIES)
+    configs = [tiny_vlm_config(), *(family.config() for family in SERVED.values())]
+    assert {config.model_type for config in configs} == set(FAMILIES)
+    assert {config.get_text_config().model_type for config in configs} == set(TEXT_MODELS)
 
 
 def test_chunks_of_a_batch_are_answered_as_transformers_does_alone(served: Served):

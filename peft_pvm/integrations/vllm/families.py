@@ -42,7 +42,6 @@ TEXT_MODELS = {
     "qwen2": ("qwen2", "Qwen2Model"),
     "qwen2_5_vl_text": ("qwen2", "Qwen2Model"),
     "qwen3": ("qwen3", "Qwen3Model"),
-    "qwen3_moe": ("qwen3_moe", "Qwen3MoeModel"),
     "qwen3_vl_moe_text": ("qwen3_vl_moe", "Qwen3MoeLLMModel"),
     "qwen3_vl_text": ("qwen3_vl", "Qwen3LLMModel"),
 }
