@@ -50,6 +50,7 @@ REMOVED = {
     "fingerprint": "in experiments/, outside the package",
     "new_tiny_vlm": "in experiments/, outside the package",
     "train_base": "in experiments/, outside the package",
+    "join_positions": "what is noted of tokens is put together by VisualContext",
 }
 CHANGED = {  # parameters
     "Checkpoint": "what a training writes to; the file is experiments.checkpoint.CheckpointFile",

@@ -18,6 +18,7 @@ from peft_pvm.attention.call import AttentionCall
 from peft_pvm.attention.rotation import rotate, rotation_tables, unit
 from peft_pvm.methods.dipe.method import AnchoredPositions
 from peft_pvm.tokens.context import VisualContext
+from peft_pvm.tokens.keys import Keys
 from peft_pvm.utils.packages import CACHE
 
 
@@ -230,7 +231,7 @@ def test_what_only_images_need_makes_no_difference_by_run():
         logits(model, inputs)
 
 
-REACHED, IMAGES, IMAGE_OF_KEYS = AnchoredPositions.reached, VisualContext.images, VisualContext.image_of_keys
+REACHED, IMAGES, IMAGES_OF_KEYS = AnchoredPositions.reached, VisualContext.images, Keys.images
 
 
 def _moved(change):
@@ -271,8 +272,8 @@ def _ends_one_image_on(context: VisualContext, image_gap: int, max_images: int) 
     return starts, ends.roll(1, 1)
 
 
-def _one_image_back(context: VisualContext, num_keys: int, image_gap: int, max_images: int) -> torch.Tensor:
-    return (IMAGE_OF_KEYS(context, num_keys, image_gap, max_images) - 1).clamp(min=0)
+def _one_image_back(keys: Keys, image_gap: int, max_images: int) -> torch.Tensor:
+    return (IMAGES_OF_KEYS(keys, image_gap, max_images) - 1).clamp(min=0)
 
 
 def _first_of_far_images(context: VisualContext, image_gap: int, max_images: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -290,7 +291,7 @@ WRONG = {
     "by run": (AnchoredPositions, *_moved(_as_by_run)),
     "on keys": (AnchoredPositions, "widen", _limit_on_keys),
     "another image's end": (VisualContext, "images", _ends_one_image_on),
-    "keys of the image before": (VisualContext, "image_of_keys", _one_image_back),
+    "keys of the image before": (Keys, "images", _one_image_back),
     "far images by the first of them": (VisualContext, "images", _first_of_far_images),
 }
 
