@@ -190,8 +190,11 @@ class VisualContext:
         """
         if self.capacity is None:
             return torch.cat([before, of_tokens], 1)
-        slots = torch.arange(self.seq_len, device=of_tokens.device) + self.past_length
-        return filled_up(before, self.capacity).index_copy(1, slots, of_tokens)
+        return filled_up(before, self.capacity).index_copy(1, self._own_slots().to(of_tokens.device), of_tokens)
+
+    def _own_slots(self) -> torch.Tensor:
+        """Where this forward's tokens stand in the cache, `(seq_len,)`, int64."""
+        return self.derived("own slots", lambda: torch.arange(self.seq_len, device=self.device) + self.past_length)
 
     def noted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` and `anchors`.
@@ -343,8 +346,7 @@ class VisualContext:
             return torch.zeros(self.batch_size, self.seq_len, dtype=torch.bool, device=self.device)
         if self.visual_mask is None:  # whatever is in memory stands before these tokens
             return (self.memory.slots >= 0).any(1, keepdim=True).expand(self.batch_size, self.seq_len)
-        slots = torch.arange(self.seq_len, device=self.device) + self.past_length
-        return ~self.visual_mask & (slots > self.first_visual_slots())
+        return ~self.visual_mask & (self._own_slots() > self.first_visual_slots())
 
     def first_visual_slots(self) -> torch.Tensor:
         """The slot of each row's first visual token, `(batch, 1)`, int64; the largest there is in a row without."""

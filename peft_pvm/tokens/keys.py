@@ -90,7 +90,7 @@ class Keys:
     def kept(self, name: str) -> torch.Tensor | None:
         """What is kept of their tokens, `(batch, number, axes)`, int64. `None` if it is not kept of every token."""
         kept = self.context.memory.kept.get(name)
-        return None if kept is None else self.context.derived((name, self.number), lambda: self._of(kept))
+        return None if kept is None else self.context.derived(("kept", name, self.number), lambda: self._of(kept))
 
     def marks(self, name: Hashable) -> torch.Tensor | None:
         """What layers noted of their tokens, `(batch, number, ...)`. `None` if it was not noted of every token."""

@@ -161,9 +161,15 @@ def test_the_verdict_comes_first_and_names_adapters(result: ProbeResult, saved: 
     base, *others = result.forwards
     said = verdict(result)
     assert said[0].startswith(f"{percent(base.mean_mass[0])} of the base's attention reaches the image at the first")
+    assert f", {percent(base.mean_mass[-1])} at the last;" in said[0]
     for forward in others:
         assert f"with {forward.label} {percent(forward.mean_mass[-1])}" in said[0]
-        assert f"{forward.label} changes" in said[-1] or f", {forward.label} " in said[-1]
+        changed = percent(float(np.mean(np.array(forward.choice_ids) != base.choice_ids)))
+        divergence = f"{np.mean(forward.kl_to_base):.2g} nats"
+        if forward is others[0]:
+            assert f"{forward.label} changes {changed} (mean KL {divergence})" in said[-1]
+        else:
+            assert f", {forward.label} {changed} ({divergence})" in said[-1]
     assert [forward.label for forward in others] == ["pvm + dipe", "pvm", "dipe"]
     text = Page(saved.read_text(encoding="utf-8")).text
     assert (
@@ -174,11 +180,11 @@ def test_the_verdict_comes_first_and_names_adapters(result: ProbeResult, saved: 
 
 def test_tokens_that_changed_are_marked(result: ProbeResult, saved: Path):
     changed = replace(
-        result, base_token_ids=[1, 2, 3, 4], base_tokens=list("abcd"), token_ids=[1, 9, 3, 4, 5], tokens=list("aicde")
+        result, base_token_ids=[1, 2, 3, 4], base_tokens=list("abcd"), token_ids=[9, 1, 3, 4, 5], tokens=list("iacde")
     )
     assert answers(changed) == [
         Answer("base", [("a", False), ("b", True), ("cd", False)]),
-        Answer("pvm + dipe", [("a", False), ("i", True), ("cd", False), ("e", True)]),
+        Answer("pvm + dipe", [("i", True), ("acd", False), ("e", True)]),
     ]
     same = replace(result, base_token_ids=result.token_ids)
     assert answers(same) == [Answer("base and pvm + dipe, the same", [("".join(result.tokens), False)])]
