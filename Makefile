@@ -120,7 +120,7 @@ $(VENV_OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 
 $(VENV_LMMS)/.installed: constraints-lmms.txt pyproject.toml
 	test -d $(VENV_LMMS) || $(PYTHON) -m venv $(VENV_LMMS)
-	$(VENV_LMMS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt --editable '.[eval,lab,test]'
+	$(VENV_LMMS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt trl --editable '.[eval,lab,quantised,test]'
 	touch $@
 
 # torchaudio and torchcodec come as builds for CUDA, which cannot be loaded beside a torch for the CPU.

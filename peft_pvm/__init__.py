@@ -1,6 +1,7 @@
 """Adapters that keep vision-language models looking at the image. Importing registers their types with PEFT."""
 
 from . import methods
+from .folders.sharing import push_adapter
 from .methods import *  # noqa: F403  # configurations and tuners
 from .methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint
 from .tuners.active import attached
@@ -16,6 +17,7 @@ __all__ = [
     "convert_reference_checkpoint",
     "export_reference_checkpoint",
     "load_adapters",
+    "push_adapter",
     "register",
     "save_adapter",
 ]

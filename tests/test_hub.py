@@ -162,6 +162,52 @@ print(json.dumps(said))
     assert b"| `default` | LORA | `weights " in files["dipe/README.md"]
 
 
+def test_a_saved_folder_from_the_command_line(client: Client, tmp_path: Path):
+    """There and back, without what else is in the folder and with a base that others have."""
+    found = client.run(
+        """
+import functools, pathlib
+from peft_pvm.cli.app import app
+from peft_pvm.folders import sharing
+saved, place = attached(1), pathlib.Path("{folder}")
+saved.peft_config["default"].base_model_name_or_path = "{folder}"
+saved.save_pretrained(place)
+(place / "optimizer.pt").write_text("mine")
+held = lambda: {path.name: path.read_bytes() for path in place.iterdir()}
+before = held()
+def run(line):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        status = app(line.split(), standalone_mode=False)
+    return status, said.getvalue()
+refused = run("push {folder} someone/pvm")
+done = run("push {folder} someone/pvm --base org/base"), run("push {folder} someone/pvm --base org/base --revision b")
+loaded = PeftModel.from_pretrained(family.build(), "someone/pvm", revision="b")
+is_untouched = held() == before
+sharing.HfApi, hub = functools.partial(sharing.HfApi, "http://127.0.0.1:9"), sharing.HfApi
+unreachable = run("push {folder} someone/other --base org/base")
+sharing.HfApi = hub
+(place / "adapter_model.safetensors").write_bytes(b"not an adapter")
+damaged = run("push {folder} someone/other --base org/base")
+print(json.dumps([refused, done, loaded.peft_config["default"].base_model_name_or_path, same(loaded, saved),
+                  is_untouched, unreachable, damaged]))
+""".replace("{folder}", str(tmp_path)),
+    )
+    refused, done, base, is_same, is_untouched, unreachable, damaged = found
+    assert refused[0] == 1
+    assert "a folder on this machine that others do not have. Give the Hub id" in refused[1]
+    assert [status for status, _ in done] == [0, 0]
+    assert (base, is_same, is_untouched) == ("org/base", True, True)
+    assert unreachable[0] == 1
+    assert "The Hub cannot be reached: " in unreachable[1]
+    assert damaged[0] == 1
+    assert "is damaged or not a safetensors file" in damaged[1]
+    assert client.hub.commits.keys() == {"someone/pvm"}, "nothing was made for what was refused"
+    _, files = client.hub.files("someone/pvm", "b")
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert b"base_model: org/base" in files["README.md"]
+    assert str(tmp_path).encode() not in files["README.md"] + files["adapter_config.json"]
+
+
 def test_revisions_and_subfolders(client: Client, tmp_path: Path):
     found = client.run(
         """

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 
-for package in ("trl", "datasets", "math_verify", "sklearn"):
+for package in ("trl", "datasets", "sklearn"):
     pytest.importorskip(package, reason="training needs the extras `train` and `lab`")
 
 from peft_pvm.demo.for_trainers import (  # noqa: E402

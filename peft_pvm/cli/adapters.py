@@ -1,4 +1,4 @@
-"""`peft-pvm inspect`, `merge`, `convert`, `export-reference`, `export-vllm`, `card`: adapters as files."""
+"""`peft-pvm inspect`, `merge`, `convert`, `export-reference`, `export-vllm`, `card`, `push`: adapters as files."""
 
 from __future__ import annotations
 
@@ -108,3 +108,18 @@ def card(
     from .work import adapters as work
 
     work.card(folder)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of an adapter.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as in you/my-pvm. It is made if need be.")],
+    base: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, in place of the one that the adapter names.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, which is made if need be.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+) -> None:
+    """Send an adapter to the Hub: its configuration, weights, card and results, and nothing else in its folder."""
+    from .work import adapters as work
+
+    work.push(folder, repo_id, base=base, revision=revision, private=private or None)

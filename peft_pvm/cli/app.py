@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..utils.terminal import say
-from .adapters import card, convert, export_reference, export_vllm, inspect, merge
+from .adapters import card, convert, export_reference, export_vllm, inspect, merge, push
 from .bench import bench, scale
 from .comparing import compare
 from .evaluation import curves, eval_lengths, probe
@@ -58,6 +58,7 @@ COMMANDS = (
     export_reference,
     export_vllm,
     card,
+    push,
     curves,
 )
 for command in COMMANDS:

@@ -1,4 +1,4 @@
-"""The work of `peft-pvm inspect`, `merge`, `convert`, `export-reference`, `export-vllm` and `card`."""
+"""The work of `peft-pvm inspect`, `merge`, `convert`, `export-reference`, `export-vllm`, `card` and `push`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...folders.adapter_file import Inspection, inspect_adapter, read_config
+from ...folders.sharing import push_adapter
 from ...folders.writing import write_card
 from ...integrations.vllm import export_vllm as write_for_vllm
 from ...methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint, merge_adapters
@@ -69,6 +70,12 @@ def card(folder: Path) -> None:
     with reading("an adapter", folder):
         write_card(read_config(folder), folder)
     say(folder / "README.md")
+
+
+def push(folder: Path, repo_id: str, **options: Any) -> None:
+    """Send an adapter to the Hub, with the options of `push_adapter`."""
+    with reading("an adapter", folder):
+        say(push_adapter(folder, repo_id, **options))
 
 
 def _table(adapter: str, found: Inspection) -> Table:
