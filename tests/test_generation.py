@@ -469,9 +469,8 @@ def test_sampled_placeholder_is_text(plain: TinyVLM, token: int, method: Method)
     assert copy.deepcopy(cache).visual_memory.slots.shape[1] == cache.visual_memory.slots.shape[1]
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.video])
-def test_video(name: str, method: Method):
-    family = FAMILIES[name]
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.video], indirect=True)
+def test_video(family: TinyVLM, method: Method):
     model = method.attach(family.build())
     base = model.get_base_model()
     inputs = family.inputs(base, "t4 v t6")
