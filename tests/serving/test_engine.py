@@ -38,6 +38,7 @@ COMBINATIONS = {
     "pvm": ["pvm"],
     "dipe": ["dipe"],
     "pvm+dipe": ["pvm", "dipe"],
+    "all": ["pvm", "dipe", "vaf", "log-bias"],
     "branches+dipe on some layers": ["branches", "dipe-some-layers"],
 }
 

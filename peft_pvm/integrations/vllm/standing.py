@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import vllm
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.models import supports_lora
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.platforms import current_platform
 
+from .choices import SWITCH
 from .families import Family
 
 
@@ -35,6 +39,7 @@ CALLED: dict[Callable, tuple[str, ...]] = {
         "prefix",
     ),
     Attention.forward: ("query", "key", "value"),
+    ReplicatedLinear.__init__: ("input_size", "output_size", "bias", "prefix"),
     PlaceholderRange: ("offset", "length", "is_embed"),
     MultiModalFeatureSpec: ("mm_position",),
 }
@@ -64,6 +69,36 @@ def refuse_what_breaks(vllm_config: VllmConfig, has_anchors: bool) -> None:
         raise NotImplementedError(
             "DIPE needs 64 bits for a position, and vLLM's second model runner has 32. "
             "Set VLLM_USE_V2_MODEL_RUNNER=0 in the environment."
+        )
+
+
+def refuse_other_lora(vllm_config: VllmConfig, native: Any, choices: Sequence[str]) -> None:
+    """Raise NotImplementedError where vLLM's LoRA is off or other than choices, or vLLM's class of a model, want it.
+
+    Args:
+        vllm_config: vLLM's.
+        native: vLLM's class.
+        choices: The names that requests choose by; none: the adapters are on in every request.
+    """
+    config = vllm_config.lora_config
+    if config is None:
+        if choices:
+            raise NotImplementedError(
+                f"Requests choose between {', '.join(choices)} as between LoRAs of vLLM's: start it with "
+                "--enable-lora and --lora-modules NAME=FOLDER for each."
+            )
+        return
+    if not supports_lora(native) and not (choices and config.target_modules == [SWITCH]):
+        raise NotImplementedError(
+            f"vLLM has no LoRA for {native.__name__}. Its requests can choose between adapters without one: "
+            f"export them so, and start it with --lora-target-modules {SWITCH}."
+        )
+    if choices and config.target_modules is not None and SWITCH not in config.target_modules:
+        raise NotImplementedError(f"Requests choose by the layer {SWITCH}: add it to --lora-target-modules.")
+    if choices and current_platform.is_cpu() and config.max_loras <= len(choices):
+        raise NotImplementedError(
+            "On a CPU, vLLM gives requests without a LoRA that of its last place, which has to stay empty: start it "
+            f"with --max-loras {len(choices) + 1} or more."
         )
 
 
