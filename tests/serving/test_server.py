@@ -10,14 +10,17 @@ import contextlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,8 +50,9 @@ def server(folder: Path, log: Path) -> Iterator[str]:
     command += ["--port", str(port), "--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "1024", "--max-num-batched-tokens", "256", "--max-num-seqs", str(NUM_REQUESTS)]
     command += ["--block-size", "32", "--kv-cache-memory-bytes", str(256 << 20)]
+    environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     with open(log, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             address = f"http://127.0.0.1:{port}"
             wait_for(f"{address}/health", process, log)
@@ -73,10 +77,22 @@ def model_of(number: int) -> str:
     return MODELS[number % len(MODELS)]
 
 
+def got(url: str) -> str:
+    """What a server answers to a GET."""
+    with urllib.request.urlopen(url, timeout=60) as response:
+        return response.read().decode()
+
+
+def posted(url: str, body: dict[str, Any]) -> str:
+    """What a server answers to a POST."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return response.read().decode()
+
+
 def models_at(address: str) -> set[str]:
     """Those that the server names."""
-    with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:
-        return {model["id"] for model in json.load(response)["data"]}
+    return {model["id"] for model in json.loads(got(f"{address}/v1/models"))["data"]}
 
 
 def ask(address: str, number: int) -> tuple[list[str], list[float]]:
@@ -94,11 +110,9 @@ def ask(address: str, number: int) -> tuple[list[str], list[float]]:
         "ignore_eos": True,
         "logprobs": True,
     }
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as response:
-        tokens = json.load(response)["choices"][0]["logprobs"]["content"]
+    answer = json.loads(posted(f"{address}/v1/chat/completions", body))
+    assert answer["model"] == model_of(number)
+    tokens = answer["choices"][0]["logprobs"]["content"]
     return [token["token"] for token in tokens], [token["logprob"] for token in tokens]
 
 
@@ -110,6 +124,15 @@ def test_of_64_at_once_each_is_answered_as_alone(base: Path, adapters: dict[str,
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
             at_once = list(pool.map(lambda number: ask(address, number), range(NUM_REQUESTS)))
         alone = [ask(address, number) for number in range(NUM_REQUESTS)]
+        metrics = got(f"{address}/metrics")
+        posted(f"{address}/v1/unload_lora_adapter", {"lora_name": "dipe"})
+        assert models_at(address) == set(MODELS) - {"dipe"}
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            ask(address, MODELS.index("dipe"))
+        assert ask(address, MODELS.index(BASE))[0] == alone[MODELS.index(BASE)][0]
+    assert {"lora_requests_info", "time_to_first_token_seconds_sum", "kv_cache_usage_perc"} <= set(
+        re.findall(r"^vllm:(\w+)", metrics, re.MULTILINE)
+    )
     with server(folder, tmp_path / "log") as address:  # which has nothing in its cache
         afresh = [ask(address, number) for number in range(0, NUM_REQUESTS, 5)]
     for answer, expected in [*zip(at_once, alone), *zip(at_once[::5], afresh)]:

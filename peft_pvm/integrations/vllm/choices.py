@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 
 from ...folders.adapter_file import PEFT_PREFIX, open_adapter
 from ...methods.pvm.merging import Tensors
+from ...utils.text import listed
 
 
 SWITCH = "peft_pvm_switch"  # the linear layer, an attribute of the text model (`model.py`)
@@ -27,34 +29,57 @@ FOLDER = "choices"  # in the exported folder
 IN_CHECKPOINT = f"model.language_model.{SWITCH}"
 
 
+class Choice(NamedTuple):
+    """What a request can choose.
+
+    Attributes:
+        name: What it is called by.
+        adapters: The numbers of the adapters that are on.
+        lora: Folder or Hub id of a LoRA that is on as well; the choice's folder holds its weights.
+    """
+
+    name: str
+    adapters: list[int]
+    lora: str | None = None
+
+
 def switch_weight(num_adapters: int) -> Tensors:
     """The weight of the linear layer, by its name in a checkpoint: no adapter is on."""
     return {f"{IN_CHECKPOINT}.weight": torch.zeros(num_adapters, 1)}
 
 
-def write_choice(folder: Path, switched_on: Sequence[int], num_adapters: int, lora: str | None = None) -> None:
-    """Write a choice.
+def refuse_others(folder: Path, names: Collection[str]) -> None:
+    """Raise a ValueError if a folder holds choices of another export, which count other adapters."""
+    if others := sorted(path.name for path in (folder / FOLDER).glob("*") if path.name not in names):
+        raise ValueError(
+            f"{folder / FOLDER} holds {listed(others)}, of another export. What they switch on is not the same here: "
+            "name another folder, or remove them."
+        )
+
+
+def write_choices(folder: Path, choices: Sequence[Choice], num_adapters: int) -> None:
+    """Write the LoRA of each choice.
 
     Args:
-        folder: Where to.
-        switched_on: The numbers of the adapters that are on.
-        num_adapters: How many there are.
-        lora: Folder or Hub id of a LoRA that is on as well; the choice holds its weights.
+        folder: Which the sub-folder for choices is made in.
+        choices: What requests choose between.
+        num_adapters: How many adapters there are.
     """
-    config, tensors = LoraConfig(r=1, lora_alpha=1, target_modules=[SWITCH]), Tensors()
-    if lora is not None:
-        config, file = open_adapter(lora, LoraConfig, "LoRA")
-        config.base_model_name_or_path = config.revision = None
-        tensors = dict(file.read())
-    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    down, up = torch.zeros(config.r, 1), torch.zeros(num_adapters, config.r)
-    down[0] = 1
-    up[list(switched_on), 0] = 1 / scaling
-    tensors |= {
-        f"{PEFT_PREFIX}{IN_CHECKPOINT}.lora_{part}.weight": weight for part, weight in (("A", down), ("B", up))
-    }
-    config.save_pretrained(str(folder))
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    for choice in choices:
+        config, tensors = LoraConfig(r=1, lora_alpha=1, target_modules=[SWITCH]), Tensors()
+        if choice.lora is not None:
+            config, file = open_adapter(choice.lora, LoraConfig, "LoRA")
+            config.base_model_name_or_path = config.revision = None
+            tensors = dict(file.read())
+        scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        down, up = torch.zeros(config.r, 1), torch.zeros(num_adapters, config.r)
+        down[0] = 1
+        up[choice.adapters, 0] = 1 / scaling
+        tensors |= {
+            f"{PEFT_PREFIX}{IN_CHECKPOINT}.lora_{part}.weight": weight for part, weight in (("A", down), ("B", up))
+        }
+        config.save_pretrained(str(folder / FOLDER / choice.name))
+        save_file(tensors, folder / FOLDER / choice.name / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def serve_arguments(folder: str | os.PathLike) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from ...methods.pvm.merging import Tensors
 from ...methods.vaf import VAFConfig
 from ...tuners.base import with_absent_fields
 from ...tuners.names import adapter_names
-from ...utils.text import listed, quoted
-from .choices import FOLDER, switch_weight, write_choice
+from ...utils.text import quoted
+from .choices import Choice, refuse_others, switch_weight, write_choices
 from .families import FAMILIES, TEXT_MODELS
 
 
@@ -67,38 +68,27 @@ def export_vllm(
     content = checkpoint.config
     base_config = _base_config(base, content)
     family = FAMILIES[base_config.model_type]
-    combinations = [source.split(TOGETHER) for source in dict.fromkeys(os.fspath(adapter) for adapter in adapters)]
-    sources = list(dict.fromkeys(source for combination in combinations for source in combination))
+    combinations = [os.fspath(adapter).split(TOGETHER) for adapter in dict.fromkeys(adapters)]
+    sources = list(dict.fromkeys(chain(*combinations)))
     if not sources:
         raise ValueError("No adapter is given. To serve the base alone, vLLM takes it as it is.")
-    loras = {source for source in sources if isinstance(PeftConfig.from_pretrained(source), LoraConfig)}
-    ours = [source for source in sources if source not in loras]
-    configs = {source: _config(source, base, base_config) for source in ours}
+    configs = {source: _config(source, base, base_config) for source in sources}
     by_request = by_request or len(combinations) > 1
     for combination in combinations:
-        _check_together(combination, configs, by_request)
+        _check_together({source: configs[source] for source in combination}, by_request)
+    ours = [source for source in sources if not isinstance(configs[source], LoraConfig)]
     further: Tensors = switch_weight(len(ours)) if by_request else {}
     for number, source in enumerate(ours):
         if isinstance(configs[source], PVMConfig):
             further |= _pvm_weights(source, checkpoint, number, accept_causal)
-    names = {source: name for name, source in adapter_names(sources).items()}
-    choices = {TOGETHER.join(names[source] for source in parts): parts for parts in combinations if by_request}
-    _refuse_others(Path(output_dir, FOLDER), choices)
+    choices = _choices(combinations, ours) if by_request else []
+    names = [choice.name for choice in choices]
+    refuse_others(Path(output_dir), names)
     content["architectures"] = [family.architecture]
     if not family.makes_positions:
         content[MAKES_POSITIONS] = []
-    content["text_config"][FIELD] = {
-        "adapters": [_fields(configs[source]) for source in ours],
-        "choices": list(choices),
-    }
-
-    def write_choices(folder: Path) -> None:
-        for name, combination in choices.items():
-            switched_on = [ours.index(source) for source in combination if source not in loras]
-            lora = next((source for source in combination if source in loras), None)
-            write_choice(folder / FOLDER / name, switched_on, len(ours), lora)
-
-    return checkpoint.copy(output_dir, content, further, write_choices)
+    content["text_config"][FIELD] = {"adapters": [_fields(configs[source]) for source in ours], "choices": names}
+    return checkpoint.copy(output_dir, content, further, lambda folder: write_choices(folder, choices, len(ours)))
 
 
 def _base_config(base: str | os.PathLike, content: dict[str, Any]) -> Any:
@@ -114,8 +104,10 @@ def _base_config(base: str | os.PathLike, content: dict[str, Any]) -> Any:
     return config
 
 
-def _config(adapter: str, base: str | os.PathLike, base_config: Any) -> SavedConfig:
-    """An adapter's configuration, if vLLM serves such a one."""
+def _config(adapter: str, base: str | os.PathLike, base_config: Any) -> PeftConfig:
+    """An adapter's configuration, if vLLM serves such a one with our classes, or LoRA's beside them."""
+    if isinstance(lora := PeftConfig.from_pretrained(adapter), LoraConfig):
+        return lora
     config = read_config(adapter)
     if isinstance(config, PVMConfig):
         return config
@@ -137,11 +129,11 @@ def _config(adapter: str, base: str | os.PathLike, base_config: Any) -> SavedCon
     return config
 
 
-def _check_together(combination: Sequence[str], configs: dict[str, SavedConfig], by_request: bool) -> None:
-    """Raise a ValueError for adapters that cannot be on at once."""
+def _check_together(configs: dict[str, PeftConfig], by_request: bool) -> None:
+    """Raise a ValueError for adapters, by what they are read from, that cannot be on at once."""
     by_method: dict[str, str] = {}
-    for source in combination:
-        method = configs[source].method if source in configs else "LoRA"
+    for source, config in configs.items():
+        method = config.method if isinstance(config, SavedConfig) else "LoRA"
         if method in by_method:
             raise ValueError(
                 f"{by_method[method]} and {source} are both adapters of {method}, of which one can be on at once. To "
@@ -155,13 +147,17 @@ def _check_together(combination: Sequence[str], configs: dict[str, SavedConfig],
         )
 
 
-def _refuse_others(folder: Path, names: Collection[str]) -> None:
-    """Raise a ValueError if a folder holds choices of another export, which count other adapters."""
-    if others := sorted(path.name for path in folder.glob("*") if path.name not in names):
-        raise ValueError(
-            f"{folder} holds {listed(others)}, of another export. What they switch on is not the same here: name "
-            "another folder, or remove them."
+def _choices(combinations: Sequence[Sequence[str]], ours: Sequence[str]) -> list[Choice]:
+    """What requests choose between, with names from those of folders."""
+    names = {source: name for name, source in adapter_names(dict.fromkeys(chain(*combinations))).items()}
+    return [
+        Choice(
+            TOGETHER.join(names[source] for source in combination),
+            [ours.index(source) for source in combination if source in ours],
+            next((source for source in combination if source not in ours), None),
         )
+        for combination in combinations
+    ]
 
 
 def _pvm_weights(adapter: str, base: BaseCheckpoint, number: int, accept_causal: bool) -> Tensors:
@@ -183,7 +179,7 @@ def _pvm_weights(adapter: str, base: BaseCheckpoint, number: int, accept_causal:
     }
 
 
-def _fields(config: SavedConfig) -> dict[str, Any]:
+def _fields(config: PeftConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if value is not None and name not in LEFT_OUT}
 
 

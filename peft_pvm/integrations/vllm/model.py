@@ -1,11 +1,13 @@
-"""vLLM's models with PVM and DIPE: our classes are made from its own, whichever they are.
+"""vLLM's models with our adapters: our classes are made from its own, whichever they are.
 
 - A model (`served`) labels the positions of a prompt: which tokens are visual, and their anchors. vLLM carries them
   along and continues them for generated tokens.
-- Its text model (`with_adapters`) takes the labels off again and hands them down to its layers as `Tokens`.
+- Its text model (`with_adapters`) takes the labels off again, finds which adapters are on for each token, and hands
+  all of it down to its layers as `Tokens`.
 - In a decoder layer, PVM's branch is a second attention layer beside the layer's own. Its keys and values lie in
-  vLLM's paged cache, of every token, but those of text are hidden (`export.py`): so they are batched, chunked, cached
-  with a prefix and freed as any others are. DIPE makes the heads of the layer's own attention twice as wide.
+  vLLM's paged cache, of every token, but those of text are hidden (`widening.py`): so they are batched, chunked,
+  cached with a prefix and freed as any others are. Methods without parameters make the heads of the layer's own
+  attention wider.
 
 Under tensor parallelism every rank computes the whole branch, which is small, and nothing is exchanged for it.
 """
