@@ -78,9 +78,8 @@ def with_adapters(native: type[nn.Module]) -> type[nn.Module]:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             adapters = [Acting(number, config) for number, config in enumerate(adapters_of(self.config))]
             self.num_adapters = len(adapters)
-            self.peft_pvm_switch = None
-            if choices_of(self.config):
-                self.peft_pvm_switch = ReplicatedLinear(1, len(adapters), bias=False, prefix=f"{prefix}.{SWITCH}")
+            switch = functools.partial(ReplicatedLinear, 1, len(adapters), bias=False, prefix=f"{prefix}.{SWITCH}")
+            self.peft_pvm_switch = switch() if choices_of(self.config) else None
             for layer_idx, layer in enumerate(self.layers):
                 refuse_other_layer(layer)
                 layer.__class__ = layer_with_adapters(layer.__class__)
@@ -138,6 +137,18 @@ def _text_model_with_adapters(text_type: str) -> Iterator[type[nn.Module]]:
         setattr(builder, name, native)
 
 
+@contextmanager
+def _base_without_lora(vllm_config: VllmConfig) -> Iterator[None]:
+    """Where the switch alone takes a LoRA, vLLM builds the base as without: it has other experts for LoRA."""
+    config = vllm_config.lora_config
+    if config is not None and config.target_modules == [SWITCH]:
+        vllm_config.lora_config = None
+    try:
+        yield
+    finally:
+        vllm_config.lora_config = config
+
+
 @functools.cache
 def served(family: Family) -> type[nn.Module]:
     """The class of a model with the adapters that `export_vllm` wrote into its config, made from vLLM's."""
@@ -159,7 +170,7 @@ def served(family: Family) -> type[nn.Module]:
             refuse_what_breaks(vllm_config, has_anchors)
             refuse_other_lora(vllm_config, native, choices_of(text_config))
             refuse_other_model(native, family)
-            with _text_model_with_adapters(text_config.model_type) as text_model:
+            with _text_model_with_adapters(text_config.model_type) as text_model, _base_without_lora(vllm_config):
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
             refuse_other_text_model(self, text_model)
             self.has_anchors = has_anchors
