@@ -30,6 +30,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings
 from served_models import NEW_TOKENS, picture
 
 from peft_pvm.integrations.vllm import export_vllm, serve_arguments
+from peft_pvm.integrations.vllm.choices import FOLDER
 
 
 NUM_REQUESTS = 64
@@ -130,6 +131,8 @@ def test_of_64_at_once_each_is_answered_as_alone(base: Path, adapters: dict[str,
         with pytest.raises(urllib.error.HTTPError, match="404"):
             ask(address, MODELS.index("dipe"))
         assert ask(address, MODELS.index(BASE))[0] == alone[MODELS.index(BASE)][0]
+        posted(f"{address}/v1/load_lora_adapter", {"lora_name": "dipe", "lora_path": str(folder / FOLDER / "dipe")})
+        assert ask(address, MODELS.index("dipe"))[0] == alone[MODELS.index("dipe")][0]
     assert {"lora_requests_info", "time_to_first_token_seconds_sum", "kv_cache_usage_perc"} <= set(
         re.findall(r"^vllm:(\w+)", metrics, re.MULTILINE)
     )
