@@ -61,12 +61,11 @@ def export_reference(adapter: str, base: str, out: Path) -> None:
 
 
 def export_vllm(base: str, adapters: list[str], out: Path, accept_causal: bool, by_request: bool) -> None:
-    """Make a folder that `vllm serve` takes, and say how if requests choose."""
-    with reading("a base model and its adapters", base, *adapters):
+    """Make a folder that `vllm serve` takes, and say how."""
+    with reading("a base model and its adapters", base, *"+".join(adapters).split("+")):
         folder = write_for_vllm(base, adapters, out, accept_causal, by_request)
     say(folder)
-    if arguments := serve_arguments(folder):
-        say(f"To serve it: vllm serve {shlex.join(arguments)}", err=True)
+    say(f"To serve it: vllm serve {shlex.join(serve_arguments(folder))}", err=True)
 
 
 def card(folder: Path) -> None:
