@@ -88,7 +88,7 @@ def test_in_one_batch_each_is_answered_as_alone_with_its_choice(served: Served, 
     for name in NAMES:
         assert_same(apart[name], by_choice(served.expected, name))
         assert sum(answer.num_cached for answer in by_choice(again, name)) > 400
-        # What another choice left in the cache is not taken; two images of a prompt that are the same share a prefix.
+        # What another choice left in the cache is not taken: prompts share as many tokens as they do for the first.
         assert sum(answer.num_cached for answer in apart[name]) == sum(answer.num_cached for answer in apart[None])
     with engine_inside(base) as llm:
         of_base = ask_vllm(llm, REQUESTS)
