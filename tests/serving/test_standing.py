@@ -139,9 +139,12 @@ def test_a_model_for_which_vllm_has_no_lora_takes_choices_alone():
     def asked(*target_modules: str) -> SimpleNamespace:
         return SimpleNamespace(lora_config=SimpleNamespace(target_modules=list(target_modules) or None, max_loras=4))
 
-    refuse_other_lora(SimpleNamespace(lora_config=None), Model, [])
-    refuse_other_lora(asked(SWITCH), Model, ["pvm", "dipe"])
-    for config, choices in ((asked(), ["pvm"]), (asked(SWITCH, "q_proj"), ["pvm"]), (asked(SWITCH), [])):
+    pvm = {"pvm": False}
+    refuse_other_lora(SimpleNamespace(lora_config=None), Model, {})
+    refuse_other_lora(asked(SWITCH), Model, pvm)
+    with pytest.raises(NotImplementedError, match="pvm hold a LoRA, of which vLLM would leave out"):
+        refuse_other_lora(asked(SWITCH), Model, {"pvm": True, "dipe": False})
+    for config, choices in ((asked(), pvm), (asked(SWITCH, "q_proj"), pvm), (asked(SWITCH), {})):
         with pytest.raises(NotImplementedError, match="vLLM has no LoRA for Model"):
             refuse_other_lora(config, Model, choices)
 
@@ -154,7 +157,7 @@ def test_a_cache_that_would_mix_choices_is_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("vllm.v1.core.kv_cache_utils._gen_lora_extra_hash_keys", by_name_of_none)
     with pytest.raises(NotImplementedError, match="by_name_of_none makes other keys for other LoRAs"):
-        refuse_other_lora(config, Model, ["pvm", "dipe"])
+        refuse_other_lora(config, Model, {"pvm": False, "dipe": False})
 
 
 def test_a_text_model_that_was_not_taken_is_refused():

@@ -82,7 +82,7 @@ def export_vllm(
         if isinstance(configs[source], PVMConfig):
             further |= _pvm_weights(source, checkpoint, number, accept_causal)
     choices = _choices(combinations, ours) if by_request else []
-    names = [choice.name for choice in choices]
+    names = {choice.name: choice.lora is not None for choice in choices}
     refuse_others(Path(output_dir), names)
     content["architectures"] = [family.architecture]
     if not family.makes_positions:
@@ -195,8 +195,11 @@ def adapters_of(text_config: Any) -> list[Any]:
     return [PeftConfig.from_peft_type(**with_absent_fields(fields)) for fields in found["adapters"]]
 
 
-def choices_of(text_config: Any) -> list[str]:
-    """The names that requests choose by. With none, the adapters are on in every request."""
+def choices_of(text_config: Any) -> dict[str, bool]:
+    """The names that requests choose by, and which of these choices hold a LoRA of the base's layers.
+
+    With none, the adapters are on in every request.
+    """
     return getattr(text_config, FIELD)["choices"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,13 +75,14 @@ def refuse_what_breaks(vllm_config: VllmConfig, has_anchors: bool) -> None:
         )
 
 
-def refuse_other_lora(vllm_config: VllmConfig, native: Any, choices: Sequence[str]) -> None:
+def refuse_other_lora(vllm_config: VllmConfig, native: Any, choices: Mapping[str, bool]) -> None:
     """Raise NotImplementedError where vLLM's LoRA is off or other than choices, or vLLM's class of a model, want it.
 
     Args:
         vllm_config: vLLM's.
         native: vLLM's class.
-        choices: The names that requests choose by; none: the adapters are on in every request.
+        choices: The names that requests choose by, and whether each holds a LoRA of the base's layers. With none, the
+            adapters are on in every request.
     """
     config = vllm_config.lora_config
     if config is None:
@@ -98,6 +99,11 @@ def refuse_other_lora(vllm_config: VllmConfig, native: Any, choices: Sequence[st
         )
     if choices and config.target_modules is not None and SWITCH not in config.target_modules:
         raise NotImplementedError(f"Requests choose by the layer {SWITCH}: add it to --lora-target-modules.")
+    if config.target_modules is not None and (with_lora := [name for name in choices if choices[name]]):
+        raise NotImplementedError(
+            f"{', '.join(with_lora)} hold a LoRA, of which vLLM would leave out what is not among "
+            "--lora-target-modules: start it without."
+        )
     if choices and current_platform.is_cpu() and config.max_loras <= len(choices):
         raise NotImplementedError(
             "On a CPU, vLLM gives requests without a LoRA that of its last place, which has to stay empty: start it "
