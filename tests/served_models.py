@@ -26,6 +26,7 @@ from peft_pvm.demo.for_trainers import tiny_vlm_processor
 from peft_pvm.demo.mosaic import CHANNELS, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.vllm import export_vllm
+from peft_pvm.integrations.vllm.choices import FOLDER
 
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -115,7 +116,7 @@ def save_base(folder: Path) -> Path:
 
 def exported(base: Path, adapters: Sequence[Path], folder: Path) -> Path:
     """What vLLM serves."""
-    return export_vllm(base, adapters, folder) if adapters else base
+    return export_vllm(base, ["+".join(map(str, adapters))], folder) if adapters else base
 
 
 def ask_transformers(base: Path, adapters: Sequence[Path], requests: Sequence[Request], **kwargs: Any) -> list[Answer]:
@@ -188,8 +189,17 @@ def engine_inside(folder: Path, **kwargs: Any) -> Iterator[Any]:
             yield llm
 
 
-def ask_vllm(llm: Any, requests: Sequence[Request], **kwargs: Any) -> list[Answer]:
-    """What the requests are answered, all at once."""
+def loras(folder: Path, names: Sequence[str | None]) -> list[Any]:
+    """vLLM's way to ask for some of the choices in a folder, or for none."""
+    from vllm.lora.request import LoRARequest
+
+    places = sorted(path for path in (folder / FOLDER).iterdir())
+    by_name = {path.name: LoRARequest(path.name, number, str(path)) for number, path in enumerate(places, 1)}
+    return [None if name is None else by_name[name] for name in names]
+
+
+def ask_vllm(llm: Any, requests: Sequence[Request], lora_request: Any = None, **kwargs: Any) -> list[Answer]:
+    """What the requests are answered, all at once, each with its LoRA or one for all."""
     from vllm import SamplingParams
 
     settings = dict(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
@@ -200,7 +210,7 @@ def ask_vllm(llm: Any, requests: Sequence[Request], **kwargs: Any) -> list[Answe
         data = {**({"image": images} if images else {}), **({"video": clip(request.frames)} if request.frames else {})}
         prompts.append({"prompt": request.prompt, **({"multi_modal_data": data} if data else {})})
     answers = []
-    for result in llm.generate(prompts, sampling, use_tqdm=False):
+    for result in llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora_request):
         tokens = list(result.outputs[0].token_ids)
         logprobs = [of_token[token].logprob for token, of_token in zip(tokens, result.outputs[0].logprobs)]
         answers.append(Answer(tokens, logprobs, result.num_cached_tokens))

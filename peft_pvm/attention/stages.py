@@ -314,13 +314,13 @@ class Bias(_ByKey):
             (scores,) = call.row_scores(call.query)
             return call.attend_row(scores + (of_queries * of_keys)[:, None, None])
         query, key = call.scored_by
-        asks, answers = _in_two(of_queries, query.dtype), _in_two(of_keys / call.scaling, key.dtype)
+        asks, answers = in_two(of_queries, query.dtype), in_two(of_keys / call.scaling, key.dtype)
         # Each part of one meets both parts of the other.
         widened = _widened(query, asks.repeat_interleave(2, -1)), _widened(key, answers.repeat(1, 1, 2))
         return later(replace(call, widened=widened))
 
 
-def _in_two(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def in_two(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Numbers in a dtype, `(..., 2)`: as they are rounded, and what rounding leaves."""
     high = numbers.to(dtype)
     return torch.stack([high, (numbers - high).to(dtype)], -1)

@@ -89,16 +89,24 @@ def export_reference(
 
 def export_vllm(
     base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")],
-    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids: one of PVM, one of DIPE, or both.")],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Folders or Hub ids, or several with + between, which are on at once.")
+    ],
     out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the model.")],
     accept_causal: Annotated[
         bool, typer.Option(help="Let a token see the images before it, though the adapter says all of its sample.")
     ] = False,
+    by_request: Annotated[
+        bool, typer.Option(help="Have requests choose between a single adapter and none too, as between several.")
+    ] = False,
 ) -> None:
-    """Make a folder of a base model and adapters that `vllm serve` takes."""
+    """Make a folder of a base model and adapters that `vllm serve` takes.
+
+    A single adapter is on in every request. Of several, a request chooses one by its name, or none.
+    """
     from .work import adapters as work
 
-    work.export_vllm(base, adapters, out, accept_causal)
+    work.export_vllm(base, adapters, out, accept_causal, by_request)
 
 
 def card(

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,20 @@ class BaseCheckpoint:
                     )
                 self._shard_of[key] = shard
 
-    def copy(self, out: str | os.PathLike, config: dict[str, Any], further: dict[str, Tensor]) -> Path:
+    def copy(
+        self,
+        out: str | os.PathLike,
+        config: dict[str, Any],
+        further: dict[str, Tensor],
+        beside: Callable[[Path], None] = lambda folder: None,
+    ) -> Path:
         """Copy its shards as they are, and write one more.
 
         Args:
             out: Folder of the copy, which holds the old files or the new ones, whenever the process dies.
             config: What its `config.json` shall hold.
             further: More weights, by name; none: no more shards.
+            beside: Writes other files, given the folder where the copy is made before it takes its place.
 
         Returns:
             `out`.
@@ -88,6 +95,7 @@ class BaseCheckpoint:
             if further:
                 contiguous = {name: tensor.contiguous() for name, tensor in further.items()}
                 save_file(contiguous, staged / _free(FURTHER_SHARD, names.values()), metadata={"format": "pt"})
+            beside(staged)
             self._finish(staged, config, {*self._shard_of, *further})
         return Path(out)
 

@@ -38,6 +38,7 @@ COMBINATIONS = {
     "pvm": ["pvm"],
     "dipe": ["dipe"],
     "pvm+dipe": ["pvm", "dipe"],
+    "all": ["pvm", "dipe", "vaf", "log-bias"],
     "branches+dipe on some layers": ["branches", "dipe-some-layers"],
 }
 
@@ -197,6 +198,8 @@ def test_what_enters_the_first_layer_survives_kernels_that_add_in_place(monkeypa
     monkeypatch.setattr(Qwen3LLMModel, "forward", add_in_place)
     embeddings = torch.zeros(2, 4)
     positions = torch.zeros(3, 2, dtype=torch.long)
-    kept = text_model.forward(text_model.__new__(text_model), None, positions, inputs_embeds=embeddings)
+    model = text_model.__new__(text_model)
+    model.peft_pvm_switch, model.num_adapters = None, 1
+    kept = model.forward(None, positions, inputs_embeds=embeddings)
     assert embeddings.all()
     assert not kept.any()

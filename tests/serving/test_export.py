@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 from methods_under_test import give_weight
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, PVMConfig
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
-from peft_pvm.integrations.vllm import export_vllm
-from peft_pvm.integrations.vllm.export import FIELD, MAKES_POSITIONS, configs_of
+from peft_pvm.integrations.vllm import export_vllm, serve_arguments
+from peft_pvm.integrations.vllm.choices import FOLDER, IN_CHECKPOINT
+from peft_pvm.integrations.vllm.export import FIELD, MAKES_POSITIONS, STEERING, adapters_of, choices_of
 from peft_pvm.integrations.vllm.families import FAMILIES as SERVED
+from peft_pvm.methods import METHODS
 
 
 pytest.importorskip("matplotlib", reason="the command line needs the extra `lab`")
@@ -38,8 +40,8 @@ def base(tmp_path: Path) -> Path:
 def test_a_folder_has_the_base_the_branch_and_what_was_asked_for(
     base: Path, adapters: dict[str, Path], tmp_path: Path, names: list[str]
 ):
-    paths = [str(adapters[name]) for name in names]
-    result = CliRunner().invoke(app, ["export-vllm", str(base), *paths, str(tmp_path / "out")])
+    together = "+".join(str(adapters[name]) for name in names)
+    result = CliRunner().invoke(app, ["export-vllm", str(base), together, str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -54,21 +56,68 @@ def test_a_folder_has_the_base_the_branch_and_what_was_asked_for(
         assert not found
     else:
         written = load_file(adapters[names[0]] / "adapter_model.safetensors")
-        assert found.keys() == {key.removeprefix("base_model.model.") for key in written}
-        assert all(found[key.removeprefix("base_model.model.")].equal(tensor) for key, tensor in written.items())
+        names_in_model = {key: key.removeprefix("base_model.model.").replace(".pvm.", ".pvm.0.") for key in written}
+        assert found.keys() == set(names_in_model.values())
+        assert all(found[names_in_model[key]].equal(tensor) for key, tensor in written.items())
     assert (out / "chat_template.jinja").is_file()
     assert "base_model_name_or_path" not in (out / "config.json").read_text()
     config = AutoConfig.from_pretrained(out)
     assert config.architectures == ["PeftPVMQwen3VLForConditionalGeneration"]
     assert not hasattr(config, MAKES_POSITIONS)
-    pvm, dipe = configs_of(config.text_config)
-    assert (pvm is None) == (names == ["dipe"])
-    assert (dipe is None) == (names == ["pvm"])
+    assert not choices_of(config.text_config)
+    assert not (out / FOLDER).exists()
+    assert serve_arguments(out) == [str(out)]
+    found_adapters = adapters_of(config.text_config)
+    assert [type(found) for found in found_adapters] == [DIPEConfig if "dipe" in name else PVMConfig for name in names]
     if names[-1] == "dipe-some-layers":
-        assert pvm is not None
-        assert dipe is not None
+        branches, dipe = found_adapters
         assert dipe.layers_to_transform == [0, 2, 3]
-        assert [part.memory_source for part in pvm.parts()] == ["embeddings", "hidden_states"]
+        assert [part.memory_source for part in branches.parts()] == ["embeddings", "hidden_states"]
+
+
+def switched_on(choice: Path) -> list[float]:
+    """What a choice's LoRA adds for each adapter, as vLLM computes it."""
+    config = LoraConfig.from_pretrained(str(choice))
+    tensors = load_file(choice / "adapter_model.safetensors")
+    down, up = (tensors[f"base_model.model.{IN_CHECKPOINT}.lora_{part}.weight"] for part in "AB")
+    return [round(number, 6) for number in (up @ down * config.lora_alpha / config.r).flatten().tolist()]
+
+
+def test_choices_are_loras_that_say_which_adapters_are_on(base: Path, adapters: dict[str, Path], tmp_path: Path):
+    out = tmp_path / "out"
+    combinations = ["pvm", "dipe", "pvm+dipe", "branches+lora"]
+    paths = ["+".join(str(adapters[name]) for name in combination.split("+")) for combination in combinations]
+    result = CliRunner().invoke(app, ["export-vllm", str(base), *paths, str(out)])
+    assert result.exit_code == 0, result.output
+    names = ["pvm-tiny-vlm", "dipe", "pvm-tiny-vlm+dipe", "both+lora"]
+    config = AutoConfig.from_pretrained(out)
+    assert choices_of(config.text_config) == {name: "lora" in name for name in names}
+    assert [type(found) for found in adapters_of(config.text_config)] == [PVMConfig, DIPEConfig, PVMConfig]
+    assert {path.name for path in (out / FOLDER).iterdir()} == set(names)
+    assert [switched_on(out / FOLDER / name) for name in names] == [[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]]
+    lora = load_file(adapters["lora"] / "adapter_model.safetensors")
+    with_lora = load_file(out / FOLDER / "both+lora" / "adapter_model.safetensors")
+    assert all(with_lora[key].equal(tensor) for key, tensor in lora.items())
+    weights = {}
+    for shard in out.glob("*.safetensors"):
+        weights |= load_file(shard)
+    assert not weights[f"{IN_CHECKPOINT}.weight"].any()
+    gates = [key for key in weights if key.endswith(".pvm_gate.weight")]
+    assert {int(key.split(".pvm.")[1].split(".")[0]) for key in gates} == {0, 2}
+    arguments = serve_arguments(out)
+    assert arguments[:6] == [str(out), "--enable-lora", "--max-loras", "5", "--max-lora-rank", "8"]
+    assert set(arguments[7:]) == {f"{name}={out / FOLDER / name}" for name in names}
+    assert " ".join(arguments[:6]) in result.output.replace("\n", " ")
+
+
+def test_a_single_adapter_by_request(base: Path, adapters: dict[str, Path], tmp_path: Path):
+    out = export_vllm(base, [adapters["dipe"]], tmp_path / "out", by_request=True)
+    assert switched_on(out / FOLDER / "dipe") == [1]
+    *arguments, _, choice = serve_arguments(out)
+    assert arguments[-4:] == ["--max-lora-rank", "1", "--lora-target-modules", "peft_pvm_switch"]
+    assert choice == f"dipe={out / FOLDER / 'dipe'}"
+    with pytest.raises(ValueError, match="holds dipe, of another export"):
+        export_vllm(base, [adapters["vaf"]], out, by_request=True)
 
 
 def test_a_folder_that_was_exported_before_there_was_a_limit_has_none(
@@ -76,13 +125,14 @@ def test_a_folder_that_was_exported_before_there_was_a_limit_has_none(
 ):
     export_vllm(base, [adapters["dipe-some-layers"]], tmp_path / "out")
     config = AutoConfig.from_pretrained(tmp_path / "out")
-    _, dipe = configs_of(config.text_config)
-    assert dipe is not None
+    (dipe,) = adapters_of(config.text_config)
     assert dipe.max_distance == 3
-    del getattr(config.text_config, FIELD)["dipe"]["max_distance"]
-    _, dipe = configs_of(config.text_config)
-    assert dipe is not None
+    del getattr(config.text_config, FIELD)["adapters"][0]["max_distance"]
+    (dipe,) = adapters_of(config.text_config)
     assert dipe.max_distance == 0
+    setattr(config.text_config, FIELD, {"dipe": {}})
+    with pytest.raises(ValueError, match="An earlier version of peft_pvm made this folder"):
+        adapters_of(config.text_config)
 
 
 @pytest.mark.parametrize("family", SERVED)
@@ -96,7 +146,7 @@ def test_each_family_gets_its_class_and_labels_for_its_positions(
     has_three_rows = "mrope_section" in str(config.get_text_config().rope_parameters)
     assert SERVED[family].makes_positions == has_three_rows
     assert hasattr(config, MAKES_POSITIONS) != has_three_rows  # vLLM asks for positions where one of both is there
-    assert configs_of(config.get_text_config())[1] is not None
+    assert len(adapters_of(config.get_text_config())) == 1
 
 
 def test_a_config_with_the_text_model_s_fields_beside_its_own(adapters: dict[str, Path], tmp_path: Path):
@@ -107,10 +157,10 @@ def test_a_config_with_the_text_model_s_fields_beside_its_own(adapters: dict[str
     export_vllm(tmp_path / "base", [adapters["dipe"]], tmp_path / "out")
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.text_config.hidden_size == FAMILIES["qwen2_5_vl"].config().text_config.hidden_size
-    assert configs_of(config.text_config)[1] is not None
+    assert len(adapters_of(config.text_config)) == 1
 
 
-def refused(adapter: Path, base: Path, tmp_path: Path, **options) -> str:
+def refused(adapter: Path | str, base: Path, tmp_path: Path, **options) -> str:
     """What is said; nothing is written."""
     with pytest.raises((ValueError, NotImplementedError)) as error:
         export_vllm(base, [adapter], tmp_path / "out", **options)
@@ -123,7 +173,8 @@ def refused(adapter: Path, base: Path, tmp_path: Path, **options) -> str:
     [
         (PVMConfig(r=32, layers_to_transform=[1], modules_to_save=["lm_head"]), "brings modules of the base"),
         (PVMConfig(r=32, layers_to_transform=[1], memory_visibility="sample"), "--accept-causal"),
-        (LoraConfig(target_modules=["q_proj"]), "not of peft_pvm"),
+        (LoraConfig(target_modules=["q_proj"]), "give it to vLLM with --lora-modules"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "not of peft_pvm"),
     ],
 )
 def test_adapters_that_vllm_would_compute_otherwise_are_refused(base: Path, tmp_path: Path, config, message: str):
@@ -139,7 +190,13 @@ def test_an_adapter_that_sees_its_sample_is_served_causally_on_request(base: Pat
 
 
 def test_other_methods_bases_and_sizes_are_refused(base: Path, adapters: dict[str, Path], tmp_path: Path):
-    assert "there are PVM and DIPE" in refused(adapters["t-drs"], base, tmp_path)
+    for method in METHODS:
+        if method.config in (PVMConfig, *STEERING):
+            continue
+        method.config(**method.of_the_model).save_pretrained(tmp_path / method.name)
+        said = refused(tmp_path / method.name, base, tmp_path)
+        assert f"of {method.config.method}, which needs more than vLLM's kernels show or do" in said
+        assert "there are pvm, dipe, vaf, log_bias" in said
     FAMILIES["llava"].build().save_pretrained(tmp_path / "other")
     assert "is of type 'llava'" in refused(adapters["dipe"], tmp_path / "other", tmp_path)
     other_text = FAMILIES["internvl"].build()
@@ -155,8 +212,11 @@ def test_other_methods_bases_and_sizes_are_refused(base: Path, adapters: dict[st
     assert "has anchor='image'" in refused(tmp_path / "by-image", base, tmp_path)
     DIPEConfig(axes="time", max_distance=3).save_pretrained(tmp_path / "by-axis")
     assert "has axes='time'" in refused(tmp_path / "by-axis", base, tmp_path)
-    with pytest.raises(ValueError, match="a second adapter of dipe"):
-        export_vllm(base, [adapters["dipe"], adapters["dipe-some-layers"]], tmp_path / "out")
+    together = f"{adapters['dipe']}+{adapters['dipe-some-layers']}"
+    assert "are both adapters of dipe, of which one can be on at once" in refused(together, base, tmp_path)
+    with_lora = f"{adapters['dipe']}+{adapters['lora']}"
+    assert "give it to vLLM with --lora-modules" in refused(with_lora, base, tmp_path)
+    assert "give it to vLLM with --lora-modules" in refused(adapters["lora"], base, tmp_path, by_request=True)
     with pytest.raises(ValueError, match="No adapter is given"):
         export_vllm(base, [], tmp_path / "out")
     shutil.rmtree(tmp_path / "base")

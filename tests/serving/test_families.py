@@ -30,17 +30,25 @@ from served_models import (
     engine,
     engine_inside,
     exported,
+    loras,
 )
 from transformers import AutoModelForImageTextToText
 
-from peft_pvm import DIPEConfig, PVMConfig
+from peft_pvm import DIPEConfig, LogBiasConfig, PVMConfig, VAFConfig
 from peft_pvm.demo.tiny_vlm import tiny_vlm_config
+from peft_pvm.integrations.vllm import export_vllm
+from peft_pvm.integrations.vllm.choices import SWITCH
 from peft_pvm.integrations.vllm.families import FAMILIES, TEXT_MODELS
 
 
+pytestmark = pytest.mark.every_family  # here a family tells something new, whatever it is a twin of elsewhere
+
 # Another text model in the same model is tested with both adapters at once.
 SERVINGS = [(name, "pvm+dipe") for name in SERVED] + [
-    (name, adapter) for name, family in SERVED.items() if family.text is None for adapter in ("pvm", "dipe")
+    (name, adapter)
+    for name, family in SERVED.items()
+    if family.text is None
+    for adapter in ("pvm", "dipe", "vaf+log-bias")
 ]
 SETTINGS = dict(limit_mm_per_prompt={"image": 2, "video": 0}, max_model_len=512)
 
@@ -73,6 +81,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory):
             give_weight(model)
             model.save_pretrained(bases[family] / "pvm")
             DIPEConfig(max_distance=3).save_pretrained(bases[family] / "dipe")
+            VAFConfig(visual=1.6, before=0.6).save_pretrained(bases[family] / "vaf")
+            LogBiasConfig(t0=4.0).save_pretrained(bases[family] / "log-bias")
         return bases[family]
 
     def of(family: str, combination: str) -> Served:
@@ -80,7 +90,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory):
             folder, requests = base_of(family), SERVED[family].requests
             adapters = [folder / name for name in combination.split("+")]
             made[family, combination] = Served(
-                exported(folder / "base", adapters, folder / combination),
+                exported(folder / "base", adapters, folder / f"{combination}-served"),
                 requests,
                 ask_transformers(folder / "base", [], requests),
                 ask_transformers(folder / "base", adapters, requests),
@@ -128,6 +138,20 @@ def test_on_differs_from_off_where_there_is_an_image(served: Served):
             assert answer.differs_by(off) > 10 * TOLERANCE, request
         else:
             assert answer.differs_by(off) < 1e-5, request
+
+
+@pytest.mark.parametrize("family", [name for name, family in SERVED.items() if family.text is None])
+def test_requests_of_one_batch_choose(serve, family: str, tmp_path: Path):
+    names = ("pvm", "dipe", "pvm+dipe")
+    of_choices = [serve(family, name) for name in names]
+    requests, place = of_choices[0].requests, of_choices[0].folder.parent
+    exports = ["+".join(str(place / part) for part in name.split("+")) for name in names]
+    folder = export_vllm(place / "base", exports, tmp_path / "out")
+    asked = loras(folder, [name for name in (None, *names) for _ in requests])
+    settings = dict(enable_lora=True, max_loras=4, max_lora_rank=1, lora_target_modules=[SWITCH])
+    with engine_inside(folder, **SETTINGS, **settings) as llm:
+        answers = ask_vllm(llm, requests * 4, asked)
+    assert_same(answers, [*of_choices[0].off, *(answer for served in of_choices for answer in served.expected)])
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava_onevision"])

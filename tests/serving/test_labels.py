@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_pvm.integrations.vllm.export import attach_labels, detach_labels
+from peft_pvm.integrations.vllm.labels import attach_labels, detach_labels
 
 
 @settings(max_examples=200, deadline=None)
@@ -21,12 +21,15 @@ def test_they_come_back_for_prompts_and_generated_tokens(visual: list[bool], see
     delta = int(positions.max()) + 1 - length
     labelled, labelled_delta = attach_labels(positions, delta, torch.tensor(visual), with_anchors=True)
     following = torch.arange(length, length + generated).expand(3, -1)
-    found, found_visual, found_anchors = detach_labels(torch.cat([labelled, following + labelled_delta], 1))
+    found, found_visual, found_after, found_anchors = detach_labels(
+        torch.cat([labelled, following + labelled_delta], 1)
+    )
 
     all_positions = torch.cat([positions, following + delta], 1)
     assert found.equal(all_positions)
     all_visual = visual + [False] * generated
     assert found_visual.tolist() == all_visual
+    assert found_after.tolist() == [any(all_visual[: index + 1]) for index in range(len(all_visual))]
     anchors, first = [], all_positions[0].tolist()
     for index, is_visual in enumerate(all_visual):
         begins = index == 0 or is_visual != all_visual[index - 1]
@@ -35,13 +38,14 @@ def test_they_come_back_for_prompts_and_generated_tokens(visual: list[bool], see
 
 
 def test_without_anchors_they_fit_32_bits():
-    positions = torch.tensor([[0, 262_143]]).expand(3, -1)
-    labelled, delta = attach_labels(positions, -7, torch.tensor([True, True]), with_anchors=False)
-    assert delta == -7
+    positions = torch.tensor([[0, 2**29 - 8]]).expand(3, -1)
+    labelled, delta = attach_labels(positions, -7, torch.tensor([True, False]), with_anchors=False)
+    labelled = torch.cat([labelled, torch.full((3, 1), 2**29 - 1) + delta], 1)
     assert labelled.equal(labelled.int().long())
-    found, visual_mask, anchors = detach_labels(labelled)
-    assert found.equal(positions)
-    assert visual_mask.all()
+    found, visual_mask, after_image, anchors = detach_labels(labelled)
+    assert found[0].tolist() == [0, 2**29 - 8, 2**29 - 8]
+    assert visual_mask.tolist() == [True, False, False]
+    assert after_image.all()
     assert not anchors.any()
 
 
@@ -54,15 +58,14 @@ def test_positions_of_one_axis_have_the_same_labels():
 
 
 def test_positions_of_a_dummy_run_are_text():
-    positions, visual_mask, anchors = detach_labels(torch.arange(5).expand(3, -1))
+    positions, *labels = detach_labels(torch.arange(5).expand(3, -1))
     assert positions.equal(torch.arange(5).expand(3, -1))
-    assert not visual_mask.any()
-    assert not anchors.any()
+    assert not any(label.any() for label in labels)
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_the_first_generated_token_continues_text_and_ends_an_image(last: bool):
     positions = torch.tensor([[0, 1, 1, 3]]).expand(3, -1)
     _, delta = attach_labels(positions, 0, torch.tensor([False, True, True, last]), with_anchors=True)
-    _, _, anchors = detach_labels(torch.full((3, 1), 4) + delta)
+    *_, anchors = detach_labels(torch.full((3, 1), 4) + delta)
     assert anchors.item() == (4 if last else 3)

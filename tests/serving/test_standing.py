@@ -16,9 +16,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
+from peft_pvm.integrations.vllm.choices import SWITCH
 from peft_pvm.integrations.vllm.families import FAMILIES
 from peft_pvm.integrations.vllm.standing import (
     refuse_other_layer,
+    refuse_other_lora,
     refuse_other_model,
     refuse_other_text_model,
     refuse_what_breaks,
@@ -131,6 +133,31 @@ def test_another_decoder_layer_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
     layer.self_attn.attn = nn.Identity()
     with pytest.raises(NotImplementedError, match="attends by Attention"):
         refuse_other_layer(layer)
+
+
+def test_a_model_for_which_vllm_has_no_lora_takes_choices_alone():
+    def asked(*target_modules: str) -> SimpleNamespace:
+        return SimpleNamespace(lora_config=SimpleNamespace(target_modules=list(target_modules) or None, max_loras=4))
+
+    pvm = {"pvm": False}
+    refuse_other_lora(SimpleNamespace(lora_config=None), Model, {})
+    refuse_other_lora(asked(SWITCH), Model, pvm)
+    with pytest.raises(NotImplementedError, match="pvm hold a LoRA, of which vLLM would leave out"):
+        refuse_other_lora(asked(SWITCH), Model, {"pvm": True, "dipe": False})
+    for config, choices in ((asked(), pvm), (asked(SWITCH, "q_proj"), pvm), (asked(SWITCH), {})):
+        with pytest.raises(NotImplementedError, match="vLLM has no LoRA for Model"):
+            refuse_other_lora(config, Model, choices)
+
+
+def test_a_cache_that_would_mix_choices_is_refused(monkeypatch: pytest.MonkeyPatch):
+    config = SimpleNamespace(lora_config=SimpleNamespace(target_modules=[SWITCH], max_loras=4))
+
+    def by_name_of_none(request):
+        return [("lora", bool(request.lora_request))]
+
+    monkeypatch.setattr("vllm.v1.core.kv_cache_utils._gen_lora_extra_hash_keys", by_name_of_none)
+    with pytest.raises(NotImplementedError, match="by_name_of_none makes other keys for other LoRAs"):
+        refuse_other_lora(config, Model, {"pvm": False, "dipe": False})
 
 
 def test_a_text_model_that_was_not_taken_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...folders.adapter_file import Inspection, inspect_adapter, read_config
 from ...folders.sharing import push_adapter
 from ...folders.writing import write_card
 from ...integrations.vllm import export_vllm as write_for_vllm
+from ...integrations.vllm import serve_arguments
 from ...methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint, merge_adapters
 from ...utils.terminal import Terminal, say
 from ...utils.text import plain, quoted
@@ -59,10 +61,12 @@ def export_reference(adapter: str, base: str, out: Path) -> None:
         say(export_reference_checkpoint(adapter, base, out))
 
 
-def export_vllm(base: str, adapters: list[str], out: Path, accept_causal: bool) -> None:
-    """Make a folder that `vllm serve` takes."""
-    with reading("a base model and its adapters", base, *adapters):
-        say(write_for_vllm(base, adapters, out, accept_causal))
+def export_vllm(base: str, adapters: list[str], out: Path, accept_causal: bool, by_request: bool) -> None:
+    """Make a folder that `vllm serve` takes, and say how."""
+    with reading("a base model and its adapters", base, *"+".join(adapters).split("+")):
+        folder = write_for_vllm(base, adapters, out, accept_causal, by_request)
+    say(folder)
+    say(f"To serve it: vllm serve {shlex.join(serve_arguments(folder))}", err=True)
 
 
 def card(folder: Path) -> None:

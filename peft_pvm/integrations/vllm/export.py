@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig
 
-from ...folders.adapter_file import PEFT_PREFIX, read_config
+from ...folders.adapter_file import PEFT_PREFIX, SavedConfig, read_config
 from ...folders.base_checkpoint import BaseCheckpoint
 from ...methods.dipe import DIPEConfig
+from ...methods.log_bias import LogBiasConfig
 from ...methods.pvm import PVMConfig
 from ...methods.pvm.checkpoints import check_shapes, read_adapter
 from ...methods.pvm.merging import Tensors
-from ...tokens.positions import PADDING, modalities, run_anchors, run_starts
+from ...methods.vaf import VAFConfig
 from ...tuners.base import with_absent_fields
-from ...utils.checks import layer_list
+from ...tuners.names import adapter_names
 from ...utils.text import quoted
+from .choices import Choice, refuse_others, switch_weight, write_choices
 from .families import FAMILIES, TEXT_MODELS
 
 
-FIELD = "peft_pvm"  # of the text config, where the adapters stand by method
+FIELD = "peft_pvm"  # of the text config, where the adapters and choices stand
 # A model whose config has this field makes the positions of a prompt itself, which is where labels are attached. The
 # field belongs to mRoPE; vLLM takes it for that beside a text model without mRoPE as well, which ignores it.
 MAKES_POSITIONS = "mrope_section"
 LEFT_OUT = ("base_model_name_or_path", "revision")  # where an adapter was trained may be a private path
-WIDEST = 1024
-# A query and a key of this size give a hidden token a score of -16384 * scaling, so a weight of exactly 0 beside any
-# that is not hidden. It is small enough for every dtype that a cache may have, down to 8 bits.
-HIDING = 128.0
+TOGETHER = "+"  # between adapters that are on at once
+STEERING = (DIPEConfig, VAFConfig, LogBiasConfig)  # methods without parameters that vLLM's kernels can do
 
 
 def export_vllm(
@@ -41,60 +40,55 @@ def export_vllm(
     adapters: Sequence[str | os.PathLike],
     output_dir: str | os.PathLike,
     accept_causal: bool = False,
+    by_request: bool = False,
 ) -> Path:
     """Make a folder that `vllm serve` takes, where this package is installed beside vLLM.
 
-    It holds a copy of the base's weights as they are, one more file with PVM's, and a config that names our class.
+    It holds a copy of the base's weights as they are, one more file with the adapters', and a config that names our
+    class. With several adapters, a request chooses one by its name, or none, in vLLM's way of LoRA: each is a folder
+    for `--lora-modules`, in the sub-folder `choices`. A single one is on in every request.
 
     Args:
         base: Folder or Hub id of a model of one of the `FAMILIES`.
-        adapters: Folders or Hub ids, at most one of PVM and one of DIPE.
+        adapters: Folders or Hub ids, or several with `+` between, which are on at once: one of each method at most.
         output_dir: The folder.
         accept_causal: Take an adapter with `memory_visibility="sample"` as well. In vLLM a token sees the images
             before it, which is the same for images in front of the text.
+        by_request: Have requests choose between a single adapter and none too.
 
     Returns:
         The folder.
 
     Raises:
         FileNotFoundError: The base has no safetensors checkpoint.
-        NotImplementedError: Another base or method, DIPE by image, or an adapter that brings modules of the base.
-        ValueError: Not our adapters, two of one method, or one that does not fit the base.
+        NotImplementedError: Another base or method, or an adapter that asks for what vLLM's kernels cannot do.
+        ValueError: Two adapters of one method at once, one that does not fit the base, or a folder with other choices.
     """
     checkpoint = BaseCheckpoint(base)
     content = checkpoint.config
     base_config = _base_config(base, content)
     family = FAMILIES[base_config.model_type]
-    by_method: dict[str, dict[str, Any]] = {}
-    branch: Tensors = {}
-    for adapter in adapters:
-        config = read_config(adapter)
-        if config.method in by_method:
-            raise ValueError(f"{adapter} is a second adapter of {config.method}, but one model is served with one.")
-        if isinstance(config, PVMConfig):
-            branch = _pvm_weights(adapter, checkpoint, accept_causal)
-        elif isinstance(config, DIPEConfig):
-            for name, known in (("anchor", "run"), ("axes", "all")):
-                if (value := getattr(config, name)) != known:
-                    raise NotImplementedError(
-                        f"{adapter} has {name}={quoted(value)}. In vLLM, DIPE knows {name}={known!r} only."
-                    )
-            num_layers = base_config.get_text_config().num_hidden_layers
-            chosen = [] if config.layers_to_transform is None else layer_list(config, "None")
-            if beyond := [index for index in chosen if index >= num_layers]:
-                raise ValueError(f"{adapter} acts on layers {quoted(beyond)}, but {base} has {num_layers} layers.")
-        else:
-            raise NotImplementedError(f"{adapter} is an adapter of {config.method}. For vLLM there are PVM and DIPE.")
-        by_method[config.method] = {
-            name: value for name, value in config.to_dict().items() if value is not None and name not in LEFT_OUT
-        }
-    if not by_method:
+    combinations = [os.fspath(adapter).split(TOGETHER) for adapter in dict.fromkeys(adapters)]
+    sources = list(dict.fromkeys(chain(*combinations)))
+    if not sources:
         raise ValueError("No adapter is given. To serve the base alone, vLLM takes it as it is.")
+    configs = {source: _config(source, base, base_config) for source in sources}
+    by_request = by_request or len(combinations) > 1
+    for combination in combinations:
+        _check_together({source: configs[source] for source in combination}, by_request)
+    ours = [source for source in sources if not isinstance(configs[source], LoraConfig)]
+    further: Tensors = switch_weight(len(ours)) if by_request else {}
+    for number, source in enumerate(ours):
+        if isinstance(configs[source], PVMConfig):
+            further |= _pvm_weights(source, checkpoint, number, accept_causal)
+    choices = _choices(combinations, ours) if by_request else []
+    names = {choice.name: choice.lora is not None for choice in choices}
+    refuse_others(Path(output_dir), names)
     content["architectures"] = [family.architecture]
     if not family.makes_positions:
         content[MAKES_POSITIONS] = []
-    content["text_config"][FIELD] = by_method
-    return checkpoint.copy(output_dir, content, branch)
+    content["text_config"][FIELD] = {"adapters": [_fields(configs[source]) for source in ours], "choices": names}
+    return checkpoint.copy(output_dir, content, further, lambda folder: write_choices(folder, choices, len(ours)))
 
 
 def _base_config(base: str | os.PathLike, content: dict[str, Any]) -> Any:
@@ -110,8 +104,64 @@ def _base_config(base: str | os.PathLike, content: dict[str, Any]) -> Any:
     return config
 
 
-def _pvm_weights(adapter: str | os.PathLike, base: BaseCheckpoint, accept_causal: bool) -> Tensors:
-    """By their names in the model."""
+def _config(adapter: str, base: str | os.PathLike, base_config: Any) -> PeftConfig:
+    """An adapter's configuration, if vLLM serves such a one with our classes, or LoRA's beside them."""
+    if isinstance(lora := PeftConfig.from_pretrained(adapter), LoraConfig):
+        return lora
+    config = read_config(adapter)
+    if isinstance(config, PVMConfig):
+        return config
+    if not isinstance(config, STEERING):
+        methods = ", ".join(known.method for known in (PVMConfig, *STEERING))
+        raise NotImplementedError(
+            f"{adapter} is an adapter of {config.method}, which needs more than vLLM's kernels show or do. For vLLM "
+            f"there are {methods}."
+        )
+    if isinstance(config, DIPEConfig):
+        for name, known in (("anchor", "run"), ("axes", "all")):
+            if (value := getattr(config, name)) != known:
+                raise NotImplementedError(
+                    f"{adapter} has {name}={quoted(value)}. In vLLM, DIPE knows {name}={known!r} only."
+                )
+    num_layers = base_config.get_text_config().num_hidden_layers
+    if beyond := [index for index in layers_of(config, num_layers) if index >= num_layers]:
+        raise ValueError(f"{adapter} acts on layers {quoted(beyond)}, but {base} has {num_layers} layers.")
+    return config
+
+
+def _check_together(configs: dict[str, PeftConfig], by_request: bool) -> None:
+    """Raise a ValueError for adapters, by what they are read from, that cannot be on at once."""
+    by_method: dict[str, str] = {}
+    for source, config in configs.items():
+        method = config.method if isinstance(config, SavedConfig) else "LoRA"
+        if method in by_method:
+            raise ValueError(
+                f"{by_method[method]} and {source} are both adapters of {method}, of which one can be on at once. To "
+                f"let requests choose between them, give them apart, without {TOGETHER!r}."
+            )
+        by_method[method] = source
+    if "LoRA" in by_method and (len(by_method) == 1 or not by_request):
+        raise ValueError(
+            f"{by_method['LoRA']} is LoRA, which vLLM serves itself: leave it out here, and give it to vLLM with "
+            "--lora-modules. Beside other adapters it can be part of what a request chooses (by_request)."
+        )
+
+
+def _choices(combinations: Sequence[Sequence[str]], ours: Sequence[str]) -> list[Choice]:
+    """What requests choose between, with names from those of folders."""
+    names = {source: name for name, source in adapter_names(dict.fromkeys(chain(*combinations))).items()}
+    return [
+        Choice(
+            TOGETHER.join(names[source] for source in combination),
+            [ours.index(source) for source in combination if source in ours],
+            next((source for source in combination if source not in ours), None),
+        )
+        for combination in combinations
+    ]
+
+
+def _pvm_weights(adapter: str, base: BaseCheckpoint, number: int, accept_causal: bool) -> Tensors:
+    """By their names in the model, where the adapter has this number."""
     config, tensors = read_adapter(adapter)
     if config.modules_to_save:
         raise NotImplementedError(
@@ -124,129 +174,35 @@ def _pvm_weights(adapter: str | os.PathLike, base: BaseCheckpoint, accept_causal
             "which is the same where images stand in front of the text. If yours do: --accept-causal."
         )
     check_shapes(adapter, tensors, [], config, base.config)
-    return {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    return {
+        key.removeprefix(PEFT_PREFIX).replace(".pvm.", f".pvm.{number}."): tensor for key, tensor in tensors.items()
+    }
 
 
-def configs_of(text_config: Any) -> tuple[PVMConfig | None, DIPEConfig | None]:
-    """The adapters' configurations, as `export_vllm` wrote them into a text config."""
-    by_method = {name: with_absent_fields(fields) for name, fields in getattr(text_config, FIELD).items()}
-    found = [PeftConfig.from_peft_type(**by_method[name]) if name in by_method else None for name in ("pvm", "dipe")]
-    return found[0], found[1]
+def _fields(config: PeftConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if value is not None and name not in LEFT_OUT}
 
 
-def acts_on(dipe: DIPEConfig, layer_idx: int) -> bool:
-    """Whether DIPE acts on a decoder layer, which all rotate queries and keys in the families served."""
-    return dipe.layers_to_transform is None or layer_idx in layer_list(dipe, "None")
-
-
-POSITION_BITS, ANCHOR_SHIFT = 30, 32
-
-
-def attach_labels(
-    positions: torch.Tensor, delta: int, visual_mask: torch.Tensor, with_anchors: bool
-) -> tuple[torch.Tensor, int]:
-    """Label the positions of a prompt, and the constant that generated tokens get theirs by.
-
-    Args:
-        positions: The positions of the prompt, `(axes, seq_len)`, int64, each below 2^30.
-        delta: What is added to the number of tokens before a generated token, to make its position.
-        visual_mask: Which tokens of the prompt are visual, `(seq_len,)`, bool.
-        with_anchors: Whether anchors are wanted. They take 64 bits.
-
-    Returns:
-        The same, labelled. Generated tokens are text and continue the last run, if that is text.
-    """
-    labelled = positions + (visual_mask.long() << POSITION_BITS)
-    if not with_anchors:
-        return labelled, delta
-    seq_len = positions.shape[1]
-    # One more token, the first that is generated, tells the anchor of them all.
-    first = torch.cat([positions[0], positions.new_tensor([seq_len + delta])])[None]
-    modality = modalities(torch.cat([visual_mask, visual_mask.new_zeros(1)])[None], None)
-    starts = run_starts(modality, modality.new_tensor([PADDING]))
-    anchors = run_anchors(starts, first, first.new_zeros(1))[0]
-    return labelled + (anchors[:-1] << ANCHOR_SHIFT), delta + (int(anchors[-1]) << ANCHOR_SHIFT)
-
-
-def detach_labels(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `attach_labels` put together, token by token.
-
-    Args:
-        positions: Labelled, `(axes, num_tokens)`, or of one axis `(num_tokens,)`, int64.
-
-    Returns:
-        Positions of the same shape, which tokens are visual `(num_tokens,)`, bool, and anchors `(num_tokens,)`, which
-        are 0 where there are none.
-    """
-    first = positions if positions.dim() == 1 else positions[0]
-    visual_mask = (first >> POSITION_BITS) & 1 == 1
-    return positions & ((1 << POSITION_BITS) - 1), visual_mask, first >> ANCHOR_SHIFT
-
-
-def supported_width(least: int, supports: Callable[[int], bool]) -> int:
-    """The smallest head size that is wide enough and has a kernel.
-
-    Args:
-        least: What is needed.
-        supports: Says whether there is a kernel for a head size.
+def adapters_of(text_config: Any) -> list[Any]:
+    """The adapters' configurations, as `export_vllm` wrote them into a text config.
 
     Raises:
-        NotImplementedError: There is none.
+        ValueError: An earlier version wrote them.
     """
-    for width in range(least, WIDEST + 1):
-        if supports(width):
-            return width
-    raise NotImplementedError(f"This attention backend of vLLM has no kernel for heads of {least} channels or more.")
+    found = getattr(text_config, FIELD)
+    if "adapters" not in found:
+        raise ValueError("An earlier version of peft_pvm made this folder. Make it again: peft-pvm export-vllm.")
+    return [PeftConfig.from_peft_type(**with_absent_fields(fields)) for fields in found["adapters"]]
 
 
-def visual_keys_only(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visual_mask: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention to visual tokens alone, with keys and values for all: one more channel hides the others.
+def choices_of(text_config: Any) -> dict[str, bool]:
+    """The names that requests choose by, and which of these choices hold a LoRA of the base's layers.
 
-    A query with no visual token in sight reads the values of the hidden ones, which are 0.
-
-    Args:
-        query: `(num_tokens, heads, head_dim)`.
-        key: `(num_tokens, kv_heads, head_dim)`.
-        value: The same shape as `key`.
-        visual_mask: `(num_tokens,)`, bool.
-        width: The width of the returned heads, more than `head_dim`.
-
-    Returns:
-        Queries and keys of this width, and values, which keep theirs.
+    With none, the adapters are on in every request.
     """
-    visual = visual_mask[:, None, None]
-    head_dim = query.shape[-1]
-    ask = F.pad(query.new_full((), HIDING).expand(*query.shape[:-1], 1), (0, width - head_dim - 1))
-    hide = F.pad(key.new_full((), -HIDING).expand(*key.shape[:-1], 1), (head_dim, width - head_dim - 1))
-    return (
-        torch.cat([query, ask], -1),
-        torch.where(visual, F.pad(key, (0, width - head_dim)), hide),
-        value.masked_fill(~visual, 0),
-    )
+    return getattr(text_config, FIELD)["choices"]
 
 
-def anchored_across_modalities(
-    query: torch.Tensor, anchored: torch.Tensor, key: torch.Tensor, visual_mask: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """DIPE's scores (arXiv 2603.10863): `anchored` meets the keys of the other modality, `query` those of its own.
-
-    Keys are split by modality, `[text or 0, visual or 0]`; queries hold in each half what it is to be met with.
-
-    Args:
-        query: Rotated by their positions, `(num_tokens, heads, head_dim)`.
-        anchored: Rotated by their anchors, as `query`.
-        key: `(num_tokens, kv_heads, head_dim)`.
-        visual_mask: `(num_tokens,)`, bool.
-        width: The width of the returned heads, at least twice `head_dim`.
-
-    Returns:
-        Queries and keys of this width.
-    """
-    visual = visual_mask[:, None, None]
-    head_dim = query.shape[-1]
-    queries = torch.cat([torch.where(visual, anchored, query), torch.where(visual, query, anchored)], -1)
-    keys = torch.cat([key.masked_fill(visual, 0), key.masked_fill(~visual, 0)], -1)
-    spare = (0, width - 2 * head_dim)
-    return F.pad(queries, spare), F.pad(keys, spare)
+def layers_of(config: Any, num_layers: int) -> list[int]:
+    """The decoder layers that an adapter acts on. In the families served, every method can act on all."""
+    return config.layer_indices if isinstance(config, PVMConfig) else config.layers_among(list(range(num_layers)))

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import vllm
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.models import supports_lora
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.platforms import current_platform
+from vllm.v1.core import kv_cache_utils
 
+from .choices import SWITCH
 from .families import Family
 
 
@@ -35,6 +42,7 @@ CALLED: dict[Callable, tuple[str, ...]] = {
         "prefix",
     ),
     Attention.forward: ("query", "key", "value"),
+    ReplicatedLinear.__init__: ("input_size", "output_size", "bias", "prefix"),
     PlaceholderRange: ("offset", "length", "is_embed"),
     MultiModalFeatureSpec: ("mm_position",),
 }
@@ -44,7 +52,7 @@ def warn_of_other_version() -> None:
     """Warn of a version of vLLM in which what is checked here was not read as well."""
     if not vllm.__version__.startswith(VERSIONS):
         warnings.warn(
-            f"PVM and DIPE were tested with vLLM {' and '.join(VERSIONS)}, but this is {vllm.__version__}. Names and "
+            f"Our adapters were tested with vLLM {' and '.join(VERSIONS)}, but this is {vllm.__version__}. Names and "
             "parameters are checked, but nobody has read the code. Compare some answers with those of transformers.",
             stacklevel=2,
         )
@@ -55,16 +63,54 @@ def refuse_what_breaks(vllm_config: VllmConfig, has_anchors: bool) -> None:
     config = vllm_config.parallel_config
     sizes = config.pipeline_parallel_size, config.decode_context_parallel_size, config.prefill_context_parallel_size
     if max(sizes) > 1:
-        raise NotImplementedError("PVM and DIPE in vLLM know tensor parallelism only: neither pipeline nor context.")
+        raise NotImplementedError("Our adapters in vLLM know tensor parallelism only: neither pipeline nor context.")
     if vllm_config.speculative_config is not None:
-        raise NotImplementedError("PVM and DIPE in vLLM do not work with speculative decoding: leave it out.")
+        raise NotImplementedError("Our adapters in vLLM do not work with speculative decoding: leave it out.")
     if vllm_config.model_config.get_multimodal_config().is_multimodal_pruning_enabled():
-        raise NotImplementedError("PVM and DIPE in vLLM do not work with the pruning of videos: leave it out.")
+        raise NotImplementedError("Our adapters in vLLM do not work with the pruning of videos: leave it out.")
     if has_anchors and vllm_config.use_v2_model_runner:
         raise NotImplementedError(
-            "DIPE needs 64 bits for a position, and vLLM's second model runner has 32. "
+            "DIPE and Log-bias need 64 bits for a position, and vLLM's second model runner has 32. "
             "Set VLLM_USE_V2_MODEL_RUNNER=0 in the environment."
         )
+
+
+def refuse_other_lora(vllm_config: VllmConfig, native: Any, choices: Mapping[str, bool]) -> None:
+    """Raise NotImplementedError where vLLM's LoRA is off or other than choices, or vLLM's class of a model, want it.
+
+    Args:
+        vllm_config: vLLM's.
+        native: vLLM's class.
+        choices: The names that requests choose by, and whether each holds a LoRA of the base's layers. With none, the
+            adapters are on in every request.
+    """
+    config = vllm_config.lora_config
+    if config is None:
+        if choices:
+            raise NotImplementedError(
+                f"Requests choose between {', '.join(choices)} as between LoRAs of vLLM's: start it with "
+                "--enable-lora and --lora-modules NAME=FOLDER for each."
+            )
+        return
+    if not supports_lora(native) and not (choices and config.target_modules == [SWITCH]):
+        raise NotImplementedError(
+            f"vLLM has no LoRA for {native.__name__}. Its requests can choose between adapters without one: "
+            f"export them so, and start it with --lora-target-modules {SWITCH}."
+        )
+    if choices and config.target_modules is not None and SWITCH not in config.target_modules:
+        raise NotImplementedError(f"Requests choose by the layer {SWITCH}: add it to --lora-target-modules.")
+    if config.target_modules is not None and (with_lora := [name for name in choices if choices[name]]):
+        raise NotImplementedError(
+            f"{', '.join(with_lora)} hold a LoRA, of which vLLM would leave out what is not among "
+            "--lora-target-modules: start it without."
+        )
+    if choices and current_platform.is_cpu() and config.max_loras <= len(choices):
+        raise NotImplementedError(
+            "On a CPU, vLLM gives requests without a LoRA that of its last place, which has to stay empty: start it "
+            f"with --max-loras {len(choices) + 1} or more."
+        )
+    if choices:
+        _tells_loras_apart(kv_cache_utils._gen_lora_extra_hash_keys)
 
 
 def refuse_other_model(native: Any, family: Family) -> None:
@@ -97,6 +143,15 @@ def refuse_other_layer(layer: Any) -> None:
     _has(layer.self_attn.attn, ATTENTION)
 
 
+def _tells_loras_apart(make_keys: Callable) -> None:
+    """By what vLLM adds to the key of a cached block."""
+    _takes(make_keys, ("request",))
+    asked = None, LoRARequest("a", 1, "/a"), LoRARequest("b", 2, "/b")
+    keys = [make_keys(SimpleNamespace(lora_request=lora)) for lora in asked]
+    if any(keys.count(key) > 1 for key in keys):
+        raise _differs(make_keys, "makes other keys for other LoRAs")
+
+
 def _takes(function: Callable, names: tuple[str, ...]) -> None:
     if tuple(name for name in inspect.signature(function).parameters if name in names) != names:
         raise _differs(function, f"takes {', '.join(names)}")
@@ -109,6 +164,6 @@ def _has(owner: object, names: tuple[str, ...]) -> None:
 
 def _differs(what: Any, expected: str) -> NotImplementedError:
     return NotImplementedError(
-        f"PVM and DIPE stand on the insides of vLLM {' and '.join(VERSIONS)}, where {what.__module__}."
+        f"Our adapters stand on the insides of vLLM {' and '.join(VERSIONS)}, where {what.__module__}."
         f"{what.__qualname__} {expected}. In this one, {vllm.__version__}, it does not: install one of those."
     )
