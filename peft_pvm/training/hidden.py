@@ -48,6 +48,9 @@ def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = 
     evaluation and `generate` see the image. The backward pass may come after the block, also with gradient
     checkpointing.
 
+    Where all rows hide their images, `model` is called with labels and none of them is right behind an image, decoder
+    layers compute the text alone, with the same loss and gradients. The logits at visual tokens mean nothing then.
+
     Args:
         model: A model with an active PVM adapter, also wrapped by PEFT, DistributedDataParallel or FSDP.
         rows: Which rows of the batch hide their images, `(batch,)`, bool. `None`: all.

@@ -1,4 +1,4 @@
-"""Where nobody reads visual tokens, decoder layers compute the text alone, with the loss and gradients of all tokens."""
+"""Where nobody reads visual tokens, decoder layers compute the text alone, with the loss and gradients of all."""
 
 from __future__ import annotations
 
