@@ -24,8 +24,7 @@ from ..methods.pvm.layer import PVMLayer
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import VisionLanguageModel
 from ..tokens.positions import scatter_rows
-from ..tokens.tap import by_name
-from ..tuners.base import VisualTunerLayer
+from ..tokens.tap import by_name, is_active
 from ..utils.packages import attn_implementation
 
 
@@ -67,15 +66,16 @@ def needs_text_alone(vlm: VisionLanguageModel, context: VisualContext, labels: t
         and bool(context.hidden_rows.all())
         and not bool((has_loss & ~text).any())
         and 0 < int(text.sum(1).max()) < context.seq_len
-        and all(_reads_embeddings(layer) for layer in vlm.model.modules() if isinstance(layer, VisualTunerLayer))
+        and all(_reads_embeddings(layer) for layer in vlm.model.modules() if is_active(layer))
     )
 
 
-def _reads_embeddings(layer: VisualTunerLayer) -> bool:
-    """Whether a layer's adapters act on text, and on what the vision tower made of the images: they are PVM or off."""
-    branches = [branch for name in layer.acting() for branch in getattr(layer, "pvm_branches", {}).get(name, [])]
-    is_known = isinstance(layer, PVMLayer) or not layer.acting()
-    return is_known and all(branch.config.memory_source == "embeddings" for branch in branches)
+def _reads_embeddings(layer: nn.Module) -> bool:
+    """Whether a layer's adapters act on text, and on what the vision tower made of the images."""
+    if not isinstance(layer, PVMLayer):
+        return False
+    branches = [branch for name in layer.acting() for branch in layer.pvm_branches[name]]
+    return all(branch.config.memory_source == "embeddings" for branch in branches)
 
 
 def layers_for_text(vlm: VisionLanguageModel) -> list[nn.Module]:
