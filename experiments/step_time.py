@@ -1,10 +1,15 @@
-"""What a step of training costs with PVM, beside LoRA of its size and the base's own forward and backward."""
+"""What a step of training costs with PVM, beside LoRA of its size and the base's own forward and backward.
+
+Also with PVM where the image is hidden, and where there is none.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,6 +22,7 @@ from peft_pvm.demo.mosaic import CHANNELS, IMAGE, NUM_BYTES, PATCH_SIZE, TEMPORA
 from peft_pvm.demo.tiny_vlm import tiny_vlm_config
 from peft_pvm.methods.pvm import PVMConfig
 from peft_pvm.tokens.families import find_vlm
+from peft_pvm.training import hidden_image
 from peft_pvm.tuners.active import base_of
 from peft_pvm.utils.terminal import Bars, Terminal
 
@@ -43,6 +49,26 @@ def middle_config() -> Qwen3VLConfig:
     return Qwen3VLConfig.from_dict(content)
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step of training.
+
+    Attributes:
+        model: In training mode.
+        inputs: What it is called with, labels included.
+        hides: Whether images are hidden.
+    """
+
+    model: nn.Module
+    inputs: dict[str, torch.Tensor]
+    hides: bool = False
+
+    def loss(self) -> torch.Tensor:
+        """The loss of its forward."""
+        with hidden_image(self.model) if self.hides else contextlib.nullcontext():
+            return self.model(**self.inputs, use_cache=False).loss
+
+
 def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int, seed: int) -> None:
     """Print time and memory of forward and backward, measured in rounds in which the models take turns.
 
@@ -58,21 +84,30 @@ def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int
         seed: Decides weights and tokens.
     """
     config = tiny_vlm_config() if size == "tiny" else middle_config()
-    inputs = _batch(rows, text_tokens, torch.Generator().manual_seed(seed))
-    models = _models(config, r, seed)
-    times: dict[str, list[float]] = {name: [] for name in models}
+    steps = _steps(_models(config, r, seed), rows, text_tokens, torch.Generator().manual_seed(seed))
+    times: dict[str, list[float]] = {name: [] for name in steps}
     with Bars() as progress:
-        task = progress.add_task("Steps", total=(repeats + 1) * len(models))
+        task = progress.add_task("Steps", total=(repeats + 1) * len(steps))
         for _ in range(repeats + 1):
-            for name, model in models.items():
-                times[name].append(_time_of_step(model, inputs))
+            for name, step in steps.items():
+                times[name].append(_time_of(step))
                 progress.advance(task)
-    kept = {name: bytes_kept(model, inputs) for name, model in models.items()}
-    parameters = sum(parameter.numel() for parameter in models["base"].parameters())
+    kept = {name: bytes_kept(step) for name, step in steps.items()}
+    parameters = sum(parameter.numel() for parameter in steps["base"].model.parameters())
     title = f"{size}: {parameters:,} parameters, {rows} rows of {SIDE * SIDE} visual and {text_tokens} text tokens"
     console = Terminal()
-    console.print(_table(title, models, {name: values[1:] for name, values in times.items()}, kept))
+    console.print(_table(title, steps, {name: values[1:] for name, values in times.items()}, kept))
     console.print(f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32.")
+
+
+def _steps(models: dict[str, nn.Module], rows: int, text_tokens: int, generator: torch.Generator) -> dict[str, Step]:
+    inputs = _batch(rows, text_tokens, generator)
+    text = {name: inputs[name][:, -text_tokens:] for name in ("input_ids", "attention_mask", "labels")}
+    return {
+        **{name: Step(model, inputs) for name, model in models.items()},
+        "PVM, image hidden": Step(models["PVM"], inputs, hides=True),
+        "PVM, text without image": Step(models["PVM"], text),
+    }
 
 
 def _models(config: Qwen3VLConfig, r: int, seed: int) -> dict[str, nn.Module]:
@@ -89,11 +124,11 @@ def _models(config: Qwen3VLConfig, r: int, seed: int) -> dict[str, nn.Module]:
     return {"base": base, "LoRA": get_peft_model(build(), lora_of_size(build(), trained)), "PVM": pvm}
 
 
-def _table(title: str, models: dict[str, nn.Module], times: dict[str, list[float]], kept: dict[str, int]) -> Table:
+def _table(title: str, steps: dict[str, Step], times: dict[str, list[float]], kept: dict[str, int]) -> Table:
     table = Table("", "trained", "s a step", "spread", "of base", "MiB for the backward", "of base", title=title)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, model in models.items():
-        learns = 0 if name == "base" else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for name, step in steps.items():
+        learns = 0 if name == "base" else sum(p.numel() for p in step.model.parameters() if p.requires_grad)
         table.add_row(
             name,
             f"{learns:,}",
@@ -131,16 +166,16 @@ def lora_of_size(model: nn.Module, parameters: int) -> LoraConfig:
     return LoraConfig(r=rank, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
 
 
-def _time_of_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
+def _time_of(step: Step) -> float:
     start = time.perf_counter()
-    model(**inputs, use_cache=False).loss.backward()
-    model.zero_grad()
+    step.loss().backward()
+    step.model.zero_grad()
     return time.perf_counter() - start
 
 
-def bytes_kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+def bytes_kept(step: Step) -> int:
     """The bytes that a forward keeps for its backward, weights aside."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in base_of(model).parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in base_of(step.model).parameters()}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,7 +185,7 @@ def bytes_kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(**inputs, use_cache=False).loss
+        loss = step.loss()
     total = sum(kept.values())
     del loss
     return total

@@ -53,6 +53,9 @@ class VisualContext:
             it was given token ids.
         notes: What adapters noted at the end of the forward before, by name, `(batch, ...)`.
         past_length: Number of tokens read before this forward; a tensor for a static cache.
+        slots: Where the tokens stand in the cache, `(batch, seq_len)`, int64, `EMPTY_SLOT` for padding. `None`: one
+            behind the other, from `past_length` on.
+        whole_length: How many tokens the rows have of which `slots` are some.
         is_evicted: Whether the cache has lost keys of some of them.
         keys_before: How many keys each layer of the cache held before this forward.
         num_fixed_keys: How many keys, from the first, layers with a sliding window keep for good.
@@ -66,6 +69,7 @@ class VisualContext:
         observers: Each is called with every `AttentionCall` of this forward, once its output is made.
         hidden_rows: The rows in which text does not attend to visual tokens, `(batch,)`, bool. `None`: none.
         steering: What keeps these hidden from text, for as long as this forward is not forgotten.
+        text_alone: What decoder layers are given instead, where they are to compute the text alone.
         handed_on: What a method hands from layer to layer, by layer index, by whose it is. A layer that gradient
             checkpointing runs again finds what it made.
         awaited: The layers that this forward has still to reach, by what makes the error if it does not.
@@ -81,6 +85,8 @@ class VisualContext:
         self.inputs_embeds: torch.Tensor | None = None
         self.notes: dict[str, torch.Tensor] = {}
         self.past_length: int | torch.Tensor = 0
+        self.slots: torch.Tensor | None = None
+        self.whole_length = 0
         self.is_evicted = False
         self.keys_before: list[int | None] = []
         self.num_fixed_keys = 0
@@ -96,6 +102,7 @@ class VisualContext:
         self.observers: list[Callable[[Any], None]] = []
         self.hidden_rows: torch.Tensor | None = None
         self.steering: Any = None
+        self.text_alone: VisualContext | None = None
         self.handed_on: dict[Any, dict[int, Any]] = {}
         self.awaited: dict[NotReached, set[int]] = {}
         self.adapter_names: list[str] | None = None
@@ -190,11 +197,17 @@ class VisualContext:
         """
         if self.capacity is None:
             return torch.cat([before, of_tokens], 1)
-        return filled_up(before, self.capacity).index_copy(1, self._own_slots().to(of_tokens.device), of_tokens)
+        return filled_up(before, self.capacity).index_copy(1, self.own_slots()[0].to(of_tokens.device), of_tokens)
 
-    def _own_slots(self) -> torch.Tensor:
-        """Where this forward's tokens stand in the cache, `(seq_len,)`, int64."""
-        return self.derived("own slots", lambda: torch.arange(self.seq_len, device=self.device) + self.past_length)
+    def own_slots(self) -> torch.Tensor:
+        """Where this forward's tokens stand in the cache, `(batch, seq_len)`, int64."""
+        return self.derived("own slots", self._find_own_slots)
+
+    def _find_own_slots(self) -> torch.Tensor:
+        if self.slots is not None:
+            return self.slots
+        slots = torch.arange(self.seq_len, device=self.device) + self.past_length
+        return slots.expand(self.batch_size, -1)
 
     def noted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` and `anchors`.
@@ -253,7 +266,7 @@ class VisualContext:
         moved._derived = {}
         moved._moved = []
         moved.notes = {name: tensor.to(device) for name, tensor in self.notes.items()}
-        for name in ("visual_mask", "visual_positions", "past_length", "hidden_rows"):
+        for name in ("visual_mask", "visual_positions", "past_length", "slots", "hidden_rows"):
             value = getattr(self, name)
             setattr(moved, name, value.to(device) if isinstance(value, torch.Tensor) else value)
         moved._take_positions(self)
@@ -287,6 +300,28 @@ class VisualContext:
         if self.visual_mask is not None:
             cut.visual_mask = self.visual_mask[:, -length:]
         return cut
+
+    def real_text(self) -> torch.Tensor:
+        """Which tokens of this forward are text and no padding, `(batch, seq_len)`, bool."""
+        return self.derived("real text", self._find_real_text)
+
+    def _find_real_text(self) -> torch.Tensor:
+        shape = (self.batch_size, self.seq_len)
+        text = torch.ones(shape, dtype=torch.bool, device=self.device)
+        if self.visual_mask is not None:
+            text = text & ~self.visual_mask
+        real = real_tokens(self.attention_mask, shape, self.past_length)
+        return text if real is None else text & real.to(self.device)
+
+    def leave_out_images(self) -> None:
+        """Have decoder layers compute the text alone. The forward begins a conversation and needs nothing else."""
+        text = copy.copy(self)
+        text._derived, text._moved = {}, []
+        text.slots = pack(self.real_text())
+        text.seq_len, text.whole_length = text.slots.shape[1], self.seq_len
+        text.visual_mask = torch.zeros_like(text.slots, dtype=torch.bool)
+        text.visual_positions = text.inputs_embeds = text.hidden_rows = text.text_alone = None
+        self.text_alone = text
 
     def hide_images(self, rows: torch.Tensor, steering: Any) -> None:
         """Have text not attend to visual tokens in some rows, beside those that already hide them.
@@ -346,7 +381,7 @@ class VisualContext:
             return torch.zeros(self.batch_size, self.seq_len, dtype=torch.bool, device=self.device)
         if self.visual_mask is None:  # whatever is in memory stands before these tokens
             return (self.memory.slots >= 0).any(1, keepdim=True).expand(self.batch_size, self.seq_len)
-        return ~self.visual_mask & (self._own_slots() > self.first_visual_slots())
+        return ~self.visual_mask & (self.own_slots() > self.first_visual_slots())
 
     def first_visual_slots(self) -> torch.Tensor:
         """The slot of each row's first visual token, `(batch, 1)`, int64; the largest there is in a row without."""

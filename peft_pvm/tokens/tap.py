@@ -193,7 +193,7 @@ class Tap:
         )
 
     def _has_active_adapter(self) -> bool:
-        return any(_is_active(module) for module in self.vlm.model.modules())
+        return any(is_active(module) for module in self.vlm.model.modules())
 
     def _complete_context(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -264,7 +264,8 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     return {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
 
 
-def _is_active(module: nn.Module) -> bool:
+def is_active(module: nn.Module) -> bool:
+    """Whether a module is a layer of adapters beside the base's modules, and one of them acts."""
     if not isinstance(module, BaseTunerLayer) or not is_tuner_child(module) or module.disable_adapters:
         return False
     return bool(set(module.active_adapters) & held_by(module))

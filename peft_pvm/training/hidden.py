@@ -21,9 +21,10 @@ from ..attention.dispatch import SteeringHandle, steerable_attentions
 from ..methods.pvm.layer import PVMLayer
 from ..tokens.context import CONTEXT, VisualContext, dropped_keywords
 from ..tokens.families import VisionLanguageModel
-from ..tokens.tap import Tap
+from ..tokens.tap import Tap, this_thread
 from ..utils.checks import is_int, is_number
 from ..utils.wrapping import unwrapped
+from .text_alone import TextAlone, labels_of, layers_for_text, needs_text_alone
 
 
 RowsOf = Callable[[int], torch.Tensor | None]  # of a batch of so many rows, which to choose, `(batch,)`, bool
@@ -46,6 +47,9 @@ def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = 
     Only forwards of training are changed: those that begin with the model in training mode and with gradients. So
     evaluation and `generate` see the image. The backward pass may come after the block, also with gradient
     checkpointing.
+
+    Where all rows hide their images, `model` is called with labels and none of them is right behind an image, decoder
+    layers compute the text alone, with the same loss and gradients. The logits at visual tokens mean nothing then.
 
     Args:
         model: A model with an active PVM adapter, also wrapped by PEFT, DistributedDataParallel or FSDP.
@@ -73,7 +77,7 @@ def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = 
             )
         return chosen
 
-    with images_hidden(_learning_vlm(model), rows_of):
+    with images_hidden(_learning_vlm(model), rows_of, model):
         yield
 
 
@@ -148,7 +152,8 @@ class HiddenImage(TrainerCallback):
             callback = this()
             return None if callback is None else callback._rows_of(batch_size)
 
-        self._block.enter_context(images_hidden(_learning_vlm(kwargs["model"]), rows_of))
+        model = kwargs["model"]
+        self._block.enter_context(images_hidden(_learning_vlm(model), rows_of, model))
 
     def _rows_of(self, batch_size: int) -> torch.Tensor | None:
         """Which rows of the present batch hide their images."""
@@ -208,6 +213,8 @@ class _Steering:
         stack.enter_context(Tap.lent_to(vlm))
         for attention in attentions.values():
             stack.callback(SteeringHandle(attention).remove)
+        for layer in layers_for_text(vlm):
+            stack.callback(TextAlone(vlm, layer).remove)
         self.has_states = len(attentions) < len(vlm.layers)
         for layer_idx in set(range(len(vlm.layers))) - attentions.keys():
             mixer = unwrapped(vlm.block.token_mixer(vlm.layers[layer_idx]))
@@ -235,17 +242,26 @@ class _Steering:
 
 
 @contextlib.contextmanager
-def images_hidden(vlm: VisionLanguageModel, rows_of: RowsOf = _all_rows) -> Iterator[None]:
+def images_hidden(
+    vlm: VisionLanguageModel, rows_of: RowsOf = _all_rows, model: nn.Module | None = None
+) -> Iterator[None]:
     """As `hidden_image`, whatever could learn from it.
 
     Args:
         vlm: The model's parts.
         rows_of: Is asked at the start of each forward of training, with the size of its batch, which rows hide their
             images. `None`: none does.
+        model: What is called with labels, the model or a wrapper of it. By these it is known where decoder layers can
+            do without visual tokens. `None`: they compute them.
     """
     steering = _Steering(vlm)
+    labels: dict[int, torch.Tensor | None] = {}  # of the forward that is beginning, by thread
+
+    def note_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        labels[this_thread()] = labels_of(kwargs)
 
     def start_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = labels.pop(this_thread(), None)
         context: VisualContext | None = kwargs.get(CONTEXT)  # none where the last adapter has left in the meantime
         if context is None or not (vlm.model.training and torch.is_grad_enabled()):
             return
@@ -259,14 +275,16 @@ def images_hidden(vlm: VisionLanguageModel, rows_of: RowsOf = _all_rows) -> Iter
                 "again. To hide images, train without a KV cache (use_cache=False)."
             )
         context.hide_images(rows, steering)
+        if needs_text_alone(vlm, context, given):
+            context.leave_out_images()
         for layer_idx in range(len(vlm.layers)):
             context.await_layer(layer_idx, dropped_keywords)
 
-    handle = vlm.text_model.register_forward_pre_hook(start_forward, with_kwargs=True)
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(vlm.text_model.register_forward_pre_hook(start_forward, with_kwargs=True).remove)
+        if model is not None:
+            hooks.callback(model.register_forward_pre_hook(note_labels, with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def _training_loop() -> FrameType | None:

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import Qwen3VLForConditionalGeneration
 
 from experiments.base import new_tiny_vlm
-from experiments.step_time import bytes_kept, lora_of_size, middle_config
+from experiments.step_time import Step, bytes_kept, lora_of_size, middle_config
 from peft_pvm import PVMConfig
 
 
@@ -21,7 +21,7 @@ class Exponential(torch.nn.Linear):
 
 def test_memory_is_what_the_forward_keeps_without_weights():
     tensor = torch.zeros(2, 1000, requires_grad=True)
-    assert bytes_kept(Exponential(1000, 50, bias=False), {"tensor": tensor}) == 4 * (2 * 1000 + 2 * 50)
+    assert bytes_kept(Step(Exponential(1000, 50, bias=False), {"tensor": tensor})) == 4 * (2 * 1000 + 2 * 50)
 
 
 def test_lora_is_as_large_as_pvm():

@@ -108,6 +108,18 @@ COMMON = {
 }
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[None]:
+    """As long as a method of contexts was called often. It must not keep a context."""
+    method, calls = getattr(VisualContext, name), []
+
+    def counting(context: VisualContext) -> None:
+        calls.append(None)
+        method(context)
+
+    monkeypatch.setattr(VisualContext, name, counting)
+    return calls
+
+
 def test_the_same_rows_in_any_batch(
     material: SimpleNamespace, with_callback: Recorded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -122,8 +134,12 @@ def test_the_same_rows_in_any_batch(
         with monkeypatch.context() as patch:
             patch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", list(transformers.trainer.DEFAULT_CALLBACKS))
             recorded[how] = with_callback(steps=1, share=0.5)
+            of_text_alone = counted(patch, "leave_out_images")
             trainer = run("sft", material, output_dir=tmp_path / how, **{**COMMON, **options})
             assert leftovers(trainer.model) == []
+            size = options.get("per_device_train_batch_size", 8)
+            parts = [rows[i : i + size] for rows in recorded[how].values() for i in range(0, 8, size)]
+            assert len(of_text_alone) == sum(map(all, parts)), "where all images are hidden"
     assert recorded["accumulated"] == recorded["checkpointed"] == recorded["whole"]
     assert recorded["whole"][0] == [True] * 8
     assert [0 < sum(recorded["whole"][step]) < 8 for step in (1, 2)] == [True] * 2

@@ -256,7 +256,7 @@ def _make_view(context: VisualContext, visibility: str) -> MemoryView | None:
     if positions.shape[1] == 0:
         return None
     if visibility == "causal":
-        mask = causally_visible(memory.slots, positions + context.past_length)
+        mask = causally_visible(memory.slots, context.own_slots().gather(1, positions.clamp(min=0)))
     else:
         mask = filled.unsqueeze(1).expand(-1, positions.shape[1], -1)
     mask = mask | (positions < 0).unsqueeze(-1)
@@ -306,8 +306,7 @@ class PlainBranch(Branch):
         bank, shape = context.memory.embeddings, self.shape
         if context.memory.is_empty:
             return None
-        slots = torch.arange(hidden_states.shape[1], device=hidden_states.device) + context.past_length
-        sees = causally_visible(context.memory.slots, slots.expand(len(hidden_states), -1))
+        sees = causally_visible(context.memory.slots, context.own_slots())
         text = self.input_norm(self.text_reducer(hidden_states))
         memory = self.vision_reducer(bank)
         groups = shape.num_heads // shape.num_key_value_heads
