@@ -1,8 +1,9 @@
-"""The examples run. Trainings are cut short. Those for other packages have tests of their own."""
+"""The examples run, also the notebook. Trainings are cut short. Those for other packages have tests of their own."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import runpy
 from pathlib import Path
 from unittest import mock
@@ -20,7 +21,12 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "example", sorted(path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith(OF_OTHERS))
+    "example",
+    sorted(
+        path.name
+        for path in EXAMPLES.iterdir()
+        if path.suffix in (".py", ".ipynb") and not path.name.startswith(OF_OTHERS)
+    ),
 )
 def test_example(example, tmp_path, monkeypatch, capsys):
     from peft_pvm.demo import train
@@ -29,6 +35,18 @@ def test_example(example, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [example])
     fit = train.fit
     with mock.patch.object(train, "fit", lambda model, groups, draw, steps, *rest: fit(model, groups, draw, 1, *rest)):
-        runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+        if example.endswith(".ipynb"):
+            exec(code_of(EXAMPLES / example), {})
+        else:
+            runpy.run_path(str(EXAMPLES / example), run_name="__main__")
     assert capsys.readouterr().out
     assert list(tmp_path.iterdir())
+
+
+def code_of(notebook: Path) -> str:
+    """The code of a notebook, which is saved without outputs, but for the commands of the notebook itself."""
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells)
+    install, *sources = ("".join(cell["source"]) for cell in cells)
+    assert install.startswith('%pip install -q "peft-pvm[lab')
+    return "\n".join(sources)

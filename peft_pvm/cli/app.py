@@ -12,7 +12,7 @@ from ..utils.terminal import say
 from .adapters import card, convert, export_reference, export_vllm, inspect, merge, push
 from .bench import bench, scale
 from .comparing import compare
-from .evaluation import curves, eval_lengths, probe
+from .evaluation import curves, eval_lengths, probe, serve_app
 from .lab import app as lab
 from .models import methods, models
 from .proposals import calibrate, layers, sinks
@@ -63,4 +63,5 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command()(command)
+app.command("app")(serve_app)
 app.add_typer(lab, name="lab")

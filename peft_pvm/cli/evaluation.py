@@ -1,4 +1,4 @@
-"""`peft-pvm probe`, `eval-lengths`, `curves`: how a model does, on one image, on benchmarks, and while it trains."""
+"""`peft-pvm probe`, `app`, `eval-lengths`, `curves`: how a model does on one image, on benchmarks, and in training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..utils.extras import require
 from .options import (
     LARGEST_SEED,
     MANY,
+    TINY,
     Device,
     DType,
     Kernel,
@@ -22,6 +23,9 @@ from .options import (
     separated,
     whole_number,
 )
+
+
+LOCAL = "127.0.0.1"
 
 
 def probe(
@@ -62,6 +66,23 @@ def probe(
         of_model, adapter or [], image, prompt, out,
         max_new_tokens=max_new_tokens, sink_factor=sink_factor, retrieval_tokens=retrieval_token or None,
     )  # fmt: skip
+
+
+def serve_app(
+    model: Annotated[
+        str, typer.Option(help=f"The model at first: `{TINY}`, the lab's, or the folder or Hub id of another.")
+    ] = TINY,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for other machines as well.")] = LOCAL,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
+    device: Device = "cpu",
+    dtype: DType = "auto",
+) -> None:
+    """Open a page in the browser: ask a model about an image, with adapters on and off, and see where it looks."""
+    require("app", "gradio")
+    require("lab", "jinja2", "matplotlib", "PIL", "sklearn")
+    from .work import app as work
+
+    work.serve(ModelOptions(model, device, dtype, None), host, port)
 
 
 def eval_lengths(

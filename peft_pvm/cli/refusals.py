@@ -74,7 +74,7 @@ class Commands(TyperGroup):
             status = 1
             _give_up_on_output()
         except Exception as error:
-            if os.environ.get(DEBUG) or not _is_refusal(error):
+            if os.environ.get(DEBUG) or not is_refusal(error):
                 raise
             status = 1
             _refuse(str(error).strip() or type(error).__name__)
@@ -86,7 +86,8 @@ class Commands(TyperGroup):
         return status
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
+    """Whether an error tells a user what cannot be done, and is no fault of ours."""
     return isinstance(error, REFUSALS) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from transformers import LogitsProcessor
 
 from .for_trainers import cell_token, digit_token
-from .mosaic import NUM_CELLS, Split, draw_pictures, load_material
+from .mosaic import FIRST_QUERY, GRID, NUM_CELLS, Split, draw_pictures, load_material
 from .questions import PLACES, ask, tell
 from .train import step_generator
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 ROUNDS = 6  # in which the tiny model writes a mosaic out
+CELL, DIGIT_OF_CELL = re.compile(r"\[cell (\d)\]"), re.compile(r"\[digit (\d)\]")
 TOLD = re.compile(r"\[cell (\d)\]\[digit (\d)\]")  # in the tiny model's tokens
 DIGIT = re.compile(r"(?<!\d)\d(?!\d)")  # in words
 
@@ -54,6 +56,53 @@ def ask_in_tokens(transcription: bool, rows: int, seed: int, split: Split = "tes
         return cell_token(first), written.removeprefix(cell_token(first))
 
     return [_question(row, seed, split, write) for row in range(rows)]
+
+
+def ask_in_turn(seed: int, split: Split = "test") -> CellQuestion:
+    """A question after all cells of a mosaic in the tokens of the tiny model, for `generate` with `CellsInTurn`.
+
+    Args:
+        seed: Decides the mosaic.
+        split: Where digits come from.
+    """
+
+    def write(digits: list[int], generator: torch.Generator) -> tuple[str, str]:
+        written = "".join(cell_token(cell) + digit_token(digit) for cell, digit in enumerate(digits))
+        return cell_token(0), written.removeprefix(cell_token(0))
+
+    return _question(0, seed, split, write)
+
+
+class CellsInTurn(LogitsProcessor):
+    """Has the tiny model be asked after the next cell, in the order of reading, as soon as it has answered.
+
+    Args:
+        prompt_length: Tokens of the prompt, which asks after the first cell.
+    """
+
+    def __init__(self, prompt_length: int):
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Leave the scores of answers `(batch, vocab_size)` as they are, and allow nothing but the query elsewhere."""
+        written = input_ids.shape[1] - self.prompt_length
+        if written % 2 == 0:
+            return scores
+        query = FIRST_QUERY + (written + 1) // 2 % NUM_CELLS
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([query], device=scores.device), 0.0)
+
+
+def laid_out(answer: str) -> str:
+    """The digits of an answer to `ask_in_turn` as they lie in the mosaic, without a token that is not written out yet.
+
+    Example:
+        >>> print(laid_out("[digit 3][cell 1][digit 5][cell 2][digit 2][cell 3][digit 0][cell"))
+        3 5 2
+        0
+    """
+    answer = re.sub(r"\[[^]]*$", "", answer)
+    spaced = CELL.sub(lambda query: " " if int(query[1]) % GRID else "\n", answer)
+    return DIGIT_OF_CELL.sub(r"\1", spaced)
 
 
 def ask_in_words(transcription: bool, rows: int, seed: int, split: Split = "test") -> list[CellQuestion]:

@@ -239,7 +239,7 @@ def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     for name, tested, configs in (
         ("base", model, []),
         ("PVM", pvm_model, []),
-        *((method.name, model, [_suited(method.config)]) for method in steering),
+        *((method.name, model, [suited(method.config)]) for method in steering),
     ):
         with attached(tested, *configs):
             results[name] = {length: recall(tested, length, rows, seed=seed, description=name) for length in LENGTHS}
@@ -250,7 +250,7 @@ def _run(folder: str, steps: int, rows: int, seed: int) -> None:
     )
 
 
-def _suited(config: type[PeftConfig]) -> PeftConfig:
+def suited(config: type[PeftConfig]) -> PeftConfig:
     """A method's default settings, but for what depends on the model: from how far it has learnt to read."""
     return DIPEConfig(max_distance=TRAINED_DISTANCE) if config is DIPEConfig else config()
 

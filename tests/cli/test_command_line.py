@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -224,6 +225,8 @@ def _ctrl_c_when_a_model_computes(place: Place, tmp_path: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.nn.Module, "__call__", interrupt)
+    if find_spec("gradio"):
+        monkeypatch.setattr("gradio.Blocks.launch", interrupt)
     monkeypatch.chdir(tmp_path)
 
 
@@ -337,7 +340,7 @@ def test_without_what_other_commands_need():
     """Where optional packages cannot be imported, all help is there, and what is missing is named."""
     code = """
 import sys
-sys.modules.update(dict.fromkeys(["matplotlib", "PIL", "sklearn", "datasets", "lmms_eval", "trl", "vllm"]))
+sys.modules.update(dict.fromkeys(["matplotlib", "PIL", "sklearn", "datasets", "lmms_eval", "trl", "vllm", "gradio"]))
 import typer
 from typer.testing import CliRunner
 from experiments.commands import app as experiments_app
@@ -357,7 +360,7 @@ lacking = {
     "lab recall": "scikit-learn", "lab chats x": "datasets and pillow", "bench --plot x.png": "matplotlib",
     "probe --model x --image pyproject.toml --prompt x --out x": "matplotlib and pillow",
     "layers --model x --data x": "datasets and pillow", "calibrate --model x --data x": "datasets and pillow",
-    "eval-lengths --model x --model-args x --tasks x --out x": "lmms-eval",
+    "eval-lengths --model x --model-args x --tasks x --out x": "lmms-eval", "app": "gradio",
 }
 lacking_in_experiments = {
     "eval --method base --results new": "scikit-learn", "report --docs new": "matplotlib",

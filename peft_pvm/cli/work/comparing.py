@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from ...compare.contenders import contenders
@@ -20,21 +19,17 @@ from ...compare.tasks import Question, Task, file_task
 from ...demo import cells
 from ...demo.for_trainers import TinyVLMProcessor, tiny_vlm_processor
 from ...demo.mosaic import NUM_CELLS
-from ...demo.tiny_vlm import load_tiny_vlm
-from ...tokens.families import find_vlm
 from ...utils.extras import require
 from ...utils.terminal import Terminal, say
 from ..options import REAL, REAL_BASE, TINY, ModelOptions
 from ..refusals import reading
 from .loading import (
-    check_adapter,
     check_device,
-    check_readable,
+    check_fit,
     load_model,
     load_processor,
+    load_tiny,
     progress_bars,
-    set_kernel,
-    without_weights,
 )
 
 
@@ -85,11 +80,11 @@ def compare(
     if name == REAL and not Path(name).exists():
         of_model = dataclasses.replace(of_model, model=str(REAL_BASE))
     entered = contenders(methods, adapters)
-    _check(of_model, [part for contender in entered for part in contender.adapters])
+    check_fit(of_model, [part for contender in entered for part in contender.adapters])
     is_tiny = of_model.model == TINY
     processor = tiny_vlm_processor() if is_tiny else load_processor(of_model.model)
     task = asked.read(isinstance(processor, TinyVLMProcessor))
-    loaded = _tiny(of_model) if is_tiny else load_model(of_model)
+    loaded = load_tiny(of_model) if is_tiny else load_model(of_model)
     with progress_bars() as show:
         found = compare_model(loaded, processor, task, entered, plan, out, name=name, progress=show)
     page = save(found, out)
@@ -100,22 +95,6 @@ def compare(
     Terminal().print(table)
     for sentence in (*outcome(found), f"Report: {page}"):
         say(sentence)
-
-
-def _tiny(of_model: ModelOptions) -> Any:
-    model: Any = load_tiny_vlm().to(torch.device(of_model.device))
-    if of_model.attn_implementation is not None:
-        set_kernel(model, of_model.attn_implementation)
-    return model
-
-
-def _check(of_model: ModelOptions, adapters: list[str]) -> None:
-    """Find what is wrong with a model and adapters as far as their configurations tell."""
-    if of_model.model == TINY:
-        return check_readable(adapters)
-    find_vlm(without_weights(of_model.model, of_model.attn_implementation))
-    for part in adapters:
-        check_adapter(part, of_model.model)
 
 
 def lab_task(name: str, rows: int, in_tokens: bool) -> Task:

@@ -23,13 +23,15 @@ from transformers import (
 )
 
 from ...demo import for_trainers  # noqa: F401  # makes the tiny model's processor known to AutoProcessor
+from ...demo.tiny_vlm import load_tiny_vlm
 from ...folders.adapter_file import AdapterFile, inspect_adapter
 from ...integrations.lmms_eval import separate
 from ...probe.rows import Chat, read_chats
+from ...tokens.families import find_vlm
 from ...tuners.base import VisualConfig
 from ...tuners.saving import load_adapters
 from ...utils.terminal import Bars
-from ..options import ModelOptions
+from ..options import TINY, ModelOptions
 from ..refusals import reading
 
 
@@ -55,7 +57,7 @@ def without_weights(source: str, attn_implementation: str | None = None) -> nn.M
         BadParameter: The kernel cannot be used.
     """
     with reading("a model that reads images", source):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise ValueError(
                 f"{source} is a {config.model_type!r}, but must be a model that reads images and writes text."
@@ -115,6 +117,28 @@ def check_adapter(adapter: str, base: str) -> Any:
     return config
 
 
+def check_fit(options: ModelOptions, adapters: Iterable[str]) -> None:
+    """Find what is wrong with a model, or the lab's tiny one, and with adapters, as far as configurations tell.
+
+    Raises:
+        OSError: One of them is not there.
+        ValueError: One cannot be read, or an adapter does not fit.
+    """
+    if options.model == TINY:
+        return check_readable(adapters)
+    find_vlm(without_weights(options.model, options.attn_implementation))
+    for adapter in adapters:
+        check_adapter(adapter, options.model)
+
+
+def load_tiny(options: ModelOptions) -> Any:
+    """The lab's tiny model, with a device and a kernel."""
+    model: Any = load_tiny_vlm().to(torch.device(options.device))
+    if options.attn_implementation is not None:
+        set_kernel(model, options.attn_implementation)
+    return model
+
+
 def load_model(options: ModelOptions, adapters: Sequence[str] = ()) -> Any:
     """A model in eval mode, with adapters.
 
@@ -124,7 +148,9 @@ def load_model(options: ModelOptions, adapters: Sequence[str] = ()) -> Any:
     """
     kernel = {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
     with reading("a model that reads images", options.model):
-        loaded = AutoModelForImageTextToText.from_pretrained(options.model, dtype=options.dtype, **kernel)
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            options.model, dtype=options.dtype, use_safetensors=True, trust_remote_code=False, **kernel
+        )
     loaded = loaded.to(torch.device(options.device)).eval()
     load_adapters(loaded, adapters)
     return loaded
@@ -133,7 +159,7 @@ def load_model(options: ModelOptions, adapters: Sequence[str] = ()) -> Any:
 def load_processor(source: str) -> Any:
     """The processor of a model, by folder or Hub id. ValueError: it takes no images."""
     with reading("a processor", source):
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"The processor of {source} is a {type(processor).__name__}, which takes no images.")
     return processor

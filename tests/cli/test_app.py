@@ -1,0 +1,189 @@
+"""The page of `peft-pvm app` in a real browser, on tiny models."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+
+
+pytest.importorskip("gradio", reason="the page needs gradio, of the extra app")
+pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+import gradio
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from processors import PROCESSORS
+from tiny_vlms import FAMILIES
+
+from peft_pvm.cli.options import ModelOptions
+from peft_pvm.cli.work import app as page_of_app
+from peft_pvm.cli.work import asking
+
+
+expect.set_options(timeout=20_000)  # a machine may be busy
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+MARKUP = "ask ${document.title = 'run'} {{prompt}} <img src=x onerror=\"document.title = 'run'\"></iframe>"
+
+
+@dataclass
+class View:
+    """The page in a window of the browser.
+
+    Attributes:
+        page: The page.
+        said: What stood on the console, and which requests went elsewhere.
+    """
+
+    page: Page
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def question(self) -> Locator:
+        return self.page.get_by_role("textbox", name="Question")
+
+    def ask(self) -> None:
+        self.page.get_by_role("button", name="Ask").click()
+
+    def choose(self, label: str, value: str) -> None:
+        """Type a value into a drop-down list."""
+        box = self.page.get_by_label(label, exact=True)
+        box.fill(value)
+        box.press("Enter")
+        box.press("Tab")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of the page, served as the command serves it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradio.Blocks, "block_thread", lambda self: None)
+        page_of_app.serve(ModelOptions("tiny", "cpu", "auto", None), "127.0.0.1", port)
+    yield f"http://127.0.0.1:{port}"
+    gradio.close_all()
+
+
+@pytest.fixture(params=[(1400, "light"), (390, "dark")], ids=str)
+def sized(request, browser: Browser, address: str) -> Iterator[View]:
+    width, scheme = request.param
+    yield from view(browser, address, width, scheme)
+
+
+@pytest.fixture
+def wide(browser: Browser, address: str) -> Iterator[View]:
+    yield from view(browser, address, 1400, "light")
+
+
+def view(browser: Browser, address: str, width: int, scheme: str) -> Iterator[View]:
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(60_000)
+    seen = View(context.new_page())
+    seen.page.on("console", lambda message: seen.said.append(message.text))
+    seen.page.on("pageerror", lambda error: seen.said.append(str(error)))
+    seen.page.on("request", lambda request: seen.said.append(request.url) if is_elsewhere(request.url) else None)
+
+    def is_elsewhere(url: str) -> bool:
+        return not url.startswith((address, "data:", "blob:"))
+
+    seen.page.goto(address)
+    expect(seen.question).to_have_value(asking.ONLY_QUESTION)
+    yield seen
+    context.close()
+
+
+def test_one_click_shows_what_the_base_forgets(sized: View):
+    """And the page fits a phone, in the dark, loads nothing from elsewhere, and has nothing to say on the console."""
+    page = sized.page
+    sized.ask()
+    heading = page.get_by_role("heading", name="Digits right: base 2 of 9, DIPE 9 of 9")
+    expect(heading).to_be_visible()
+    expect(page.get_by_role("textbox", name="DIPE")).to_have_value("2 4 7\n4 9 1\n9 5 4")
+    report = page.frame_locator("iframe")
+    expect(report.get_by_text("of the base's attention reaches the image at the first token")).to_be_visible()
+    expect(report.get_by_role("heading", name="Attention on the image, token by token")).to_be_visible()
+    for document in ("document", "document.querySelector('iframe').contentDocument"):
+        width, inside = page.evaluate(
+            f"[{document}.documentElement.scrollWidth, {document}.documentElement.clientWidth]"
+        )
+        assert width == inside
+    page.wait_for_function(
+        "(frame => frame.clientHeight == frame.contentDocument.documentElement.offsetHeight)"
+        "(document.querySelector('iframe'))"
+    )
+    is_dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    for body in (page.locator("body"), report.locator("body")):
+        brightness = sum(map(int, re.findall(r"\d+", body.evaluate("body => getComputedStyle(body).backgroundColor"))))
+        assert (brightness < 150) == is_dark
+    assert sized.said == []
+
+
+def test_stop_stops_the_model(wide: View, monkeypatch: pytest.MonkeyPatch):
+    """It writes nothing more, and is free for the next question."""
+    written = []
+    put = asking._Stream.put
+
+    def slow(self: asking._Stream, value: object) -> None:
+        put(self, value)
+        written.append(value)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(asking._Stream, "put", slow)
+    wide.ask()
+    expect(wide.page.get_by_text("DIPE: writing ...")).to_be_visible()
+    wide.page.get_by_role("button", name="Stop").click()
+    expect(wide.page.get_by_text("Stopped.")).to_be_visible()
+    monkeypatch.undo()
+    count = len(written)
+    assert count < 17
+    wide.ask()
+    expect(wide.page.get_by_role("heading", name="DIPE 9 of 9")).to_be_visible()
+    assert len(written) <= count + 1
+    assert wide.said == []
+
+
+def test_what_is_wrong_is_said_without_a_traceback(wide: View, capfd: pytest.CaptureFixture):
+    wide.choose("Model", "no/<b>such</b>-model")
+    expect(wide.question).to_have_value("What is in the image?")
+    wide.ask()
+    expect(wide.page.get_by_text("no/<b>such</b>-model").last).to_be_visible()
+    assert "Traceback" not in wide.page.content() + "".join(capfd.readouterr())
+    assert wide.said == []
+
+
+def test_files_of_the_machine_are_out_of_reach(address: str, tmp_path: Path):
+    (tmp_path / "secret.txt").write_text("secret")
+    for path in (tmp_path / "secret.txt", Path(__file__), "pyproject.toml"):
+        with pytest.raises(HTTPError, match="403"):
+            urlopen(f"{address}/gradio_api/file={path}")
+    assert page_of_app.settings("127.0.0.1", 1)["share"] is False
+
+
+def test_another_model_and_markup_in_its_question(wide: View, tmp_path: Path):
+    FAMILIES["llava"].build().save_pretrained(tmp_path)
+    PROCESSORS["llava"]().save_pretrained(tmp_path)
+    wide.choose("Model", str(tmp_path))
+    expect(wide.question).to_have_value("What is in the image?")
+    wide.question.fill(MARKUP)
+    wide.page.get_by_label("Longest answer, in tokens").first.fill("3")
+    wide.page.get_by_label("number input for Text between image and question").fill("0")
+    wide.ask()
+    expect(wide.page.frame_locator("iframe").get_by_text(MARKUP)).to_be_visible()
+    assert wide.page.title() == "peft-pvm"
+    assert wide.said == []
