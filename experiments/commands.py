@@ -26,6 +26,8 @@ from .pvm_limits import load_for_limits, show_limits
 from .real.commands import COMMANDS as REAL_COMMANDS
 from .report import write_report
 from .runs import MAIN_RECIPE, RECIPES, evaluate_method, plan, train_method
+from .serving_load import measure as measure_load
+from .serving_load import table as load_table
 from .step_time import Size, show_step_time
 from .tdrs_readings import compare_readings
 
@@ -133,6 +135,19 @@ def export(
 ) -> None:
     """Save the PVM adapter of a run as a folder to share, with its card."""
     say(export_adapter(recipe, seed, runs, results, out))
+
+
+@app.command("serving-load")
+def serving_load(
+    rounds: Annotated[int, typer.Option(min=1, max=MANY, help="Of turns.")] = 3,
+    output_tokens: Annotated[int, typer.Option(min=2, max=1024, help="Length of each answer.")] = 256,
+    layers: Annotated[int, typer.Option(min=1, max=100, help="Of the model, whose weights are random.")] = 28,
+    out: Annotated[Path, typer.Option(callback=new_file, help="The JSON file for the measurements.")] = (
+        RECORDED / "serving" / "load.json"
+    ),
+) -> None:
+    """Measure vLLM's server under load: the base, PVM and DIPE take turns. It needs vLLM in this environment."""
+    say(load_table(measure_load(rounds, output_tokens, out, num_hidden_layers=layers)))
 
 
 @app.command("step-time")

@@ -13,17 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    Qwen2VLImageProcessor,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from peft_pvm.demo.for_trainers import tiny_vlm_processor
-from peft_pvm.demo.mosaic import CHANNELS, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from experiments.serving_load import save_for_vllm
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.integrations.vllm import export_vllm
 from peft_pvm.integrations.vllm.choices import FOLDER
@@ -98,20 +91,7 @@ def clip(frames: int) -> tuple[np.ndarray, dict[str, Any]]:
 
 def save_base(folder: Path) -> Path:
     """The tiny model with the processor of a real Qwen3-VL, as vLLM wants it."""
-    load_tiny_vlm().save_pretrained(folder)
-    tiny = tiny_vlm_processor()
-    common = dict(patch_size=PATCH_SIZE, merge_size=MERGE_SIZE, temporal_patch_size=TEMPORAL_PATCH_SIZE)
-    common |= dict(image_mean=[0.5] * CHANNELS, image_std=[0.5] * CHANNELS)
-    of_image = dict(tiny.image_processor.size)
-    of_video = {"shortest_edge": 4 * of_image["shortest_edge"], "longest_edge": 8 * of_image["longest_edge"]}
-    processor = Qwen3VLProcessor(
-        Qwen2VLImageProcessor(size=of_image, **common),
-        tiny.tokenizer,
-        Qwen3VLVideoProcessor(size=of_video, **common),
-        chat_template=tiny.chat_template,
-    )
-    processor.save_pretrained(folder)
-    return folder
+    return save_for_vllm(load_tiny_vlm(), folder)
 
 
 def exported(base: Path, adapters: Sequence[Path], folder: Path) -> Path:

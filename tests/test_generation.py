@@ -28,6 +28,7 @@ from methods_under_test import Method
 from peft import PeftModel
 from tiny_vlms import EOS, FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
 from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from peft_pvm.tokens.tap import Tap
 from peft_pvm.utils.packages import CACHE
@@ -482,6 +483,14 @@ def test_video(family: TinyVLM, method: Method):
     assert cache.visual_memory.slots.shape[1] == num_visual
     rest = resume(family, model, cache, "t4 v t6", inputs["input_ids"].shape[1] - LAST)
     assert difference(rest, whole[:, -LAST:]) < TOLERANCE
+
+
+def test_continuous_batching_takes_no_images():
+    """As docs/how-to/serve.md says. Where this fails, memories may have to follow the requests of a paged cache."""
+    taken = inspect.signature(ContinuousBatchingManager.add_request).parameters
+    assert {name for name, parameter in taken.items() if parameter.kind != parameter.VAR_KEYWORD} == {
+        *("self", "input_ids", "request_id", "max_new_tokens", "streaming", "record_timestamps", "eos_token_id"),
+    }
 
 
 def test_continuous_batching_is_refused(plain: TinyVLM, method: Method):
