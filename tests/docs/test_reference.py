@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import importlib.metadata
 import pkgutil
@@ -20,6 +21,7 @@ from reference import IDENTIFIERS, documented
 
 import peft_pvm
 from peft_pvm import integrations
+from peft_pvm.methods import METHODS
 
 
 DOCS = REPOSITORY / "docs"
@@ -97,3 +99,15 @@ def test_the_page_of_the_command_line_is_what_typer_writes():
     command += ["--title", "Command line"]
     written = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     assert written.strip() == (DOCS / "api" / "cli.md").read_text().strip(), "run `make generate`"
+
+
+def test_settings_are_shown_by_their_defaults():
+    """And not by the calls that make fields of them."""
+    griffe = pytest.importorskip("griffe", reason="the documentation needs the extra `docs`")
+    extensions = griffe.load_extensions(str(DOCS / "griffe_settings.py"))
+    package = griffe.load("peft_pvm", search_paths=[REPOSITORY], extensions=extensions)
+    for config in (row.config for row in METHODS):
+        shown = package[f"{config.__module__.removeprefix('peft_pvm.')}.{config.__name__}"].parameters
+        for field in dataclasses.fields(config):
+            if field.init and field.name in shown and field.name != "format_version":
+                assert str(shown[field.name].default) == repr(field.default)
