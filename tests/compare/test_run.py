@@ -185,7 +185,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path: Path, monkeypa
     def load(*args: object, **kwargs: object):
         raise AssertionError("The weights are loaded.")
 
-    monkeypatch.setattr("peft_pvm.cli.work.comparing.load_tiny_vlm", load)
+    monkeypatch.setattr("peft_pvm.cli.work.loading.load_tiny_vlm", load)
     (tmp_path / "bad.jsonl").write_text('{"image": "none.png", "question": "?", "answer": "x"}\n')
 
     def error(*options: object) -> str:
