@@ -30,8 +30,8 @@ LORA = Method(
         target_modules=r".*\.(q|v)_proj", exclude_modules=r".*vision.*", init_lora_weights=False
     )
 )
-# The layers that compute all tokens: they are called with more of each token than is known, have linear attention, or do
-# not rotate.
+# The layers that compute all tokens: they are called with more of each token than is known, have linear attention, or
+# do not rotate.
 WHOLE = {"gemma4": [0, 1, 2], "llama4": [1], "qwen3_5": [0]}
 
 
