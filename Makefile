@@ -67,7 +67,8 @@ test-gpu:
 fuzz: $(VENV)/.installed
 	cd tests && PYTHONPATH=.. ../$(VENV)/bin/python -m fuzz --folders $(FOLDERS)
 
-# lmms-eval pins versions that do not go with the training extra's.
+# lmms-eval pins versions that do not go with the training extra's. TRL and bitsandbytes are there for one more test: the
+# latter slows every import of PEFT.
 test-lmms-eval: $(VENV_LMMS)/.installed
 	PYTHONPATH=tests/without_cuda $(VENV_LMMS)/bin/pytest -q tests/integrations
 

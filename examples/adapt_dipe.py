@@ -36,6 +36,8 @@ def build(model: ModelConfig, dipe: DIPEArguments) -> PeftModel:
 
     The LoRA is around the model with DIPE in it, so that a checkpoint of the trainer holds the two and not the base.
     """
+    if model.load_in_4bit or model.load_in_8bit:
+        raise SystemExit("A quantised base is for examples/train_sft.py alone.")
     base = AutoModelForImageTextToText.from_pretrained(
         model.model_name_or_path,
         revision=model.model_revision,

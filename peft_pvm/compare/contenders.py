@@ -18,7 +18,7 @@ from torch import nn
 from ..methods import METHODS, LogBiasConfig
 from ..tuners.active import activate, attached, base_of
 from ..tuners.base import VisualConfig
-from ..tuners.names import adapter_names
+from ..tuners.names import TOGETHER, adapter_names, separate
 from ..tuners.saving import load_adapters
 
 
@@ -96,14 +96,14 @@ def contenders(methods: Collection[str] | None = None, adapters: Sequence[str] =
     names: dict[str, str] = {}  # of adapters, by what they are loaded from
     for source in adapters:
         taken = {BASE, TEMPERATURE, *(method.name for method in UNTRAINED.values()), *names.values()}
-        short = "+".join(adapter_names(source.split("+")))
+        short = TOGETHER.join(adapter_names(separate(source)))
         names[source] = next(name for name in _numbered(short) if name not in taken)
     return [
         Contender(BASE, CONTROL),
         Contender(TEMPERATURE, CONTROL, temperature=WARMTH),
         Contender(UNTRAINED[NULL].name, CONTROL, UNTRAINED[NULL].config()),
         *(Contender(UNTRAINED[name].name, METHOD, UNTRAINED[name].config()) for name in chosen),
-        *(Contender(name, ADAPTER, adapters=source.split("+")) for source, name in names.items()),
+        *(Contender(name, ADAPTER, adapters=separate(source)) for source, name in names.items()),
     ]
 
 

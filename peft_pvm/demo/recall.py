@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, StoppingC
 
 from ..methods import METHODS, DIPEConfig, PVMConfig
 from ..tuners.active import attached
+from ..tuners.names import separate
 from ..tuners.saving import load_adapters
 from ..utils.terminal import Bars, Terminal
 from .mosaic import (
@@ -271,7 +272,7 @@ def load_models(adapters: Sequence[str | os.PathLike], base: str | os.PathLike |
 
     models = {"base": load(), **{os.fspath(name): load() for name in adapters}}
     for name in adapters:
-        load_adapters(models[os.fspath(name)], os.fspath(name).split("+"))
+        load_adapters(models[os.fspath(name)], separate(name))
     return models
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .adapter_file import RESULTS_NAME, inspect_adapter, read_config
+from .adapter_file import RESULTS_NAME, inspect_adapter
 from .writing import CARD_NAME, write_card
 
 
@@ -46,17 +47,19 @@ def push_adapter(
 
     Raises:
         ValueError: The adapter is damaged, or names a folder on this machine as its base.
-        FileNotFoundError: The folder has no weights file.
+        FileNotFoundError: There is no such folder, or it has no weights file.
         OSError: The Hub cannot be reached, or refuses.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder on this machine.")
     inspect_adapter(folder)  # reads all of it
     with tempfile.TemporaryDirectory() as place:
         staged = Path(place)
         for name in SHARED:
             if (file := Path(folder, name)).is_file():
                 shutil.copyfile(file, staged / name)
-        _name_the_base(staged / CONFIG_NAME, base)
-        write_card(read_config(staged), staged)
+        _name_the_base(staged, base)
+        write_card(PeftConfig.from_pretrained(str(staged)), staged)
         try:
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -72,13 +75,19 @@ def push_adapter(
     return str(commit.commit_url)
 
 
-def _name_the_base(config_file: Path, base: str | None) -> None:
-    content = json.loads(config_file.read_text())
-    named = base or content.get("base_model_name_or_path")
-    if named and Path(named).is_dir():
-        raise ValueError(
-            f"The adapter names {named} as its base model, a folder on this machine that others do not have. Give the "
-            "Hub id of that model as `base` (--base)."
-        )
-    if base is not None:
-        config_file.write_text(json.dumps({**content, "base_model_name_or_path": base}, indent=2, sort_keys=True))
+def _name_the_base(folder: Path, base: str | None) -> None:
+    """Write a Hub id into an adapter's configuration, and into a card that names a folder on this machine."""
+    config, card = folder / CONFIG_NAME, folder / CARD_NAME
+    content = json.loads(config.read_text())
+    named = content.get("base_model_name_or_path")
+    is_local = bool(named) and Path(named).is_dir()
+    if base is None:
+        if is_local:
+            raise ValueError(
+                f"The adapter names {named} as its base model, a folder on this machine that others do not have. Give "
+                "the Hub id of that model as `base` (--base)."
+            )
+        return
+    config.write_text(json.dumps({**content, "base_model_name_or_path": base}, indent=2, sort_keys=True))
+    if is_local and card.is_file():  # PEFT's own cards name it too
+        card.write_text(card.read_text().replace(named, base))

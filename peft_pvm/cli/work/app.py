@@ -111,7 +111,7 @@ class FrontDesk:
                     state.answers.get(question.acting, ""), label=question.acting, visible=bool(question.acting)
                 )
                 yield _said(state), alone, adapted, "" if state.result is None else framed(state.result)
-        except Exception as error:
+        except Exception as error:  # the browser shows all of them; a fault of ours leaves its traceback here too
             yield "", gr.skip(), gr.skip(), gr.skip()
             message = escape(str(error).strip() or type(error).__name__)
             raise gr.Error(message, duration=None, print_exception=not is_refusal(error)) from error

@@ -25,10 +25,10 @@ from transformers import (
 from ...demo import for_trainers  # noqa: F401  # makes the tiny model's processor known to AutoProcessor
 from ...demo.tiny_vlm import load_tiny_vlm
 from ...folders.adapter_file import AdapterFile, inspect_adapter
-from ...integrations.lmms_eval import separate
 from ...probe.rows import Chat, read_chats
 from ...tokens.families import find_vlm
 from ...tuners.base import VisualConfig
+from ...tuners.names import separate
 from ...tuners.saving import load_adapters
 from ...utils.terminal import Bars
 from ..options import TINY, ModelOptions

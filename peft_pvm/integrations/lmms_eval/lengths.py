@@ -10,7 +10,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from . import MISSING, separate
+from ...tuners.names import separate
+from . import MISSING
 from .report import score_rows
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ...tuners.names import TOGETHER
 from ...utils.plotting import line_look, new_figure, styled
-from . import SEPARATOR
 
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def labels(adapters: Sequence[str]) -> dict[str, str]:
         >>> labels(["base", "runs/pvm", "runs/pvm+adapters/dipe"])
         {'base': 'base', 'runs/pvm': 'pvm', 'runs/pvm+adapters/dipe': 'pvm+dipe'}
     """
-    short = [SEPARATOR.join(Path(part).name for part in adapter.split(SEPARATOR)) for adapter in adapters]
+    short = [TOGETHER.join(Path(part).name for part in adapter.split(TOGETHER)) for adapter in adapters]
     return {adapter: name if short.count(name) == 1 else adapter for adapter, name in zip(adapters, short)}
 
 

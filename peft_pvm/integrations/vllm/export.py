@@ -20,7 +20,7 @@ from ...methods.pvm.checkpoints import check_shapes, read_adapter
 from ...methods.pvm.merging import Tensors
 from ...methods.vaf import VAFConfig
 from ...tuners.base import with_absent_fields
-from ...tuners.names import adapter_names
+from ...tuners.names import TOGETHER, adapter_names, separate
 from ...utils.text import quoted
 from .choices import Choice, refuse_others, switch_weight, write_choices
 from .families import FAMILIES, TEXT_MODELS
@@ -31,7 +31,6 @@ FIELD = "peft_pvm"  # of the text config, where the adapters and choices stand
 # field belongs to mRoPE; vLLM takes it for that beside a text model without mRoPE as well, which ignores it.
 MAKES_POSITIONS = "mrope_section"
 LEFT_OUT = ("base_model_name_or_path", "revision")  # where an adapter was trained may be a private path
-TOGETHER = "+"  # between adapters that are on at once
 STEERING = (DIPEConfig, VAFConfig, LogBiasConfig)  # methods without parameters that vLLM's kernels can do
 
 
@@ -68,7 +67,7 @@ def export_vllm(
     content = checkpoint.config
     base_config = _base_config(base, content)
     family = FAMILIES[base_config.model_type]
-    combinations = [os.fspath(adapter).split(TOGETHER) for adapter in dict.fromkeys(adapters)]
+    combinations = [separate(adapter) for adapter in dict.fromkeys(adapters)]
     sources = list(dict.fromkeys(chain(*combinations)))
     if not sources:
         raise ValueError("No adapter is given. To serve the base alone, vLLM takes it as it is.")
