@@ -15,6 +15,7 @@ from peft_pvm.cli.refusals import Commands, reading
 from peft_pvm.demo.mosaic import Split
 from peft_pvm.demo.recall import recall
 from peft_pvm.demo.tiny_vlm import SHIPPED, save_tiny_vlm
+from peft_pvm.utils.extras import require
 from peft_pvm.utils.terminal import say
 
 from .anchors import compare_anchors
@@ -147,6 +148,7 @@ def serving_load(
     ),
 ) -> None:
     """Measure vLLM's server under load: the base, PVM and DIPE take turns. It needs vLLM in this environment."""
+    require("vllm", "vllm", "PIL")
     say(load_table(measure_load(rounds, output_tokens, out, num_hidden_layers=layers)))
 
 

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from peft_pvm import DIPEConfig, PVMConfig
@@ -224,12 +223,14 @@ def _folders(place: Path, shape: dict[str, int]) -> dict[str, Path]:
 
 def _write_questions(folder: Path, count: int, seed: int) -> Path:
     """Questions about an image each, as `vllm bench serve` reads them. Other seeds share no prefix with these."""
+    from PIL.Image import fromarray
+
     folder.mkdir(exist_ok=True)
     chance, text = random.Random(seed), " ".join(read_paragraphs())
     lines = []
     for number in range(count):
         pixels = np.random.default_rng([seed, number]).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
+        fromarray(pixels).save(folder / f"{number}.png")
         start = chance.randrange(len(text) - TEXT_CHARACTERS)
         question = dict(prompt=text[start : start + TEXT_CHARACTERS], image_files=[str(folder / f"{number}.png")])
         lines.append(json.dumps(question))

@@ -364,6 +364,7 @@ lacking = {
 }
 lacking_in_experiments = {
     "eval --method base --results new": "scikit-learn", "report --docs new": "matplotlib",
+    "serving-load --out new": "vllm and pillow",
 }
 calls = [(app, *call) for call in lacking.items()]
 calls += [(experiments_app, *call) for call in lacking_in_experiments.items()]
