@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import zlib
 
 import environment  # noqa: F401  # first: its settings act before anything else is imported
 import pytest
@@ -17,6 +18,9 @@ from peft_pvm.utils.distractors import read_paragraphs
 
 
 IS_OLDEST = transformers.__version__ == OLDEST
+PLAIN = ("qwen3_vl", "llava")
+# The families that other methods take turns on, by the fixture that a test asks for.
+OF_FIXTURES = {"family": REPRESENTATIVE, "tiny": REPRESENTATIVE, "plain": PLAIN}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,8 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Every property of the leading methods is tested on families of every kind, and those that are marked by
     `every_family` on all; with the oldest transformers on the representative ones. Other methods, settings and
-    combinations are tested on the representative families and with the newest transformers: what sets them apart is
-    this package's own arithmetic. In short, test_architectures.py tests every method on every family, with both.
+    combinations are tested with the newest transformers, each property on one of the representative families in
+    turn: what sets them apart is this package's own arithmetic. In short, test_architectures.py tests every method on
+    every family, with both.
     """
     items[:] = filter(_tells_something_new, items)
 
@@ -40,13 +45,14 @@ def _tells_something_new(item: pytest.Item) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if params.get("family") in TWINS and not item.get_closest_marker("every_family"):
         return False
-    if not {"family", "method"} <= params.keys():
+    fixture = next((name for name in OF_FIXTURES if name in params), None)
+    if fixture is None or "method" not in params:
         return True
-    is_leading = params["method"] in (None, *LEADING)
-    is_representative = params["family"] in REPRESENTATIVE
-    if IS_OLDEST:
-        return is_representative and is_leading
-    return is_representative or is_leading
+    family, method, in_turn = params[fixture], params["method"], OF_FIXTURES[fixture]
+    if method in LEADING or method not in METHODS:
+        return family in REPRESENTATIVE or not IS_OLDEST
+    turn = zlib.crc32(item.originalname.encode()) + list(METHODS).index(method)
+    return family == in_turn[turn % len(in_turn)] and not IS_OLDEST
 
 
 @pytest.fixture(params=FAMILIES)
@@ -59,7 +65,7 @@ def tiny(request) -> TinyVLM:
     return FAMILIES[request.param]
 
 
-@pytest.fixture(params=["qwen3_vl", "llava"])
+@pytest.fixture(params=PLAIN)
 def plain(request) -> TinyVLM:
     """Families whose cache can be cropped anywhere."""
     return FAMILIES[request.param]

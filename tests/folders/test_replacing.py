@@ -39,12 +39,12 @@ def run_writers(mode: str, folder: Path, times: int, *writers: str) -> None:
 @needs_fork
 def test_a_process_that_is_killed_leaves_the_old_or_the_new(tmp_path: Path):
     writers = "save_pretrained", "merge", "convert", "export-reference", "export-vllm", "json"
-    run_writers("killed", tmp_path, 60 if FULL else 6, *writers)
+    run_writers("killed", tmp_path, 60 if FULL else 4, *writers)
 
 
 @needs_fork
 def test_two_processes_that_write_at_once_leave_no_mixture(tmp_path: Path):
-    run_writers("racing", tmp_path, 200 if FULL else 20, "save_pretrained", "convert")
+    run_writers("racing", tmp_path, 200 if FULL else 8, "save_pretrained", "convert")
 
 
 def write(folder: Path, content: str, names: tuple[str, ...] = ("entry", "other", "third")) -> None:

@@ -10,7 +10,7 @@ from tiny_vlms import REPRESENTATIVE
 from fuzz.harness import Harness
 
 
-FOLDERS = 80
+FOLDERS = 40
 
 
 @pytest.mark.parametrize("family", REPRESENTATIVE)

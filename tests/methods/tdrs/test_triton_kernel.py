@@ -57,7 +57,7 @@ class Case:
     past: int = 49
     past_is_tensor: bool = False
     unfilled: int = 0
-    heads: tuple[int, int] = (4, 2)
+    heads: tuple[int, int] = (2, 1)
     widths: tuple[int, int, int] = (24, 16, 40)
     dtype: torch.dtype = torch.float32
     inter: bool = False
