@@ -114,6 +114,12 @@ class ServedFamily:
         if hasattr(text, "num_experts"):
             text.norm_topk_prob = True  # which transformers does in any case, and published configs say
             text.moe_intermediate_size = 48  # another than the width: so rows and columns of a weight are told apart
+        if hasattr(text, "linear_key_head_dim"):
+            text.linear_key_head_dim = text.linear_value_head_dim = 64  # the least that vLLM has a kernel for
+            # A block of the cache holds a recurrent state. With these sizes, that is one of 32 tokens.
+            text.linear_num_key_heads = text.linear_num_value_heads = 1
+            text.head_dim, text.rope_parameters["mrope_section"] = 64, [2, 3, 3]
+            text.mamba_ssm_dtype = "float32"  # of these states, which vLLM reads
         return config
 
     @property
@@ -149,5 +155,6 @@ SERVED = {
     "internvl3_5": ServedFamily("internvl", _internvl_processor, "<IMG_CONTEXT>", lambda: T.Qwen3Config(**TEXT)),
     "llava_onevision": ServedFamily("llava_onevision", _llava_onevision_processor, "<image>"),
     "qwen2_5_vl": ServedFamily("qwen2_5_vl", _qwen2_5_vl_processor, QWEN_IMAGE),
+    "qwen3_5": ServedFamily("qwen3_5", _qwen3_vl_processor, QWEN_IMAGE),
     "qwen3_vl_moe": ServedFamily("qwen3_vl_moe", _qwen3_vl_processor, QWEN_IMAGE),
 }

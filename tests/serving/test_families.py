@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings it")
 
+import torch
+from delta_net import delta_nets
 from methods_under_test import give_weight
 from peft import get_peft_model
 from served_families import SERVED
@@ -33,6 +35,7 @@ from served_models import (
     loras,
 )
 from transformers import AutoModelForImageTextToText
+from vllm.model_executor.layers.mamba.ops.cpu.gdn_attention import register_cpu_gdn_attention_ops
 
 from peft_pvm import DIPEConfig, LogBiasConfig, PVMConfig, VAFConfig
 from peft_pvm.demo.tiny_vlm import tiny_vlm_config
@@ -64,6 +67,15 @@ class Served:
     together: list[Answer] = field(default_factory=list)
     again: list[Answer] = field(default_factory=list)
     alone: list[Answer] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def delta_nets_in_fp32() -> Iterator[None]:
+    """vLLM's kernels for them on a CPU take bf16 alone."""
+    register_cpu_gdn_attention_ops()
+    with torch.library._scoped_library("vllm", "IMPL", "CPU") as kernels:
+        kernels.impl("cpu_gdn_attention_core", delta_nets, allow_override=True)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -154,17 +166,27 @@ def test_requests_of_one_batch_choose(serve, family: str, tmp_path: Path):
     assert_same(answers, [*of_choices[0].off, *(answer for served in of_choices for answer in served.expected)])
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llava_onevision"])
+def test_linear_attention_in_16_bits_with_vllm_s_kernels(serve):
+    served = serve("qwen3_5", "pvm+dipe")
+    with engine_inside(served.folder, dtype="bfloat16", **SETTINGS) as llm:
+        answers = ask_vllm(llm, served.requests, max_tokens=2)
+        assert llm.llm_engine.vllm_config.cache_config.mamba_ssm_cache_dtype == "float32"
+    for request, off, expected, answer in zip(served.requests, served.off, served.expected, answers, strict=True):
+        assert answer.differs_by(expected.begins(2)) < 0.05, request
+        assert (answer.differs_by(off.begins(2)) > 0.1) == bool(request.images), request
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava_onevision", "qwen3_5"])
 def test_traced_by_dynamo(serve, family: str):
     served = serve(family, "pvm+dipe")
     with engine_inside(served.folder, enforce_eager=False, **SETTINGS) as llm:
         assert_same(ask_vllm(llm, served.requests), served.expected)
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
-def test_preempted_requests_are_answered_as_others(serve, family: str):
+@pytest.mark.parametrize(("family", "num_blocks"), [("llava_onevision", 18), ("qwen2_5_vl", 18), ("qwen3_5", 100)])
+def test_preempted_requests_are_answered_as_others(serve, family: str, num_blocks: int):
     served = serve(family, "pvm+dipe")
-    crowded = dict(num_gpu_blocks_override=18, disable_log_stats=False)
+    crowded = dict(num_gpu_blocks_override=num_blocks, disable_log_stats=False)
     with engine_inside(served.folder, **SETTINGS, **crowded) as llm:
         answers = ask_vllm(llm, served.requests * 2, max_tokens=80)
         preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]

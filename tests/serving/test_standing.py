@@ -120,19 +120,21 @@ def test_another_model_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_another_decoder_layer_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
-    refuse_other_layer(Layer())
+    refuse_other_layer(Layer(), attends=True)
     with monkeypatch.context() as other:
-        other.setattr(Layer, "forward", lambda self, hidden_states, positions, residual: None)
+        other.setattr(Layer, "forward", lambda self, hidden_states, residual, positions: None)
+        refuse_other_layer(Layer(), attends=True)  # we name what we hand on
+        other.setattr(Layer, "forward", lambda self, hidden_states, positions: None)
         with pytest.raises(NotImplementedError, match="takes positions, hidden_states, residual"):
-            refuse_other_layer(Layer())
+            refuse_other_layer(Layer(), attends=False)
     with monkeypatch.context() as other:
         other.delattr(SelfAttention, "scaling")
         with pytest.raises(NotImplementedError, match=r"test_standing\.SelfAttention has scaling"):
-            refuse_other_layer(Layer())
+            refuse_other_layer(Layer(), attends=True)
     layer = Layer()
     layer.self_attn.attn = nn.Identity()
     with pytest.raises(NotImplementedError, match="attends by Attention"):
-        refuse_other_layer(layer)
+        refuse_other_layer(layer, attends=True)
 
 
 def test_a_model_for_which_vllm_has_no_lora_takes_choices_alone():

@@ -11,6 +11,9 @@ __all__ = ["export_vllm", "register", "serve_arguments"]
 def register() -> None:
     """Make our architectures known to vLLM. It calls this in each of its processes."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     for family in FAMILIES.values():
         ModelRegistry.register_model(family.architecture, f"{__name__}.model:{family.architecture}")
+        if family.native in MODELS_CONFIG_MAP:  # such as the dtype of Qwen3.5's recurrent states
+            MODELS_CONFIG_MAP[family.architecture] = MODELS_CONFIG_MAP[family.native]

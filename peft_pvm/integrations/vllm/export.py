@@ -19,6 +19,7 @@ from ...methods.pvm import PVMConfig
 from ...methods.pvm.checkpoints import check_shapes, read_adapter
 from ...methods.pvm.merging import Tensors
 from ...methods.vaf import VAFConfig
+from ...tokens.families import WITHOUT_SCORES
 from ...tuners.base import with_absent_fields
 from ...tuners.names import TOGETHER, adapter_names, separate
 from ...utils.text import quoted
@@ -122,9 +123,12 @@ def _config(adapter: str, base: str | os.PathLike, base_config: Any) -> PeftConf
                 raise NotImplementedError(
                     f"{adapter} has {name}={quoted(value)}. In vLLM, DIPE knows {name}={known!r} only."
                 )
-    num_layers = base_config.get_text_config().num_hidden_layers
-    if beyond := [index for index in layers_of(config, num_layers) if index >= num_layers]:
-        raise ValueError(f"{adapter} acts on layers {quoted(beyond)}, but {base} has {num_layers} layers.")
+    text_config = base_config.get_text_config()
+    layers = attending_layers(text_config)
+    if wrong := [layer_idx for layer_idx in layers_of(config, text_config) if layer_idx not in layers]:
+        raise ValueError(
+            f"{adapter} acts on layers {quoted(wrong)}, but {base} has attention in {quoted(layers)} only."
+        )
     return config
 
 
@@ -202,6 +206,14 @@ def choices_of(text_config: Any) -> dict[str, bool]:
     return getattr(text_config, FIELD)["choices"]
 
 
-def layers_of(config: Any, num_layers: int) -> list[int]:
-    """The decoder layers that an adapter acts on. In the families served, every method can act on all."""
-    return config.layer_indices if isinstance(config, PVMConfig) else config.layers_among(list(range(num_layers)))
+def attending_layers(text_config: Any) -> list[int]:
+    """The decoder layers with attention that has scores, which methods without parameters act on."""
+    layer_types = getattr(text_config, "layer_types", None) or [""] * text_config.num_hidden_layers
+    return [layer_idx for layer_idx, layer_type in enumerate(layer_types) if layer_type not in WITHOUT_SCORES]
+
+
+def layers_of(config: Any, text_config: Any) -> list[int]:
+    """The decoder layers that an adapter acts on."""
+    if isinstance(config, PVMConfig):
+        return config.layer_indices
+    return config.layers_among(attending_layers(text_config))

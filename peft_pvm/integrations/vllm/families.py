@@ -32,6 +32,7 @@ FAMILIES = {
     "internvl": Family("InternVLForConditionalGeneration"),
     "llava_onevision": Family("LlavaOnevisionForConditionalGeneration"),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", makes_positions=True),
+    "qwen3_5": Family("Qwen3_5ForConditionalGeneration", makes_positions=True),
     "qwen3_vl": Family("Qwen3VLForConditionalGeneration", makes_positions=True),
     "qwen3_vl_moe": Family("Qwen3VLMoeForConditionalGeneration", makes_positions=True),
 }
@@ -42,6 +43,7 @@ TEXT_MODELS = {
     "qwen2": ("qwen2", "Qwen2Model"),
     "qwen2_5_vl_text": ("qwen2", "Qwen2Model"),
     "qwen3": ("qwen3", "Qwen3Model"),
+    "qwen3_5_text": ("qwen3_5", "Qwen3_5Model"),
     "qwen3_vl_moe_text": ("qwen3_vl_moe", "Qwen3MoeLLMModel"),
     "qwen3_vl_text": ("qwen3_vl", "Qwen3LLMModel"),
 }

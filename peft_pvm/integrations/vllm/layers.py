@@ -58,6 +58,11 @@ class Tokens(NamedTuple):
     inputs_embeds: torch.Tensor
     switches: torch.Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """That of the positions, for which vLLM's layers may ask."""
+        return self.positions.shape
+
     def on(self, adapters: Sequence[Acting]) -> torch.Tensor:
         """For which tokens one of some adapters is on, `(num_tokens,)`, bool."""
         return torch.stack([self.switches[:, adapter.number] for adapter in adapters]).any(0)
@@ -260,3 +265,4 @@ def steer_attention(attention: Any, adapters: Sequence[Acting], vllm_config: Vll
         sliding_window=narrow.sliding_window,
     )
     attention.rotary_emb = rotary
+    attention.use_fused_qk_norm_rope_gate = False  # a kernel for Qwen3.5 on a GPU, which rotates by itself

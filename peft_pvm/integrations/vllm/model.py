@@ -4,10 +4,10 @@
   along and continues them for generated tokens.
 - Its text model (`with_adapters`) takes the labels off again, finds which adapters are on for each token, and hands
   all of it down to its layers as `Tokens`.
-- In a decoder layer, PVM's branch is a second attention layer beside the layer's own. Its keys and values lie in
-  vLLM's paged cache, of every token, but those of text are hidden (`widening.py`): so they are batched, chunked,
-  cached with a prefix and freed as any others are. Methods without parameters make the heads of the layer's own
-  attention wider.
+- In a decoder layer, whose own attention may be linear, PVM's branch is a second attention layer. Its keys and values
+  lie in vLLM's paged cache, of every token, but those of text are hidden (`widening.py`): so they are batched,
+  chunked, cached with a prefix and freed as any others are. Methods without parameters make the heads of the layer's
+  own attention wider.
 
 Under tensor parallelism every rank computes the whole branch, which is small, and nothing is exchanged for it.
 """
@@ -33,10 +33,10 @@ from ...methods.dipe import DIPEConfig
 from ...methods.log_bias import LogBiasConfig
 from ...methods.pvm import PVMConfig
 from .choices import SWITCH
-from .export import STEERING, adapters_of, choices_of, layers_of
+from .export import STEERING, adapters_of, attending_layers, choices_of, layers_of
 from .families import FAMILIES, TEXT_MODELS, Family
 from .labels import attach_labels, detach_labels
-from .layers import Acting, PagedBranches, SteeredRotary, Tokens, steer_attention
+from .layers import Acting, PagedBranches, Tokens, steer_attention
 from .standing import (
     refuse_other_layer,
     refuse_other_lora,
@@ -53,14 +53,15 @@ def layer_with_adapters(native: type[nn.Module]) -> type[nn.Module]:
 
     class DecoderLayer(native):  # type: ignore[valid-type,misc]
         pvm: nn.ModuleDict  # by the adapters' numbers
+        is_steered: bool  # whether the layer's rotary embedding takes `Tokens`
 
         def forward(
             self, positions: Tokens, hidden_states: torch.Tensor, residual: torch.Tensor | None, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
             """As vLLM's, which returns what its FFN adds, and the residual stream after self-attention."""
-            is_steered = isinstance(self.self_attn.rotary_emb, SteeredRotary)
+            of_native = positions if self.is_steered else positions.positions
             hidden_states, residual = super().forward(
-                positions if is_steered else positions.positions, hidden_states, residual, **kwargs
+                positions=of_native, hidden_states=hidden_states, residual=residual, **kwargs
             )
             for branches in self.pvm.values():
                 hidden_states = hidden_states + branches(residual, positions)
@@ -80,11 +81,14 @@ def with_adapters(native: type[nn.Module]) -> type[nn.Module]:
             self.num_adapters = len(adapters)
             switch = functools.partial(ReplicatedLinear, 1, len(adapters), bias=False, prefix=f"{prefix}.{SWITCH}")
             self.peft_pvm_switch = switch() if choices_of(self.config) else None
+            attending = attending_layers(self.config)
             for layer_idx, layer in enumerate(self.layers):
-                refuse_other_layer(layer)
+                refuse_other_layer(layer, layer_idx in attending)
+            like = self.layers[attending[0]].self_attn.attn
+            for layer_idx, layer in enumerate(self.layers):
                 layer.__class__ = layer_with_adapters(layer.__class__)
-                here = [a for a in adapters if layer_idx in layers_of(a.config, len(self.layers))]
-                like, layer.pvm = layer.self_attn.attn, nn.ModuleDict()
+                layer.pvm = nn.ModuleDict()
+                here = [a for a in adapters if layer_idx in layers_of(a.config, self.config)]
                 for adapter in here:
                     if isinstance(adapter.config, PVMConfig):
                         place = f"{prefix}.layers.{layer_idx}.pvm.attn_{adapter.number}"
@@ -92,7 +96,9 @@ def with_adapters(native: type[nn.Module]) -> type[nn.Module]:
                             adapter, self.config, layer_idx, like, vllm_config.cache_config, place
                         )
                         layer.pvm[str(adapter.number)] = branches
-                if steering := [a for a in here if isinstance(a.config, STEERING)]:
+                steering = [a for a in here if isinstance(a.config, STEERING)]
+                layer.is_steered = bool(steering)
+                if steering:
                     steer_attention(layer.self_attn, steering, vllm_config)
 
         def forward(

@@ -24,7 +24,7 @@ from .families import Family
 
 VERSIONS = ("0.32.", "0.33.")  # of vLLM: the first was run, what this stands on is the same in the second
 
-# What our classes call, override or read: parameters in this order, and attributes.
+# What our classes call, override or read: parameters, in this order unless they are named, and attributes.
 MODEL_FORWARD = ("input_ids", "positions", "intermediate_tensors", "inputs_embeds")
 POSITIONS_OF_PROMPT = ("input_tokens", "mm_features")
 LAYER_FORWARD = ("positions", "hidden_states", "residual")
@@ -132,9 +132,11 @@ def refuse_other_text_model(model: Any, text_model: type) -> None:
         raise _differs(type(model), f"builds its text model as {text_model.__mro__[1].__name__}")
 
 
-def refuse_other_layer(layer: Any) -> None:
-    """Raise NotImplementedError if a decoder layer is another than we stand on."""
-    _takes(type(layer).forward, LAYER_FORWARD)
+def refuse_other_layer(layer: Any, attends: bool) -> None:
+    """Raise NotImplementedError if a decoder layer, which attends or not, is another than we stand on."""
+    _takes(type(layer).forward, LAYER_FORWARD, by_name=True)
+    if not attends:
+        return
     _has(layer, ("self_attn",))
     _takes(type(layer.self_attn).forward, SELF_ATTENTION_FORWARD)
     _has(layer.self_attn, SELF_ATTENTION)
@@ -152,8 +154,9 @@ def _tells_loras_apart(make_keys: Callable) -> None:
         raise _differs(make_keys, "makes other keys for other LoRAs")
 
 
-def _takes(function: Callable, names: tuple[str, ...]) -> None:
-    if tuple(name for name in inspect.signature(function).parameters if name in names) != names:
+def _takes(function: Callable, names: tuple[str, ...], by_name: bool = False) -> None:
+    found = tuple(name for name in inspect.signature(function).parameters if name in names)
+    if found != names and not (by_name and set(found) == set(names)):
         raise _differs(function, f"takes {', '.join(names)}")
 
 
