@@ -1,11 +1,13 @@
-"""The examples run, also the notebook. Trainings are cut short. Those for other packages have tests of their own."""
+"""The examples run, also the notebook. Trainings and tests are cut short. Those for other packages have tests of their own."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -29,10 +31,12 @@ pytestmark = pytest.mark.skipif(
     ),
 )
 def test_example(example, tmp_path, monkeypatch, capsys):
-    from peft_pvm.demo import train
+    from peft_pvm.demo import recall, train
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [example])
+    for name in ("recall", "transcription"):
+        monkeypatch.setattr(recall, name, on_one_row(getattr(recall, name)))
     fit = train.fit
     with mock.patch.object(train, "fit", lambda model, groups, draw, steps, *rest: fit(model, groups, draw, 1, *rest)):
         if example.endswith(".ipynb"):
@@ -41,6 +45,10 @@ def test_example(example, tmp_path, monkeypatch, capsys):
             runpy.run_path(str(EXAMPLES / example), run_name="__main__")
     assert capsys.readouterr().out
     assert list(tmp_path.iterdir())
+
+
+def on_one_row(test: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, rows=1, **kwargs: test(*args, rows=1, **kwargs)
 
 
 def code_of(notebook: Path) -> str:

@@ -218,14 +218,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c_when_a_model_computes(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def _ctrl_c_when_a_model_computes(
+    request: pytest.FixtureRequest, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """What is not refused before that is not refused: so much for wrong values, and for what takes hours."""
 
     def interrupt(*args: object, **kwargs: object):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.nn.Module, "__call__", interrupt)
-    if find_spec("gradio"):
+    if "[app]" in request.node.name and find_spec("gradio"):  # which takes seconds to import
         monkeypatch.setattr("gradio.Blocks.launch", interrupt)
     monkeypatch.chdir(tmp_path)
 

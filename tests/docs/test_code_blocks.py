@@ -26,6 +26,8 @@ from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 
 MODELS = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-2B-Instruct")
+# What takes long is done on less: options after those on the page, by how a command begins.
+LESS = {"peft-pvm lab recall": ("--rows", "1"), "peft-pvm calibrate": ("--lengths", "0,64")}
 SHOWN = ("text", "console")  # what is not code
 WITH_CODE = [name for name, blocks in BLOCKS.items() if any(block.language not in SHOWN for block in blocks)]
 
@@ -68,7 +70,8 @@ def command_line(words: list[str]) -> tuple[typer.Typer, list[str]] | None:
 
 
 def run_command(words: list[str]) -> None:
-    called = command_line(words)
+    less = next((less for start, less in LESS.items() if " ".join(words).startswith(start)), ())
+    called = command_line([*words, *less])
     if called is None:
         pytest.fail(f"No test can run {shlex.join(words)!r}: say why in a comment before the block.")
     result = CliRunner().invoke(*called, catch_exceptions=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -19,9 +20,10 @@ from experiments import anchors, pvm_limits
 from experiments.commands import app
 from experiments.real.methods import METHODS as REAL_METHODS
 from experiments.real.methods import Training
-from experiments.runs import MAIN_RECIPE, RECIPES
+from experiments.runs import MAIN_RECIPE, RECIPES, evaluate_method
 from experiments.tdrs_readings import READINGS
 from peft_pvm.demo.mosaic import FIRST_QUERY, IMAGE_LENGTH, VISION_START
+from peft_pvm.demo.recall import recall
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.demo.train import Recipe
 
@@ -81,7 +83,8 @@ def test_limits(monkeypatch):
     assert all(len(row) == 3 for row in rows)
 
 
-def test_train_base(tmp_path):
+def test_train_base(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.commands.recall", lambda model, length: recall(model, length, rows=1))
     output = run("train-base", "--steps", 1, "--out", tmp_path / "base.safetensors")
     assert "Accuracy after 2048 bytes" in output
     load_tiny_vlm(tmp_path / "base.safetensors")
@@ -90,7 +93,9 @@ def test_train_base(tmp_path):
 @pytest.mark.parametrize("method", ["pvm", "dipe"])
 def test_train_eval_and_report(method, tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.runs.LENGTHS", (0, 64))
+    monkeypatch.setattr("experiments.runs.SEVERAL_IMAGES_LENGTHS", (0,))
     monkeypatch.setattr("experiments.runs.WRITTEN_CELLS", 9)
+    monkeypatch.setattr("experiments.commands.evaluate_method", functools.partial(evaluate_method, rows=1))
     monkeypatch.setitem(RECIPES, MAIN_RECIPE, Recipe(steps=1, hidden_steps=0))
     options = ("--method", method, "--recipe", MAIN_RECIPE, "--seed", 1, "--runs", tmp_path / "runs")
     assert len(run("train", *options).splitlines()) == (method == "pvm")

@@ -60,16 +60,6 @@ for name, model in writers.items():
         if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0:
             break
 """
-SAVE_UNTIL_KILLED = """
-import signal, time
-for attempt, wait in enumerate((0.005, 0.05)):
-    process = os.fork()
-    while process == 0:
-        writers["PeftModel"].save_pretrained(f"{sys.argv[1]}/{attempt}/adapter")
-    time.sleep(wait)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-"""
 
 
 def run_script(script: str, folder: Path) -> None:
@@ -108,16 +98,6 @@ def test_a_process_that_dies_while_saving(tmp_path: Path):
         new = found.index([0])
         assert found == [[1, 2]] * new + [[0]] * (len(steps) - new)
     assert not list(tmp_path.rglob(".*")), "the next to read has cleared it up"
-
-
-@needs_fork
-def test_a_process_that_is_killed_while_saving(tmp_path: Path):
-    """At moments of chance, without any help from inside."""
-    folders = [tmp_path / str(attempt) / "adapter" for attempt in range(2)]
-    for folder in folders:
-        save_old(folder)
-    run_script(SAVE_UNTIL_KILLED, tmp_path)
-    assert all(layers_in(folder) in ([1, 2], [0]) for folder in folders)
 
 
 def test_an_error_while_writing_leaves_the_old_one(tmp_path: Path):
@@ -219,7 +199,7 @@ layers = [[0], [1, 2]]
 DIPEConfig(layers_to_transform=layers[0]).save_pretrained(folder)
 saver = os.fork()
 if saver == 0:
-    for number in range(300):
+    for number in range(100):
         DIPEConfig(layers_to_transform=layers[number % 2]).save_pretrained(folder)
     os._exit(0)
 found = []

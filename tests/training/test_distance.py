@@ -141,7 +141,8 @@ def test_lengths(tokenizer, paragraphs: list[str]):
         expected = 4000 / len(edges)
         assert all(abs(count - expected) < 4 * expected**0.5 for count in counts), counts
         assert drawn == [between.draw_length(index) for index in range(4000)]
-        assert drawn != [TextBetween(tokenizer, 1023, lengths, paragraphs, seed=1).draw_length(i) for i in range(4000)]
+        other = TextBetween(tokenizer, 1023, lengths, paragraphs, seed=1)
+        assert drawn != [other.draw_length(index) for index in range(4000)]
 
 
 def test_a_processor_gives_its_tokenizer(tokenizer):

@@ -42,11 +42,6 @@ def test_the_documentation_says_so(page):
     assert packages.supported_ranges() in " ".join((REPOSITORY / page).read_text().split())
 
 
-def test_a_bug_report_says_so():
-    run = subprocess.run([sys.executable, "-m", "peft_pvm.env"], capture_output=True, text=True, check=True)
-    assert packages.supported_ranges() in run.stdout
-
-
 def test_an_older_version_is_refused():
     with pytest.raises(ImportError, match=r"supports transformers .* to .* and peft .*, but transformers 5\.9\.2 is"):
         check_versions({"transformers": "5.9.2", "peft": "0.21.0"})
@@ -67,16 +62,19 @@ def test_a_newer_version_gives_one_warning(newer):
 
 
 def test_importing_checks():
-    code = (
-        "import importlib.metadata as metadata; version = metadata.version; "
-        "metadata.version = lambda package: '5.99.0' if package == 'transformers' else version(package); "
-        "import peft_pvm"
-    )
+    code = """
+import importlib.metadata as metadata
+version = metadata.version
+for installed in ("4.57.0", "5.99.0"):
+    metadata.version = lambda package: installed if package == "transformers" else version(package)
+    try:
+        import peft_pvm
+    except ImportError as error:
+        print(error)
+"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("peft_pvm supports")
     assert run.stderr.count("transformers 5.99.0 is installed") == 1
-    code = code.replace("5.99.0", "4.57.0")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ImportError: peft_pvm supports" in run.stderr
 
 
 @pytest.mark.parametrize("name", packages.CACHE_NAMES)
