@@ -1,4 +1,4 @@
-"""The examples run, also the notebook. Trainings and tests are cut short. Those for other packages have tests of their own."""
+"""The examples run, also the notebook, with less to train and to test. Those for other packages have tests apart."""
 
 from __future__ import annotations
 

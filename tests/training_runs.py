@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import fresh
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -90,11 +89,9 @@ def run(stage: str, material: SimpleNamespace, **options):
     return script(stage).main(arguments(stage, material, **options))
 
 
-def start(stage: str, material: SimpleNamespace, **options) -> subprocess.Popen:
+def start(stage: str, material: SimpleNamespace, **options) -> fresh.Program:
     """Run a training script in a process of its own."""
-    line = [sys.executable, EXAMPLES / f"{SCRIPTS[stage]}.py", *arguments(stage, material, **options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return fresh.start(EXAMPLES / f"{SCRIPTS[stage]}.py", *arguments(stage, material, **options))
 
 
 def by_rank(probabilities: torch.Tensor, num_samples: int, **kwargs) -> torch.Tensor:

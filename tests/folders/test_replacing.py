@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fresh
 import pytest
+from fresh import needs_fork
 
-from peft_pvm.folders import replacing as module
 from peft_pvm.folders.replacing import AREA, Lock, replacing, settle, write_file
 
 
-TESTS = Path(__file__).parents[1]
 FULL = "PEFT_PVM_KILL_OFTEN" in os.environ  # 60 kills of each writer and 200 races, which take ten minutes
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 
 
 def run_writers(mode: str, folder: Path, times: int, *writers: str) -> None:
     """In a process of its own, which has only one thread to be forked."""
-    command = [sys.executable, str(TESTS / "writers.py"), mode, str(folder), str(times), *writers]
-    paths = os.pathsep.join([str(TESTS), str(Path(module.__file__).parents[2])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr[-3000:]
-    for writer, found in json.loads(process.stdout.splitlines()[-1]).items():
+    printed = fresh.run(fresh.TESTS / "writers.py", mode, folder, times, *writers)
+    for writer, found in json.loads(printed.splitlines()[-1]).items():
         counts = Counter(found)
         print(writer, dict(counts))
         assert counts["old"] + counts["new"] == times, (writer, counts)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from forwards import logits
+from fresh import needs_fork
 from methods_under_test import METHODS
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
@@ -24,7 +24,6 @@ from peft_pvm.folders.writing import written_whole
 ROWS = ("t4 i t3 i t6",)
 BUILD = """
 import os, shutil, sys
-sys.path.insert(0, {tests!r})
 from methods_under_test import METHODS
 from safetensors import safe_open
 from tiny_vlms import FAMILIES, TinyVLM
@@ -62,14 +61,6 @@ for name, model in writers.items():
 """
 
 
-def run_script(script: str, folder: Path) -> None:
-    """In a process of its own, which has only one thread to be forked."""
-    source = BUILD.format(tests=str(Path(__file__).parents[1])) + script
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run([sys.executable, "-c", source, folder], capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr[-3000:]
-
-
 def save_old(folder: Path) -> None:
     """An adapter of other layers than the new one, so that a mixture of the two does not load."""
     METHODS["pvm"].attach(FAMILIES["llava"].build(), layers_to_transform=[1, 2]).save_pretrained(folder)
@@ -82,14 +73,11 @@ def layers_in(folder: Path) -> list[int]:
     return loaded.peft_config["default"].layers_to_transform
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of one process: Windows has no fork")
-
-
 @needs_fork
 def test_a_process_that_dies_while_saving(tmp_path: Path):
     """At every single step in turn, of both ways to save."""
     save_old(tmp_path / "old")
-    run_script(DIE_AT_EACH_STEP, tmp_path)
+    fresh.run(BUILD + DIE_AT_EACH_STEP, tmp_path)  # which has only one thread to be forked
     for writer in ("PeftModel", "transformers"):
         steps = sorted((tmp_path / writer).iterdir(), key=lambda path: int(path.name))
         assert 10 < len(steps) < 59
@@ -188,9 +176,8 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path):
 @needs_fork
 def test_a_reader_finds_a_configuration_while_others_save(tmp_path: Path):
     """One of the two, at any time, though it goes and comes again hundreds of times."""
-    script = f"""
+    program = """
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from peft import PeftConfig
 from peft_pvm import DIPEConfig
 
@@ -208,9 +195,7 @@ while os.waitpid(saver, os.WNOHANG)[0] == 0:
 assert all(one in layers for one in found)
 print(min(map(found.count, layers)))
 """
-    process = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert int(process.stdout) > 5
+    assert int(fresh.run(program, tmp_path)) > 5
 
 
 def inject(model: PreTrainedModel, config: PeftConfig, name: str) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh
 import pytest
 import torch
 import yaml
@@ -25,7 +23,6 @@ from peft_pvm.folders.adapter_file import AdapterFile
 from peft_pvm.integrations.trl import read_log
 
 
-TESTS = Path(__file__).parents[1]
 CHECKPOINTED = "fsdp2 with activation checkpointing"
 ON_CPU = {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
 
@@ -36,19 +33,9 @@ def launch(kind: str, stage: str, material: SimpleNamespace, folder: Path, **opt
     if kind == CHECKPOINTED:
         config["fsdp_config"]["fsdp_activation_checkpointing"] = True
     (folder / "accelerate.yaml").write_text(yaml.safe_dump({**config, **ON_CPU, "main_process_port": 0}))
-    process = subprocess.run(
-        [
-            *(sys.executable, TESTS / "launched.py"),
-            *("--config_file", folder / "accelerate.yaml"),
-            *(TESTS / "launched.py", stage, folder / "spread"),
-            *arguments(stage, material, output_dir=folder / "out", **options),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+    launched = fresh.TESTS / "launched.py"
+    of_script = launched, stage, folder / "spread", *arguments(stage, material, output_dir=folder / "out", **options)
+    fresh.run(launched, "--config_file", folder / "accelerate.yaml", *of_script)
     here = [json.loads((folder / f"spread-{rank}.json").read_text()) for rank in range(2)]
     if kind == "ddp":
         assert all(spread["sharded"] == 0 and spread["numbers_here"] == spread["numbers"] for spread in here)

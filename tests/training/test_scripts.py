@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 import warnings
 from pathlib import Path
@@ -130,10 +129,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(material, stage_1: Path, stage
     killed = start(stage, material, output_dir=tmp_path / "killed", **options)
     checkpoint = tmp_path / "killed" / "checkpoint-2"
     while not is_whole(checkpoint / "trainer_state.json"):
-        assert killed.poll() is None, killed.stdout.read()[-3000:]
+        assert killed.process.is_alive(), killed.errors[-3000:]
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.process.kill()
+    killed.process.join()
     assert not (tmp_path / "killed" / "checkpoint-4").exists(), "it was killed too late"
     run(stage, material, output_dir=tmp_path / "killed", resume_from_checkpoint=checkpoint, **options)
     run(stage, material, output_dir=tmp_path / "whole", **options)

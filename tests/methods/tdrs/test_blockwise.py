@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,8 +230,7 @@ print((peak() - before) * 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak memory from Linux's /proc")
 def test_memory_is_linear_in_length():
     """4,096 tokens, 8 heads of 64: one matrix of scores would take 512 MiB."""
-    run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
-    peak = int(run.stdout)
+    peak = int(fresh.run(MEASURE))
     assert 0 < peak < 2**27
     print(f"peak extra memory: {peak / 2**20:.0f} MiB")
 
