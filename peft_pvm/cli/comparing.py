@@ -82,7 +82,10 @@ def compare(
     require("lab", "jinja2", "matplotlib", "PIL", "sklearn")
     names = None
     if methods != ALL:
-        names = separated("--methods", methods, name_among(UNTRAINED), f"{ALL}, or some of {UNTRAINED}")
+        accepted = (
+            f"{ALL}, or methods without training ({', '.join(UNTRAINED)}; a trained adapter is given with --adapter)"
+        )
+        names = separated("--methods", methods, name_among(UNTRAINED), accepted)
     tokens = separated("--lengths", lengths, whole_number(0, MANY), "whole numbers of tokens, such as 0,1024")
     draws = separated("--seeds", seeds, whole_number(0, LARGEST_SEED), "whole numbers from 0 on")
     from .work import comparing as work

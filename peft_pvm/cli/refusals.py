@@ -42,6 +42,8 @@ def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
     Raises:
         ValueError: One cannot be read. Errors that say so in words, and of what, stay as they are.
     """
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
     try:
         yield
     except Exception as error:
@@ -50,9 +52,20 @@ def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
             raise ValueError(
                 f"{names} cannot be read as {what} ({type(error).__name__}: {error}). {DEBUG}=1 shows where."
             ) from error
+        if _comes_of(error, (ConnectionError, EntryNotFoundError, HfHubHTTPError, HFValidationError)):
+            absent = " or ".join(os.fspath(source) for source in sources if not os.path.exists(source))
+            said = f"There is no folder or file {absent} here, and the Hub did not give it"
+            raise ValueError(
+                f"{said if absent else f'{names} cannot be read as {what}'}: {str(error).strip()}"
+            ) from error
         if getattr(error, "filename", None) or any(os.fspath(source) in str(error) for source in sources):
             raise
         raise ValueError(f"{names}: {str(error).strip()}") from error
+
+
+def _comes_of(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Whether an error, or one that it was raised from, is of some kinds."""
+    return error is not None and (isinstance(error, kinds) or _comes_of(error.__cause__ or error.__context__, kinds))
 
 
 class Commands(TyperGroup):
@@ -103,7 +116,8 @@ def _usage(error: Any) -> str:
     if problems and repr(problems[0]["input"]) not in message:
         message += f", not {problems[0]['input']!r}"
     context = getattr(error, "ctx", None)
-    return f"{message}." + (f" See {context.command_path} --help." if context else "")
+    message += "" if message.endswith("?") else "."
+    return message + (f" See {context.command_path} --help." if context else "")
 
 
 def _give_up_on_output() -> None:
