@@ -1,4 +1,4 @@
-"""How a command ends that cannot do what it was asked: with one sentence on standard error, without a traceback.
+"""How a command ends if it cannot do what it was asked: with one sentence on standard error, without a traceback.
 
 Exit codes are 2 where the command line is wrong, 1 where it could not be done, 130 after Ctrl+C. An error that is none
 of `REFUSALS` is a fault of ours and keeps its traceback; `PEFT_PVM_DEBUG=1` shows that of any error.

@@ -1,4 +1,4 @@
-"""For training with TRL: rewards, what is logged of how much the model looks and its picture, what cannot be done.
+"""For training with TRL: rewards, logs of how much the model looks and their picture, and checks of what cannot work.
 
 The recipe is that of PVM, arXiv 2605.00814: supervised fine-tuning of PVM alone, then GRPO with the language model.
 """

@@ -1,4 +1,4 @@
-"""CAI: scores of the visual keys that are like a token are raised in layers that it enters undecided."""
+"""CAI: in layers where the model is still undecided, scores of visual keys that are like the token are raised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HGAI: scores of visual keys are raised in all heads by a share of their mean size over heads."""
+"""HGAI: in all heads, scores of visual keys are raised by a share of their mean size over the heads."""
 
 from __future__ import annotations
 

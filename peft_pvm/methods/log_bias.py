@@ -1,4 +1,4 @@
-"""Log-bias: visual keys are raised by what a growing text takes from them, the null model of the other methods."""
+"""Log-bias, the null model: scores of visual keys are raised by the logarithm of the length of the text after them."""
 
 from __future__ import annotations
 

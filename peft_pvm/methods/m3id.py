@@ -1,4 +1,4 @@
-"""M3ID: what a token owes to the image counts more, the longer the answer is."""
+"""M3ID: tokens that the image makes likelier are raised, and raised more as the answer grows."""
 
 from __future__ import annotations
 

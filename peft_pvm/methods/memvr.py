@@ -1,4 +1,4 @@
-"""MemVR: where the model is undecided, an FFN looks the image up once more."""
+"""MemVR: where the model is undecided, the output of an FFN is mixed with a lookup in the image."""
 
 from __future__ import annotations
 

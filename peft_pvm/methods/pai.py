@@ -1,4 +1,4 @@
-"""PAI: scores of visual keys are raised by a share of their size in text that comes after the image."""
+"""PAI: in the text after the image, each score of a visual key is raised by a share of its size."""
 
 from __future__ import annotations
 

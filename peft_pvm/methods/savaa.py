@@ -1,4 +1,4 @@
-"""SAVAA: scores of visual keys are raised while an answer is written, the more the riskier the last token was."""
+"""SAVAA: while an answer is written, scores of visual keys are raised, and more so after a risky token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SPARC: visual tokens that a token of the answer looks at more than before count for more from then on."""
+"""SPARC: visual tokens whose attention rises during the answer count for more from then on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VAF: scores of visual keys are raised in text that comes after the image."""
+"""VAF: in the text after the image, scores of visual keys are raised."""
 
 from __future__ import annotations
 

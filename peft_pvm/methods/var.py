@@ -1,4 +1,4 @@
-"""VAR: attention that sinks would take goes to the other visual tokens, in heads that look at the image."""
+"""VAR: in heads that look at the image, part of the attention on sinks is moved to the other visual tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VCD: what a token owes to a noised image is subtracted."""
+"""VCD: tokens that are also likely with a noised image are lowered."""
 
 from __future__ import annotations
 

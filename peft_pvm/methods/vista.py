@@ -1,4 +1,4 @@
-"""VISTA: what FFNs return is turned towards what the image has changed at the end of the prompt."""
+"""VISTA: outputs of FFNs are turned in the direction in which the image changes the end of the prompt."""
 
 from __future__ import annotations
 
