@@ -52,11 +52,11 @@ def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
             raise ValueError(
                 f"{names} cannot be read as {what} ({type(error).__name__}: {error}). {DEBUG}=1 shows where."
             ) from error
-        if _comes_of(error, (ConnectionError, EntryNotFoundError, HfHubHTTPError, HFValidationError)):
-            absent = " or ".join(os.fspath(source) for source in sources if not os.path.exists(source))
-            said = f"There is no folder or file {absent} here, and the Hub did not give it"
+        absent = [os.fspath(source) for source in sources if not os.path.exists(source)]
+        if absent and _comes_of(error, (ConnectionError, EntryNotFoundError, HfHubHTTPError, HFValidationError)):
+            missing = " or ".join([name for name in absent if name in str(error)] or absent)
             raise ValueError(
-                f"{said if absent else f'{names} cannot be read as {what}'}: {str(error).strip()}"
+                f"There is no folder or file {missing} here, and the Hub did not give it: {str(error).strip()}"
             ) from error
         if getattr(error, "filename", None) or any(os.fspath(source) in str(error) for source in sources):
             raise

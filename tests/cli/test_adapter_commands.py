@@ -81,9 +81,7 @@ def test_inspect_adapters_of_other_kinds(tiny: TinyVLM, tmp_path: Path, base: Pa
     assert (found["method"], found["config"]["target_modules"]) == ("lora", ["q_proj"])
     assert found["parameters"] == sum(p.numel() for p in lora.parameters() if p.requires_grad)
     assert "is an adapter of type LORA, not of peft_pvm" in run("card", tmp_path / "lora", fails=True)
-    assert f"{tmp_path} cannot be read as an adapter: Can't find 'adapter_config" in run(
-        "inspect", tmp_path, fails=True
-    )
+    assert f"Error: Can't find 'adapter_config.json' at '{tmp_path}'" in run("inspect", tmp_path, fails=True)
     for nowhere in ("nowhere", "./nowhere/at/all"):
         assert f"There is no folder or file {nowhere} here, and the Hub did not give it" in run(
             "inspect", nowhere, fails=True
