@@ -97,8 +97,8 @@ def _fading(results: Results) -> Iterator[Claim]:
     mean, *by_layer = [fit for fit in fits if fit is not None]
     exponents = ", ".join(f"{fit.exponent:.2f}" for fit in by_layer)
     numbers = (
-        f"mass ~ t^-a over {lengths[0]} to {lengths[-1]:,} bytes: a = {mean.exponent:.2f} ± {mean.standard_error:.2f} "
-        f"for the mean over layers; by layer {exponents}"
+        f"attention ~ t^-a over {lengths[0]} to {lengths[-1]:,} bytes: a = {mean.exponent:.2f} ± "
+        f"{mean.standard_error:.2f} for the mean over layers; by layer {exponents}"
     )
     yield Claim(DECAYS, verdict_on_decay(mean), numbers)
 

@@ -67,7 +67,7 @@ def _card(recipe: str, seed: int, entry: Entry, base: Entry) -> str:
 # PVM on the lab's tiny model
 
 A Persistent Visual Memory ([arXiv 2605.00814](https://arxiv.org/abs/2605.00814)) for the tiny Qwen3-VL that ships with
-[peft-pvm]({HOME}), with {entry.parameters:,} parameters. It is an example, of no use on any other model.
+[peft-pvm]({HOME}), with {entry.parameters:,} parameters. It is an example and of no use on any other model.
 
 ```python
 import peft_pvm  # registers PVM with PEFT
@@ -78,7 +78,7 @@ model = PeftModel.from_pretrained(load_tiny_vlm(), "adapters/pvm-tiny-vlm")
 ```
 
 **Data**: mosaics of scikit-learn's handwritten digits ({digits} images to train with) and the text of Python's help
-topics. Digits and texts of the tests are others, split by a hash of their content.
+topics. Tests use other digits and texts, split by a hash of their content.
 
 **Training**: the base is frozen.
 {used}.
@@ -86,7 +86,7 @@ AdamW, learning rate {used.learning_rate} (the gates ten times that). Half of th
 quarter about two or three, a quarter have one transcribed. Command:
 `python -m experiments train --method pvm --recipe {recipe} --seed {seed}`.
 
-**Results**: share of held-out digits told right, ± standard error over {tested} rows of {NUM_CELLS} questions.
+**Results**: accuracy on held-out digits, ± standard error over {tested} rows of {NUM_CELLS} questions.
 
 | Bytes of text between | Base | With this adapter |
 |---:|---:|---:|

@@ -90,8 +90,8 @@ def _real_picture(bases: Mapping[str, RealResults]) -> list[str]:
         "",
         f"![Accuracy by tokens of text, {title.lower()}](figures/real.png)",
         "",
-        f"{title}. Bars: standard deviation over seeds of training; without training, standard error over rows. "
-        "Dotted: guessing. Points that share a length are drawn side by side.",
+        f"{title}. Bars show the standard deviation over seeds of training or, without training, the standard error "
+        "over rows. The dotted line is guessing. Points of one length are drawn side by side.",
     ]
 
 
@@ -111,10 +111,10 @@ def _claims(by_base: Mapping[str, Sequence[Claim]]) -> list[str]:
         "",
         "## The papers' claims and ours",
         "",
-        "A difference counts if it is more than twice its standard error. On the toy, this is the error over seeds, "
-        "without training over rows. On a real base, differences are paired by row. Their squared error is that over "
-        "rows plus that over the seeds of each trained method. It is at least 1.5 answers, since rows that all agree "
-        "do not show that no other row would differ.",
+        "A difference counts if it is more than twice its standard error. On the toy, this is the standard error over "
+        "seeds of training or, without training, over rows. On a real base, differences are paired by row, and the "
+        "squared error over the seeds of each trained method is added to that over rows. This standard error is at "
+        "least 1.5 answers, because another row might differ even if all rows agree.",
         "",
         *table(("Claim", *by_base), verdicts),
         "",
@@ -154,7 +154,7 @@ def draw_recall(results: Results) -> bytes:
     left.set_xticks([max(length, 32) for length in lengths], [str(length) for length in lengths])
     left.minorticks_off()
     left.set_xlabel("bytes of text between image and question")
-    left.set_ylabel("share of digits told right")
+    left.set_ylabel("accuracy")
     logarithmic(right, "x")
     right.set_xlabel("cells written, the image never repeated")
     for panel in axes[0]:
@@ -190,7 +190,7 @@ def _picture(results: Results) -> list[str]:
         "",
         "![Accuracy by distractor length, and by cells written](figures/recall.png)",
         "",
-        "Bands: standard deviation over seeds. Dotted: guessing. Training: "
+        "Bands show the standard deviation over seeds. The dotted line is guessing. The recipes of training are: "
         + ", ".join(f"{METHODS[name].title} {recipe}" for name, recipe in IN_PICTURES.items() if name in trained)
         + ".",
     ]
@@ -221,7 +221,7 @@ def _transcription(entries: Sequence[Entry]) -> list[str]:
         "## Transcription, by round",
         "",
         "The model writes out its nine cells over and over, greedily; the image is never repeated. Here and below, "
-        f"training is {MAIN_RECIPE} where nothing else is said.",
+        f"the recipe of training is {MAIN_RECIPE} unless a row names another.",
         "",
         *_accuracies_table(entries, "transcription", ROUNDS),
     ]
@@ -233,7 +233,7 @@ def _attention(entries: Sequence[Entry], lengths: Sequence[int]) -> list[str]:
         "",
         "## Attention that reaches the mosaic from the questions, by bytes of text",
         "",
-        "Mean over layers, heads, questions and seeds. PVM's retrieval is not in it: it has a softmax of its own.",
+        "Mean over layers, heads, questions and seeds. PVM's retrieval is not included; it has its own softmax.",
         "",
         *table(("Method", *map(str, lengths)), masses),
     ]
@@ -259,11 +259,13 @@ def _setting(results: Results) -> list[str]:
     seeds = sorted({file["seed"] for file in results.files if file["recipe"] is not None})
     recipe = next((file["training"]["recipe"] for file in results.files if file["training"]), None)
     rows = len(next(iter(results.files[0]["right of nine"]["one mosaic"].values())))
-    lines = [f"- {rows} rows of {NUM_CELLS} questions in every cell, the same for all; held-out digits and text."]
+    lines = [
+        f"- Each cell has {rows} rows of {NUM_CELLS} questions on held-out digits and text, the same for all methods."
+    ]
     if recipe is not None:
         lines.append(
-            f"- Seeds of training: {', '.join(map(str, seeds))}; learning rate {recipe['learning_rate']}. The base is "
-            "frozen and the same for all; so are the questions that they train on."
+            f"- Seeds of training: {', '.join(map(str, seeds))}; learning rate {recipe['learning_rate']}. All "
+            "methods have the same frozen base and train on the same questions."
         )
     return [*lines, *machines(file["environment"] for file in results.files)]
 

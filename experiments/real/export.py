@@ -70,7 +70,7 @@ def _card(folders: Sequence[Path], folder: Path, trained_by: str, results: Resul
 # {folder.name} on the lab's real base
 
 An adapter for [the real base of the lab]({HOME}/blob/main/docs/real-model.md), SmolLM2-135M-Instruct with a small
-vision tower that reads mosaics of digits. It is an example, of no use on any other model.{beside}
+vision tower that reads mosaics of digits. It is an example and of no use on any other model.{beside}
 
 <!-- not run in tests: needs the real base -->
 
@@ -82,8 +82,8 @@ model = AutoModelForImageTextToText.from_pretrained("runs/real/base")  # from `m
 load_adapters(model, {json.dumps(names)})
 ```
 
-**Data**: mosaics of scikit-learn's handwritten digits and the text of Python's help topics. Digits and texts of the
-tests are others, split by a hash of their content.
+**Data**: mosaics of scikit-learn's handwritten digits and the text of Python's help topics. Tests use
+other digits and texts, split by a hash of their content.
 
 **Training**: `{trained_by}`, rounded to bf16.
 
@@ -92,8 +92,8 @@ tests are others, split by a hash of their content.
 {NEWLINE.join(_results(results, method))}
 
 {_measured(results, method)} `python -m experiments real-eval --base runs/real/base --adapter {"+".join(names)}`
-tests them, with `--task` for the other tasks, and the same rows for all.
-[All results]({HOME}/blob/main/docs/results.md), with what does not work.
+tests them. `--task` chooses one of the other tasks. All methods get the same rows.
+See [all results]({HOME}/blob/main/docs/results.md), including what does not work.
 """
 
 

@@ -54,8 +54,8 @@ def _setting(results: Results) -> list[str]:
     seeds = sorted({run.seed for run in results.runs if run.seed is not None})
     split, seed = results.runs[0].questions
     return [
-        f"- Base {results.base}. Rows of {NUM_CELLS} questions (split {split}, seed {seed}), the same for all that is "
-        "tested on a task. A cell with fewer rows than another has the first of them.",
+        f"- Base {results.base}. Each row has {NUM_CELLS} questions (split {split}, seed {seed}). All methods get the "
+        "same rows of a task. A cell with fewer rows than another has the first of the other's rows.",
         f"- Seeds of training: {', '.join(map(str, seeds)) or 'none'}.",
         *machines(run.environment for run in results.runs),
     ]
@@ -70,7 +70,7 @@ def _accuracies(results: Results, task: str) -> list[str]:
         differences = [contrast(Term(1, entry, end), Term(-1, base, end)) for end in ends]
         shown = [UNTESTED if entry is base or difference is None else str(difference) for difference in differences]
         rows.append((entry.title, str(len(entry.runs)), *map(entry.shown, lengths), *shown))
-    header = ("Method", "Runs", *map(_number, lengths), *(f"less the base, {_number(end)}" for end in ends))
+    header = ("Method", "Runs", *map(_number, lengths), *(f"minus the base, {_number(end)}" for end in ends))
     return [f"Rows in a cell, by {_unit(task)}: {_rows_of_cells(entries, lengths)}.", "", *table(header, rows)]
 
 

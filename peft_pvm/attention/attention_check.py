@@ -1,4 +1,4 @@
-"""Whether an attention module computes as adapters take for granted, found out from the module itself, once.
+"""A check, made once, that an attention module computes as adapters assume.
 
 Adapters assume that it computes what it would without them as long as none acts, and that its output is made of
 queries, keys, values, the mask, and of what else `AttentionCall` knows. Those that rotate queries and keys assume that

@@ -1,1 +1,1 @@
-"""What the remedies cost in time and memory, beside the base and beside themselves written naively."""
+"""What the methods cost in time and memory, compared with the base and with their naive forms."""

@@ -1,4 +1,4 @@
-"""How many operations a forward launches: what bounds a step of decoding on a GPU that is called from Python."""
+"""How many operations a forward launches, which bounds a step of decoding on a GPU that is called from Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step of decoding takes on a device that is not at hand: from what it launches, reads and multiplies."""
+"""Predicts the time of a decoding step on a device that is not at hand, from what it launches, reads and computes."""
 
 from __future__ import annotations
 

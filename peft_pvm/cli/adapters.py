@@ -18,11 +18,13 @@ def inspect(
     adapter: Annotated[str | None, typer.Argument(help="Folder or Hub id of an adapter.")] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of a base model. Does the adapter fit it? Alone: which methods work?"),
+        typer.Option(
+            help="Folder or Hub id of a base model. With an adapter: does it fit? Alone: which methods work?"
+        ),
     ] = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Show what an adapter is, and whether it fits a base model; or which methods work on a base model.
+    """Describe an adapter, and check whether it fits a base model; or list the methods that work on a base model.
 
     An adapter is shown with its method, sizes, layers, gates and lineage. Only the configuration of a base model is
     read.
@@ -42,15 +44,16 @@ def merge(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids of PVM adapters.")],
     out: Annotated[Path, typer.Option(callback=new_folder, help="Folder of the new adapter.")],
     weights: Annotated[
-        str, typer.Option(help="One for each, with commas: 0.7,0.3. By default equal, adding up to 1.")
+        str,
+        typer.Option(help="One weight for each adapter: 0.7,0.3. By default, equal weights that add up to 1."),
     ] = "",
     combination_type: Annotated[Combination, typer.Option(help="How they are combined.")] = "linear",
     density: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Of ties and dare_linear: the share that is kept.")
+        float | None, typer.Option(min=0, max=1, help="For ties and dare_linear: the share of values to keep.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Average adapters that are not known to be of one lineage.")] = False,
 ) -> None:
-    """Make one PVM adapter of several, without a base model."""
+    """Combine several PVM adapters into one, without a base model."""
     if density is not None and combination_type not in ("ties", "dare_linear"):
         raise typer.BadParameter(f"{combination_type} keeps all, so it takes no density.", param_hint=["--density"])
     if force and combination_type == "cat":
@@ -67,10 +70,10 @@ def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint of the authors' PVM code.")],
     out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the adapter.")],
     with_base: Annotated[
-        Path | None, typer.Option(callback=new_folder, help="Folder for the model without the branch.")
+        Path | None, typer.Option(callback=new_folder, help="Also write the model without the branch to this folder.")
     ] = None,
 ) -> None:
-    """Make an adapter of a checkpoint of the authors' PVM code."""
+    """Convert a checkpoint of the PVM authors' code to an adapter."""
     from .work import adapters as work
 
     work.convert(source, out, with_base)
@@ -81,7 +84,7 @@ def export_reference(
     base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")],
     out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the checkpoint.")],
 ) -> None:
-    """Make a checkpoint for the authors' PVM code of an adapter and its base model."""
+    """Export an adapter and its base model as a checkpoint for the PVM authors' code."""
     from .work import adapters as work
 
     work.export_reference(adapter, base, out)
@@ -90,19 +93,20 @@ def export_reference(
 def export_vllm(
     base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")],
     adapters: Annotated[
-        list[str], typer.Argument(help="Folders or Hub ids, or several with + between, which are on at once.")
+        list[str], typer.Argument(help="Folders or Hub ids of adapters. Adapters joined by + are on at the same time.")
     ],
     out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the model.")],
     accept_causal: Annotated[
-        bool, typer.Option(help="Let a token see the images before it, though the adapter says all of its sample.")
+        bool,
+        typer.Option(help="Export memory_visibility=sample too, though in vLLM a token sees only images before it."),
     ] = False,
     by_request: Annotated[
-        bool, typer.Option(help="Have requests choose between a single adapter and none too, as between several.")
+        bool, typer.Option(help="Let requests choose between a single adapter and the base.")
     ] = False,
 ) -> None:
-    """Make a folder of a base model and adapters that `vllm serve` takes.
+    """Export a base model and adapters to a folder for `vllm serve`.
 
-    A single adapter is on in every request. Of several, a request chooses one by its name, or none.
+    A single adapter is on in every request. If there are several, each request chooses one by its name, or none.
     """
     from .work import adapters as work
 
@@ -112,7 +116,7 @@ def export_vllm(
 def card(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of an adapter.")],
 ) -> None:
-    """Write an adapter's model card again, with what its results.json holds."""
+    """Write an adapter's model card again, with the results in its results.json."""
     from .work import adapters as work
 
     work.card(folder)
@@ -120,14 +124,18 @@ def card(
 
 def push(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of an adapter.")],
-    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as in you/my-pvm. It is made if need be.")],
+    repo_id: Annotated[
+        str, typer.Argument(help="Repository on the Hub, such as you/my-pvm. It is created if it does not exist.")
+    ],
     base: Annotated[
         str | None, typer.Option(help="Hub id of the base model, in place of the one that the adapter names.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, which is made if need be.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch of the repository. It is created if it does not exist.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
 ) -> None:
-    """Send an adapter to the Hub: its configuration, weights, card and results, and nothing else in its folder."""
+    """Upload an adapter to the Hub: its configuration, weights, card and results, and nothing else."""
     from .work import adapters as work
 
     work.push(folder, repo_id, base=base, revision=revision, private=private or None)

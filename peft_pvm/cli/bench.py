@@ -28,7 +28,7 @@ COUNTED = (
     *("attn_implementation", "static_cache", "compile", "seed", "as_json"),
 )
 BESIDE_DEVICE = {"method": "--method", "as_json": "--json"}  # options of `scale`
-Preset = Annotated[choices.Preset, typer.Option(help="Instead of a model, random weights of a shape.")]
+Preset = Annotated[choices.Preset, typer.Option(help="Use random weights of this shape instead of a model.")]
 Layers = Annotated[
     int | None, counted("Build only this many decoder layers of the preset, with the same share of its vocabulary.")
 ]
@@ -37,10 +37,14 @@ Lengths = Annotated[
     typer.Option("--context", help="Lengths of the prompt, visual tokens included, separated by commas."),
 ]
 DType = Annotated[choices.DType, typer.Option(help="The dtype of the weights.")]
-Plot = Annotated[Path | None, typer.Option(callback=new_file, help="Where to draw the ratios by length, as PNG.")]
+Plot = Annotated[Path | None, typer.Option(callback=new_file, help="Draw the ratios by length into this PNG file.")]
 Show = Annotated[
     Path | None,
-    typer.Option(exists=True, dir_okay=False, help="Measure nothing: print, or plot, what an earlier --json printed."),
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="Measure nothing: print or plot the output of an earlier run with --json, from this file.",
+    ),
 ]
 
 Launches = Annotated[
@@ -61,17 +65,17 @@ def bench(
         choices.BENCHED_BY_DEFAULT
     ),
     lengths: Lengths = "2048",
-    visual_tokens: Annotated[int, counted("Of the one image in each row.")] = 1024,
+    visual_tokens: Annotated[int, counted("Visual tokens of the one image in each row.")] = 1024,
     batch: Annotated[int, counted("Rows.")] = 1,
-    new_tokens: Annotated[int, counted("Decoded in a round.")] = 8,
-    rounds: Annotated[int, counted("Of decoding.")] = 5,
+    new_tokens: Annotated[int, counted("Tokens to decode in a round.")] = 8,
+    rounds: Annotated[int, counted("Rounds of decoding.")] = 5,
     prefills: Annotated[int, counted("Rounds of prefilling.")] = 3,
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
     dtype: DType = "float32",
     attn_implementation: Annotated[str, typer.Option(help="The attention kernel.")] = "sdpa",
     static_cache: Annotated[bool, typer.Option(help="Give the KV cache its full size from the start.")] = False,
     compile: Annotated[bool, typer.Option(help="Compile decoding; on CUDA, into graphs.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Decides the embeddings.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the embeddings.")] = 0,
     launches: Launches = False,
     as_json: AsJSON = False,
     plot: Plot = None,
@@ -114,25 +118,29 @@ def bench(
 def scale(
     typer_context: typer.Context,
     preset: Annotated[choices.Preset, typer.Option(help="A shape.")] = "8b-random",
-    context: Annotated[str, typer.Option(help="Lengths, visual tokens included, separated by commas.")] = "4096,32768",
+    context: Annotated[
+        str, typer.Option(help="Lengths of the context, visual tokens included, separated by commas.")
+    ] = "4096,32768",
     visual_tokens: Annotated[str, typer.Option(help="How many of them are visual.")] = "256,1024,4095",
     batch: Annotated[str, typer.Option(help="Conversations decoded in one step.")] = "1,64",
     sequences: Annotated[str, typer.Option(help="Conversations kept at once.")] = "1,1000,1000000",
     branches: Annotated[int | None, counted("Decoder layers with PVM; by default the paper's.")] = None,
-    bandwidth: Annotated[float | None, typer.Option(help="Of memory, in GB a second, to tell times as well.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Memory bandwidth in GB per second. If given, times are shown as well.")
+    ] = None,
     device: Annotated[
         choices.GPU | None,
-        typer.Option(help="Predict a step of decoding there, with the first length and number of visual tokens."),
+        typer.Option(help="Predict a decoding step on this GPU, for the first --context and --visual-tokens."),
     ] = None,
     method: Annotated[
         str, typer.Option(help=f"What --device and --check are about: some of {', '.join(choices.PREDICTED[1:])}.")
     ] = ",".join(choices.PREDICTED[1:]),
     check: Annotated[
-        bool, typer.Option("--check", help="Measure steps on this CPU instead, beside what is predicted of them.")
+        bool, typer.Option("--check", help="Measure steps on this CPU instead, and show them beside the prediction.")
     ] = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Work out, from shapes alone, what PVM keeps of a chat and reads in a step, or what steps take on a GPU."""
+    """Compute, from shapes alone, the memory that PVM takes and reads, or predict decoding latency on a GPU."""
     names = separated("--method", method, name_among(choices.PREDICTED), f"some of {', '.join(choices.PREDICTED)}")
     if check:
         refuse_beside(typer_context, "--check", ("method", "as_json"), "It has a prompt and shapes of its own")

@@ -38,7 +38,7 @@ Model = Annotated[
 Out = Annotated[
     Path,
     typer.Option(
-        callback=new_folder, help="Folder for the report. If it holds answers, the comparison goes on from there."
+        callback=new_folder, help="Folder for the report. If it holds answers already, the comparison continues there."
     ),
 ]
 TaskName = Annotated[
@@ -52,13 +52,14 @@ Methods = Annotated[str, typer.Option(help=f"`{ALL}`, or some of {', '.join(UNTR
 Lengths = Annotated[str, typer.Option(help="Tokens of text between image and question, separated by commas.")]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option(help="Folder or Hub id, or several with + between, which act together. Repeatable."),
+    typer.Option(help="Folder or Hub id of an adapter, or several joined by +, which act together. Repeatable."),
 ]
 Seeds = Annotated[
-    str, typer.Option(help="Separated by commas. Each draws another text, and the lab's tasks other questions.")
+    str,
+    typer.Option(help="Seeds, separated by commas. Each draws other texts and, in the lab's tasks, other questions."),
 ]
 MaxNewTokens = Annotated[
-    int | None, counted("Length of an answer at most; by default that of the longest right one, and 16 more.")
+    int | None, counted("The most tokens of an answer; by default, 16 more than the longest right answer has.")
 ]
 
 
@@ -69,7 +70,7 @@ def compare(
     methods: Methods = ALL,
     lengths: Lengths = "0,256,1024",
     adapter: Adapters = None,
-    rows: Annotated[int, counted("Questions, under each seed.")] = 32,
+    rows: Annotated[int, counted("Questions for each seed.")] = 32,
     seeds: Seeds = "0",
     split: Annotated[str, typer.Option(help="The split of the data set.")] = "train",
     max_new_tokens: MaxNewTokens = None,
@@ -77,11 +78,14 @@ def compare(
     dtype: DType = "auto",
     attn_implementation: Kernel = None,
 ) -> None:
-    """Have a model answer the same questions alone, with trivial controls, with each method and with adapters."""
+    """Compare methods and adapters on your model: all answer the same questions, beside a few controls."""
     require("lab", "jinja2", "matplotlib", "PIL", "sklearn")
     names = None
     if methods != ALL:
-        names = separated("--methods", methods, name_among(UNTRAINED), f"{ALL}, or some of {UNTRAINED}")
+        accepted = (
+            f"{ALL}, or methods without training ({', '.join(UNTRAINED)}; a trained adapter is given with --adapter)"
+        )
+        names = separated("--methods", methods, name_among(UNTRAINED), accepted)
     tokens = separated("--lengths", lengths, whole_number(0, MANY), "whole numbers of tokens, such as 0,1024")
     draws = separated("--seeds", seeds, whole_number(0, LARGEST_SEED), "whole numbers from 0 on")
     from .work import comparing as work

@@ -36,26 +36,30 @@ def probe(
         Path, typer.Option(callback=new_folder, help="Folder for report.html, probe.json and the pictures.")
     ],
     adapter: Annotated[
-        list[str] | None, typer.Option(help="Folder or Hub id of an adapter. May be given several times; all act.")
+        list[str] | None, typer.Option(help="Folder or Hub id of an adapter. Repeatable; all adapters act together.")
     ] = None,
-    max_new_tokens: Annotated[int, counted("Length of the answer at most.")] = 64,
+    max_new_tokens: Annotated[int, counted("The most tokens that the answer may have.")] = 64,
     device: Device = "cpu",
     dtype: DType = "auto",
     attn_implementation: Kernel = None,
     sink_factor: Annotated[
         float,
-        typer.Option(min=0, max=MANY, help="A visual sink draws more than so many times the mean of visual tokens."),
+        typer.Option(
+            min=0,
+            max=MANY,
+            help="A visual token that gets more than this many times the mean attention of visual tokens is a sink.",
+        ),
     ] = 10.0,
     retrieval_token: Annotated[
         list[int] | None,
         typer.Option(
             min=0,
             max=MANY,
-            help="A generated token, from 0, whose retrieval by PVM is shown; by default six. Repeatable.",
+            help="Show what PVM retrieves for this generated token, from 0. Repeatable; by default, six.",
         ),
     ] = None,
 ) -> None:
-    """Measure how much a model stops looking at its image, and what adapters change about that."""
+    """Measure how much a model looks at its image while it answers, and what adapters change."""
     require("lab", "jinja2", "matplotlib", "PIL")
     if not sink_factor > 0:
         raise typer.BadParameter(f"{sink_factor} must be above 0.", param_hint=["--sink-factor"])
@@ -70,14 +74,14 @@ def probe(
 
 def serve_app(
     model: Annotated[
-        str, typer.Option(help=f"The model at first: `{TINY}`, the lab's, or the folder or Hub id of another.")
+        str, typer.Option(help=f"The model to start with: `{TINY}`, the lab's, or the folder or Hub id of another.")
     ] = TINY,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for other machines as well.")] = LOCAL,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
     device: Device = "cpu",
     dtype: DType = "auto",
 ) -> None:
-    """Open a page in the browser: ask a model about an image, with adapters on and off, and see where it looks."""
+    """Serve a page for the browser: ask a model about an image, with adapters on and off, and see where it looks."""
     require("app", "gradio")
     require("lab", "jinja2", "matplotlib", "PIL", "sklearn")
     from .work import app as work
@@ -86,8 +90,10 @@ def serve_app(
 
 
 def eval_lengths(
-    model: Annotated[str, typer.Option(help="Of lmms-eval: qwen3_vl, qwen2_5_vl or llava_hf.")],
-    model_args: Annotated[str, typer.Option(help="Of that model, such as pretrained=Qwen/Qwen3-VL-8B-Instruct.")],
+    model: Annotated[str, typer.Option(help="A model of lmms-eval: qwen3_vl, qwen2_5_vl or llava_hf.")],
+    model_args: Annotated[
+        str, typer.Option(help="Arguments of that model, such as pretrained=Qwen/Qwen3-VL-8B-Instruct.")
+    ],
     tasks: Annotated[str, typer.Option(help="Tasks or groups of lmms-eval, separated by commas.")],
     out: Annotated[Path, typer.Option(callback=new_folder, help="Folder for by_length.json and by_length.png.")],
     lengths: Annotated[
@@ -95,9 +101,11 @@ def eval_lengths(
     ] = "0,1024,4096,8192,16384,32768",
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="Folder or Hub id, or several with + between, which act together. Repeatable."),
+        typer.Option(help="Folder or Hub id of an adapter, or several joined by +, which act together. Repeatable."),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Of sampling, separated by commas; each is a run.")] = "0",
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of sampling, separated by commas. There is one run for each.")
+    ] = "0",
     include_path: Annotated[
         Path | None,
         typer.Option(
@@ -106,12 +114,12 @@ def eval_lengths(
             help="Folder of further tasks; by default those of this package, such as pvm_paper.",
         ),
     ] = None,
-    limit: Annotated[int | None, counted("Documents of each task, for a try.")] = None,
+    limit: Annotated[int | None, counted("Evaluate only this many documents of each task, as a trial.")] = None,
     batch_size: Annotated[int, counted("Documents at a time.")] = 1,
-    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu.")] = None,
     gen_kwargs: Annotated[str | None, typer.Option(help="Changes to the tasks' generation settings.")] = None,
 ) -> None:
-    """Evaluate a model with lmms-eval, alone and with adapters, after ever more text between image and question."""
+    """Evaluate a model with lmms-eval, alone and with adapters, after longer and longer texts."""
     names = separated("--tasks", tasks, str, "names of tasks or groups")
     tokens = separated("--lengths", lengths, whole_number(0), "whole numbers of tokens, such as 0,1024")
     draws = separated("--seeds", seeds, whole_number(0, LARGEST_SEED), "whole numbers from 0 on")
@@ -139,7 +147,7 @@ def curves(
     folder: Annotated[Path, typer.Argument(help="Output folder or checkpoint of a training.")],
     out: Annotated[Path, typer.Option(callback=new_file, help="The picture, a PNG file.")] = Path("curves.png"),
 ) -> None:
-    """Draw what a training of PVM logged: loss or reward, gates, updates."""
+    """Draw the curves of a PVM training: loss or reward, gates, updates."""
     require("lab", "matplotlib")
     from .work import evaluation as work
 

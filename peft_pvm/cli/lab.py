@@ -17,10 +17,10 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="A tiny model that forgets its image, and what helps against it.",
+    help="Work with the lab's tiny model, which forgets its image after some text.",
 )
 
-Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Decides everything that is drawn.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything that is drawn at random.")]
 Rows = Annotated[int, typer.Option(min=1, max=MANY, help="Rows of nine questions at every length.")]
 
 
@@ -45,7 +45,7 @@ def demo(
 def recall_command(
     adapters: Annotated[
         list[str] | None,
-        typer.Argument(help="Folders or Hub ids of adapters, or several with + between, which act together."),
+        typer.Argument(help="Folders or Hub ids of adapters. Adapters joined by + act together."),
     ] = None,
     base: Annotated[
         Path | None,
@@ -57,7 +57,7 @@ def recall_command(
     rows: Rows = 16,
     seed: Seed = 0,
 ) -> None:
-    """Test a base of the lab, and each of some adapters on it: which digit was in that cell, after ever more text?"""
+    """Test the lab's model, alone and with each adapter, on questions after longer and longer texts."""
     require("lab", "sklearn")
     from .work import lab as work
 
@@ -66,7 +66,7 @@ def recall_command(
 
 @app.command("save-base")
 def save_base(out: Annotated[Path, typer.Argument(callback=new_folder, help="The folder.")]) -> None:
-    """Write the tiny model as a folder, with tokenizer, image processor and chat template, as trainers want it."""
+    """Write the tiny model to a folder, with tokenizer, image processor and chat template, for use in trainers."""
     from .work import lab as work
 
     work.save_base(out)
@@ -78,12 +78,14 @@ def chats(
         Path,
         typer.Argument(callback=new_folder, help="Folder for the data set; `datasets.load_dataset` reads it."),
     ],
-    form: Annotated[Literal["messages", "prompts"], typer.Option(help="For SFT, for GRPO.")] = "messages",
+    form: Annotated[
+        Literal["messages", "prompts"], typer.Option(help="`messages` for SFT, `prompts` for GRPO.")
+    ] = "messages",
     rows: Annotated[int, typer.Option(min=1, max=MANY, help="Chats with one image each.")] = 1000,
     max_length: Annotated[
         int, typer.Option(min=0, max=MANY, help="Bytes of text before the first question, at most.")
     ] = 1024,
-    split: Annotated[Split, typer.Option(help="Where digits and text come from.")] = "train",
+    split: Annotated[Split, typer.Option(help="The part of the data that digits and text come from.")] = "train",
     seed: Seed = 0,
 ) -> None:
     """Write questions on mosaics as a data set of chats with images."""

@@ -27,7 +27,7 @@ Model = Annotated[str, typer.Option(help="Folder or Hub id of a vision-language 
 Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
 DType = Annotated[LoadedAs, typer.Option(help="The dtype of the weights; auto: that of the checkpoint.")]
 Kernel = Annotated[str | None, typer.Option(help="The attention kernel, such as sdpa.")]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables and sentences.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables and sentences.")]
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,13 @@ def calibrate(
         map(str, MAX_DISTANCES)
     ),
     split: Split = "train",
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Decides the text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the text.")] = 0,
     device: Device = "cpu",
     dtype: DType = "auto",
     attn_implementation: Kernel = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Propose `max_distance` for DIPE, from how a model answers after ever more text behind the image."""
+    """Propose `max_distance` for DIPE, from how well a model answers after longer and longer texts."""
     require("train", "datasets", "PIL")
     tokens = None
     if lengths is not None:
@@ -88,14 +88,14 @@ def sinks(
     model: Model,
     data: Data,
     rows: Annotated[int, counted("Rows to read.")] = 8,
-    tau: Annotated[float, typer.Option(help="How large a channel is in a sink, as in VARConfig.")] = TAU,
+    tau: Annotated[float, typer.Option(help="The least size of a channel in a sink, as in VARConfig.")] = TAU,
     split: Split = "train",
     device: Device = "cpu",
     dtype: DType = "auto",
     attn_implementation: Kernel = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Propose `sink_channels` for VAR, from which channels of the hidden state stand out at the first token."""
+    """Propose `sink_channels` for VAR, from the channels of the hidden state that are large at the first token."""
     require("train", "datasets", "PIL")
     from .work import proposals as work
 

@@ -1,4 +1,4 @@
-"""How a command ends that cannot do what it was asked: with one sentence on standard error, without a traceback.
+"""How a command ends if it cannot do what it was asked: with one sentence on standard error, without a traceback.
 
 Exit codes are 2 where the command line is wrong, 1 where it could not be done, 130 after Ctrl+C. An error that is none
 of `REFUSALS` is a fault of ours and keeps its traceback; `PEFT_PVM_DEBUG=1` shows that of any error.
@@ -42,6 +42,8 @@ def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
     Raises:
         ValueError: One cannot be read. Errors that say so in words, and of what, stay as they are.
     """
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
     try:
         yield
     except Exception as error:
@@ -50,9 +52,20 @@ def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
             raise ValueError(
                 f"{names} cannot be read as {what} ({type(error).__name__}: {error}). {DEBUG}=1 shows where."
             ) from error
+        absent = [os.fspath(source) for source in sources if not os.path.exists(source)]
+        if absent and _comes_of(error, (ConnectionError, EntryNotFoundError, HfHubHTTPError, HFValidationError)):
+            missing = " or ".join([name for name in absent if name in str(error)] or absent)
+            raise ValueError(
+                f"There is no folder or file {missing} here, and the Hub did not give it: {str(error).strip()}"
+            ) from error
         if getattr(error, "filename", None) or any(os.fspath(source) in str(error) for source in sources):
             raise
         raise ValueError(f"{names}: {str(error).strip()}") from error
+
+
+def _comes_of(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Whether an error, or one that it was raised from, is of some kinds."""
+    return error is not None and (isinstance(error, kinds) or _comes_of(error.__cause__ or error.__context__, kinds))
 
 
 class Commands(TyperGroup):
@@ -103,7 +116,8 @@ def _usage(error: Any) -> str:
     if problems and repr(problems[0]["input"]) not in message:
         message += f", not {problems[0]['input']!r}"
     context = getattr(error, "ctx", None)
-    return f"{message}." + (f" See {context.command_path} --help." if context else "")
+    message += "" if message.endswith("?") else "."
+    return message + (f" See {context.command_path} --help." if context else "")
 
 
 def _give_up_on_output() -> None:

@@ -79,16 +79,14 @@ def questions_of(rows: Iterable[tuple[str, Mapping[str, Any]]], most: int, name:
 
 def _question(name: str, where: str, row: Mapping[str, Any]) -> Question:
     if "question" in row:
-        found = row.get("answers") or [row.get("answer")]
-        accepted = found if isinstance(found, list) else [found]
-        if not isinstance(row["question"], str) or not all(
-            isinstance(answer, (str, int, float)) for answer in accepted
-        ):
+        answer = row.get("answers") or row.get("answer")
+        accepted = answer if isinstance(answer, list) else [answer]
+        if not isinstance(row["question"], str) or not all(isinstance(one, (str, int, float)) for one in accepted):
             raise ValueError(
-                f"{where} has the question {quoted(row['question'])} and the answer {quoted(found)}, but must have "
-                "texts, or several in `answers`."
+                f"{where} has the question {quoted(row['question'])} and the answer {quoted(answer)}, but must have a "
+                "text in `question`, and in `answer` a text or number, or several in `answers`."
             )
-        answers = tuple(str(answer) for answer in accepted)
+        answers = tuple(map(str, accepted))
         row = {**row, "messages": None, "prompt": row["question"], "completion": answers[0]}
     else:
         answers = ()

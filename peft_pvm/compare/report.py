@@ -162,10 +162,10 @@ def _refused(comparison: Comparison) -> list[str]:
 def _how(comparison: Comparison) -> str:
     about, seeds = comparison.about, sorted({seed for seed, _ in comparison.asked})
     return (
-        "Accuracy by tokens of text between image and question, with its standard error over "
+        "The table shows accuracy by tokens of text between image and question, with its standard error over "
         f"{comparison.num_questions} questions; seeds {', '.join(map(str, seeds))}. {about['scored']} Answers are "
-        f'generated; the limit of tokens is {about["max_new_tokens"]}. Where "helps" or "hurts" stands, the '
-        "difference to the base is told from zero. Elsewhere the two cannot be told apart."
+        f'generated, with at most {about["max_new_tokens"]} tokens. "Helps" or "hurts" means that the difference to '
+        "the base is significant. In all other cells, the method cannot be told apart from the base."
     )
 
 
@@ -192,10 +192,10 @@ def _caution(comparison: Comparison) -> str:
     least = fewest_changed(tests)
     return (
         f"{tests} differences are tested, each by the exact two-sided sign-flip test over questions, and corrected "
-        f"together by Holm's method at {LEVEL}. To be told at all, an answer must have changed to at least {least} of "
-        f"the {comparison.num_questions} questions if the strictest step applies, all in one direction: what cannot "
-        "be told may still be there. A standard error of 0 says that all questions agree, not that no other one would "
-        "differ."
+        f"together by Holm's method at {LEVEL}. If the strictest step of this method applies, a difference can only "
+        f"be significant if at least {least} of the {comparison.num_questions} answers change, all in one direction. "
+        "So a real difference may go unnoticed. A standard error of 0 says that all questions agree, not that no "
+        "other question would differ."
     )
 
 
@@ -204,15 +204,15 @@ def _latency(comparison: Comparison) -> list[str]:
     whole = [name for name, cells in comparison.cells.items() if cells.keys() >= set(lengths)]
     points = {name: (comparison.slowdown(name, lengths), sum(comparison.accuracies(name, lengths))) for name in whole}
     return [
-        "Right and down is worse: an answer takes longer, and fewer are right. Bars are standard errors over "
-        "questions. Along the dotted line stand those that no other beats in both, as far as means show. On a CPU, "
-        "the time is the CPU time of all threads; elsewhere it is that of the clock.",
-        f"At all lengths together, these are: {', '.join(front(points))}.",
+        "Higher is more accurate, and farther right is slower. Bars are standard errors over questions. The dotted "
+        "line joins the contenders that no other beats in both accuracy and time, judged by their means. On a CPU, "
+        "the time is the CPU time of all threads; on other devices, it is wall-clock time.",
+        f"Over all lengths together, these contenders are: {', '.join(front(points))}.",
     ]
 
 
 def _details(comparison: Comparison) -> Table:
-    header = ["", "Tokens of text", "Less the base", "p", "p, Holm", "Verdict", "Time, base = 1", "ms a token"]
+    header = ["", "Tokens of text", "Minus the base", "p", "p, Holm", "Verdict", "Time, base = 1", "ms a token"]
     rows = [
         [
             _called(comparison, name),

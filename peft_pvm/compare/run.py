@@ -1,4 +1,4 @@
-"""`compare`: a model with each contender answers the same questions, after ever more text behind the images."""
+"""`compare`: a model answers the same questions with each contender, after longer and longer texts."""
 
 from __future__ import annotations
 

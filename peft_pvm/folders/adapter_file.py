@@ -17,10 +17,10 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, inject_adapter_in_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..utils.checks import LARGEST
 from ..utils.text import listed, plain, quoted
+from .base_checkpoint import without_weights
 from .companions import KEY, Companion, as_json, method_of, read_note
 
 
@@ -290,7 +290,7 @@ def open_adapter(path: str | os.PathLike, kind: type[Saved], whose: str, **kwarg
     """
     config = PeftConfig.from_pretrained(os.fspath(path), **kwargs)
     if not isinstance(config, kind):
-        raise ValueError(f"{plain(path, 200)} is an adapter of type {config.peft_type}, not {whose}.")
+        raise ValueError(f"{plain(path, 200)} is an adapter of type {method_of(config)}, not {whose}.")
     return config, vars(config).get(SOURCE) or AdapterFile(path)
 
 
@@ -397,8 +397,7 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
 
 def _misfit(config: PeftConfig, base: str) -> str | None:
     """Why an adapter does not fit a base model, found by attaching it to the model without weights."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
+    model = without_weights(base)
     try:
         inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     except (ValueError, NotImplementedError) as error:

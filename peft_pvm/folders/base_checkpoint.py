@@ -1,4 +1,4 @@
-"""The checkpoint of a vision-language model as files: which there are, and copies of it with other weights."""
+"""The checkpoint of a vision-language model: its files, copies of it with other weights, the model without weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoConfig
+from torch import Tensor, device
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from ..utils.text import plain, quoted
 from .data_file import read_json
@@ -222,6 +222,26 @@ def keys_of(shard: Path) -> list[str]:
     """
     with opened(shard) as file:
         return list(file.keys())
+
+
+def without_weights(source: str | os.PathLike) -> Any:
+    """A vision-language model of which only the configuration is read.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is no model that reads images and writes text.
+    """
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"{plain(source)} is a {config.model_type!r}, but must be a model that reads images and writes text. "
+            "`peft-pvm models` lists those that are tested."
+        )
+    with device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def _local(source: str | os.PathLike) -> Path:

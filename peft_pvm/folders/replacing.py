@@ -1,4 +1,4 @@
-"""Files in a folder that take the place of older ones all at once, whoever else writes there and whenever it dies.
+"""Replacing files in a folder all at once, also if other processes write there or a process dies meanwhile.
 
 New files are first completed in a hidden folder inside the target, so on its file system. Then they take their places
 under a lock. A single file does so in one step. For several, a note of what they replace is made first. If the process

@@ -39,8 +39,8 @@ def push_adapter(
         repo_id: The repository, as in "you/my-adapter".
         base: Hub id of the base model, in place of the one that the adapter's configuration names.
         revision: The branch, which is made if it is not there; `None`: the main one.
-        private: Whether a new repository is private; `None`: as the account has it.
-        token: Of the account; `None`: the one that `hf auth login` keeps, or `HF_TOKEN`.
+        private: Whether a new repository is private; `None`: the default of the account.
+        token: The account's token; `None`: the one from `hf auth login` or `HF_TOKEN`.
 
     Returns:
         The address of the commit.

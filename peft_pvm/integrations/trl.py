@@ -1,4 +1,4 @@
-"""For training with TRL: rewards, what is logged of how much the model looks and its picture, what cannot be done.
+"""For training with TRL: rewards, logs of how much the model looks and their picture, and checks of what cannot work.
 
 The recipe is that of PVM, arXiv 2605.00814: supervised fine-tuning of PVM alone, then GRPO with the language model.
 """
@@ -307,7 +307,7 @@ def read_log(folder: str | os.PathLike) -> list[dict[str, float]]:
     path = Path(folder) / STATE
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no {STATE} in {folder}: give a checkpoint, or a folder that save_state wrote."
+            f"There is no {STATE} in {folder}. Give the output folder of a training, or one of its checkpoints."
         )
     state = read_json(path)
     with holding(path, "what a trainer logged"):

@@ -1,4 +1,4 @@
-"""CAI: scores of the visual keys that are like a token are raised in layers that it enters undecided."""
+"""CAI: in layers where the model is still undecided, scores of visual keys that are like the token are raised."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..utils.checks import is_number, setting
 
 @dataclass
 class CAIConfig(AttentionMethod):
-    """Raises the scores of the visual keys that are like a token, in layers that the token enters undecided
+    """Raises the scores of visual keys that are like the token, in layers where the model is still undecided
     (arXiv 2606.29847, "Context-aware Attention Intervention").
 
     With `s_ij` the score of query `i` and visual key `j` after scaling, `x_i` the token's own input embedding and
@@ -32,14 +32,14 @@ class CAIConfig(AttentionMethod):
 
         s_ij = s_ij + |s_ij| * sigmoid(slope * (cos(x_i, z_j) - m_i))      m_i: the least cosine of those before i
 
-    The softmax follows. With `p` the probabilities that the final norm and the head give the 10 likeliest tokens,
-    among these, from the residual stream that enters the layer, `H = -sum p log p / log 10`. Each of its layers runs
-    the head once more, for every token of text behind an image. The paper's second part, contrastive decoding, is not
-    in it. It has no parameters.
+    The softmax follows. `H` says how undecided the model is: `H = -sum p log p / log 10`, where `p` are the
+    probabilities of the 10 likeliest tokens, normalised to sum to 1. The final norm and the head compute them from
+    the residual stream that enters the layer. Each of its layers runs the head once more, for every token of text
+    behind an image. The paper's second part, contrastive decoding, is left out. It has no parameters.
 
     Args:
         threshold: How undecided the model has to be, from 0 to 1.
-        slope: How sharply keys that are like the token are told from the least like it, 0 or more.
+        slope: How sharply keys like the token are separated from the key least like it, 0 or more.
         rows: "text": all text behind an image. "generated": the last token of each forward alone, as the authors' code
             does; in a forward of several tokens, `x` is then the mean over its text. Then a step of decoding does not
             give what a forward over the whole text gives.
@@ -59,7 +59,7 @@ class CAIConfig(AttentionMethod):
         valid=lambda value: is_number(value) and 0 <= value <= 1,
         accepted="a number from 0 to 1",
     )
-    slope: float = setting(100.0, "How sharply keys that are like the token are told from others, 0 or more.", least=0)
+    slope: float = setting(100.0, "How sharply keys like the token are separated from others, 0 or more.", least=0)
     rows: Rows = setting("text", ROWS, among=("text", "generated"))
 
     @classmethod

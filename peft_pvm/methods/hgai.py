@@ -1,4 +1,4 @@
-"""HGAI: scores of visual keys are raised in all heads by a share of their mean size over heads."""
+"""HGAI: in all heads, scores of visual keys are raised by a share of their mean size over the heads."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..utils.checks import setting
 
 @dataclass
 class HGAIConfig(AttentionMethod):
-    """Raises the scores of visual keys in all heads by a share of their mean size over heads, in text that comes after
+    """Raises the scores of visual keys, in all heads, by a share of their mean size over the heads, in the text after
     the image (arXiv 2411.16724, "Heads Guided Attention Intervention").
 
     With `s_hij` the score of query `i` and key `j` in head `h` after scaling, and `H` heads::
 
         s_hij = s_hij + alpha * (sum over g of |s_gij|) / H      for visual keys
 
-    The softmax follows. A key on which many heads agree is raised in the heads that pass it by as well. It runs on
+    The softmax follows. A key on which many heads agree is also raised in the other heads. It runs on
     any kernel, and computes the scores of visual keys once more beside it, a few rows at a time. It has no parameters.
 
     Args:

@@ -1,4 +1,4 @@
-"""Log-bias: visual keys are raised by what a growing text takes from them, the null model of the other methods."""
+"""Log-bias, the null model: scores of visual keys are raised by the logarithm of the length of the text after them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..utils.checks import setting
 
 @dataclass
 class LogBiasConfig(AttentionMethod):
-    """Raises the scores of visual keys by log(1 + t / t0), with t tokens of text behind the last image. It is ours and
-    unpublished: a null model that other methods are compared with.
+    """Raises the scores of visual keys by log(1 + t / t0), where t is the number of text tokens after the last image.
+    It is ours and unpublished: a null model to compare other methods with.
 
     With `s_ij` the score of query `i` and key `j` after scaling, in rows of text with an image before them::
 
@@ -25,9 +25,9 @@ class LogBiasConfig(AttentionMethod):
         t_i = p_i - p_start + 1              the tokens of text from the end of the last image before `i` up to `i`
 
     `p` are the positions of tokens, and `start` is the first token of the run of text that holds `i`. The softmax
-    follows. Where the attention on the image falls like 1 / (1 + t / t0), as in theorem 3.1 of PVM's paper
+    follows. If the attention on the image falls like 1 / (1 + t / t0), as in theorem 3.1 of PVM's paper
     (arXiv 2605.00814: O(1/t)), this multiplies it by the inverse, before the weights are normalised. What is added is
-    a number of the query times one of the key, so that it runs on any kernel. It has no parameters.
+    a number of the query times a number of the key, so it runs on any kernel. It has no parameters.
 
     Args:
         t0: How many tokens of text double the weight of the image, above 0. The default is ours and not tuned.

@@ -1,4 +1,4 @@
-"""M3ID: what a token owes to the image counts more, the longer the answer is."""
+"""M3ID: tokens that the image makes likelier are raised, and raised more as the answer grows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STRONGEST = 50.0  # in the exponent: the contrast is then all that counts, and s
 
 @dataclass
 class M3IDConfig(LogitsMethod):
-    """Raises the tokens that the image makes likelier, the more the longer the answer is (arXiv 2403.14003,
+    """Raises tokens that the image makes likelier, and raises them more as the answer grows (arXiv 2403.14003,
     "Multi-Modal Hallucination Control by Visual Information Grounding").
 
     With `l_c` the log-probabilities of the `t`-th token of the answer, `l_u` those without the image, and `t` from 1::
@@ -31,7 +31,7 @@ class M3IDConfig(LogitsMethod):
 
     Args:
         rate: How fast the contrast grows with each token, 0 or more.
-        threshold: The probability of the likeliest token from which on nothing changes, above 0.
+        threshold: If the likeliest token has at least this probability, nothing changes, above 0.
         format_version: The format of the saved adapter. Do not change it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
@@ -40,7 +40,7 @@ class M3IDConfig(LogitsMethod):
 
     rate: float = setting(0.02, "How fast the contrast grows with each token, 0 or more.", least=0)
     threshold: float = setting(
-        0.3, "The probability of the likeliest token from which on nothing changes, above 0.", above=0
+        0.3, "If the likeliest token has at least this probability, nothing changes, above 0.", above=0
     )
 
     def second_prompt(self, prompt: Prompt) -> dict[str, Any]:

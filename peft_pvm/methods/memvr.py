@@ -1,4 +1,4 @@
-"""MemVR: where the model is undecided, an FFN looks the image up once more."""
+"""MemVR: where the model is undecided, the output of an FFN is mixed with a lookup in the image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRODUCTS_AT_ONCE = 2**22  # of tokens and visual embeddings
 
 @dataclass
 class MemVRConfig(FFNMethod):
-    """Mixes what the image says of a token into the output of one FFN, the first that the token enters undecided
+    """Mixes a lookup in the image into the output of one FFN, in the first layer where the model is still undecided
     (arXiv 2410.03577, "Look Twice Before You Answer").
 
     With `F` what the FFN of a layer returns for a token, `x` what it read, and `z_i` the embeddings that the vision
@@ -29,13 +29,14 @@ class MemVRConfig(FFNMethod):
         a = sum_i (x . z_i) z_i
         F = (1 - ratio) * F + ratio * mean|F| / mean|a| * a
 
-    Means are over channels. It happens once for a token, in the first of its layers where `H > threshold`: with `p`
-    the probabilities that the final norm and the head give the 10 likeliest tokens, among these, from the residual
-    stream that enters the layer, `H = -sum p log p / log 10`. Each of its layers runs the head once more, for every
-    token of text behind an image that is still to be changed. It has no parameters.
+    Means are over channels. Each token is changed once at most, in the first of its layers where `H > threshold`. `H`
+    says how undecided the model is: `H = -sum p log p / log 10`, where `p` are the probabilities of the 10 likeliest
+    tokens, normalised to sum to 1. The final norm and the head compute them from the residual stream that enters the
+    layer. Each of its layers runs the head once more, for every token of text behind an image that was not changed
+    yet. It has no parameters.
 
     Args:
-        ratio: The share of what the image says, from 0 to 1.
+        ratio: The share of the lookup in the output, from 0 to 1.
         threshold: How undecided the model has to be, from 0 to 1.
         rows: "text": all text behind an image, each token judged by itself. "generated": the last token of each
             forward alone. Then a step of decoding does not give what a forward over the whole text gives.
@@ -51,7 +52,7 @@ class MemVRConfig(FFNMethod):
 
     ratio: float = setting(
         0.12,
-        "The share of what the image says, from 0 to 1.",
+        "The share of the lookup in the output, from 0 to 1.",
         valid=lambda value: is_number(value) and 0 <= value <= 1,
         accepted="a number from 0 to 1",
     )

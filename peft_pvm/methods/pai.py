@@ -1,4 +1,4 @@
-"""PAI: scores of visual keys are raised by a share of their size in text that comes after the image."""
+"""PAI: in the text after the image, each score of a visual key is raised by a share of its size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..utils.checks import setting
 
 @dataclass
 class PAIConfig(AttentionMethod):
-    """Raises the scores of visual keys by a share of their size, in text that comes after the image (arXiv 2407.21771,
-    "Paying More Attention to Image").
+    """Raises each score of a visual key by a share of its size, in the text after the image (arXiv 2407.21771, "Paying
+    More Attention to Image").
 
     With `s_ij` the score of query `i` and key `j` after scaling::
 
@@ -26,7 +26,7 @@ class PAIConfig(AttentionMethod):
 
     The softmax follows. A score is raised whether it is above 0 or below. It runs on any kernel, and computes the
     scores of visual keys once more beside it, a few rows at a time. The paper's second part, which subtracts logits
-    without the image, is not in it. It has no parameters.
+    without the image, is left out. It has no parameters.
 
     Args:
         alpha: The share, 0 or more.

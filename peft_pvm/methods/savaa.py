@@ -1,4 +1,4 @@
-"""SAVAA: scores of visual keys are raised while an answer is written, the more the riskier the last token was."""
+"""SAVAA: while an answer is written, scores of visual keys are raised, and more so after a risky token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..utils.checks import is_number, setting
 
 @dataclass
 class SAVAAConfig(AttentionMethod):
-    """Raises the scores of visual keys while an answer is written, the more the riskier the last token was, and lowers
-    those of the prompt's text (arXiv 2602.13600, "Step-wise Adaptive Visual Attention Amplification").
+    """Raises the scores of visual keys while an answer is written, more so after a risky token, and lowers those of
+    the prompt's text (arXiv 2602.13600, "Step-wise Adaptive Visual Attention Amplification").
 
     With `s_j` the score of key `j` in the row of a decoded token::
 
@@ -26,16 +26,16 @@ class SAVAAConfig(AttentionMethod):
 
         r = clip((alpha * H + (1 - alpha) * (1 - G)) / risk_scale, 0, 1)
 
-    The softmax follows. `H` is the entropy of the logits that the forward before ended with, over the logarithm of the
-    vocabulary's size. `G` is the largest probability that the logits at a visual token gave, when it was read, to what
-    these last logits find likeliest. So it acts where a conversation on a KV cache is read on by one token, as in
-    `generate`. **A forward of several tokens is that of the base.** It has no parameters.
+    The softmax follows. `r` is the risk. `H` is the entropy of the last logits of the forward before, divided by the
+    logarithm of the vocabulary's size. `G` belongs to the likeliest token of these logits: it is the largest
+    probability that the logits at any visual token gave to it. So it acts when a forward continues a KV cache by one
+    token, as in `generate`. **A forward of several tokens is that of the base.** It has no parameters.
 
     Args:
         visual: What scores of visual keys are multiplied by at the highest risk, above 0.
         text: What scores of the prompt's text are divided by, above 0.
-        alpha: The share of entropy in the risk, 0 to 1. The rest is what the image does not say.
-        risk_scale: Where the risk is highest, above 0.
+        alpha: The share of `H` in the risk, 0 to 1. The rest is the share of `1 - G`.
+        risk_scale: The sum of both shares from which on the risk is 1, above 0.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the authors' 4 to 14 of 36
             layers, and the same part of other depths.
         format_version: The format of the saved adapter. Do not change it.
@@ -56,7 +56,7 @@ class SAVAAConfig(AttentionMethod):
         valid=lambda value: is_number(value) and 0 <= value <= 1,
         accepted="a number from 0 to 1",
     )
-    risk_scale: float = setting(0.6, "Where the risk is highest, above 0.", above=0)
+    risk_scale: float = setting(0.6, "The sum of both shares from which on the risk is 1, above 0.", above=0)
 
     def acts_in(self, context: VisualContext) -> bool:
         """In a step of decoding, behind a forward that left its logits.

@@ -1,4 +1,4 @@
-"""SPARC: visual tokens that a token of the answer looks at more than before count for more from then on."""
+"""SPARC: visual tokens whose attention rises during the answer count for more from then on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _ValuesOfChosen(Values):
 
 @dataclass
 class SPARCConfig(AttentionMethod):
-    """Has visual tokens count for more from then on that a token of the answer looks at more than those before it
+    """Raises the weights of visual tokens from the moment that the answer looks at them more than before
     (arXiv 2502.01419, "Selective Progressive Attention ReCalibration").
 
     With `a_j` the attention weight of visual token `j` in the last row of a forward, averaged over the heads of
@@ -43,15 +43,16 @@ class SPARCConfig(AttentionMethod):
         m_j       = beta * a_j + (1 - beta) * m_j            at first: a_j
         w_ij      = w_ij * alpha^n_j                         n_j: in how many forwards before j was chosen
 
-    The weights are not normalised again. So it acts where a conversation on a KV cache is read on, as in `generate`.
-    **The first forward, which brings the image, is that of the base.** It has no parameters.
+    The weights are not normalised again. It acts when a forward continues a KV cache, as in `generate`. **The first
+    forward, which brings the image, is that of the base.** It has no parameters.
 
     Args:
-        alpha: What the weight of a visual token is multiplied by each time that it was chosen, above 0.
-        tau: How much more than its moving average a chosen token is looked at, in units of that, at least 0.
+        alpha: The factor by which each choice of a visual token multiplies its weight, above 0.
+        tau: By how much the attention on a chosen token exceeds its moving average, as a multiple of that average, at
+            least 0.
         beta: The share of the newest forward in the moving average, above 0, at most 1.
-        choosing_layer: The decoder layer by whose weights they are chosen. `None`: the authors' 20 of 32, and the same
-            part of other depths.
+        choosing_layer: The decoder layer whose weights decide which tokens are chosen. `None`: the authors' 20 of 32,
+            and the same part of other depths.
         layers_to_transform: Indices of the decoder layers whose weights it changes (or one). `None`: all.
         format_version: The format of the saved adapter. Do not change it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
@@ -60,10 +61,10 @@ class SPARCConfig(AttentionMethod):
     method: ClassVar[str] = "sparc"
     acts_in_forwards: ClassVar[bool] = False
 
-    alpha: float = setting(1.1, "What the weight of a visual token is multiplied by each time it was chosen.", above=0)
+    alpha: float = setting(1.1, "The factor by which each choice of a visual token multiplies its weight.", above=0)
     tau: float = setting(
         1.5,
-        "How much more than its moving average a chosen token is looked at, in units of that.",
+        "By how much the attention on a chosen token exceeds its moving average, as a multiple of it.",
         valid=lambda value: is_number(value) and value >= 0,
         accepted="a number from 0 on",
     )
@@ -75,7 +76,7 @@ class SPARCConfig(AttentionMethod):
     )
     choosing_layer: int | None = setting(
         None,
-        "The decoder layer by whose weights tokens are chosen, or None: the authors' part of the depth.",
+        "The decoder layer whose weights decide the choice, or None: the authors' part of the depth.",
         valid=lambda value: value is None or (is_int(value) and 0 <= value < 2**31),
         accepted="None or the index of a decoder layer",
     )

@@ -1,4 +1,4 @@
-"""VAF: scores of visual keys are raised in text that comes after the image."""
+"""VAF: in the text after the image, scores of visual keys are raised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..utils.checks import setting
 
 @dataclass
 class VAFConfig(AttentionMethod):
-    """Raises the scores of visual keys, and lowers those of the text before the image, in text that comes after it
+    """Raises scores of visual keys and lowers scores of text before the image, in the text after the image
     (arXiv 2503.13107, "ClearSight").
 
     With `s_ij` the score of query `i` and key `j`, in rows of text with an image before them::
@@ -23,9 +23,9 @@ class VAFConfig(AttentionMethod):
         s_ij = s_ij * visual      for visual keys
         s_ij = s_ij * before      for keys of text before the first image, which the paper takes for the system prompt
 
-    The softmax follows. A score below 0 is pushed down by a factor above 1. Keys are multiplied instead of scores, so
-    that it runs on any kernel. In a forward with image tokens each layer attends twice, once for text and once for the
-    other rows, on sdpa up to the last of these. It has no parameters.
+    The softmax follows. A factor above 1 pushes a score below 0 further down. Keys are multiplied instead of scores,
+    so it runs on any kernel. In a forward with image tokens, each layer attends twice: once for text, and once for the
+    other rows (on sdpa, only up to the last of these). It has no parameters.
 
     Args:
         visual: What scores of visual keys are multiplied by, above 0.

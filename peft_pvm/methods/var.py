@@ -1,4 +1,4 @@
-"""VAR: attention that sinks would take goes to the other visual tokens, in heads that look at the image."""
+"""VAR: in heads that look at the image, part of the attention on sinks is moved to the other visual tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _is_share(value: object) -> bool:
 
 @dataclass
 class VARConfig(AttentionMethod):
-    """Gives a part of the attention that sinks take to the other visual tokens, in heads that look at the image
+    """Moves a part of the attention on sinks to the other visual tokens, in heads that look at the image
     (arXiv 2503.03321, "Visual Attention Redistribution").
 
     With `h_j` the hidden state of token `j` where the layer begins, `j` is a sink if::
@@ -53,9 +53,10 @@ class VARConfig(AttentionMethod):
     to values three times as wide; a step of decoding makes its row of weights by hand. It has no parameters.
 
     Args:
-        sink_channels: Channels of the hidden state by which sinks are known, which differ from model to model:
-            `peft-pvm sinks` finds them. They must be given to attach it.
-        tau: How large one of them is in a sink, in units of the hidden state's root mean square, above 0.
+        sink_channels: Channels of the hidden state that are large in sinks. They differ from model to model, and
+            `peft-pvm sinks` finds them. Attaching needs them.
+        tau: A token is a sink if one of these channels is larger than this, in units of the hidden state's root mean
+            square, above 0.
         rho: The largest share of its visual weight that a head may give to visual sinks, 0 to 1.
         least_visual: The least weight that a head must give to visual tokens, 0 to 1.
         p: What part of their weight sinks keep, 0 to 1.
@@ -72,7 +73,7 @@ class VARConfig(AttentionMethod):
 
     sink_channels: list[int] | None = setting(
         None,
-        "Channels of the hidden state by which sinks are known: peft-pvm sinks finds them.",
+        "Channels of the hidden state that are large in sinks: peft-pvm sinks finds them.",
         valid=lambda value: (
             value is None
             or (

@@ -1,4 +1,4 @@
-"""VCD: what a token owes to a noised image is subtracted."""
+"""VCD: tokens that are also likely with a noised image are lowered."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIFFUSION_STEPS = 1000
 
 @dataclass
 class VCDConfig(LogitsMethod):
-    """Lowers the tokens that the model would write of a noised image as well (arXiv 2311.16922, "Mitigating Object
+    """Lowers tokens that the model would also write for a noised image (arXiv 2311.16922, "Mitigating Object
     Hallucinations in Large Vision-Language Models through Visual Contrastive Decoding").
 
     With `l` the logits of the next token, and `l_n` those with noise on the image::
@@ -35,9 +35,10 @@ class VCDConfig(LogitsMethod):
 
     Args:
         alpha: How much is subtracted, 0 or more.
-        beta: The share of the likeliest token's probability that others need to stay in the choice, above 0, up to 1.
+        beta: Tokens with less than this share of the likeliest token's probability are excluded, above 0, up to 1.
         noise_steps: How many steps of the diffusion the noise stands for, 1 to 1000.
-        seed: Of the noise, which is drawn anew for each image: the same image gets the same in any batch.
+        seed: The seed of the noise. Noise is drawn for each image by itself, so an image gets the same noise
+            in any batch.
         format_version: The format of the saved adapter. Do not change it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
@@ -47,7 +48,7 @@ class VCDConfig(LogitsMethod):
     alpha: float = setting(1.0, "How much is subtracted, 0 or more.", least=0)
     beta: float = setting(
         0.1,
-        "The share of the likeliest token's probability that others need to stay in the choice, above 0, up to 1.",
+        "Tokens with less than this share of the likeliest token's probability are excluded, above 0, up to 1.",
         valid=lambda value: is_number(value) and 0 < value <= 1,
         accepted="a number above 0, up to 1",
     )
@@ -59,7 +60,7 @@ class VCDConfig(LogitsMethod):
     )
     seed: int = setting(
         0,
-        "Of the noise, which is drawn anew for each image.",
+        "The seed of the noise, which is drawn for each image by itself.",
         valid=lambda value: is_int(value) and 0 <= value < 2**63,
         accepted="a whole number from 0 on",
     )

@@ -1,4 +1,4 @@
-"""VISTA: what FFNs return is turned towards what the image has changed at the end of the prompt."""
+"""VISTA: outputs of FFNs are turned in the direction in which the image changes the end of the prompt."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ LEAST, ROUNDING = 1e-4, 4  # shares of the length, the second in units of the dt
 
 @dataclass
 class VISTAConfig(InGenerate, FFNMethod):
-    """Turns what FFNs return towards what the image has changed at the end of the prompt (arXiv 2502.03628, "Visual
-    Information Steering with Token-logit Augmentation").
+    """Turns outputs of FFNs in the direction in which the image changes the end of the prompt (arXiv 2502.03628,
+    "Visual Information Steering with Token-logit Augmentation").
 
-    With `v` what a decoder layer returns for the last token of the prompt, less what it returns without the images,
-    and `y` what the FFN of that layer returns for a token of text behind an image, `unit(x) = x / |x|`::
+    Let `v` be what a decoder layer returns for the last token of the prompt, minus what it returns without the images.
+    Let `y` be what the FFN of that layer returns for a token of text behind an image, and `unit(x) = x / |x|`::
 
         y = |y| * unit(unit(y) + strength * (1 + max(0, cos(y, -v))) * unit(v))
 
-    It acts in `generate` alone, in the prompt and in the answer: the model reads the prompt twice before, with and
-    without its images, and nothing else changes then. A plain forward is that of the base. The paper's second part,
-    which adds logits of earlier layers, is not in it. It has no parameters.
+    It acts in `generate` alone, in the prompt and in the answer. Before that, the model reads the prompt twice, with
+    and without its images, while this method is off. A plain forward is that of the base. The paper's second part,
+    which adds logits of earlier layers, is left out. It has no parameters.
 
     Args:
         strength: How far it turns, 0 or more.

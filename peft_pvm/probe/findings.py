@@ -26,12 +26,12 @@ class LayerAttention:
 
     Attributes:
         layer_idx: The decoder layer.
-        visual_mass: What reaches the visual tokens, a number in [0, 1] for each generated token.
+        visual_mass: The attention on all visual tokens, a number in [0, 1] for each generated token.
         lowest_head: `visual_mass` of the head in which it is smallest.
         highest_head: `visual_mass` of the head in which it is largest.
-        text_to_visual: Attention to text over attention to visual tokens. `None` where nothing reaches these.
+        text_to_visual: Attention on text divided by attention on visual tokens. `None` if the latter is 0.
         text_tokens: How many non-visual tokens the query sees.
-        sinks: The visual tokens that draw mass whatever the query, counted from the first visual token.
+        sinks: The visual tokens that draw attention whatever the query is, counted from the first visual token.
         sink_mass: The attention that reaches the sinks.
         decay: The power law of `visual_mass` over `text_tokens`.
         dilution: The dilution law of the same numbers.
@@ -59,7 +59,7 @@ class LayerAttention:
 
     @property
     def mass_without_sinks(self) -> list[float]:
-        """What reaches the other visual tokens."""
+        """The attention on visual tokens that are not sinks."""
         return [rounded(max(mass - sink, 0.0)) for mass, sink in zip(self.visual_mass, self.sink_mass)]
 
 
@@ -70,7 +70,7 @@ class ForwardRecord:
     Attributes:
         name: "base", "adapters" (as the model stands), or "only" and an adapter's name.
         adapters: The adapters that were active.
-        attention: Where each layer that has softmax attention looked.
+        attention: Where each layer with softmax attention looked.
         mean_decay: The power law of `mean_mass` over the `text_tokens` of the layer that sees most.
         mean_dilution: The dilution law of the same numbers.
         lens: For each layer, KL(final prediction || the layer's) at each generated token, in nats. `None`: the text
@@ -137,8 +137,8 @@ class BranchRecord:
         adapter: The adapter.
         layer_idx: The decoder layer.
         gate: The learned scalar that the branch is multiplied by.
-        relative_update: Norm of what it adds over the norm of the residual stream that it reads, for each generated
-            token.
+        relative_update: The norm of its output divided by the norm of the residual stream that it reads, for each
+            generated token.
         retrieval: For each chosen token, the branch's cross-attention over the visual tokens, averaged over heads. It
             adds up to 1.
     """

@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]  # what is done, how many steps of it
 
 
 def build_inputs(processor: Any, image: Image, prompt: str) -> dict[str, torch.Tensor]:
-    """What a processor gives for one image and one prompt.
+    """Build a model's inputs from one image and one prompt.
 
     Args:
         processor: The model's processor. Its chat template is used if it has one; otherwise its image token is put
@@ -53,7 +53,7 @@ def build_inputs(processor: Any, image: Image, prompt: str) -> dict[str, torch.T
 
 
 def picture_of(processor: Any, image: Image) -> bytes:
-    """The part of an image that a processor shows its model, as a PNG file for a report, made smaller if need be.
+    """The part of an image that a processor shows its model, as a PNG file for a report. Large images are scaled down.
 
     Args:
         processor: The model's processor. If it crops, it keeps the middle.

@@ -1,4 +1,4 @@
-"""What is computed of recordings: laws of decay, visual sinks, divergences, the logit lens.
+"""What is computed from recordings: laws of decay, visual sinks, divergences, the logit lens.
 
 Everything is pure, except that the lens runs the model's own final layers.
 """

@@ -52,14 +52,14 @@ class ProbeResult(Findings):
         """Write `probe.json`, the pictures and `report.html`, all or none. The same result gives the same bytes.
 
         Args:
-            folder: Made if it is not there; files of the same name are overwritten.
+            folder: It is created if it does not exist. Files of the same name are overwritten.
 
         Returns:
             The path of the report.
 
         Raises:
-            ImportError: jinja2 or matplotlib is not installed. All but the pictures and the report is written by then:
-                `load` reads it where they are.
+            ImportError: jinja2 or matplotlib is not installed. Everything but the pictures and the report is then
+                written, and `load` can read it where both are installed.
         """
         files = {f"image-{number}.png": image for number, image in enumerate(self.images)}
         files["probe.json"] = self.to_json().encode()

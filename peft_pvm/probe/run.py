@@ -76,23 +76,23 @@ def probe(
 ) -> ProbeResult:
     """Measure how much a model looks at its image while it answers, and what its adapters change.
 
-    It generates with the adapters as they stand, and with every adapter off. Then it runs over the prompt and the
-    first of the two answers once with every adapter off, once with those that act, and once with each of these alone.
-    The model is left as it was, also after an exception.
+    The probe generates twice: with the adapters as they stand, and with every adapter off. Then it reads the prompt
+    and the first of the two answers in one forward with every adapter off, one with the active adapters, and one with
+    each active adapter alone. The model is left as it was, also after an exception.
 
     Args:
-        model: A vision-language model from transformers, with or without adapters of any of PEFT's types that live in
-            layers, or a PeftModel of one.
+        model: A vision-language model from transformers, or a PeftModel of one. It may have adapters of any of PEFT's
+            layer-based types.
         inputs: What its processor gives for one prompt with an image or a video, on the model's device.
         prompt: The prompt as text, for the report.
-        decode: Makes text of a token id.
-        images: PNG files of what is looked at, for the report.
-        max_new_tokens: Length of the answer at most.
-        sink_factor: A visual token is a sink in a layer if its attention, averaged over heads, is more than so many
-            times the mean over the visual tokens ...
-        sink_share: ... for at least this share of the generated tokens.
-        retrieval_tokens: The generated tokens, counted from 0, whose retrieval by PVM is kept. `None`: the six whose
-            updates are largest beside the residual stream.
+        decode: Turns a token id into text.
+        images: PNG files of the images in the prompt, for the report.
+        max_new_tokens: The most tokens that the answer may have.
+        sink_factor: A visual token is a sink in a layer if its attention, averaged over heads, is more than this many
+            times the mean over the visual tokens, for a large enough share of the generated tokens.
+        sink_share: That share.
+        retrieval_tokens: The generated tokens, counted from 0, for which PVM's cross-attention is kept. `None`: the
+            six with the largest updates relative to the residual stream.
         generate_kwargs: More arguments for `generate`, which by default is greedy.
         progress: Called with what is being done, how many steps of it are done and how many there are.
 

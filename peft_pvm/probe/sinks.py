@@ -1,4 +1,4 @@
-"""By which channels of the hidden state attention sinks are known: those that stand out at the first token."""
+"""Which channels of the hidden state are large in attention sinks: those that stand out at the first token."""
 
 from __future__ import annotations
 

@@ -19,16 +19,16 @@ Lengths = Literal["uniform", "log-uniform"]
 
 
 class TextBetween:
-    """Puts text between the images and the question of chats, another length in every row.
+    """Puts text of a different length into every row, between the images and the question of its chat.
 
-    A question right behind its image does not teach a model to answer from afar.
+    If a question comes right after its image, a model does not learn to answer over a distance.
 
     Args:
         tokenizer: The model's tokenizer, or a processor that has one.
         max_tokens: The most tokens of text.
         lengths: How their number is drawn, from 0 to `max_tokens`: "uniform", or "log-uniform", which gives as many
             rows from 15 to 63 tokens as from 255 to 1,023.
-        paragraphs: What texts are put together from, as `read_paragraphs` gives it. `None`: Python's help topics.
+        paragraphs: The paragraphs that texts are made of, from `read_paragraphs`. `None`: Python's help topics.
         seed: Together with the number of the row, it decides length and text.
 
     Raises:
@@ -54,7 +54,7 @@ class TextBetween:
         self.lengths = lengths
 
     def put_into(self, data: Dataset) -> Dataset:
-        """A data set with text between. Its images are neither decoded nor written anew.
+        """Put text into a whole data set. Its images are neither decoded nor written anew.
 
         Args:
             data: Rows as `__call__` takes them.

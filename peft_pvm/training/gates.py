@@ -25,12 +25,12 @@ def gates_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, faster: float = FASTER) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer, without weight decay, in which gates learn faster than the rest.
+    """Make parameter groups for an optimizer, without weight decay, in which gates learn faster than the rest.
 
     Args:
         model: The model. Only parameters that require gradients are in the groups.
-        learning_rate: That of everything but the gates.
-        faster: That of the gates over it.
+        learning_rate: The learning rate of everything but the gates.
+        faster: The learning rate of the gates, divided by this.
 
     Returns:
         The groups that have a parameter: the rest, then the gates.
@@ -48,7 +48,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, faster: float = FAS
 
 
 def speed_up_gates(trainer: Trainer, faster: float = FASTER) -> None:
-    """Have a trainer make parameter groups in which gates learn faster. Call it before training.
+    """Make a trainer use parameter groups in which gates learn faster. Call it before training.
 
     Weight decay, schedule and everything else stay the trainer's. A trainer that was given an optimizer keeps its
     groups.

@@ -39,26 +39,26 @@ def _all_rows(batch_size: int) -> torch.Tensor:
 def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = None) -> Iterator[None]:
     """Hide images from text in the training forwards of a block, so that PVM alone can bring them to the answer.
 
-    In these forwards no text token attends to a visual token. What visual tokens attend to, positions, padding and
-    PVM stay as they are. This holds on every attention kernel; flash attention is replaced by sdpa for such a forward.
-    Layers of linear attention carry what they saw in a state, so there visual tokens are 0, and do not see one
+    In these forwards, no text token attends to a visual token. The attention of visual tokens, positions, padding and
+    PVM do not change. This works on every attention kernel; flash attention is replaced by sdpa for such a forward.
+    Layers of linear attention carry what they saw in a state, so visual tokens are set to 0 there and do not see one
     another either.
 
     Only forwards of training are changed: those that begin with the model in training mode and with gradients. So
     evaluation and `generate` see the image. The backward pass may come after the block, also with gradient
     checkpointing.
 
-    Where all rows hide their images, `model` is called with labels and none of them is right behind an image, decoder
-    layers compute the text alone, with the same loss and gradients. The logits at visual tokens mean nothing then.
+    If all rows hide their images, and `model` is called with labels none of which is right behind an image, decoder
+    layers compute the text alone. Loss and gradients are the same. The logits at visual tokens are then meaningless.
 
     Args:
         model: A model with an active PVM adapter, also wrapped by PEFT, DistributedDataParallel or FSDP.
         rows: Which rows of the batch hide their images, `(batch,)`, bool. `None`: all.
 
     Raises:
-        ValueError: No PVM adapter is active, or the model's attention cannot be reached. In a forward: `rows` is not
-            as long as the batch.
-        NotImplementedError: In a forward: it goes on from a KV cache, in a model with linear attention.
+        ValueError: No PVM adapter is active, or the model's attention cannot be reached. In a forward: `rows` does not
+            have the length of the batch.
+        NotImplementedError: In a forward that continues from a KV cache, in a model with linear attention.
 
     Example:
         with hidden_image(model):
@@ -84,12 +84,13 @@ def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = 
 class HiddenImage(TrainerCallback):
     """Hides images from text in some training steps of transformers' `Trainer` and of TRL's: see `hidden_image`.
 
-    Which rows hide their images is decided by seed, optimizer step and the row's place in the global batch. So it
-    is the same on one process and on several, with accumulated gradients, and in a training that was resumed.
+    Seed, optimizer step and the row's place in the global batch decide which rows hide their images. So the choice is
+    the same on one process and on several, with accumulated gradients, and in a resumed training.
 
     Args:
-        steps: In the first so many optimizer steps, all rows hide their images.
-        share: Afterwards, this share of all rows does, drawn at random: from 0 to 1. If both are 0, none does.
+        steps: In this many optimizer steps at the beginning, all rows hide their images.
+        share: After these steps, this share of all rows does, drawn at random: from 0 to 1. If `steps` and `share` are
+            0, no row does.
         seed: Decides the draws.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Decoder layers that compute the text alone, in training steps in which nobody reads what visual tokens become.
+"""Decoder layers that compute the text alone, in training steps in which nothing depends on visual tokens.
 
 Where all images are hidden, no text token attends to a visual token, in any layer. So the hidden states of visual
 tokens reach the loss in one way only: by labels of the tokens behind them. Without such labels, each decoder layer is

@@ -104,9 +104,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
     """Attach fresh adapters to a model, all active beside those it has, and take them off at the end.
 
-    They have the names of their methods, with a number where a name is taken. They act also where the model's own
-    adapters are disabled. The model is then as it was, also after an exception: modules, hooks, adapters and which of
-    them act. What is trainable does not change, but what they bring is.
+    The adapters get the names of their methods, with a number if a name is taken. They act even if the model's own
+    adapters are disabled. Their parameters are trainable; the `requires_grad` of the model's own does not change. At
+    the end, also after an exception, the model is as it was: modules, hooks, adapters and which of them act.
 
     Args:
         model: A vision-language model from transformers, or a PeftModel of one.
@@ -117,7 +117,8 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
 
     Raises:
         TypeError: A configuration is not one of this package's.
-        ValueError: A configuration was loaded with weights, which would not be, or does not fit the model.
+        ValueError: A configuration does not fit the model, or was loaded from a saved adapter, whose weights would be
+            ignored.
 
     Example:
         with attached(model, DIPEConfig(), TDRSConfig()):

@@ -1,4 +1,4 @@
-"""Whether a decoder layer adds its FFN to the residual stream as adapters there take for granted, found out once.
+"""A check, made once, that a decoder layer adds its FFN to the residual stream as adapters assume.
 
 What an adapter puts beside the FFN, or makes of its output, is added to the stream after attention where the FFN's
 output is. So the output of the layer must be the sum of both, times a number at most, or a later module of the layer

@@ -1,4 +1,4 @@
-"""A second run of a model beside its `generate`: from another prompt, along the same new tokens."""
+"""A second run of a model beside its `generate`: with another prompt, but the same new tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Has `generate` ask the adapters that act in it for what they need before it begins: a second run of the model."""
+"""Lets adapters that act in `generate` prepare before it begins, such as by a second run of the model."""
 
 from __future__ import annotations
 

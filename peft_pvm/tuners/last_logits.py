@@ -1,4 +1,4 @@
-"""What the logits of a forward say, noted on the KV cache for the next: for methods whose step depends on it."""
+"""Notes about a forward's logits on the KV cache, for methods whose next step depends on them."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ def add_adapters(model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
 def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
     """Attach saved adapters of any of PEFT's layer-based types to a model, in place. All of them act.
 
-    A warning says so if one of them was trained together with an adapter that is not among them.
+    If one of them was trained together with an adapter that is not among them, there is a warning.
 
     Args:
         model: A transformers model, with or without adapters. Those that it has stop acting.
@@ -264,11 +264,11 @@ def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
 
 
 def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike) -> Path:
-    """Save one of the adapters of a model as PEFT saves it, whole or not at all.
+    """Save one adapter of a model in PEFT's format, whole or not at all.
 
     Args:
         model: A transformers model with adapters.
-        adapter_name: Which of them.
+        adapter_name: The name of the adapter on the model.
         folder: Where to.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Modules that others wrapped a model's in, and names as if nothing were wrapped."""
+"""Wrappers that others put around a model's modules, and names as if nothing were wrapped."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from methods_under_test import give_weight
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
+from transformers import LlamaConfig
 
 from peft_pvm import DIPEConfig, PVMConfig, add_adapters, save_adapter
 from peft_pvm.folders.adapter_file import inspect_adapter
@@ -65,6 +66,9 @@ def test_inspect_tells_whether_a_base_fits(tiny: TinyVLM, tmp_path: Path, base: 
     config.text_config.hidden_size = 2 * config.text_config.hidden_size
     config.save_pretrained(tmp_path / "other")
     assert json.loads(run("inspect", adapter, "--base", tmp_path / "other", "--json", fails=True))["misfit"]
+    LlamaConfig().save_pretrained(tmp_path / "blind")
+    said = run("inspect", adapter, "--base", tmp_path / "blind", fails=True)
+    assert "is a 'llama', but must be a model that reads images and writes text. `peft-pvm models` lists" in said
 
 
 def test_inspect_adapters_of_other_kinds(tiny: TinyVLM, tmp_path: Path, base: Path):
@@ -76,8 +80,12 @@ def test_inspect_adapters_of_other_kinds(tiny: TinyVLM, tmp_path: Path, base: Pa
     found = json.loads(run("inspect", tmp_path / "lora", "--json"))
     assert (found["method"], found["config"]["target_modules"]) == ("lora", ["q_proj"])
     assert found["parameters"] == sum(p.numel() for p in lora.parameters() if p.requires_grad)
-    assert "not of peft_pvm" in run("card", tmp_path / "lora", fails=True)
-    assert "Can't find 'adapter_config.json'" in run("inspect", tmp_path, fails=True)
+    assert "is an adapter of type LORA, not of peft_pvm" in run("card", tmp_path / "lora", fails=True)
+    assert f"Error: Can't find 'adapter_config.json' at '{tmp_path}'" in run("inspect", tmp_path, fails=True)
+    for nowhere in ("nowhere", "./nowhere/at/all"):
+        assert f"There is no folder or file {nowhere} here, and the Hub did not give it" in run(
+            "inspect", nowhere, fails=True
+        )
 
 
 def test_inspect_says_what_was_trained_together(tiny: TinyVLM, tmp_path: Path):

@@ -293,7 +293,7 @@ def main(*arguments, **environment):
         peft_pvm_cli.main()
 
 main("--version")
-main("no such command")
+main("prob")
 
 import typer
 from peft_pvm.cli.app import app
@@ -316,7 +316,7 @@ print(*{"torch", "transformers", "peft", "numpy"} & set(sys.modules))
     assert f"torch {torch.__version__}" in versions
     assert presets == list(PRESETS)
     assert loaded == "", done.stderr
-    assert "No such command 'no such command'" in done.stderr
+    assert "No such command 'prob'. Did you mean 'probe'? See peft-pvm --help." in done.stderr
     assert "'none' is not one of" in done.stderr
 
 

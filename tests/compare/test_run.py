@@ -191,7 +191,8 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path: Path, monkeypa
     def error(*options: object) -> str:
         return run("compare", "--model", "tiny", "--out", tmp_path / "out", *options, fails=True)
 
-    assert "'pvm' must be all, or some of" in error("--methods", "pvm")
+    assert "(dipe, t-drs, " in error("--methods", "pvm")
+    assert "a trained adapter is given with --adapter" in error("--methods", "pvm")
     assert "bad.jsonl, line 1: 'none.png' cannot be read as an image" in error("--task", tmp_path / "bad.jsonl")
     assert "nowhere" in error("--adapter", "nowhere")
     assert "'x' must be whole numbers" in error("--lengths", "x")

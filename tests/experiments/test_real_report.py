@@ -281,7 +281,7 @@ def test_of_many_rounds_some_are_shown(tmp_path):
     write_result(tmp_path, "transcription", "base", {round_ * 80: "98" for round_ in range(27)})
     page = "\n".join(render_base(Results(tmp_path)))
     header = next(line for line in page.splitlines() if line.startswith("| Method |"))
-    assert header.split(" | ")[2:9] == ["0", "80", "240", "560", "1,200", "2,080", "less the base, 0"]
+    assert header.split(" | ")[2:9] == ["0", "80", "240", "560", "1,200", "2,080", "minus the base, 0"]
 
 
 def test_weights_of_another_method_are_trained_once(tmp_path):

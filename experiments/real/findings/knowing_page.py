@@ -30,11 +30,11 @@ def readable_section(found: Recorded) -> Iterator[str]:
     depth = len(next(iter(columns.values())))
     yield from heading("Where must PVM sit?", found)
     yield (
-        "A linear probe (logistic regression) reads what each decoder layer gives at the token that predicts a "
-        "digit: which cell is asked for, and which digit is there. It is fitted on "
+        "A linear probe (logistic regression) reads the output of each decoder layer at the token that predicts a "
+        "digit. It predicts which cell is asked for, and which digit is there. It is fitted on "
         f"{FITTED_ON * found.about['rows']} rows of the training split. The table shows its accuracy; chance is "
         f"{1 / NUM_CELLS:.2f} and {1 / NUM_DIGITS:.2f}. "
-        '"Hidden": no text token can attend to the image.'
+        '"Hidden" means that no text token can attend to the image.'
     )
     yield ""
     shown = sorted({*range(0, depth, SHOWN), depth - 1})
@@ -75,10 +75,9 @@ def text_section(found: Recorded) -> Iterator[str]:
     cells, base = found.cells, found.cells["base"]
     yield from heading("Does anything change on text?", found, "windows")
     yield (
-        f"Perplexity of windows of {WINDOW:,} tokens of held-out text, alone and behind an image, and its change "
-        "against the base, ± standard error by window. T-DRS as its paper sets it acts on all "
-        "pairs of tokens, not only on those with an image. Adapters come with `--adapter`, the language model with "
-        "`--gguf`."
+        f"The table shows the perplexity of windows of {WINDOW:,} tokens of held-out text, alone and behind an image, "
+        "and its change against the base, ± standard error over windows. With its paper's settings, T-DRS acts on all "
+        "pairs of tokens, not only on those with an image. `--adapter` adds adapters, and `--gguf` the language model."
     )
     yield ""
     header = ["", *(part for condition in base for part in (f"text {condition}", "change"))]

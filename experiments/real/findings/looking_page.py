@@ -84,8 +84,9 @@ def attention_section(found: Recorded) -> Iterator[str]:
     cells = found.cells
     yield from heading("Does attention fall as 1/t, and do answers follow it?", found)
     yield (
-        "Attention from the tokens that predict the digits, mean over layers and heads: on the image, and on the cell "
-        "that is asked for. Beside it the accuracy of the same rows, by tokens of text between image and question."
+        "The table shows the attention from the tokens that predict the digits, mean over layers and heads: on the "
+        "image, and on the cell that is asked for. It also shows the accuracy of the same rows. The columns are "
+        "tokens of text between image and question."
     )
     yield ""
     rows = []
@@ -97,9 +98,10 @@ def attention_section(found: Recorded) -> Iterator[str]:
     yield from table(["", *(f"{int(length):,}" for length in cells[BASE])], rows)
     yield ""
     yield (
-        "The exponent a of attention ~ t^-a, by least squares of the logarithms, ± its standard error. t counts the "
-        f"tokens in sight that are not visual; texts have {SHORTEST_FADING} tokens or more. Flatter: a below "
-        f"{LIKE_1_OVER_T[0]}; steeper: above {LIKE_1_OVER_T[1]}."
+        "The next table shows the exponent a of attention ~ t^-a, by least squares of the logarithms, ± its standard "
+        "error. t is the number of tokens in sight that are not visual; texts have at least "
+        f'{SHORTEST_FADING} tokens. "Flatter" means that a is below {LIKE_1_OVER_T[0]}, "steeper" that it is above '
+        f"{LIKE_1_OVER_T[1]}."
     )
     yield ""
     yield from table(
@@ -180,10 +182,11 @@ def dipe_section(found: Recorded) -> Iterator[str]:
     near, far = base
     yield from heading("Why does DIPE as published hurt a base that was not trained with it?", found)
     yield (
-        f"For each group of layers: its attention after {near} tokens of text, in the base → with DIPE as published "
-        f"in all layers; and the accuracy after {near} and after {int(far):,} tokens with DIPE in these layers alone, "
-        "and in all others. Heads were not taken apart: DIPE's configuration chooses layers only. With a limit, a "
-        "query keeps its own distance up to that many tokens behind the image."
+        f"The table has two things for each group of layers. The first is its attention after {near} tokens of text, "
+        "in the base → with DIPE as published in all layers. The second is the accuracy after "
+        f"{near} and after {int(far):,} tokens, with DIPE in these layers alone, and in all others. Heads were not "
+        "tested one by one, because DIPE's configuration chooses layers only. With a limit, a query keeps its own "
+        "distance up to that many tokens behind the image."
     )
     yield ""
     rows = []
@@ -258,9 +261,10 @@ def limit_section(found: Recorded) -> Iterator[str]:
     near, *lengths = base
     yield from heading("Can the best limit be read off the model without answers?", found)
     yield (
-        f"A rule to test: take the limit with which the model looks at the image as the base does after {near} "
-        "tokens. The distance from that is the mean of |log ratio| of the attention on the image, over layers or over "
-        "heads. Beside it stand the loss of the digits in nats and the accuracy, which need the answers."
+        "We tested this rule: take the limit with which the attention on the image is most like that of the base "
+        f"after {near} tokens. The distance between the two is the mean of |log ratio| of the attention on the image, "
+        "over layers or over heads. The table also shows the loss of the digits in nats and the accuracy, which need "
+        "the answers."
     )
     yield ""
     columns = [f"{what}, {int(n):,}" for what in ("by layer", "by head", "loss", "accuracy") for n in lengths]

@@ -36,9 +36,9 @@ def render_findings(folder: str | os.PathLike) -> str:
     lines = [
         "## What is behind it",
         "",
-        "`python -m experiments real-findings` asks why these numbers are as they are. Each finding has a JSON file "
-        "in `experiments/results/real/findings/`, from which its tables are made. All of it is about this base alone. "
-        "Errors of accuracy are standard errors by row.",
+        "`python -m experiments real-findings` looks for the reasons behind these numbers. The tables of each finding "
+        "are made from a JSON file in `experiments/results/real/findings/`. All findings are about this base alone. "
+        "Errors of accuracy are standard errors over rows.",
     ]
     environments = []
     for name, section in SECTIONS.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +16,11 @@ import typer
 from peft import PeftConfig
 from rich.progress import TaskID
 from torch import nn
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ...demo import for_trainers  # noqa: F401  # makes the tiny model's processor known to AutoProcessor
 from ...demo.tiny_vlm import load_tiny_vlm
+from ...folders import base_checkpoint
 from ...folders.adapter_file import AdapterFile, inspect_adapter
 from ...probe.rows import Chat, read_chats
 from ...tokens.families import find_vlm
@@ -56,14 +53,12 @@ def without_weights(source: str, attn_implementation: str | None = None) -> nn.M
         ValueError: It is no vision-language model.
         BadParameter: The kernel cannot be used.
     """
+    if source == TINY and not Path(TINY).exists():
+        raise ValueError(
+            f"This command reads models from folders. Write the lab's first: peft-pvm lab save-base {TINY}"
+        )
     with reading("a model that reads images", source):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise ValueError(
-                f"{source} is a {config.model_type!r}, but must be a model that reads images and writes text."
-            )
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
+        model = base_checkpoint.without_weights(source)
     if attn_implementation is not None:
         set_kernel(model, attn_implementation)
     return model

@@ -1,4 +1,4 @@
-"""What our classes stand on in vLLM, which is checked at start: what differs is refused by name."""
+"""What our classes use of vLLM's internals, checked at start: a difference is refused, and the error names it."""
 
 from __future__ import annotations
 

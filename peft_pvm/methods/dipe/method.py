@@ -33,9 +33,8 @@ class DIPEConfig(AttentionMethod):
     Beyond it, the image stays as far away from generated text as the model has learnt to read. Pairs of one modality,
     and keys, keep their positions.
 
-    The limit is ours. In the paper, the query stands where its run begins, `max_distance=0`, and models are trained
-    so from pretraining on. On a model that was trained without, that is a change of positions which may cost it its
-    answers.
+    The limit is ours. In the paper, the query stands where its run begins (`max_distance=0`), and models are trained
+    this way from pretraining on. On a model that was trained without DIPE, this may ruin the answers.
 
     In a conversation of several turns, each run of text begins farther away from the images of earlier turns. With
     `anchor="image"`, which is not the paper's either, text stands at most `max_distance` behind each image.
@@ -43,15 +42,15 @@ class DIPEConfig(AttentionMethod):
     Args:
         max_distance: How many positions a query moves on from where its run begins, 0 or more. 0 or `None`: not at
             all, as in the paper. `peft-pvm calibrate` measures which limit suits a model.
-        anchor: From where a query of text moves on. "run": from where its run begins, as in the paper. "image": from
-            where the text behind each image begins, for the keys of that image.
+        anchor: Where the distance of a text query counts from. "run": the beginning of its run, as in the paper.
+            "image": for the keys of each image, the beginning of the text behind that image.
         image_gap: With `anchor="image"`, visual runs with fewer positions of text between them count as one image,
             whose parts keep their distances: tiles, rows, frames of a video, images that are given together. 1: each
             run is an image.
         max_images: With `anchor="image"`, how many images are told apart. Later ones count as one with the last of
             them. Each costs one row of scores in a step of decoding.
-        axes: Which axes of positions are anchored, in a model that tells time, height and width apart: "all", as in
-            the paper, "time" or "space". The others stay. In models with one axis, this is the time.
+        axes: Which axes of positions are anchored, in a model whose positions have time, height and width: "all", as
+            in the paper, "time" or "space". The other axes stay. In models with one axis, this axis is the time.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all that rotate queries and
             keys by position.
         format_version: The format of the saved adapter. Do not change it.
@@ -61,9 +60,9 @@ class DIPEConfig(AttentionMethod):
     method: ClassVar[str] = "dipe"
     title: ClassVar[str] = "DIPE: the distance between text and image does not grow"
     summary: ClassVar[str] = (
-        "Scores between tokens of different modality are computed as if the query stood where its run of text began. "
-        "The paper trains with it from pretraining on; on a model that was trained without, it is a zero-shot change "
-        "of positions."
+        "Scores between text and image are computed as if the query stood at most `max_distance` positions behind "
+        "where its run of tokens began. With `max_distance` 0, this is the paper's form. The paper trains with it "
+        "from pretraining on; on a model that was trained without it, it is a zero-shot change of positions."
     )
     paper: ClassVar[str] = "2603.10863"
     rotates: ClassVar[bool] = True
@@ -78,8 +77,8 @@ class DIPEConfig(AttentionMethod):
     )
     anchor: Literal["run", "image"] = setting(
         "run",
-        "From where a query of text moves on: 'run', where its run begins, as in the paper; 'image', where the text "
-        "behind each image begins, for the keys of that image.",
+        "Where the distance of a text query counts from: 'run', the beginning of its run, as in the paper; 'image', "
+        "for the keys of each image, the beginning of the text behind that image.",
         among=("run", "image"),
     )
     image_gap: int = setting(

@@ -46,10 +46,11 @@ AUTHORS_KEY = re.compile(r"(?P<layer>model\.language_model\.layers\.(?P<layer_id
 def convert_reference_checkpoint(
     source: str | os.PathLike, output_dir: str | os.PathLike, base_dir: str | os.PathLike | None = None
 ) -> Path:
-    """Make an adapter of a checkpoint of the authors' PVM code.
+    """Convert a checkpoint of the PVM authors' code to an adapter.
 
-    The adapter has `memory_visibility="sample"`, which is theirs; its tensors keep their dtype. A checkpoint of their
-    second stage, in which the language model was trained along with PVM, needs its own base: `base_dir` writes it.
+    The adapter has `memory_visibility="sample"`, as in their code. Its tensors keep their dtype. In their second
+    stage, the language model was trained along with PVM, so an adapter from that stage needs the base of the same
+    checkpoint. `base_dir` writes this base.
 
     Args:
         source: Folder or Hub id of the checkpoint, sharded or not.
@@ -61,7 +62,7 @@ def convert_reference_checkpoint(
 
     Raises:
         FileNotFoundError: There is no safetensors checkpoint.
-        ValueError: It holds no PVM branch, or not one as its config says.
+        ValueError: It holds no PVM branch, or a branch that does not match its config.
     """
     checkpoint = BaseCheckpoint(source)
     content = checkpoint.config
@@ -95,10 +96,11 @@ def convert_reference_checkpoint(
 def export_reference_checkpoint(
     adapter: str | os.PathLike, base: str | os.PathLike, output_dir: str | os.PathLike
 ) -> Path:
-    """Make a checkpoint for the authors' PVM code of an adapter and its base model.
+    """Export an adapter and its base model as a checkpoint for the PVM authors' code.
 
-    Their code lets every token of a sample see every image of it. An adapter with `memory_visibility="causal"`
-    computes the same there for one image in front of the text, and something else where images come later.
+    In their code, every token of a sample sees every image of that sample. An adapter with
+    `memory_visibility="causal"` gives the same results there if one image stands in front of the text, and other
+    results if images come later.
 
     Args:
         adapter: Folder or Hub id of the adapter.
@@ -235,9 +237,9 @@ def hotswap_adapter(
 ) -> None:
     """Give an attached PVM adapter the weights of another of the same shape, in place.
 
-    It is to PVM what `peft.utils.hotswap.hotswap_adapter` is to LoRA: nothing is added to the model or taken off it,
-    so that a compiled model stays compiled. A KV cache from before keeps the keys and values that the old weights made
-    of its images, as it keeps those of the base's attention: start new conversations with a new cache.
+    It does for PVM what `peft.utils.hotswap.hotswap_adapter` does for LoRA: no module is added or removed, so a
+    compiled model stays compiled. An existing KV cache still holds what the old weights computed for its images, so
+    start new conversations with a new cache.
 
     Args:
         model: The model; wrapped by PEFT, compiled or neither.

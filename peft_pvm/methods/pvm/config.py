@@ -68,10 +68,12 @@ class PVMConfig(VisualConfig):
             worse).
         layers_to_transform: The decoder layers that get a branch: "strided", "auto" or a list of indices (or one).
             "strided" is the paper's set for Qwen3-VL-4B (5, 11, 17) and Qwen3-VL-8B (8, 16, 24), and on other models
-            three layers at 2/9, 4/9 and 6/9 of the depth. "auto" stands for layers that are read off the model and
-            some rows of data, by `peft_pvm.probe.layers.propose_layers`, before the adapter is attached.
-        init_gate: Initial value of the scalar that scales the branch. 0 leaves the model's output as it is, and
-            learns: only the gate has a gradient in the first step, everything from the second step on.
+            three layers at 2/9, 4/9 and 6/9 of the depth. "auto" is a placeholder for layers that
+            `peft_pvm.probe.layers.propose_layers` finds on the model and some rows of data, before the adapter is
+            attached.
+        init_gate: Initial value of the scalar that scales the branch. With 0, the model's output is
+            unchanged, and training still works: only the gate has a gradient in the first step, and all weights have
+            one from the second step on.
         memory_visibility: Which visual tokens a text token may look up. "causal": those before it, which keeps cached
             decoding equal to the full forward over several turns and hides later images from earlier answers.
             "sample": all of its sample, also later ones, as in the authors' code.
@@ -82,16 +84,16 @@ class PVMConfig(VisualConfig):
         mlp_ratio: Width of the branch's MLP, as a multiple of `r`. `None` takes the base model's ratio,
             that of its widest layer.
         modules_to_save: Modules of the base model that are trained and saved along with the adapter.
-        branches: Of an adapter that was put together from several ("cat" of `add_weighted_adapter`): what each branch
-            is made with, as dicts of `r`, `layers_to_transform` (indices), `memory_visibility`, `memory_source` and
-            `mlp_ratio`. The adapter's own `r` is then their sum, and its layers are all of theirs; the other three say
-            nothing. `None`: one branch.
-        lineage: Set on attaching, do not choose it: a hash of the adapter's initial weights, which training on and
-            loading keep. Adapters of one lineage can be averaged.
+        branches: The settings of each branch, for an adapter that was put together from several ("cat" of
+            `add_weighted_adapter`): dicts of `r`, `layers_to_transform` (indices), `memory_visibility`,
+            `memory_source` and `mlp_ratio`. The adapter's own `r` is then the sum of theirs, and its layers are all of
+            theirs; its other three fields have no effect. `None`: one branch.
+        lineage: A hash of the adapter's initial weights, which training and loading keep. It is set on attaching; do
+            not choose it. Adapters of one lineage can be averaged.
         format_version: The format of the saved adapter. Do not change it.
-        init_weights: Whether to initialise so that training can start from the unchanged model: the gate as
-            `init_gate` says, all matrices from N(0, initializer_range) of the base. `False` also draws the gate, from
-            N(0, 1), so that the branch acts at once: for tests.
+        init_weights: With `True`, the gate starts at `init_gate`, and all matrices are drawn from N(0,
+            initializer_range) of the base. `False` is for tests: it also draws the gate, from N(0, 1), so that the
+            branch acts at once.
 
     Raises:
         ValueError: A value that is not among the choices. Whether `r` and the layers fit the base model is checked on
@@ -148,7 +150,7 @@ class PVMConfig(VisualConfig):
         accepted="a list of module names or None",
     )
     branches: list[dict[str, Any]] | None = setting(
-        None, "What each branch of an adapter is made with that was put together from several."
+        None, "The settings of each branch, for an adapter that was put together from several."
     )
     lineage: str | None = setting(
         None,

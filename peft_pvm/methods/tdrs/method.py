@@ -40,8 +40,8 @@ class TDRSConfig(AttentionMethod):
 
     Args:
         form: What distance multiplies. "weights": attention weights, which are then renormalised. "logits": scores.
-            "literal": scores too, and they count twice, as in the paper's sum read literally: the score itself and
-            the step SD-DRS, which holds it.
+            "literal": also scores, which then count twice, as in a literal reading of the paper's sum: the score
+            itself, and the step SD-DRS, which contains it.
         sd_strength: How much is added to the score of a key of the same direction as the query. The paper has 1.
         dc_strength: Weight of the step that favours near keys (lambda_dc), 0 or more. The paper's best is 1.
         re_strength: Weight of the step that keeps distant keys in view (lambda_re), 0 or more. The paper's best is 0.8
@@ -50,8 +50,8 @@ class TDRSConfig(AttentionMethod):
             of the least weight in the query's row, at most 0.999. A number saves a pass over the keys.
         re_floor: The same for the distant-key factor.
         pairs: Which pairs are reweighted: "all", or "inter" for those of text with visual tokens.
-        kernel: "auto" takes the Triton kernel on CUDA where no gradients or weights are asked for, and else works
-            blockwise in PyTorch; "blockwise" and "triton" insist.
+        kernel: "auto" takes the Triton kernel on CUDA where no gradients or weights are asked for, and otherwise
+            works blockwise in PyTorch. "blockwise" and "triton" fix the choice.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: all with self-attention.
         format_version: The format of the saved adapter. Do not change it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
@@ -73,7 +73,7 @@ class TDRSConfig(AttentionMethod):
     form: Literal["weights", "logits", "literal"] = setting(
         "weights",
         "What distance multiplies: attention 'weights', renormalised after, or scores ('logits'); 'literal' counts "
-        "scores twice as well.",
+        "scores twice.",
         among=FORMS,
     )
     sd_strength: float = setting(
