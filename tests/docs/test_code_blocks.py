@@ -27,7 +27,11 @@ from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 
 MODELS = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-2B-Instruct")
 # What takes long is done on less: options after those on the page, by how a command begins.
-LESS = {"peft-pvm lab recall": ("--rows", "1"), "peft-pvm calibrate": ("--lengths", "0,64")}
+LESS = {
+    "peft-pvm lab recall": ("--rows", "1"),
+    "peft-pvm calibrate": ("--lengths", "0,64"),
+    "peft-pvm compare": ("--lengths", "0"),
+}
 SHOWN = ("text", "console")  # what is not code
 WITH_CODE = [name for name, blocks in BLOCKS.items() if any(block.language not in SHOWN for block in blocks)]
 
