@@ -84,6 +84,7 @@ test-vllm: $(VENV_VLLM)/.installed
 test-newer-vllm: $(VENV_VLLM)/.installed
 	rm -rf $(VENV_VLLM)/newer
 	$(VENV_VLLM)/bin/python tests/newer_vllm.py $(NEWER_VLLM) $(VENV_VLLM)/newer
+	$(VENV_VLLM)/bin/pip install --quiet --disable-pip-version-check --target $(VENV_VLLM)/newer orjson  # new in 0.33
 	PYTHONPATH=$(VENV_VLLM)/newer:tests/without_cuda VLLM_TARGET_DEVICE=cpu VLLM_NO_USAGE_STATS=1 \
 	$(VENV_VLLM)/bin/pytest -q tests/serving
 

