@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings it")
+
 import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule

@@ -41,7 +41,7 @@ def test_the_page_lists_them():
     assert re.findall(r"^- (.+?): ", sources.partition("</details>")[0], re.MULTILINE) == list(CHECKPOINTS)
     text = CHECKPOINTS["Qwen3-VL-8B"].text
     cache = 2 * 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["head_dim"]
-    assert f"holds {cache:,} bytes of each token" in " ".join(table.split())
+    assert f"holds {cache:,} bytes for each token" in " ".join(table.split())
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
