@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import zlib
+from typing import Any
 
 import environment  # noqa: F401  # first: its settings act before anything else is imported
 import pytest
@@ -19,8 +20,7 @@ from peft_pvm.utils.distractors import read_paragraphs
 
 IS_OLDEST = transformers.__version__ == OLDEST
 PLAIN = ("qwen3_vl", "llava")
-# The families that other methods take turns on, by the fixture that a test asks for.
-OF_FIXTURES = {"family": REPRESENTATIVE, "tiny": REPRESENTATIVE, "plain": PLAIN}
+FIXTURES = ("family", "tiny", "plain")  # a test asks for one of these to run on families
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,11 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Every property of the leading methods is tested on families of every kind, and those that are marked by
     `every_family` on all; with the oldest transformers on the representative ones. Other methods, settings and
-    combinations are tested with the newest transformers, each property on one of the representative families in
-    turn: what sets them apart is this package's own arithmetic. In short, test_architectures.py tests every method on
-    every family, with both.
+    combinations are tested with the newest transformers, each property on one of the representative families that
+    the test has, in turn: what sets them apart is this package's own arithmetic. In short, test_architectures.py tests
+    every method on every family, with both.
     """
-    items[:] = filter(_tells_something_new, items)
+    families: dict[str, dict[str, None]] = {}  # the representative ones, by test
+    for item in items:
+        if _family(item) in REPRESENTATIVE:
+            families.setdefault(_test(item), {})[_family(item)] = None
+    items[:] = [item for item in items if _tells_something_new(item, list(families.get(_test(item), ())))]
 
 
 def pytest_collection_finish() -> None:
@@ -41,18 +45,29 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def _tells_something_new(item: pytest.Item) -> bool:
-    params = item.callspec.params if hasattr(item, "callspec") else {}
+def _params(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _family(item: pytest.Item) -> str | None:
+    return next((_params(item)[name] for name in FIXTURES if name in _params(item)), None)
+
+
+def _test(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
+
+
+def _tells_something_new(item: pytest.Item, in_turn: list[str]) -> bool:
+    params, family = _params(item), _family(item)
     if params.get("family") in TWINS and not item.get_closest_marker("every_family"):
         return False
-    fixture = next((name for name in OF_FIXTURES if name in params), None)
-    if fixture is None or "method" not in params:
+    if family is None or "method" not in params:
         return True
-    family, method, in_turn = params[fixture], params["method"], OF_FIXTURES[fixture]
+    method = params["method"]
     if method in LEADING or method not in METHODS:
         return family in REPRESENTATIVE or not IS_OLDEST
-    turn = zlib.crc32(item.originalname.encode()) + list(METHODS).index(method)
-    return family == in_turn[turn % len(in_turn)] and not IS_OLDEST
+    turn = zlib.crc32(_test(item).encode()) + list(METHODS).index(method)
+    return bool(in_turn) and family == in_turn[turn % len(in_turn)] and not IS_OLDEST
 
 
 @pytest.fixture(params=FAMILIES)

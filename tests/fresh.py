@@ -30,11 +30,11 @@ if CONTEXT is not None:
 
 @dataclass
 class Program:
-    """One that was started.
+    """A program that was started.
 
     Attributes:
-        process: It.
-        folder: What it prints, in the files "out" and "errors".
+        process: Its process.
+        folder: Holds what it prints, in the files "out" and "errors".
     """
 
     process: multiprocessing.process.BaseProcess
@@ -49,39 +49,39 @@ class Program:
         return Path(self.folder.name, "errors").read_text()
 
 
-def start(program: str | Path, *arguments: object, **environment: str) -> Program:
+def start(program: str | Path, *arguments: object) -> Program:
     """Start Python with the file of a program, or with its text.
 
     Args:
         program: A path, or text.
         arguments: Of its command line.
-        environment: Variables that it has beside those of the tests.
     """
     folder = tempfile.TemporaryDirectory()
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths):
         ensure_running()
-    process = CONTEXT.Process(target=_run, args=(program, list(map(str, arguments)), environment, folder.name))
+    process = CONTEXT.Process(target=_run, args=(program, list(map(str, arguments)), folder.name))
     process.start()
     return Program(process, folder)
 
 
-def run(program: str | Path, *arguments: object, **environment: str) -> str:
+def run(program: str | Path, *arguments: object) -> str:
     """As `start`, to its end.
 
     Returns:
         What it printed. It must not fail.
     """
-    started = start(program, *arguments, **environment)
+    started = start(program, *arguments)
     started.process.join(timeout=300)
+    started.process.kill()  # if it hangs
+    started.process.join()
     assert started.process.exitcode == 0, started.out[-2000:] + started.errors[-6000:]
     return started.out
 
 
-def _run(program: str | Path, arguments: list[str], environment: dict[str, str], folder: str) -> None:
+def _run(program: str | Path, arguments: list[str], folder: str) -> None:
     for descriptor, name in ((1, "out"), (2, "errors")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
-    os.environ.update(environment)
     sys.argv = [str(program), *arguments]
     if isinstance(program, Path):
         sys.path.insert(0, str(program.parent))
