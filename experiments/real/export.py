@@ -14,7 +14,7 @@ from peft_pvm.tuners.saving import load_adapters, save_adapter
 
 from ..markdown import HOME, table
 from .runs import load_base
-from .summary import TASKS, Results
+from .summary import AS_SAVED, TASKS, Results
 
 
 NEWLINE = "\n"
@@ -34,7 +34,7 @@ def export_adapters(
         sources: Folders of adapters. Each has its name in `out` as well.
         trained_by: The command, for the card.
         results: Folder of the results on the real base. Those of the adapters are found by their names, with `+`
-            between.
+            between. If saved ones of these names were tested, the card has their results, else those of the training.
         out: Folder to write to.
 
     Returns:
@@ -62,7 +62,9 @@ def _card(folders: Sequence[Path], folder: Path, trained_by: str, results: Resul
     names = [str(other) for other in folders]
     others = [str(other) for other in folders if other != folder]
     beside = f" It belongs together with {', '.join(others)}." if others else ""
-    method = "+".join(other.name for other in folders)
+    trained = "+".join(other.name for other in folders)
+    is_saved = any(results.find(task, trained + AS_SAVED).runs for task in results.tasks)
+    method = trained + AS_SAVED if is_saved else trained
     return f"""---
 {data.to_yaml()}
 ---
@@ -91,17 +93,10 @@ other digits and texts, split by a hash of their content.
 
 {NEWLINE.join(_results(results, method))}
 
-{_measured(results, method)} `python -m experiments real-eval --base runs/real/base --adapter {"+".join(names)}`
+Measured {"with these files" if is_saved else "before rounding"}. `python -m experiments real-eval --base runs/real/base --adapter {"+".join(names)}`
 tests them. `--task` chooses one of the other tasks. All methods get the same rows.
 See [all results]({HOME}/blob/main/docs/results.md), including what does not work.
 """
-
-
-def _measured(results: Results, method: str) -> str:
-    """Whether the numbers are of the adapters as they are here."""
-    runs = [run for task in results.tasks for run in results.find(task, method).runs]
-    rounded = all(run.training is None for run in runs)  # else it was the experiment's training that was tested
-    return "Measured with these files." if rounded else "Measured before rounding."
 
 
 def _results(results: Results, method: str) -> list[str]:

@@ -21,6 +21,7 @@ from .methods import METHODS
 
 FINDINGS = "findings"  # a folder beside those of the tasks, which holds no answers to questions
 UNTESTED = "-"
+AS_SAVED = ", as saved"  # behind the method of files that tell of an adapter's folder and not of a training here
 
 TASKS = {  # in the order of the page; others come after them, under their keys
     "look-up": "One picture",
@@ -66,7 +67,7 @@ class Run:
 
     Attributes:
         task: What was asked.
-        method: What was tested.
+        method: What was tested; with `AS_SAVED` if an adapter's folder was.
         questions: Split and seed of the questions; rows of files with the same are the same.
         training: How it was trained; `None` without a training of the experiment.
         accuracies: By tokens of text.
@@ -92,7 +93,7 @@ class Run:
         seconds = {n: float(cells[n]["CPU seconds"]) / len(accuracies[n].right) for n in accuracies}
         return cls(
             str(file["task"]),
-            str(file["method"]),
+            str(file["method"]) + (AS_SAVED if file["adapters"] else ""),
             (str(file["split"]), int(file["seed"])),
             None if training is None else Training.of(training),
             accuracies,
@@ -127,7 +128,8 @@ class Entry:
     @property
     def title(self) -> str:
         """What tables say."""
-        return METHODS[self.method].title if self.method in METHODS else self.method
+        known = METHODS.get(self.method.removesuffix(AS_SAVED))
+        return self.method if known is None else known.title + (AS_SAVED if AS_SAVED in self.method else "")
 
     @property
     def trainings(self) -> list[Training]:

@@ -89,6 +89,7 @@ class Bars(Progress):
             console=console,
             transient=True,
             disable=not console.is_terminal,
+            auto_refresh=console.is_terminal,  # else `track` leaves it to the screen's thread to count
         )
         self._said_at = time.monotonic()
 

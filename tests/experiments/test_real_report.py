@@ -308,7 +308,16 @@ def test_what_is_not_in_the_tables_of_names_is_there_under_its_key(folder):
     write_result(folder / "real", "a-new-task", "my-adapter", {0: "99"}, adapters=["0123"])
     page = "\n".join(render_base(Results(folder / "real")))
     assert "### `a-new-task`" in page
-    assert rows_of(page, "my-adapter")[0][:3] == ["my-adapter", "1", "1.000 ± 0.000"]
+    assert rows_of(page, "my-adapter, as saved")[0][:3] == ["my-adapter, as saved", "1", "1.000 ± 0.000"]
+
+
+def test_a_saved_adapter_stands_beside_the_trainings_of_its_method(folder):
+    for seed in (0, 1):
+        write_result(folder / "real", "a-new-task", "pvm", {0: "88"}, seed)
+    write_result(folder / "real", "a-new-task", "pvm", {0: "99"}, adapters=["0123"])
+    page = "\n".join(render_base(Results(folder / "real")))
+    assert ["PVM", "2", "0.889 ± 0.000"] in [row[:3] for row in rows_of(page, "PVM")]
+    assert rows_of(page, "PVM, as saved")[0][:3] == ["PVM, as saved", "1", "1.000 ± 0.000"]
 
 
 def test_the_same_bytes_from_the_same_results(folder, tmp_path):

@@ -44,6 +44,16 @@ def test_off_a_terminal_progress_is_a_line_every_few_seconds(
     )
 
 
+def test_off_a_terminal_what_is_tracked_is_told_of_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    with Bars() as bars:
+        for _ in bars.track(range(3), description="Training"):
+            pass
+    assert re.findall("[0-9] of 3", capsys.readouterr().err) == ["1 of 3", "2 of 3", "3 of 3"]
+
+
 def test_progress_without_an_end_says_what_is_being_done(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
