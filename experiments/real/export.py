@@ -95,7 +95,8 @@ other digits and texts, split by a hash of their content.
 
 Measured {"with these files" if is_saved else "before rounding"}.
 `python -m experiments real-eval --base runs/real/base --adapter {"+".join(names)}` tests them.
-`--task` chooses one of the other tasks. All methods get the same rows. See [all results]({HOME}/blob/main/docs/results.md), including what does not work.
+`--task` chooses one of the other tasks. All methods get the same rows. See
+[all results]({HOME}/blob/main/docs/results.md), including what does not work.
 """
 
 
