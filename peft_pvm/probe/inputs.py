@@ -52,12 +52,13 @@ def build_inputs(processor: Any, image: Image, prompt: str) -> dict[str, torch.T
     return dict(inputs) if isinstance(inputs, Mapping) else dict(inputs.items())
 
 
-def picture_of(processor: Any, image: Image) -> bytes:
+def picture_of(processor: Any, image: Image, longest_side: int = LONGEST_SIDE) -> bytes:
     """The part of an image that a processor shows its model, as a PNG file for a report. Large images are scaled down.
 
     Args:
         processor: The model's processor. If it crops, it keeps the middle.
         image: The image.
+        longest_side: In pixels, of the file.
     """
     picture = image.convert("RGB")
     image_processor: Any = getattr(processor, "image_processor", None)
@@ -67,7 +68,7 @@ def picture_of(processor: Any, image: Image) -> bytes:
         width, height = crop["width"] * scale, crop["height"] * scale
         left, top = (picture.width - width) / 2, (picture.height - height) / 2
         picture = picture.crop((round(left), round(top), round(left + width), round(top + height)))
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    picture.thumbnail((longest_side, longest_side))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()

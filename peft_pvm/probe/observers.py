@@ -94,15 +94,39 @@ class AttentionObserver:
 
 @contextlib.contextmanager
 def observed(vlm: VisionLanguageModel, observer: AttentionObserver) -> Iterator[None]:
+    """Let an observer see a forward, for the length of a block.
+
+    Args:
+        vlm: The model's parts; adapters may be attached.
+        observer: It is given each `AttentionCall`.
+
+    Raises:
+        ValueError: The model's attention cannot be reached.
+        NotImplementedError: At the end of the block: a layer kept the context from its attention.
+    """
+    with calling(vlm, observer) as layers:
+        yield
+    missing = sorted(layers - observer.masses.keys())
+    if missing:
+        raise NotImplementedError(
+            f"The decoder layers of {type(vlm.model).__name__} do not pass keyword arguments on to their attention "
+            f"(layers {missing}), so that the probe cannot see where it looks."
+        )
+
+
+@contextlib.contextmanager
+def calling(vlm: VisionLanguageModel, observer: AttentionObserver) -> Iterator[set[int]]:
     """Let every softmax attention of the text model call an observer, for the length of a block.
 
     Args:
         vlm: The model's parts; adapters may be attached.
         observer: It is given each `AttentionCall` of each forward.
 
+    Yields:
+        The layers that have such an attention.
+
     Raises:
         ValueError: The model's attention cannot be reached.
-        NotImplementedError: At the end of the block: a layer kept the context from its attention.
     """
     attentions = steerable_attentions(vlm, "The probe")
 
@@ -116,13 +140,7 @@ def observed(vlm: VisionLanguageModel, observer: AttentionObserver) -> Iterator[
         stack.callback(vlm.text_model.register_forward_pre_hook(start_forward, with_kwargs=True).remove)
         for attention in attentions.values():
             stack.callback(SteeringHandle(attention).remove)
-        yield
-    missing = sorted(attentions.keys() - observer.masses.keys())
-    if missing:
-        raise NotImplementedError(
-            f"The decoder layers of {type(vlm.model).__name__} do not pass keyword arguments on to their attention "
-            f"(layers {missing}), so that the probe cannot see where it looks."
-        )
+        yield set(attentions)
 
 
 @dataclass(frozen=True, eq=False)

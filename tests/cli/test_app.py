@@ -135,20 +135,24 @@ def test_one_click_shows_what_the_base_forgets(sized: View):
 
 
 def test_stop_stops_the_model(wide: View, monkeypatch: pytest.MonkeyPatch):
-    """It writes nothing more, and is free for the next question."""
+    """It shows where it looks while it writes, writes nothing more, and is free for the next question."""
     written = []
     put = asking._Stream.put
 
     def slow(self: asking._Stream, value: object) -> None:
         put(self, value)
         written.append(value)
-        time.sleep(0.3)
+        time.sleep(0.6)
 
     monkeypatch.setattr(asking._Stream, "put", slow)
     wide.ask()
     expect(wide.page.get_by_text("DIPE: writing ...")).to_be_visible()
+    expect(wide.page.get_by_role("img", name="DIPE: where")).to_be_visible()
+    curve = wide.page.locator(".live polyline")
+    wide.page.wait_for_function("document.querySelector('.live polyline').points.length > 2")
     wide.page.get_by_role("button", name="Stop").click()
     expect(wide.page.get_by_text("Stopped.")).to_be_visible()
+    expect(curve.first).to_be_visible()  # what was seen stays
     monkeypatch.undo()
     count = len(written)
     assert count < 17

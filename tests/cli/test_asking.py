@@ -54,6 +54,12 @@ def test_the_base_forgets_and_what_acts_remembers(desk: Desk):
     assert [forward.label for forward in states[-1].result.forwards] == ["base", "dipe"]
     for earlier, later in pairwise(states[1:]):
         assert all(later.answers[name].startswith(text) for name, text in earlier.answers.items())
+    for name, forward in zip(("base", "DIPE"), states[-1].result.forwards):
+        shares = [glance.share for glance in states[-1].looks.seen[name]]
+        assert len(shares) == len(states[-1].result.token_ids) - 1
+        if name == "DIPE":  # the base is probed on its answer, and wrote another
+            assert shares == pytest.approx(forward.mean_mass[1:], abs=1e-4)
+    assert states[-1].looks.grids == [(3, 3)]
     with_pvm = last(desk, about_mosaic(text_tokens=1024, adapters=[PVM]))
     assert with_pvm.right[PVM] > 7
     assert last(desk, about_mosaic(text_tokens=1024)).answers == {"base": states[-1].answers["base"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -17,6 +18,7 @@ from ...compare.contenders import BASE
 from ...demo.cells import ask_in_turn
 from ...demo.mosaic import NUM_CELLS
 from ...probe import ProbeResult
+from ...probe.live import panel
 from ...probe.plots import draw
 from ...probe.report import page as report_page
 from ...utils.terminal import say
@@ -34,6 +36,7 @@ WAITING = "<p>Where the model looks, and how that changes from token to token, w
 TRAINED = "adapters/pvm-tiny-vlm"  # in a checkout
 LONGEST_TEXT, LONGEST_ANSWER = 8192, 512  # tokens
 LARGEST_UPLOAD = "20mb"
+SECONDS_BETWEEN_LOOKS = 0.2  # at least; each has the image in it
 KEPT = 3600  # seconds that uploads stay on the disk
 CSS = """
 .gradio-container { max-width: 84rem !important; margin: auto }
@@ -91,7 +94,7 @@ class FrontDesk:
         self._stops: dict[str | None, threading.Event] = {}  # of the questions that are being answered, by tab
 
     def answer(self, request: gr.Request, *asked: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
-        """What the page shows while a question is answered: what is being done, both answers and the report.
+        """What the page shows while a question is answered: what is being done, both answers, and where it looks.
 
         Args:
             request: Which tab asks.
@@ -104,13 +107,21 @@ class FrontDesk:
         if question.image is None:  # somebody has taken it out
             raise gr.Error("There is no image. Choose one, or draw a mosaic.", print_exception=False)
         stop = self._stops[request.session_hash] = threading.Event()
+        drawn_at = -SECONDS_BETWEEN_LOOKS
         try:
             for state in self._desk.ask(question, stop):
                 alone = gr.Textbox(state.answers.get(BASE, ""), label=BASE)
                 adapted = gr.Textbox(
                     state.answers.get(question.acting, ""), label=question.acting, visible=bool(question.acting)
                 )
-                yield _said(state), alone, adapted, "" if state.result is None else framed(state.result)
+                if state.result is not None:
+                    report: Any = framed(state.result)
+                elif state.looks is not None and time.monotonic() - drawn_at >= SECONDS_BETWEEN_LOOKS:
+                    drawn_at = time.monotonic()
+                    report = panel(state.looks.picture, state.looks.grids, state.looks.seen)
+                else:
+                    report = gr.skip()
+                yield _said(state), alone, adapted, report
         except Exception as error:  # the browser shows all of them; a fault of ours leaves its traceback here too
             yield "", gr.skip(), gr.skip(), gr.skip()
             message = escape(str(error).strip() or type(error).__name__)

@@ -18,8 +18,12 @@ from ...demo.for_trainers import tiny_vlm_processor
 from ...demo.mosaic import NUM_CELLS
 from ...demo.recall import suited
 from ...probe import ProbeResult, build_inputs, picture_of, probe
+from ...probe.inputs import visual_grids
+from ...probe.live import Glance, Watcher, watched
+from ...probe.observers import visual_mask
 from ...probe.rows import on_model
-from ...tuners.active import activate, attached
+from ...tokens.families import find_vlm
+from ...tuners.active import activate, attached, base_of
 from ...tuners.saving import load_adapters
 from ...utils.distractors import Distractors, read_paragraphs
 from ..options import TINY, ModelOptions
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 
 METHODS = {method.name: method.config for method in UNTRAINED.values() if not method.of_the_model}
+SMALL = 256  # pixels: the longest side of what is shown while the model writes
 ONLY_QUESTION = "Which digits are in the nine cells?"  # that the tiny model can be asked
 
 
@@ -71,18 +76,35 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Looks:
+    """Where the model looked so far, as `panel` shows it.
+
+    Attributes:
+        picture: The image, a PNG file.
+        grids: Rows and columns of visual tokens, if they are known.
+        seen: For each token but the first, by "base" and by what acts.
+    """
+
+    picture: bytes
+    grids: Sequence[tuple[int, int]]
+    seen: dict[str, list[Glance]]
+
+
+@dataclass(frozen=True)
 class State:
     """How far the answers have come.
 
     Attributes:
         doing: What is being done, for a reader; empty at the end.
         answers: What has been written, by "base" and by what acts.
+        looks: Where the model looked; `None` before it writes.
         right: By the same names, how many of the nine digits are right. Empty where nobody knows them.
         result: What the probe found, at the end.
     """
 
     doing: str
     answers: dict[str, str] = field(default_factory=dict)
+    looks: Looks | None = None
     right: dict[str, int] = field(default_factory=dict)
     result: ProbeResult | None = None
 
@@ -144,9 +166,8 @@ class Desk:
         stream = _Stream(self._processor.tokenizer, stop)
 
         def state(doing: str, **found: Any) -> State:
-            return State(
-                doing, {name: laid_out(text) if question.is_lab else text for name, text in answers.items()}, **found
-            )
+            shown = {name: laid_out(text) if question.is_lab else text for name, text in answers.items()}
+            return State(doing, shown, stream.looks(list(answers)), **found)
 
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(self._probe, question, stream)
@@ -175,17 +196,21 @@ class Desk:
         else:
             prompt = f"{text}\n\n{question.prompt}" if text else question.prompt
         inputs = on_model(build_inputs(self._processor, question.image, prompt), self._model)
+        vlm = find_vlm(base_of(self._model))
+        stream.picture = picture_of(self._processor, question.image, SMALL)
+        stream.grids = visual_grids(vlm, inputs, int(visual_mask(vlm, inputs).sum()))
         in_turn = [CellsInTurn(inputs["input_ids"].shape[1])] if question.is_lab else []
-        found = probe(
-            self._model,
-            inputs,
-            prompt=shown,
-            decode=self._processor.tokenizer.decode,
-            images=[picture_of(self._processor, question.image)],
-            max_new_tokens=2 * NUM_CELLS - 1 if question.is_lab else question.max_new_tokens,
-            generate_kwargs={"streamer": stream, "logits_processor": LogitsProcessorList(in_turn)},
-            progress=stream.check,
-        )
+        with watched(vlm) as stream.watcher:
+            found = probe(
+                self._model,
+                inputs,
+                prompt=shown,
+                decode=self._processor.tokenizer.decode,
+                images=[picture_of(self._processor, question.image)],
+                max_new_tokens=2 * NUM_CELLS - 1 if question.is_lab else question.max_new_tokens,
+                generate_kwargs={"streamer": stream, "logits_processor": LogitsProcessorList(in_turn)},
+                progress=stream.check,
+            )
         return dataclasses.replace(found, model_name=question.model)
 
     def _text_between(self, question: Question) -> str:
@@ -200,16 +225,37 @@ class _Stopped(Exception):
 
 
 class _Stream(TextIteratorStreamer):
-    """The text of one answer after another. The model that writes into it stops when `stop` is set."""
+    """The text of one answer after another, and where the model looks meanwhile.
+
+    The model that writes into it stops when `stop` is set.
+    """
 
     def __init__(self, tokenizer: Any, stop: threading.Event):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop = stop
+        self.picture = b""
+        self.grids: list[tuple[int, int]] = []
+        self.watcher = Watcher()
+        self._seen: list[list[Glance]] = [[]]  # by answer
 
     def put(self, value: torch.Tensor) -> None:
         """As transformers does."""
         self.check()
+        glance = self.watcher.glance()
+        if glance is not None:
+            self._seen[-1].append(glance)
         super().put(value)
+
+    def end(self) -> None:
+        """As transformers does."""
+        self._seen.append([])
+        super().end()
+
+    def looks(self, names: Sequence[str]) -> Looks | None:
+        """Where the model looked, by the names of the answers. The last of them is written first."""
+        written = dict(zip(reversed(names), self._seen))
+        seen = {name: list(written.get(name, [])) for name in names}
+        return Looks(self.picture, self.grids, seen) if any(seen.values()) else None
 
     def check(self, *_: Any) -> None:
         """Stop the model if need be; takes the arguments of a `Progress`."""
