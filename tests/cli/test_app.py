@@ -142,17 +142,17 @@ def test_stop_stops_the_model(wide: View, monkeypatch: pytest.MonkeyPatch):
     def slow(self: asking._Stream, value: object) -> None:
         put(self, value)
         written.append(value)
-        time.sleep(0.6)
+        time.sleep(0.3)
 
     monkeypatch.setattr(asking._Stream, "put", slow)
     wide.ask()
     expect(wide.page.get_by_text("DIPE: writing ...")).to_be_visible()
     expect(wide.page.get_by_role("img", name="DIPE: where")).to_be_visible()
     curve = wide.page.locator(".live polyline")
-    wide.page.wait_for_function("document.querySelector('.live polyline').points.length > 2")
+    wide.page.wait_for_function("document.querySelector('.live polyline.c1').points.length > 2")
     wide.page.get_by_role("button", name="Stop").click()
     expect(wide.page.get_by_text("Stopped.")).to_be_visible()
-    expect(curve.first).to_be_visible()  # what was seen stays
+    expect(curve.last).to_be_visible()  # what was seen stays
     monkeypatch.undo()
     count = len(written)
     assert count < 17
