@@ -12,7 +12,7 @@ import transformers as T
 from architectures import ARCHITECTURES, OF_THE_NEWEST, Architecture, core, stacks, type_of
 from architectures.page import NEWEST, OLDEST
 from forwards import TOLERANCE, difference, generate, logits
-from methods_under_test import FIRST_OF_KIND, LEADING, METHODS, PUBLISHED
+from methods_under_test import FIRST_OF_KIND, LEADING, METHODS, PUBLISHED, Together
 from oracle import agrees_with_the_oracle
 from peft import get_peft_model
 from tiny_vlms import IMAGE, VIDEO, TinyVLM
@@ -29,21 +29,17 @@ ROTATING = {"dipe": DIPEConfig(max_distance=0), "tdrs": TDRSConfig()}
 
 
 def _is_tested(name: str, method: str) -> bool:
-    """On the families of the core, the leading methods are tested elsewhere, at length. On the others, one method of
-    each kind is tested, and PVM's other memory where that is what works."""
-    if name in core.ROWS:
-        return method in PUBLISHED and method not in LEADING
-    if method in PUBLISHED:
-        return method in FIRST_OF_KIND
+    """On the families of the core, the leading methods are tested elsewhere, at length. On the others, so is PVM's
+    other memory where that is what works."""
+    if method in LEADING:
+        return name not in core.ROWS
     return ARCHITECTURES[name].refusal("pvm") != ARCHITECTURES[name].refusal(method)
 
 
 CASES = [
-    (name, method)
-    for name in ARCHITECTURES
-    for method in (*PUBLISHED, "pvm-hidden-states")
-    if _is_tested(name, method)
+    (name, method) for name in ARCHITECTURES for method in (*LEADING, "pvm-hidden-states") if _is_tested(name, method)
 ]
+DECIDES_THE_WEIGHTS = ("pai", "hgai", "cai")  # one of these at most acts in a layer
 FFN = re.compile("mlp|feed_forward|ffn|moe|expert|fc[12]")  # a parameter of an FFN, by its name in the decoder layer
 
 
@@ -81,14 +77,40 @@ def test_architecture(name: str, method: str):
         # Where padded rows differ anyway, kernels may disagree on them.
         batch = ("t4 i t3 i t6",) if "padded" in row.differs else ("t4 i t3 i t6", "i t9", "t9")
         agrees_with_the_oracle(row.tiny, **{method: ROTATING[method]}, batch=batch)
-    elif method == "memvr":
-        exit_behind_the_last_layer_is_the_models_own(row.tiny)
-    elif not method.startswith("pvm"):
-        return  # what these two compute is tested by their own oracles
     elif row.streams:
         is_added_to_the_streams(row.tiny, method, *row.streams)
     else:
         is_added_to_the_stream(row, method)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_methods(name: str):
+    """Off is off for each of them: one of each kind, on the families of the core all.
+
+    A cache, and other rows, change nothing while all that can act together do: what sets these methods apart is
+    tested by their own oracles, so that here a fault of any of them is one of what they share with the model.
+    """
+    row = ARCHITECTURES[name]
+    tested = [method for method in PUBLISHED if name in core.ROWS or method in FIRST_OF_KIND]
+    working = []
+    for method in [method for method in tested if method not in LEADING]:
+        reason = row.refusal(method)
+        if reason:
+            is_refused(row.tiny, method, reason)
+            continue
+        working.append(method)
+        with properties.attached_and_gone(row.tiny, METHODS[method]):
+            pass
+    if "memvr" in working:
+        exit_behind_the_last_layer_is_the_models_own(row.tiny)
+    deciding = [method for method in working if method in DECIDES_THE_WEIGHTS]
+    beside = [method for method in working if method not in DECIDES_THE_WEIGHTS]
+    for together in filter(None, [[*deciding[:1], *beside], *([method] for method in deciding[1:])]):
+        model = Together(row.tiny.build(), **{method: METHODS[method] for method in together}).eval()
+        if "cached" not in row.differs:
+            properties.cached_decoding_equals_the_full_forward(row.tiny, model, 2 * TOLERANCE)  # they round more often
+        if "padded" not in row.differs:
+            properties.left_padded_batch_equals_its_rows_alone(row.tiny, model)
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in core.ROWS])

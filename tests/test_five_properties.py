@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from forwards import TOLERANCE, difference, logits
-from methods_under_test import Combination, Method
+from methods_under_test import Combination, Method, Together
 from peft import PeftModel
 from tiny_vlms import FAMILIES, IMAGE, TinyVLM
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -59,7 +59,9 @@ def test_cached_decoding_equals_the_full_forward(family: TinyVLM, method: Method
     cached_decoding_equals_the_full_forward(family, method.attach(family.build()))
 
 
-def cached_decoding_equals_the_full_forward(family: TinyVLM, model: PeftModel) -> None:
+def cached_decoding_equals_the_full_forward(
+    family: TinyVLM, model: PeftModel | Together, tolerance: float = TOLERANCE
+) -> None:
     """Prompt, answer token by token, a second image into the same cache, answer again."""
     first, whole = "t4 i t3", "t4 i t3 i t6"
     first_turn = family.inputs(model.get_base_model(), first)["input_ids"].shape[1]
@@ -75,14 +77,14 @@ def cached_decoding_equals_the_full_forward(family: TinyVLM, model: PeftModel) -
             output = model(**piece, **{CACHE: cache}, use_cache=True)
         cache = output[CACHE]
         pieces.append(output.logits)
-    assert difference(torch.cat(pieces, 1), expected) < TOLERANCE
+    assert difference(torch.cat(pieces, 1), expected) < tolerance
 
 
 def test_left_padded_batch_equals_its_rows_alone(family: TinyVLM, method: Method):
     left_padded_batch_equals_its_rows_alone(family, method.attach(family.build()))
 
 
-def left_padded_batch_equals_its_rows_alone(family: TinyVLM, model: PeftModel) -> None:
+def left_padded_batch_equals_its_rows_alone(family: TinyVLM, model: PeftModel | Together) -> None:
     together = logits(model, family.inputs(model.get_base_model(), *MIXED_BATCH))
     for row, conversation in enumerate(MIXED_BATCH):
         alone = logits(model, family.inputs(model.get_base_model(), conversation))
