@@ -243,9 +243,9 @@ def check(done: Done, called: str) -> None:
 
 
 def chosen(path: tuple[str, ...], name: str, values: list[str]) -> list[str]:
-    """All values for the first command with such a parameter, every third for the others: one reader reads them."""
+    """All values for the first command with such a parameter, every fifth for the others: one reader reads them."""
     with_it = [path for path in COMMANDS if any(parameter.name == name for parameter in COMMANDS[path].params)]
-    return values if path == with_it[0] else values[with_it.index(path) % 3 :: 3]
+    return values if path == with_it[0] else values[with_it.index(path) % 5 :: 5]
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
