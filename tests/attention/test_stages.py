@@ -335,7 +335,7 @@ def test_the_weights_of_the_last_row_are_read(family: TinyVLM, kernel: dict, mon
     inputs = family.inputs(model, "t4 i t3 i t6", "i t9", "t9")
     with torch.no_grad():
         weights = iter(model(**inputs, output_attentions=True, use_cache=False).attentions)
-    model, seen = family.build(**kernel), {}
+    model, seen = family.build(**kernel).requires_grad_(False), {}
     monkeypatch.setitem(
         KINDS, "watch", lambda: Watch(lambda call: seen.update({call.module.layer_idx: call.last_row_weights()}))
     )
