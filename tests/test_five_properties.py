@@ -59,9 +59,7 @@ def test_cached_decoding_equals_the_full_forward(family: TinyVLM, method: Method
     cached_decoding_equals_the_full_forward(family, method.attach(family.build()))
 
 
-def cached_decoding_equals_the_full_forward(
-    family: TinyVLM, model: PeftModel | Together, tolerance: float = TOLERANCE
-) -> None:
+def cached_decoding_equals_the_full_forward(family: TinyVLM, model: PeftModel | Together) -> None:
     """Prompt, answer token by token, a second image into the same cache, answer again."""
     first, whole = "t4 i t3", "t4 i t3 i t6"
     first_turn = family.inputs(model.get_base_model(), first)["input_ids"].shape[1]
@@ -77,7 +75,7 @@ def cached_decoding_equals_the_full_forward(
             output = model(**piece, **{CACHE: cache}, use_cache=True)
         cache = output[CACHE]
         pieces.append(output.logits)
-    assert difference(torch.cat(pieces, 1), expected) < tolerance
+    assert difference(torch.cat(pieces, 1), expected) < TOLERANCE
 
 
 def test_left_padded_batch_equals_its_rows_alone(family: TinyVLM, method: Method):

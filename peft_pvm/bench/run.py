@@ -193,10 +193,12 @@ def measure(
         method.
     """
     vlm, names = find_vlm(model), list(dict.fromkeys(("base", *settings.methods)))
-    results = [
-        {"context": context, "methods": _measure_context(model, names, context, settings, progress)}
-        for context in settings.contexts
-    ]
+    # Of one forward in Python, torch keeps a few compiled forms alone: here it is that of all methods.
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit * len(names)):
+        results = [
+            {"context": context, "methods": _measure_context(model, names, context, settings, progress)}
+            for context in settings.contexts
+        ]
     progress("loading")
     return {
         "machine": describe_machine(next(model.parameters()).device),
@@ -225,25 +227,10 @@ def _measure_context(
         if needed > 0.9 * free_bytes(device):
             measured[name].left_out = f"needs {needed / 2**30:.0f} GiB"
     runners = {name: Runner(model, name, context, settings) for name in names if measured[name].left_out is None}
-    # Of one forward in Python, torch keeps a few compiled forms alone: here it is that of all methods.
-    limit = torch._dynamo.config.recompile_limit * len(runners)
-    with torch._dynamo.config.patch(recompile_limit=limit):
-        _measure_in_turn(runners, measured, context, settings, progress)
-    return {name: asdict(value) for name, value in measured.items()}
-
-
-def _measure_in_turn(
-    runners: dict[str, Runner],
-    measured: dict[str, Measured],
-    context: int,
-    settings: Settings,
-    progress: Callable[[str], None],
-) -> None:
     # What comes first warms up, and is where memory is measured and attention is overheard.
     for name, runner in runners.items():
         progress(f"{context} tokens, {METHODS[name].title}: memory and attention")
         own = measured[name]
-        device = runner.device
         call, own.prefill_bytes = runner.overheard(partial(peak_bytes, runner.prefill, device))
         own.attention_prefill = _attention_ratios(call, settings.prefills)
         if settings.compile:
@@ -254,13 +241,13 @@ def _measure_in_turn(
     for number in range(settings.prefills):
         for name in _in_turn(runners, number):
             progress(f"{context} tokens, {METHODS[name].title}: prefill {number + 1} of {settings.prefills}")
-            measured[name].prefill_s.append(seconds(runners[name].prefill, runners[name].device))
+            measured[name].prefill_s.append(seconds(runners[name].prefill, device))
     for number in range(settings.rounds):
         for name in _in_turn(runners, number):
             progress(f"{context} tokens, {METHODS[name].title}: decoding, round {number + 1} of {settings.rounds}")
-            runner = runners[name]
-            times = [seconds(runner.decode, runner.device) for _ in range(settings.new_tokens)]
+            times = [seconds(runners[name].decode, device) for _ in range(settings.new_tokens)]
             measured[name].decode_s.append(statistics.median(times))
+    return {name: asdict(value) for name, value in measured.items()}
 
 
 def _in_turn(runners: dict[str, Runner], number: int) -> Iterator[str]:

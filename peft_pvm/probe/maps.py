@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..utils.html import render
+from ..utils.plotting import COLOURS
 from .findings import Findings
+from .observers import Glance
 from .words import percent, shown
 
 
 STRIP = (1, 12)  # sides of a map where it is not known how the tokens lie on the image
 COARSE = 128  # pixels: images that are less wide are shown pixel by pixel
+WIDTH, HEIGHT = 300, 60  # of the plane of the curves in `panel`, which is stretched over the page
 STRONGEST = 0.75  # the opacity of the strongest colour
 
 
@@ -169,3 +173,39 @@ def heat(strength: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     imsave(buffer, pixels, format="png", metadata={"Software": None})  # type: ignore[dict-item]
     return buffer.getvalue()
+
+
+def panel(picture: bytes, grids: Sequence[tuple[int, int]], seen: Mapping[str, Sequence[Glance]]) -> str:
+    """What was seen so far, as HTML for a page: the latest look of each answer over the image, and a curve for each.
+
+    Args:
+        picture: The image, a PNG file.
+        grids: Rows and columns of visual tokens, if they are known: one pair.
+        seen: By whose answer it is.
+
+    Raises:
+        ImportError: jinja2 or matplotlib is not installed.
+    """
+    latest = {name: glances[-1] for name, glances in seen.items() if glances}
+    strongest = max((max(glance.weights) for glance in latest.values()), default=0.0) or 1.0
+    rows, columns = grids[0] if grids else (1, -1)
+    maps = {name: heat(np.array(glance.weights).reshape(rows, columns) / strongest) for name, glance in latest.items()}
+    highest = max((glance.share for glances in seen.values() for glance in glances), default=0.0) or 1.0
+    longest = max(2, *map(len, seen.values()))
+    curves = {
+        name: [(WIDTH * token / (longest - 1), HEIGHT * (1 - glance.share / highest)) for token, glance in at]
+        for name, at in ((name, list(enumerate(glances))) for name, glances in seen.items())
+    }
+    return render(
+        "probe/live.html",
+        picture=picture if grids else None,
+        latest=latest,
+        maps=maps,
+        curves=curves,
+        places={name: place for place, name in enumerate(seen)},
+        highest=highest,
+        colours=COLOURS,
+        percent=percent,
+        width=WIDTH,
+        height=HEIGHT,
+    )

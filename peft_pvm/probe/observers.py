@@ -18,6 +18,7 @@ from ..tokens.families import VisionLanguageModel
 from ..tokens.positions import placeholder_mask
 from ..tokens.tap import Tap
 from ..utils.packages import modalities_in
+from .measures import numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,46 @@ class AttentionObserver:
         return is_below.flatten(0, 1).float().mean(0).sum(-1) / visible.sum(-1).clamp(min=1)
 
 
+@dataclass(frozen=True)
+class Glance:
+    """Where a model looked when it chose a token.
+
+    Attributes:
+        share: Of its attention, what reached the visual tokens, averaged over heads and layers.
+        weights: What reached each of them, the same average.
+    """
+
+    share: float
+    weights: list[float]
+
+
+class Watcher(AttentionObserver):
+    """Watches the steps of `generate` in which a single token is read, the first of them after each `glance`.
+
+    What reads the prompt is left out, because to watch it would take as long as to read it. So are forwards that a
+    method runs beside a step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(num_queries=1)
+
+    def __call__(self, call: AttentionCall) -> None:
+        if call.query.shape[2] == 1 and call.module.layer_idx not in self.masses:
+            super().__call__(call)
+
+    def glance(self) -> Glance | None:
+        """Where the model looked in the last step; `None` if it read the prompt."""
+        masses = list(self.masses.values())
+        self.masses.clear()
+        if not masses:
+            return None
+        most = max(mass.per_token.shape[1] for mass in masses)
+        # A layer with a sliding window has dropped the first visual tokens.
+        padded = [torch.nn.functional.pad(mass.per_token[0], (most - mass.per_token.shape[1], 0)) for mass in masses]
+        weights = torch.stack(padded).mean(0)
+        return Glance(float(weights.sum()), numbers(weights))
+
+
 @contextlib.contextmanager
 def observed(vlm: VisionLanguageModel, observer: AttentionObserver) -> Iterator[None]:
     """Let an observer see a forward, for the length of a block.
@@ -141,6 +182,21 @@ def calling(vlm: VisionLanguageModel, observer: AttentionObserver) -> Iterator[s
         for attention in attentions.values():
             stack.callback(SteeringHandle(attention).remove)
         yield set(attentions)
+
+
+@contextlib.contextmanager
+def watched(vlm: VisionLanguageModel) -> Iterator[Watcher]:
+    """Watch a model, for the length of a block. Nothing of it changes.
+
+    Args:
+        vlm: The model's parts; adapters may be attached.
+
+    Raises:
+        ValueError: The model's attention cannot be reached.
+    """
+    watcher = Watcher()
+    with calling(vlm, watcher):
+        yield watcher
 
 
 @dataclass(frozen=True, eq=False)

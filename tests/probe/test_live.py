@@ -10,7 +10,7 @@ from peft import get_peft_model
 from tiny_vlms import FAMILIES
 
 from peft_pvm import M3IDConfig
-from peft_pvm.probe.live import Glance, Watcher, watched
+from peft_pvm.probe.observers import Glance, Watcher, watched
 from peft_pvm.tokens.families import find_vlm
 
 

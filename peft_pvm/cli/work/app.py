@@ -18,7 +18,7 @@ from ...compare.contenders import BASE
 from ...demo.cells import ask_in_turn
 from ...demo.mosaic import NUM_CELLS
 from ...probe import ProbeResult
-from ...probe.live import panel
+from ...probe.maps import panel
 from ...probe.plots import draw
 from ...probe.report import page as report_page
 from ...utils.terminal import say

@@ -19,8 +19,7 @@ from ...demo.mosaic import NUM_CELLS
 from ...demo.recall import suited
 from ...probe import ProbeResult, build_inputs, picture_of, probe
 from ...probe.inputs import visual_grids
-from ...probe.live import Glance, Watcher, watched
-from ...probe.observers import visual_mask
+from ...probe.observers import Glance, Watcher, visual_mask, watched
 from ...probe.rows import on_model
 from ...tokens.families import find_vlm
 from ...tuners.active import activate, attached, base_of
