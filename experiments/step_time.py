@@ -16,6 +16,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from peft_pvm.demo.mosaic import CHANNELS, IMAGE, NUM_BYTES, PATCH_SIZE, TEMPORAL_PATCH_SIZE, VISION_END, VISION_START
@@ -33,7 +35,7 @@ SIDE = 16  # visual tokens along a side of the image
 
 
 def middle_config() -> Qwen3VLConfig:
-    """16 decoder layers of width 1,024, some 0.2 billion parameters, behind the tiny model's vision tower."""
+    """16 decoder layers of width 1,024 behind the tiny model's vision tower, with the vocabulary of Qwen3-VL."""
     content = tiny_vlm_config().to_dict()
     content["text_config"] |= dict(
         hidden_size=1024,
@@ -43,6 +45,7 @@ def middle_config() -> Qwen3VLConfig:
         num_key_value_heads=8,
         head_dim=64,
         initializer_range=0.02,
+        vocab_size=151_936,
     )
     content["text_config"]["rope_parameters"]["mrope_section"] = [12, 10, 10]
     content["vision_config"]["out_hidden_size"] = 1024
@@ -70,9 +73,9 @@ class Step:
 
 
 def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int, seed: int) -> None:
-    """Print time and memory of forward and backward, measured in rounds in which the models take turns.
+    """Print time, operations and memory of forward and backward. Times are of rounds in which the models take turns.
 
-    The base gets a gradient at its input embeddings, so that its backward goes through all layers. That of an adapter
+    The base gets a gradient at what its embeddings return, so that its backward goes through all layers. That of an adapter
     ends at the adapter's lowest layer.
 
     Args:
@@ -93,10 +96,11 @@ def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int
                 times[name].append(_time_of(step))
                 progress.advance(task)
     kept = {name: bytes_kept(step) for name, step in steps.items()}
+    operations = {name: operations_of(step) for name, step in steps.items()}
     parameters = sum(parameter.numel() for parameter in steps["base"].model.parameters())
     title = f"{size}: {parameters:,} parameters, {rows} rows of {SIDE * SIDE} visual and {text_tokens} text tokens"
     console = Terminal()
-    console.print(_table(title, steps, {name: values[1:] for name, values in times.items()}, kept))
+    console.print(_table(title, steps, {name: values[1:] for name, values in times.items()}, kept, operations))
     console.print(f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32.")
 
 
@@ -111,7 +115,7 @@ def _steps(models: dict[str, nn.Module], rows: int, text_tokens: int, generator:
 
 
 def _models(config: Qwen3VLConfig, r: int, seed: int) -> dict[str, nn.Module]:
-    """The base with a gradient at its input embeddings, and two copies with LoRA and PVM of one size."""
+    """The base with a gradient at what its embeddings return, and two copies with LoRA and PVM of one size."""
 
     def build() -> Any:
         torch.manual_seed(seed)
@@ -120,12 +124,19 @@ def _models(config: Qwen3VLConfig, r: int, seed: int) -> dict[str, nn.Module]:
     pvm = get_peft_model(build(), PVMConfig(r=r))
     trained = pvm.get_nb_trainable_parameters()[0]
     base = build().requires_grad_(False)
-    base.get_input_embeddings().requires_grad_(True)
+    base.enable_input_require_grads()
     return {"base": base, "LoRA": get_peft_model(build(), lora_of_size(build(), trained)), "PVM": pvm}
 
 
-def _table(title: str, steps: dict[str, Step], times: dict[str, list[float]], kept: dict[str, int]) -> Table:
-    table = Table("", "trained", "s a step", "spread", "of base", "MiB for the backward", "of base", title=title)
+def _table(
+    title: str,
+    steps: dict[str, Step],
+    times: dict[str, list[float]],
+    kept: dict[str, int],
+    operations: dict[str, int],
+) -> Table:
+    columns = ("trained", "s a step", "spread", "of base", "GFLOP", "of base", "MiB for the backward", "of base")
+    table = Table("", *columns, title=title)
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, step in steps.items():
         learns = 0 if name == "base" else sum(p.numel() for p in step.model.parameters() if p.requires_grad)
@@ -135,6 +146,8 @@ def _table(title: str, steps: dict[str, Step], times: dict[str, list[float]], ke
             f"{medians[name]:.3f}",
             f"{max(times[name]) - min(times[name]):.3f}",
             f"{medians[name] / medians['base']:.2f}",
+            f"{operations[name] / 1e9:.2f}",
+            f"{operations[name] / operations['base']:.2f}",
             f"{kept[name] / 2**20:.1f}",
             f"{kept[name] / kept['base']:.2f}",
         )
@@ -171,6 +184,14 @@ def _time_of(step: Step) -> float:
     step.loss().backward()
     step.model.zero_grad()
     return time.perf_counter() - start
+
+
+def operations_of(step: Step) -> int:
+    """The floating-point operations of a forward and backward, in matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # which it can count
+        step.loss().backward()
+    step.model.zero_grad()
+    return counter.get_total_flops()
 
 
 def bytes_kept(step: Step) -> int:

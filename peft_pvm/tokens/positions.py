@@ -60,6 +60,27 @@ def pack(mask: torch.Tensor, min_length: int = 0) -> torch.Tensor:
     return positions
 
 
+def select_rows(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Pick positions out of every row. Unlike `torch.gather`, this keeps nothing but the positions for a backward.
+
+    Args:
+        tensor: `(batch, seq_len, features)`.
+        positions: `(batch, length)`, int64, from 0.
+
+    Returns:
+        `(batch, length, features)`.
+
+    Example:
+        >>> select_rows(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), torch.tensor([[1], [0]]))
+        tensor([[[2.]],
+        <BLANKLINE>
+                [[3.]]])
+    """
+    batch_size, seq_len = tensor.shape[:2]
+    firsts = torch.arange(batch_size, device=positions.device).unsqueeze(1) * seq_len
+    return tensor.flatten(0, 1).index_select(0, (positions + firsts).flatten()).view(*positions.shape, -1)
+
+
 def gather_rows(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Pick positions out of every row; `EMPTY_SLOT` picks zeros.
 
@@ -75,8 +96,7 @@ def gather_rows(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         tensor([[[3.],
                  [0.]]])
     """
-    index = positions.clamp(min=0).unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
-    return tensor.gather(1, index) * (positions >= 0).unsqueeze(-1).to(tensor.dtype)
+    return select_rows(tensor, positions.clamp(min=0)) * (positions >= 0).unsqueeze(-1).to(tensor.dtype)
 
 
 def scatter_rows(values: torch.Tensor, positions: torch.Tensor, seq_len: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from ..tokens.families import VisionLanguageModel
 from ..tokens.tap import Tap, this_thread
 from ..utils.checks import is_int, is_number
 from ..utils.wrapping import unwrapped
-from .text_alone import TextAlone, labels_of, layers_for_text, needs_text_alone
+from .text_alone import TextAlone, TextAloneAtHead, labels_of, layers_for_text, needs_text_alone
 
 
 RowsOf = Callable[[int], torch.Tensor | None]  # of a batch of so many rows, which to choose, `(batch,)`, bool
@@ -49,7 +49,8 @@ def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = 
     checkpointing.
 
     If all rows hide their images, and `model` is called with labels none of which is right behind an image, decoder
-    layers compute the text alone. Loss and gradients are the same. The logits at visual tokens are then meaningless.
+    layers and the head compute the text alone. Loss and gradients are the same. The logits at visual tokens are then
+    meaningless.
 
     Args:
         model: A model with an active PVM adapter, also wrapped by PEFT, DistributedDataParallel or FSDP.
@@ -252,14 +253,16 @@ def images_hidden(
         vlm: The model's parts.
         rows_of: Is asked at the start of each forward of training, with the size of its batch, which rows hide their
             images. `None`: none does.
-        model: What is called with labels, the model or a wrapper of it. By these it is known where decoder layers can
-            do without visual tokens. `None`: they compute them.
+        model: What is called with labels, the model or a wrapper of it. By these it is known where decoder layers and
+            the head can do without visual tokens. `None`: they compute them.
     """
     steering = _Steering(vlm)
+    head = TextAloneAtHead(vlm)
     labels: dict[int, torch.Tensor | None] = {}  # of the forward that is beginning, by thread
 
     def note_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         labels[this_thread()] = labels_of(kwargs)
+        head.expect(None)
 
     def start_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = labels.pop(this_thread(), None)
@@ -278,11 +281,13 @@ def images_hidden(
         context.hide_images(rows, steering)
         if needs_text_alone(vlm, context, given):
             context.leave_out_images()
+            head.expect(context.text_alone)
         for layer_idx in range(len(vlm.layers)):
             context.await_layer(layer_idx, dropped_keywords)
 
     with contextlib.ExitStack() as hooks:
         hooks.callback(vlm.text_model.register_forward_pre_hook(start_forward, with_kwargs=True).remove)
+        hooks.callback(head.remove)
         if model is not None:
             hooks.callback(model.register_forward_pre_hook(note_labels, with_kwargs=True).remove)
         yield

@@ -1,9 +1,9 @@
-"""Decoder layers that compute the text alone, in training steps in which nothing depends on visual tokens.
+"""Decoder layers and a head that compute the text alone, in training steps in which nothing depends on visual tokens.
 
 Where all images are hidden, no text token attends to a visual token, in any layer. So the hidden states of visual
 tokens reach the loss in one way only: by labels of the tokens behind them. Without such labels, each decoder layer is
 given the tokens of text, without padding, and its output is put back among zeros. What lies between the layers stays
-as it is: masks, rotations and features that enter at later layers are those of the whole rows.
+as it is: masks, rotations and features that enter at later layers are those of the whole rows. The head does the same.
 
 A layer that is called with something of each token that is not known here computes all tokens, as in any other step.
 """
@@ -19,19 +19,21 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from ..methods.pvm.layer import PVMLayer
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import VisionLanguageModel
-from ..tokens.positions import scatter_rows
-from ..tokens.tap import by_name, is_active
+from ..tokens.positions import scatter_rows, select_rows
+from ..tokens.tap import by_name, is_active, this_thread
 from ..utils.packages import attn_implementation
 
 
 IGNORED = -100  # the label of a token without a loss
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
-# What layers are called with for each token, by how many axes stand behind that of the tokens.
-BY_TOKEN = {"hidden_states": 1, "position_embeddings": 1, "position_ids": 0}
+# What else layers are called with for each token, by how many axes stand behind that of the tokens.
+BY_TOKEN = {"position_embeddings": 1, "position_ids": 0}
+HIDDEN_STATES = "hidden_states"
 MASK = "attention_mask"
 
 
@@ -132,7 +134,8 @@ class TextAlone:
         inputs, text = by_name(module, args, kwargs), context.text_alone
         if not self._are_known(inputs, context, text):
             return None
-        taken = {**inputs, CONTEXT: text, MASK: self._mask_of(inputs[MASK], text)}
+        hidden_states = _text_of(inputs[HIDDEN_STATES], text)
+        taken = {**inputs, HIDDEN_STATES: hidden_states, CONTEXT: text, MASK: self._mask_of(inputs[MASK], text)}
         for name in BY_TOKEN.keys() & inputs.keys():
             taken[name] = tree_map(functools.partial(_rows_of, text, BY_TOKEN[name]), inputs[name])
         names = inspect.signature(module.forward).parameters
@@ -143,7 +146,7 @@ class TextAlone:
         own = output[0] if isinstance(output, tuple) else output
         if context is None or context.slots is None or own.shape[1] != context.seq_len:
             return None  # of several blocks, one has done it
-        whole = scatter_rows(own, context.slots.to(own.device), context.whole_length)
+        whole = _whole(own, context)
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     @property
@@ -154,9 +157,9 @@ class TextAlone:
         """Whether all that a layer is called with can be had of the text alone."""
         if inputs.get("position_embeddings") is None or MASK not in inputs:
             return False
-        rest = {name: value for name, value in inputs.items() if name not in (*BY_TOKEN, MASK, CONTEXT)}
+        rest = {name: value for name, value in inputs.items() if name not in (*BY_TOKEN, HIDDEN_STATES, MASK, CONTEXT)}
         return (
-            inputs["hidden_states"].shape[:-1] == (context.batch_size, context.seq_len)
+            inputs[HIDDEN_STATES].shape[:-1] == (context.batch_size, context.seq_len)
             and all(
                 _is_by_token(leaf, context, behind)
                 for name, behind in BY_TOKEN.items()
@@ -185,6 +188,44 @@ class TextAlone:
         return pairs.masked_fill(hidden, 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
+class TextAloneAtHead:
+    """Has the head compute the logits of the text alone, and the others be 0: as the handle of a hook.
+
+    Args:
+        vlm: The model's parts.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel):
+        self._awaited: dict[int, VisualContext] = {}  # the text of the forward that is running, by thread
+        self._taken: dict[int, VisualContext] = {}
+        self._handles: list[RemovableHandle] = []
+        if vlm.head is not None:
+            self._handles.append(vlm.head.register_forward_pre_hook(self._take_out, prepend=True))
+            self._handles.append(vlm.head.register_forward_hook(self._put_back))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def expect(self, text: VisualContext | None) -> None:
+        """Say what the forward that is beginning in this thread leaves of its tokens. `None`: all."""
+        self._awaited.pop(this_thread(), None)  # of a forward that did not come so far
+        if text is not None:
+            self._awaited[this_thread()] = text
+
+    def _take_out(self, head: nn.Module, args: tuple) -> tuple | None:
+        text = self._awaited.pop(this_thread(), None)
+        if text is None or not args or args[0].shape[:-1] != (text.batch_size, text.whole_length):
+            return None  # of several blocks, one has done it; or the caller wants the logits of some tokens
+        self._taken[this_thread()] = text
+        return (_text_of(args[0], text), *args[1:])
+
+    def _put_back(self, head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor | None:
+        text = self._taken.pop(this_thread(), None)
+        return None if text is None else _whole(logits, text)
+
+
 def _is_by_token(leaf: Any, context: VisualContext, behind: int) -> bool:
     if leaf is None:
         return True
@@ -198,12 +239,21 @@ def _is_of_no_token(leaf: Any) -> bool:
     return leaf.dim() == 0 if isinstance(leaf, torch.Tensor) else isinstance(leaf, (bool, int, float, str, type(None)))
 
 
+def _text_of(hidden_states: torch.Tensor, text: VisualContext) -> torch.Tensor:
+    return select_rows(hidden_states, _index(text).to(hidden_states.device))
+
+
 def _rows_of(text: VisualContext, behind: int, tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None:
         return None
     index = _index(text).to(tensor.device)
     index = index.reshape(*[1] * (tensor.dim() - 2 - behind), *index.shape, *[1] * behind)
     return tensor.take_along_dim(index, -1 - behind)
+
+
+def _whole(rows: torch.Tensor, text: VisualContext) -> torch.Tensor:
+    """What was computed of the text, among zeros: `(batch, seq_len, ...)` to `(batch, whole_length, ...)`."""
+    return scatter_rows(rows, text.own_slots().to(rows.device), text.whole_length)
 
 
 def _index(text: VisualContext) -> torch.Tensor:

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import Qwen3VLForConditionalGeneration
 
 from experiments.base import new_tiny_vlm
-from experiments.step_time import Step, bytes_kept, lora_of_size, middle_config
+from experiments.step_time import Step, bytes_kept, lora_of_size, middle_config, operations_of
 from peft_pvm import PVMConfig
 
 
@@ -33,4 +33,10 @@ def test_lora_is_as_large_as_pvm():
 def test_the_middle_model_is_one():
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(middle_config())
-    assert model.num_parameters() == pytest.approx(0.2e9, rel=0.05)
+    assert model.num_parameters() == pytest.approx(0.51e9, rel=0.05)
+
+
+def test_operations_of_a_forward_and_backward():
+    tensor = torch.zeros(2, 1000, requires_grad=True)
+    one_product = 2 * 2 * 1000 * 50
+    assert operations_of(Step(Exponential(1000, 50, bias=False), {"tensor": tensor})) == 3 * one_product

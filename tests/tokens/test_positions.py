@@ -32,6 +32,16 @@ def masks(draw) -> torch.Tensor:
     return torch.tensor(values)
 
 
+def test_what_is_picked_out_keeps_positions_alone_for_the_backward():
+    tensor, positions = torch.randn(2, 1000, 8, requires_grad=True), torch.tensor([[3, 900], [0, EMPTY_SLOT]])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        gather_rows(tensor, positions).sum().backward()
+    assert kept and all(saved.numel() == positions.numel() for saved in kept)
+    rows = torch.tensor([[1.0 * (place in row) for place in range(1000)] for row in positions.tolist()])
+    assert torch.equal(tensor.grad, rows.unsqueeze(2).expand_as(tensor))
+
+
 @given(masks(), st.lists(st.integers(0, 5), max_size=3))
 def test_placeholder_mask(mask: torch.Tensor, token_ids: list[int]):
     input_ids = torch.arange(mask.numel()).reshape(mask.shape) % 6

@@ -77,6 +77,16 @@ def tokens_at_ffns(model: Together) -> Iterator[list[int]]:
         handle.remove()
 
 
+@contextlib.contextmanager
+def tokens_at_head(model: Together) -> Iterator[list[int]]:
+    """How many tokens of a row reach the head."""
+    found: list[int] = []
+    head = find_vlm(model.get_base_model()).head
+    handle = head.register_forward_pre_hook(lambda module, args: found.append(args[0].shape[-2]))
+    yield found
+    handle.remove()
+
+
 def step(model: Together, inputs: dict[str, torch.Tensor], alone: bool, **kwargs: Any) -> tuple[list[int], Any]:
     """The tokens at each FFN; the loss, the logits of text and all gradients."""
     hidden = hidden_image(model) if alone else images_hidden(find_vlm(model.get_base_model()))
@@ -98,10 +108,12 @@ def agrees(found: Any, expected: Any) -> None:
 
 def agrees_with_whole(model: Together, inputs: dict[str, torch.Tensor], whole_layers: Collection[int] = ()) -> None:
     whole, expected = step(model, inputs, alone=False)
-    alone, found = step(model, inputs, alone=True)
+    with tokens_at_head(model) as at_head:
+        alone, found = step(model, inputs, alone=True)
     at_most, text = inputs["input_ids"].shape[1], int(text_tokens(inputs).sum(1).max())
     assert set(whole) == {at_most}
     assert alone == [at_most if layer in whole_layers else text for layer in range(len(whole))]
+    assert at_head == [text]
     agrees(found, expected)
 
 
