@@ -35,7 +35,7 @@ SIDE = 16  # visual tokens along a side of the image
 
 
 def middle_config() -> Qwen3VLConfig:
-    """16 decoder layers of width 1,024 behind the tiny model's vision tower, with the vocabulary of Qwen3-VL."""
+    """16 decoder layers of width 1,024 behind the tiny model's vision tower, with the vocabulary of Qwen3-VL, tied."""
     content = tiny_vlm_config().to_dict()
     content["text_config"] |= dict(
         hidden_size=1024,
@@ -47,6 +47,7 @@ def middle_config() -> Qwen3VLConfig:
         initializer_range=0.02,
         vocab_size=151_936,
     )
+    content["tie_word_embeddings"] = content["text_config"]["tie_word_embeddings"] = True
     content["text_config"]["rope_parameters"]["mrope_section"] = [12, 10, 10]
     content["vision_config"]["out_hidden_size"] = 1024
     return Qwen3VLConfig.from_dict(content)
