@@ -76,8 +76,8 @@ class Step:
 def show_step_time(size: Size, text_tokens: int, rows: int, repeats: int, r: int, seed: int) -> None:
     """Print time, operations and memory of forward and backward. Times are of rounds in which the models take turns.
 
-    The base gets a gradient at what its embeddings return, so that its backward goes through all layers. That of an adapter
-    ends at the adapter's lowest layer.
+    The base gets a gradient at what its embeddings return, so that its backward goes through all layers. That of an
+    adapter ends at the adapter's lowest layer.
 
     Args:
         size: "tiny" or "middle"; random weights of a Qwen3-VL.

@@ -37,7 +37,8 @@ def test_what_is_picked_out_keeps_positions_alone_for_the_backward():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
         gather_rows(tensor, positions).sum().backward()
-    assert kept and all(saved.numel() == positions.numel() for saved in kept)
+    assert kept
+    assert all(saved.numel() == positions.numel() for saved in kept)
     rows = torch.tensor([[1.0 * (place in row) for place in range(1000)] for row in positions.tolist()])
     assert torch.equal(tensor.grad, rows.unsqueeze(2).expand_as(tensor))
 
