@@ -31,7 +31,8 @@ from .summary import Entry, Estimate, Results, Term, contrast
 
 
 LOOK_UP, GENERATION = "look-up", "transcription"
-HARDER = ("interfering", "two-pictures", "three-pictures", "three-turns")
+SEVERAL = ("two-pictures", "three-pictures", "three-turns")
+HARDER = ("interfering", *SEVERAL)
 NEAR = 1024  # tokens of text
 FAR = (4096, 7500)  # tokens of text: where the base is lost
 PLACES = (*((LOOK_UP, length) for length in FAR), ("interfering", FAR[0]))  # where methods are compared
@@ -118,7 +119,8 @@ def _place(task: str, length: int) -> str:
 
 def _pvm_against_controls(results: Results) -> Iterator[Claim]:
     for training, (method, controls) in TRAININGS.items():
-        yield from _compare(results, BEATS_LORA, method, controls, training=training)
+        places = (*PLACES, *((task, FAR[0]) for task in SEVERAL))
+        yield from _compare(results, BEATS_LORA, method, controls, places, training)
     yield from _compare(results, BEATS_MLP, "pvm", ["mlp"])
     pvm = results.find(LOOK_UP, "pvm")
     for far in FAR:
@@ -155,10 +157,10 @@ def _dipe(results: Results) -> Iterator[Claim]:
         yield _judge(KEEPS_FLAT, drop, numbers, entry.title, margin=-0.05)
 
 
-def _costs_a_point(text: str, entry: Entry, base: Entry) -> Claim:
+def _costs_a_point(text: str, entry: Entry, base: Entry, place: str = "") -> Claim:
     difference = contrast(Term(1, entry, 0), Term(-1, base, 0))
     numbers = f"{entry.shown(0)}, base {base.shown(0)}: {difference}"
-    return _judge(text, difference, numbers, entry.title, margin=-0.01)
+    return _judge(text, difference, numbers, f"{entry.title}{place}", margin=-0.01)
 
 
 def _together(results: Results) -> Iterator[Claim]:
@@ -186,6 +188,11 @@ def _no_loss(results: Results) -> Iterator[Claim]:
     base = results.find(LOOK_UP, "base")
     others = [entry for entry in results.on(LOOK_UP) if entry.method != "base"]
     yield from (_costs_a_point(text, entry, base) for entry in others)
+    text = "No remedy costs more than one point without text in between, with several pictures or turns (ours)"
+    for task in SEVERAL:
+        base = results.find(task, "base")
+        others = [entry for entry in results.on(task) if entry.method in REMEDIES]
+        yield from (_costs_a_point(text, entry, base, f" on `{task}`") for entry in others)
 
 
 def _half_won_back(results: Results) -> Iterator[Claim]:

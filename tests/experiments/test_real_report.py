@@ -155,7 +155,7 @@ def test_a_difference_counts_beyond_twice_its_error(tmp_path, ours, theirs, verd
         write_result(tmp_path, "look-up", "pvm", {4096: ours}, 0)
     found = verdicts(tmp_path, toy_claims.BEATS_LORA)
     assert found.pop(ONE_PICTURE) == verdict
-    assert len(found) == 5
+    assert len(found) == 11
     assert set(found.values()) == {NOT_TESTED}
 
 
@@ -214,6 +214,13 @@ def test_each_method_is_asked_what_it_costs_without_text(tmp_path):
     write_result(tmp_path, "look-up", "mine", {0: FULL})
     write_result(tmp_path, "look-up", "t-drs", {0: NONE})
     assert verdicts(tmp_path, "No method costs") == {"mine": HOLDS, "T-DRS": FAILS}
+
+
+def test_what_remedies_cost_on_several_pictures_is_a_claim_of_its_own(tmp_path):
+    write_result(tmp_path, "three-turns", "base", {0: FULL})
+    write_result(tmp_path, "three-turns", "pvm", {0: NONE})
+    write_result(tmp_path, "three-turns", "t-drs", {0: NONE})
+    assert verdicts(tmp_path, "No remedy costs") == {"PVM on `three-turns`": FAILS}
 
 
 @pytest.mark.parametrize(
