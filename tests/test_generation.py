@@ -7,6 +7,7 @@ import inspect
 import pickle
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,11 @@ from forwards import (
     prefill,
     resume,
 )
-from methods_under_test import Method
+from methods_under_test import METHODS, Method
 from peft import PeftModel
 from tiny_vlms import EOS, FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
 from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from peft_pvm.tokens.tap import Tap
@@ -160,13 +162,23 @@ def test_deepcopied_cache(tiny: TinyVLM, model: PeftModel):
     assert difference(resume(tiny, model, twin, conversation, length - LAST), expected) < TOLERANCE
 
 
+def static_cache(model: PeftModel) -> StaticCache:
+    return StaticCache(config=model.get_base_model().config.get_text_config(), max_cache_len=64)
+
+
+static_caches_crop = pytest.mark.skipif("crop" not in vars(StaticLayer), reason="static caches cannot be cropped")
+
+
+@pytest.mark.parametrize(
+    "new_cache", [lambda model: None, pytest.param(static_cache, marks=static_caches_crop)], ids=["dynamic", "static"]
+)
 @pytest.mark.parametrize("number", [3, 1])
-def test_crop_forgets_images(plain: TinyVLM, method: Method, number: int):
+def test_crop_forgets_images(plain: TinyVLM, method: Method, number: int, new_cache: Callable):
     """Cut a cache in front of its second image and go on, by some tokens or one, as if that had never been."""
     model = method.attach(plain.build())
     whole = "t4 i t3 i t6"
     length = length_of(plain, model, whole)
-    cache = prefill(plain, model, whole)
+    cache = prefill(plain, model, whole, cache=new_cache(model))
     kept = length_of(plain, model, "t4 i t3")
     cache.crop(kept - length)
     inputs = plain.inputs(model.get_base_model(), whole, stop=kept)
@@ -175,7 +187,8 @@ def test_crop_forgets_images(plain: TinyVLM, method: Method, number: int):
     mask = torch.ones(1, kept + number, dtype=torch.long)
     after = dict(input_ids=text, position_ids=positions, attention_mask=mask)
     cropped = logits(model, after, **{CACHE: cache}, use_cache=True)
-    fresh = logits(model, after, **{CACHE: prefill(plain, model, whole, stop=kept)}, use_cache=True)
+    begun = prefill(plain, model, whole, stop=kept, cache=new_cache(model))
+    fresh = logits(model, after, **{CACHE: begun}, use_cache=True)
     assert difference(cropped, fresh) < TOLERANCE
 
     cache.crop(-(kept + number - 2))  # in front of all images
@@ -255,8 +268,7 @@ def test_row_operations(plain: TinyVLM, method: Method):
 def test_reset_static_cache_forgets(plain: TinyVLM, method: Method):
     model = method.attach(plain.build())
     base = model.get_base_model()
-    cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
-    prefill(plain, model, "t4 i t9", cache=cache)
+    cache = prefill(plain, model, "t4 i t9", cache=static_cache(model))
     cache.reset()
     inputs = plain.inputs(base, "t9")
     expected = logits(model, inputs, use_cache=False)
@@ -302,18 +314,19 @@ def test_tokens_that_the_tap_did_not_read_are_refused(plain: TinyVLM, method: Me
 
 
 def test_tokens_of_a_static_cache_that_the_tap_did_not_read_are_refused(plain: TinyVLM, method: Method):
-    """As soon as more than one token comes at once: the length of a static cache is not asked for at every step."""
+    """The length of a static cache is not asked for at every step, but when an adapter was taken off meanwhile."""
     model = method.attach(plain.build())
-    base = model.get_base_model()
     whole = "t4 i t3 i t9"
     stop, length = length_of(plain, model, "t4 i t3"), length_of(plain, model, whole)
-    cache = StaticCache(config=base.config.get_text_config(), max_cache_len=64)
-    prefill(plain, model, whole, stop=stop, cache=cache)
+    cache = prefill(plain, model, whole, stop=stop, cache=static_cache(model))
     base = model.unload()
     middle = plain.inputs(base, whole, start=stop, stop=length - LAST)
     logits(base, middle, **{CACHE: cache}, use_cache=True)
-    with pytest.raises(ValueError, match="tokens of this KV cache were computed without"):
-        resume(plain, method.attach(base), cache, whole, length - LAST)
+    model = method.attach(base)
+    for end in (length, length - LAST + 1):
+        rest = plain.inputs(base, whole, start=length - LAST, stop=end)
+        with pytest.raises(ValueError, match="tokens of this KV cache were computed without"):
+            logits(model, rest, **{CACHE: copy.deepcopy(cache)}, use_cache=True)
 
 
 def test_pickled_cache(plain: TinyVLM, method: Method):
@@ -433,6 +446,31 @@ def test_rows_packed_by_positions_are_refused(method: Method):
     packed = {name: torch.cat([one[name], other[name]], -1) for name in ("input_ids", "position_ids")}
     with pytest.raises(NotImplementedError, match="position_ids that start again given"):
         logits(model, {**packed, "pixel_values": one["pixel_values"]})
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "dict"])
+def test_rows_packed_by_a_mask_are_refused(kind: str):
+    """Positions may start again or not. A mask that hides padding, or an image from some text, parts no row."""
+    tiny = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(tiny.build())
+    one, other = (tiny.inputs(model.get_base_model(), row) for row in ("t4 i t6", "t9"))
+    first, length = one["input_ids"].shape[1], one["input_ids"].shape[1] + 9
+    inputs = {"input_ids": torch.cat([one["input_ids"], other["input_ids"]], 1), "pixel_values": one["pixel_values"]}
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    hidden, padded, packed = causal.clone(), causal.clone(), causal.clone()
+    hidden[first:, 4 : first - 6] = padded[:, :2] = packed[first:, :first] = False
+
+    def given(mask: torch.Tensor) -> dict[str, Any]:
+        mask = mask[None, None]
+        as_scores = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        forms = {"bool": mask, "float": as_scores, "dict": {"full_attention": mask, "sliding_attention": mask}}
+        return {**inputs, "attention_mask": forms[kind]}
+
+    if kind != "dict":  # of which LLaVA knows nothing
+        for mask in (causal, hidden, padded):
+            logits(model, given(mask))
+    with pytest.raises(NotImplementedError, match="a mask that parts rows given"):
+        logits(model, given(packed))
 
 
 def test_features_without_placeholders_are_refused(method: Method):

@@ -141,10 +141,9 @@ class VARConfig(AttentionMethod):
         something, and what is got. Of the last three, a row must have more than `_least`: visual sinks, what is
         missing to their largest share of the image, and the image.
         """
-        lost, visual_sinks, image = (1 - self.p) * sinks, visual & sinks, 1.0 * visual
-        others = image - 1.0 * visual_sinks
-        groups = [-lost, others, lost, visual_sinks, self.rho * image - 1.0 * visual_sinks, image]
-        return torch.stack(groups, -1).float()
+        lost, visual_sinks, image = (1 - self.p) * sinks.float(), (visual & sinks).float(), visual.float()
+        groups = [-lost, image - visual_sinks, lost, visual_sinks, self.rho * image - visual_sinks, image]
+        return torch.stack(groups, -1)
 
     def _of_text(self, sinks: torch.Tensor) -> torch.Tensor:
         """`_groups` of a token of text that is no sink, and of one that is: `(2, 6)`, where `sinks` are."""

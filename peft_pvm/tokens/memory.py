@@ -248,11 +248,13 @@ class Coverage:
         num_tokens: How many tokens were read, an int or, for a static cache, a tensor.
         num_keys: The length of the cache after the last of them, likewise. More in the cache came without the tap.
         is_evicted: Whether some layer has lost keys during a forward, so that keys no longer belong to tokens in turn.
+        read_by: The name of the tap that read the last of them.
     """
 
     num_tokens: int | torch.Tensor = 0
     num_keys: int | torch.Tensor = 0
     is_evicted: bool = False
+    read_by: str | None = None
 
 
 class _FollowedByMemory(Cache):
@@ -278,6 +280,15 @@ class _FollowedByMemory(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self._map_memory(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        if self.is_compileable:  # other caches are asked for their length in each forward
+            memory, length = self.visual_memory, int(self.get_seq_length())
+            self.visual_memory = replace(
+                memory.cropped(length), kept=memory.kept, notes={}
+            )  # which has its room still
+            self.visual_coverage = replace(self.visual_coverage, num_tokens=length, num_keys=length)
 
     def reset(self) -> None:
         super().reset()

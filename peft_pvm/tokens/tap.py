@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+import uuid
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,7 @@ class Tap:
         # forward itself holds the context: nothing outlives it, however it ends.
         self._in_flight: dict[int, weakref.ref[VisualContext]] = {}
         self.by_row = AdaptersByRow()
+        self._name = uuid.uuid4().hex
         self._has_warned = False
         # Set aside until the tap is removed. The forward refuses packed rows too, but generate_batch works in a thread
         # of its own and would only log that. And generate refuses keywords that it does not know.
@@ -218,8 +220,10 @@ class Tap:
         num_keys = 0 if cache is None else _length_of(cache)
         try:
             _refuse_copied(module)
-            _refuse_packed(inputs, num_keys)
-            memory, coverage = _remembered(cache, num_keys, inputs_embeds.shape[1])
+            _refuse_packed(inputs, num_keys, context)
+            # To learn the length of a static cache is to wait for the device. Decoding a token behind others does not.
+            is_asked = inputs_embeds.shape[1] > 1 or coverage_of(cache).read_by != self._name
+            memory, coverage = _remembered(cache, num_keys, is_asked)
         except (NotImplementedError, ValueError) as refusal:
             context.refusal = refusal.with_traceback(None)  # whose frames hold the context
         if context.refusal is None:
@@ -254,7 +258,7 @@ class Tap:
             is_evicted = context.is_evicted or has_lost_keys(cache, context.keys_before, context.seq_len)
             # A static cache counts in place, and is not asked.
             num_keys = num_tokens if cache.is_compileable else _length_of(cache)
-            attach_memory(cache, context.memory, Coverage(num_tokens, num_keys, is_evicted))
+            attach_memory(cache, context.memory, Coverage(num_tokens, num_keys, is_evicted, self._name))
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -299,7 +303,7 @@ def _length_of(cache: Cache) -> int | torch.Tensor:
     return length
 
 
-def _refuse_packed(inputs: dict[str, Any], num_keys: int | torch.Tensor) -> None:
+def _refuse_packed(inputs: dict[str, Any], num_keys: int | torch.Tensor, context: VisualContext) -> None:
     packed = paged_inputs(inputs)
     positions = inputs.get("position_ids")
     fresh = isinstance(num_keys, int) and num_keys == 0
@@ -309,8 +313,24 @@ def _refuse_packed(inputs: dict[str, Any], num_keys: int | torch.Tensor) -> None
         axis = positions if positions.dim() == 2 else positions[0]
         if bool((axis.diff(dim=-1) < 0).any()):
             packed.append("position_ids that start again")
+    masks = context.attention_mask.values() if isinstance(context.attention_mask, dict) else [context.attention_mask]
+    if fresh and context.visual_mask is not None and any(_parts(mask, context.visual_mask) for mask in masks):
+        packed.append("a mask that parts rows")
     if packed:
         raise NotImplementedError(f"This forward ({', '.join(packed)} given) {PACKED_REFUSAL}")
+
+
+def _parts(mask: Any, visual_mask: torch.Tensor) -> bool:
+    """Whether a mask of pairs parts a row behind a visual token: nothing from there on sees what is before."""
+    seq_len = visual_mask.shape[1]
+    if not isinstance(mask, torch.Tensor) or mask.shape[2:] != (seq_len, seq_len):
+        return False
+    sees = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any(1)
+    first_seen = torch.where(sees.any(-1), sees.int().argmax(-1), seq_len)
+    seen_from_here_on = first_seen.flip(1).cummin(1).values.flip(1)  # the first key
+    places = torch.arange(seq_len, device=mask.device)
+    is_parted = (seen_from_here_on >= places) & (seen_from_here_on < seq_len)
+    return bool((is_parted & (visual_mask.cumsum(1) > visual_mask).to(mask.device)).any())
 
 
 PACKED_REFUSAL = (
@@ -328,12 +348,11 @@ def _refuse_copied(text_model: nn.Module) -> None:
         )
 
 
-def _remembered(cache: Cache | None, num_keys: int | torch.Tensor, seq_len: int) -> tuple[VisualMemory, Coverage]:
+def _remembered(cache: Cache | None, num_keys: int | torch.Tensor, is_asked: bool) -> tuple[VisualMemory, Coverage]:
     """The memory that `cache` carries and what it covers, brought up to date with the cache's length."""
     memory, coverage = memory_of(cache), coverage_of(cache)
     unread = 0
-    # To learn the length of a static cache is to wait for the device: decoding a token does not ask.
-    if memory is None or isinstance(num_keys, int) or seq_len > 1:
+    if is_asked or isinstance(num_keys, int):
         unread = int(num_keys - coverage.num_keys)
     if unread > 0:
         raise ValueError(
@@ -342,7 +361,7 @@ def _remembered(cache: Cache | None, num_keys: int | torch.Tensor, seq_len: int)
         )
     if memory is None or (isinstance(num_keys, int) and num_keys == 0):
         return VisualMemory(), Coverage()
-    if not isinstance(num_keys, int):  # a static cache never shrinks
+    if not isinstance(num_keys, int):  # where a static cache is cropped, its memory is as well
         return memory, Coverage(num_keys, num_keys)
     if coverage.is_evicted:
         if unread < 0:

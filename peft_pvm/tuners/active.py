@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar, cast
 
 from peft import PeftModel
@@ -54,22 +54,20 @@ def activate(model: nn.Module, names: Collection[str], trainable: bool = True) -
         layer.set_adapter([name for name in names if name in held_by(layer)], inference_mode=not trainable)
 
 
-@contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[dict[Any, list[str]]]:
-    """Put back, at the end of a block, which adapters act and what is trainable. PEFT changes one with the other.
+def remembered(model: nn.Module) -> tuple[dict[Any, list[str]], Callable[[], None]]:
+    """Which adapters act and what is trainable, and what puts this back. PEFT changes one with the other.
 
     Args:
-        model: A transformers model with adapters of any of PEFT's types that live in layers. Layers that the block
-            brings are left alone.
+        model: A transformers model with adapters of any of PEFT's types that live in layers.
 
-    Yields:
-        By layer that holds adapters, those that are active there and not disabled.
+    Returns:
+        By layer that holds adapters, those that are active there and not disabled; and a function. Layers that are new
+        when it is called are left alone.
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     before = {layer: (list(layer.active_adapters), layer.disable_adapters) for layer in adapter_layers(model)}
-    try:
-        yield {layer: [] if disabled else active for layer, (active, disabled) in before.items()}
-    finally:
+
+    def put_back() -> None:
         for layer, (active, disabled) in before.items():
             if list(layer.active_adapters) != active:
                 layer.set_adapter(active)
@@ -77,6 +75,22 @@ def restored(model: nn.Module) -> Iterator[dict[Any, list[str]]]:
                 layer.enable_adapters(not disabled)
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad = requires_grad
+
+    return {layer: [] if disabled else active for layer, (active, disabled) in before.items()}, put_back
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[dict[Any, list[str]]]:
+    """Put back, at the end of a block, which adapters act and what is trainable: see `remembered`.
+
+    Yields:
+        By layer that holds adapters, those that are active there and not disabled.
+    """
+    acting, put_back = remembered(model)
+    try:
+        yield acting
+    finally:
+        put_back()
 
 
 @contextlib.contextmanager
@@ -136,7 +150,7 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
     trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
     with contextlib.ExitStack() as stack:
         if not hasattr(base, "peft_config"):
-            stack.callback(_forget_configs, base)
+            stack.callback(forget_configs, base)
         acting = stack.enter_context(restored(base))
         names = list(adapter_names([config.method for config in configs], base))
         for name, config in zip(names, configs):
@@ -154,6 +168,7 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
         yield model
 
 
-def _forget_configs(base: nn.Module) -> None:
+def forget_configs(base: nn.Module) -> None:
+    """Leave no sign of adapters on a model that has none left."""
     if not getattr(base, "peft_config", True):
         del base.peft_config

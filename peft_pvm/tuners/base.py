@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -147,6 +148,17 @@ MERGE_REFUSAL = (
 )
 
 
+def take_off(model: nn.Module, layers: Collection[VisualTunerLayer]) -> None:
+    """Remove tuner layers from a model, and the tap with the last of them."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, VisualTunerLayer) and child in layers:
+                child.detach_hooks()
+                delattr(module, name)
+    if layers and not any(isinstance(module, VisualTunerLayer) for module in model.modules()):
+        Tap.on(next(iter(layers)).vlm).remove()
+
+
 class VisualTuner(BaseTuner):
     """Base of our tuners. A subclass names its layer class, its child's name and what it needs of a file."""
 
@@ -233,7 +245,7 @@ class VisualTuner(BaseTuner):
         yield
 
     def _prepare_adapter_config(self, peft_config: VisualConfig, model_config: dict) -> VisualConfig:
-        resolved = self.resolve(peft_config)
+        resolved = copy.copy(self.resolve(peft_config))  # the user's may be attached to another model too
         resolved.target_modules = self.targeted_names(resolved)
         saved = getattr(resolved, "modules_to_save", None) or ()
         if saved:
@@ -324,15 +336,6 @@ class VisualTuner(BaseTuner):
         for layer in layers:
             layer.attach_hooks()
 
-    def _remove_layers(self, layers: list[VisualTunerLayer]) -> None:
-        for module in list(self.model.modules()):
-            child = module._modules.get(self.child_name)
-            if any(child is layer for layer in layers):
-                child.detach_hooks()
-                delattr(module, self.child_name)
-        if not any(isinstance(module, VisualTunerLayer) for module in self.model.modules()):
-            Tap.on(self.vlm).remove()
-
     def remove_adapter(self, adapter_name: str) -> None:
         """Take one adapter off, with the layers that hold no other. Unlike `delete_adapter`, it chooses no successor.
 
@@ -344,9 +347,7 @@ class VisualTuner(BaseTuner):
         for layer in layers:
             if adapter_name in layer.configs:
                 layer.delete_adapter(adapter_name)
-        emptied = [layer for layer in layers if not layer.configs]
-        if emptied:
-            self._remove_layers(emptied)
+        take_off(self.model, [layer for layer in layers if not layer.configs])
 
     @classmethod
     def _get_adapter_state_dict(
@@ -387,7 +388,7 @@ class VisualTuner(BaseTuner):
             self._check_merge_allowed()
         layers = self._tuner_layers()
         own = {adapter_name for layer in layers for adapter_name in layer.configs}
-        self._remove_layers(layers)
+        take_off(self.model, layers)
         for name, module in list(self.model.named_modules()):
             # Only what these adapters wrapped: another tuner's layers and wrappers, nested below, stay.
             if not isinstance(module, AuxiliaryTrainingWrapper):

@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
 from ..folders.adapter_file import SOURCE, AdapterFile
+from ..folders.companions import fields_of, method_of
 from ..folders.data_file import OF_ADAPTERS, read_json
 from ..folders.incoming import INCOMING, NOTHING, Incoming, fitted, loading
 from ..folders.replacing import settle
 from ..folders.writing import write_card
 from ..utils.packages import ASKS_TUNER_FOR_NAMES, add_peft_type, conversion_of, hub_arguments
-from ..utils.text import plain
+from ..utils.text import plain, quoted
 from .base import VisualConfig, VisualTuner, with_absent_fields
 from .companions import warn_of_missing
 from .saving import has_ours, is_ours, saved_in, saving_whole
@@ -175,6 +176,7 @@ def _saying_what_peft_loads(original: Callable[..., Any]) -> Callable[..., Any]:
             attached: Any = model.peft_config.get(asked["adapter_name"]) if model is not None else None
             # New weights for it. Where tuners are nested, it may be another's, who is asked when the weights are set.
             if is_ours(attached) and isinstance(model.base_model, PEFT_TYPE_TO_TUNER_MAPPING[attached.peft_type]):
+                _refuse_other_settings(model.base_model, attached, file)
                 model.base_model.check_file(file, attached)
             loaded = original(*call.args, **call.kwargs)
         if attached is None or attached.inference_mode:  # else a trainer puts a checkpoint back
@@ -183,6 +185,26 @@ def _saying_what_peft_loads(original: Callable[..., Any]) -> Callable[..., Any]:
         return loaded
 
     return load
+
+
+def _refuse_other_settings(tuner: Any, attached: VisualConfig, file: AdapterFile) -> None:
+    """Raise a ValueError if a file's weights are for other settings than those that an adapter was attached with."""
+    if os.path.isdir(file.folder) and not os.path.isfile(os.path.join(file.folder, CONFIG_NAME)):
+        return
+    saved = PeftConfig.from_pretrained(file.path, subfolder=file.subfolder, **file.hub_kwargs)
+    if method_of(saved) != method_of(attached):
+        raise ValueError(
+            f"{plain(file.path, 200)} is an adapter of type {method_of(saved)}, but the name stands for one of type "
+            f"{method_of(attached)}. Load it under another name."
+        )
+    own, other = fields_of(attached), fields_of(tuner.resolve(cast(VisualConfig, saved)))
+    for name in own.keys() - {"lineage"}:
+        if own[name] != other[name]:
+            raise ValueError(
+                f"{plain(file.path, 200)} was saved with {name} = {quoted(other[name])}, but the adapter of that name "
+                f"has {quoted(own[name])}. Loading would take the weights alone. Load it under another name, or "
+                "delete the adapter first."
+            )
 
 
 def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..., Any]:

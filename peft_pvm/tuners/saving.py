@@ -30,8 +30,8 @@ from ..folders.writing import note_companions, write_adapter, written_whole
 from ..utils.packages import loads_adapters_itself, saved_along
 from ..utils.text import listed, plain
 from ..utils.wrapping import is_wrapped, plain_name, without_wrappers
-from .active import activate
-from .base import VisualTunerLayer
+from .active import activate, forget_configs, remembered
+from .base import VisualTunerLayer, take_off
 from .companions import trained_with, warn_of_missing
 from .names import adapter_names
 
@@ -224,13 +224,14 @@ def add_adapters(model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
         configs: Configurations by the names that the adapters get.
 
     Raises:
-        ValueError: A configuration does not fit the model. Adapters that come before it stay attached.
+        ValueError: A configuration does not fit the model, which is left as it was.
 
     Example:
         add_adapters(model, {"pvm": PVMConfig(), "dipe": DIPEConfig(), "lora": LoraConfig(target_modules=["q_proj"])})
     """
-    for name, config in configs.items():
-        _inject(model, name, config)
+    with _all_or_none(model):
+        for name, config in configs.items():
+            _inject(model, name, config)
     if configs:
         activate(model, list(configs))
 
@@ -248,14 +249,16 @@ def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
         The adapters' names on the model, made from the names of the folders or repositories.
 
     Raises:
-        ValueError: An adapter cannot be read, does not fit, or leaves something without weights.
+        ValueError: An adapter cannot be read, does not fit, or leaves something without weights. The model is left as
+            it was.
 
     Example:
         load_adapters(model, ["runs/pvm", "someone/a-lora"])
     """
     names = adapter_names(sources, model)
-    for name, source in names.items():
-        _load(model, name, source)
+    with _all_or_none(model):
+        for name, source in names.items():
+            _load(model, name, source)
     if names:
         activate(model, list(names), trainable=False)
         model.eval()
@@ -285,6 +288,24 @@ def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike)
     return write_adapter(folder, configs[adapter_name], in_file, trained_with(model, adapter_name))
 
 
+@contextlib.contextmanager
+def _all_or_none(model: nn.Module) -> Iterator[None]:
+    """Take off what a block attaches, if it fails, and let act again what acted before."""
+    attached: Any = model
+    was_there = set(getattr(model, "peft_config", {}))
+    _, put_back = remembered(model)
+    try:
+        yield
+    except BaseException:
+        for name in set(getattr(model, "peft_config", {})) - was_there:
+            delete_adapter(model, name, PEFT_TYPE_TO_PREFIX_MAPPING[attached.peft_config.pop(name).peft_type])
+        layers = (layer for layer in model.modules() if isinstance(layer, VisualTunerLayer))
+        take_off(model, [layer for layer in layers if not layer.configs])
+        put_back()
+        forget_configs(model)
+        raise
+
+
 def _load(model: nn.Module, name: str, source: str) -> None:
     refusal = f"The adapter {plain(source, 100)} does not fit {type(model).__name__} or cannot be read"
     try:
@@ -299,9 +320,6 @@ def _load(model: nn.Module, name: str, source: str) -> None:
         raise ValueError(plain(f"{refusal}: {error}", keep="\n")) from error
     # PEFT would say nothing, and run with half an adapter.
     if missing or strays:
-        attached: Any = model
-        delete_adapter(model, name, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
-        del attached.peft_config[name]
         lacks = f"it lacks {listed(missing)}" if missing else ""
         brings = f"nothing takes its {listed(strays)}" if strays else ""
         raise ValueError(f"{refusal}: {' and '.join(filter(None, (lacks, brings)))}.")
