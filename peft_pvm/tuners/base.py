@@ -227,7 +227,7 @@ class VisualTuner(BaseTuner):
             check_adapter_name(adapter_name, self.model)
             self._found = find_vlm(self.model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
+        except BaseException:  # Ctrl-C as well
             self.remove_adapter(adapter_name)
             if not getattr(model, "peft_config", None) and loads_adapters_itself(model):
                 forget_adapters(model)  # transformers' add_adapter counts them before it injects

@@ -186,9 +186,12 @@ def test_the_config_of_a_taken_name_stays(llava: TinyVLM, kind: str):
     assert tuner.peft_config["mine"] is config
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
-def test_half_an_adapter_is_taken_off_again(llava: TinyVLM, kind: str, beside: bool, monkeypatch: pytest.MonkeyPatch):
-    """Whatever goes wrong after some layers have theirs."""
+def test_half_an_adapter_is_taken_off_again(
+    llava: TinyVLM, kind: str, beside: bool, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever goes wrong after some layers have theirs; and then it can be attached."""
     base = llava.build()
     if beside:
         get_peft_model(base, CONFIGS[kind](), "mine")
@@ -200,13 +203,16 @@ def test_half_an_adapter_is_taken_off_again(llava: TinyVLM, kind: str, beside: b
         create(self, *args, **kwargs)
         created.append(1)
         if len(created) == (3 if kind == "pvm" else 1):
-            raise MemoryError
+            raise error
 
-    monkeypatch.setattr(tuner_cls, "_create_and_replace", fail_at_the_last)
-    with pytest.raises(MemoryError):
-        inject_adapter_in_model(CONFIGS[kind](), base, "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner_cls, "_create_and_replace", fail_at_the_last)
+        with pytest.raises(error):
+            inject_adapter_in_model(CONFIGS[kind](), base, "other")
     assert as_it_is(base) == before
     assert list(getattr(base, "peft_config", {})) == configs
+    inject_adapter_in_model(CONFIGS[kind](), base, "other")
+    assert list(base.peft_config) == [*configs, "other"]
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_others(llava: TinyVLM, kind: str):

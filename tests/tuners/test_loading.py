@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, add_adapters, attached, load_adapters, save_adapter
+from peft_pvm.tuners import saving
 from peft_pvm.tuners.base import VisualTunerLayer
 
 
@@ -169,9 +170,31 @@ def test_half_an_adapter_of_another_type_is_refused(saved: list[str], tiny: Tiny
     with pytest.raises(ValueError, match="does not fit"):
         load_adapters(model, saved[2:])
     assert not hasattr(model, "peft_config")
-    assert torch.equal(
-        logits(model, tiny.inputs(model, *PROMPTS)), base
-    )  # PVM and DIPE came before it
+    assert torch.equal(logits(model, tiny.inputs(model, *PROMPTS)), base)  # PVM and DIPE came before it
+
+
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["pvm", "dipe", "lora"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_adapter_without_its_weights_does_not_stay(
+    saved: list[str], tiny: TinyVLM, number: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever goes wrong between the layers and the weights; and then it can be loaded."""
+    source, others = saved[number], saved[:number] + saved[number + 1 :]
+    model = tiny.build()
+    load_adapters(model, others)
+    inputs = tiny.inputs(model, *PROMPTS)
+    expected, configs = logits(model, inputs), list(model.peft_config)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "set_peft_model_state_dict", fail)
+        with pytest.raises((ValueError, KeyboardInterrupt)):
+            load_adapters(model, [source])
+    assert list(model.peft_config) == configs
+    assert torch.equal(logits(model, inputs), expected)
+    assert load_adapters(model, [source]) == [Path(source).name]
 
 
 def test_pickles_are_not_read(saved: list[str], tiny: TinyVLM):
