@@ -30,12 +30,12 @@ from transformers import Cache
 from ..utils.packages import (
     cache_in,
     caches_in,
-    check_model_kwargs,
     held_by,
     is_tuner_child,
     modalities_in,
     paged_inputs,
 )
+from ..utils.wrapping import Shadow
 from .context import CONTEXT, VisualContext
 from .families import VisionLanguageModel
 from .memory import (
@@ -82,14 +82,12 @@ class Tap:
         self._has_warned = False
         # Set aside until the tap is removed. The forward refuses packed rows too, but generate_batch works in a thread
         # of its own and would only log that. And generate refuses keywords that it does not know.
-        self._shadows: dict[str, tuple[nn.Module, Any]] = {
-            "init_continuous_batching": (vlm.model, self._init_continuous_batching),
-            "_validate_model_kwargs": (vlm.model, self._validate_model_kwargs),
-        }
+        self._own_batching = Shadow(vlm.model, "init_continuous_batching", self._init_continuous_batching)
+        self._own_check = Shadow(vlm.model, "_validate_model_kwargs", self._validate_model_kwargs)
+        self._shadows = [self._own_batching, self._own_check]
         if vlm.inner_generator is not None:
-            self._shadows["prepare_inputs_for_generation"] = (vlm.inner_generator, self._prepare_inputs)
-        for name, (module, method) in self._shadows.items():
-            module.__dict__[name] = method
+            self._own_prepare = Shadow(vlm.inner_generator, "prepare_inputs_for_generation", self._prepare_inputs)
+            self._shadows.append(self._own_prepare)
 
     @staticmethod
     def on(vlm: VisionLanguageModel) -> Tap:
@@ -115,26 +113,24 @@ class Tap:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        for name, (module, _) in self._shadows.items():
-            del module.__dict__[name]
+        for shadow in self._shadows:
+            shadow.remove()
         del self.vlm.text_model.__dict__[ATTRIBUTE]
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.vlm.model
         if self._has_active_adapter():
             raise NotImplementedError(f"generate_batch and paged continuous batching {PACKED_REFUSAL}")
-        return type(model).init_continuous_batching(model, *args, **kwargs)  # type: ignore[attr-defined]
+        return self._own_batching(*args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        known = {name: value for name, value in model_kwargs.items() if name != VISUAL_MASK}
-        check_model_kwargs(self.vlm.model, known)
+        self._own_check({name: value for name, value in model_kwargs.items() if name != VISUAL_MASK})
 
     # The name `inputs_embeds` tells generate that they may be given.
     def _prepare_inputs(self, input_ids: torch.Tensor, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Say which of the embeddings are visual that an inner model is to generate from."""
-        model: Any = self.vlm.inner_generator
-        inputs = type(model).prepare_inputs_for_generation(model, input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if inputs.get("inputs_embeds") is not None:
+        inputs = self._own_prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        is_on = self.vlm.text_model.__dict__.get(ATTRIBUTE) is self  # else whoever patched the method still calls this
+        if is_on and inputs.get("inputs_embeds") is not None:
             token_ids = {token_id for ids in self.vlm.placeholder_ids.values() for token_id in ids}
             inputs[VISUAL_MASK] = placeholder_mask(input_ids, sorted(token_ids))
         return inputs

@@ -13,8 +13,9 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 
 from ..tokens.families import VisionLanguageModel
 from ..tokens.positions import placeholder_mask
-from ..utils.packages import CACHE_NAMES, cache_in, logits_processors, modalities_in
+from ..utils.packages import CACHE_NAMES, cache_in, modalities_in
 from ..utils.text import quoted
+from ..utils.wrapping import Shadow
 
 
 ATTRIBUTE = "_second_runs"  # of the model, on which those of its `generate` stand
@@ -143,23 +144,21 @@ class GenerateRuns:
     def __init__(self, vlm: VisionLanguageModel):
         self.vlm = vlm
         self.layers: list[Any] = []
-        self._shadows = {
-            ATTRIBUTE: self,
-            "generate": self._generate,
-            "_get_logits_processor": self._get_logits_processor,
-        }
-        vlm.model.__dict__.update(self._shadows)
+        vars(vlm.model)[ATTRIBUTE] = self
+        self._own_generate = Shadow(vlm.model, "generate", self._generate)
+        self._own_processors = Shadow(vlm.model, "_get_logits_processor", self._get_logits_processor)
 
     def remove(self) -> None:
         """Give the model its own methods back."""
-        for name in self._shadows:
-            del self.vlm.model.__dict__[name]
+        self._own_generate.remove()
+        self._own_processors.remove()
+        del vars(self.vlm.model)[ATTRIBUTE]
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.vlm.model
         acting = {name: layer.configs[name] for layer in self.layers for name in layer.acting()}
         if not acting:
-            return type(model).generate(model, *args, **kwargs)
+            return self._own_generate(*args, **kwargs)
         if len(acting) > 1:
             raise NotImplementedError(
                 f"The adapters {' and '.join(map(quoted, acting))} are active and both run the model on the prompt of "
@@ -170,7 +169,7 @@ class GenerateRuns:
         run = Run(self.vlm, config, {**dict(zip(names, args)), **kwargs})
         outer = _RUN.set(run)
         try:
-            result = type(model).generate(model, *args, **kwargs)
+            result = self._own_generate(*args, **kwargs)
         finally:
             _RUN.reset(outer)
         if not run.has_begun:
@@ -181,9 +180,9 @@ class GenerateRuns:
         return result
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        model: Any = self.vlm.model
-        processors = logits_processors(model, *args, **kwargs)
-        if (run := running(model)) is not None:
+        processors = self._own_processors(*args, **kwargs)
+        # Without layers, whoever has patched the method since still calls this.
+        if self.layers and (run := running(self.vlm.model)) is not None:
             processors[:0] = run.begin(kwargs["generation_config"], kwargs["model_kwargs"])
         return processors
 

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..tokens.families import VisionLanguageModel
+from ..utils.wrapping import Shadow
 
 
-CANDIDATES = "_get_candidate_generator"  # of a transformers model: how assisted decoding and prompt lookup begin
+ATTRIBUTE = "_one_by_one"  # of the model, on which what stands in the place of its method is found
 
 
 class OneByOne:
@@ -22,27 +23,33 @@ class OneByOne:
     """
 
     def __init__(self, vlm: VisionLanguageModel, acting: Callable[[], list[str]]):
-        self.vlm, self.acting = vlm, acting
-        for model in vlm.generators:
-            model.__dict__.setdefault(CANDIDATES, _Candidates(model)).guards.append(self)
+        self.acting = acting
+        self._candidates = [vars(model).get(ATTRIBUTE) or _Candidates(model) for model in vlm.generators]
+        for candidates in self._candidates:
+            candidates.guards.append(self)
 
     def remove(self) -> None:
         """Have them work again, unless others refuse them."""
-        for model in self.vlm.generators:
-            guards = model.__dict__[CANDIDATES].guards
-            guards.remove(self)
-            if not guards:
-                del model.__dict__[CANDIDATES]
+        for candidates in self._candidates:
+            candidates.guards.remove(self)
+            if not candidates.guards:
+                candidates.remove()
 
 
 class _Candidates:
-    """Stands for a model's own method of that name."""
+    """Stands in the place of a model's own method, for all adapters on it."""
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.guards: list[OneByOne] = []
+        vars(model)[ATTRIBUTE] = self
+        self._own = Shadow(model, "_get_candidate_generator", self._get)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def remove(self) -> None:
+        self._own.remove()
+        del vars(self.model)[ATTRIBUTE]
+
+    def _get(self, *args: Any, **kwargs: Any) -> Any:
         names = [name for guard in self.guards for name in guard.acting()]
         if names:
             raise NotImplementedError(
@@ -50,4 +57,4 @@ class _Candidates:
                 "decoding and prompt lookup read several tokens at once. Call generate without assistant_model and "
                 "prompt_lookup_num_tokens."
             )
-        return getattr(type(self.model), CANDIDATES)(self.model, *args, **kwargs)
+        return self._own(*args, **kwargs)

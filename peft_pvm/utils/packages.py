@@ -3,7 +3,8 @@
 Every name that differs between versions stands here, and every private name of PEFT, transformers and accelerate that
 is read, called or set, each in a function of its own. A new version may change any of them, and this is then the place
 to mend. Methods of PEFT's base classes that our tuners and layers override are not here: overriding is what PEFT
-offers. What is replaced in PEFT and transformers for good is in `tuners/registry.py`.
+offers. What is replaced in PEFT and transformers for good is in `tuners/registry.py`, and a model's methods are named
+where a `Shadow` takes their place.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import Cache, LogitsProcessorList
+from transformers import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, get_flex_attention_lse_kwargs
 from transformers.integrations.peft import PeftAdapterMixin
@@ -267,27 +268,6 @@ def flex_attention_with_sums(
         **get_flex_attention_lse_kwargs(True),
     )
     return output, getattr(sums, "lse", sums)
-
-
-def check_model_kwargs(model: Any, model_kwargs: dict[str, Any]) -> None:
-    """Refuse keyword arguments as `generate` does, which has no public list of those that it knows.
-
-    Args:
-        model: A transformers model.
-        model_kwargs: The arguments.
-    """
-    type(model)._validate_model_kwargs(model, model_kwargs)
-
-
-def logits_processors(model: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-    """What `generate` makes of its settings to change scores with. Processors that it is given come after some of it.
-
-    Args:
-        model: A transformers model.
-        args: As `generate` has them.
-        kwargs: The same.
-    """
-    return type(model)._get_logits_processor(model, *args, **kwargs)
 
 
 def next_inputs(model: Any, inputs: dict[str, Any], output: Any = None) -> dict[str, Any]:

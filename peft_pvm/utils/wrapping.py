@@ -1,9 +1,10 @@
-"""Wrappers that others put around a model's modules, and names as if nothing were wrapped."""
+"""What stands around a model's modules and methods: wrappers of others, looked through, and functions of ours."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -57,3 +58,34 @@ def without_wrappers(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in wrapped:
             parent._modules[name] = child
+
+
+class Shadow:
+    """Has something else stand in the place of a module's method, until it is removed.
+
+    Args:
+        module: The module.
+        name: The method's name.
+        stand_in: What is called in its place: a method, of which a copied model gets that of the copied object.
+    """
+
+    def __init__(self, module: nn.Module, name: str, stand_in: Callable[..., Any]):
+        self.module, self.name, self.stand_in = module, name, stand_in
+        self.earlier = vars(module).get(name)  # a user's, for this one model
+        vars(module)[name] = stand_in
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what it stands in the place of: the module's own, or that of its class."""
+        if self.earlier is not None:
+            return self.earlier(*args, **kwargs)
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what stood there before, unless somebody has changed that since: it is theirs."""
+        own = vars(self.module)
+        if own.get(self.name) != self.stand_in:
+            return
+        if self.earlier is None:
+            del own[self.name]
+        else:
+            own[self.name] = self.earlier

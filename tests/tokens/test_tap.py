@@ -124,6 +124,30 @@ def test_what_it_sets_aside_is_put_back(vlm: VisionLanguageModel, monkeypatch: p
         model._validate_model_kwargs({VISUAL_MASK: torch.ones(1)})
 
 
+def test_what_an_inner_model_has_of_its_own_stays():
+    """It is called, and given back; and what was put there since is left alone, and is not sent `visual_mask`."""
+    vlm = find_vlm(ARCHITECTURES["blip-2"].tiny.build())
+    inner, asked = vlm.inner_generator, []
+    prepare = inner.prepare_inputs_for_generation
+
+    def mine(*args, **kwargs):
+        asked.append(1)
+        return prepare(*args, **kwargs)
+
+    inputs = {"input_ids": torch.tensor([[1, 2]]), "inputs_embeds": torch.ones(1, 2, 4), "is_first_iteration": True}
+    inner.prepare_inputs_for_generation = mine
+    with Tap.lent_to(vlm):
+        assert VISUAL_MASK in inner.prepare_inputs_for_generation(**inputs)
+    assert asked == [1]
+    assert vars(inner)["prepare_inputs_for_generation"] is mine
+    del inner.prepare_inputs_for_generation
+    with Tap.lent_to(vlm):
+        prepare = inner.prepare_inputs_for_generation
+        inner.prepare_inputs_for_generation = mine
+    assert vars(inner)["prepare_inputs_for_generation"] is mine
+    assert VISUAL_MASK not in inner.prepare_inputs_for_generation(**inputs)
+
+
 def test_batching_minds_active_adapters_alone(llava: TinyVLM, monkeypatch: pytest.MonkeyPatch):
     model = METHODS["pvm"].attach(llava.build())
     base, asked = model.get_base_model(), []

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from forwards import difference, logits
+from forwards import GENERATE, difference, logits
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from tiny_vlms import FAMILIES, TinyVLM
@@ -14,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import peft_pvm.tuners.base as base_module
-from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig
+from peft_pvm import DIPEConfig, PVMConfig, SAVAAConfig, TDRSConfig, VCDConfig, VISTAConfig
 from peft_pvm.attention.dispatch import ConfigView
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tokens.tap import Tap
@@ -263,6 +267,103 @@ def test_unload_leaves_the_adapters_of_others(llava: TinyVLM, kind: str):
     after = as_it_is(base)
     assert {**after, "attributes": None} == {**before, "attributes": None}
     assert list(base.peft_config) == ["lora"]
+
+
+# ---- methods that the user has put on one model
+
+
+# Between them, these set aside every method that adapters do.
+SET_ASIDE = {"vcd": VCDConfig, "vista": VISTAConfig, "savaa": SAVAAConfig}
+BY_GENERATE = ("generate", "_validate_model_kwargs", "_get_logits_processor")
+OTHERS = ("init_continuous_batching", "_get_candidate_generator")
+
+
+def patched(model: PreTrainedModel) -> tuple[dict[str, Callable], list[str]]:
+    """Have a model note which of its methods are called. Returns what stands in their place, and the notes."""
+    asked: list[str] = []
+
+    def noting(name: str, method: Callable) -> Callable:
+        @functools.wraps(method)
+        def mine(*args, **kwargs):
+            asked.append(name)
+            return method(*args, **kwargs)
+
+        return mine
+
+    mine = {name: noting(name, getattr(model, name)) for name in (*BY_GENERATE, *OTHERS)}
+    vars(model).update(mine)
+    return mine, asked
+
+
+def answer(tiny: TinyVLM, model: nn.Module) -> torch.Tensor:
+    prompt = tiny.prompt(getattr(model, "get_base_model", lambda: model)(), ROWS[0])
+    return torch.stack(model.generate(**prompt, **GENERATE, do_sample=False).logits)
+
+
+@pytest.mark.parametrize("method", SET_ASIDE)
+def test_what_a_model_has_of_its_own_is_called_and_given_back(llava: TinyVLM, method: str):
+    base = llava.build()
+    mine, asked = patched(base)
+    expected = answer(llava, base)
+    of_base = asked.copy()
+    model = get_peft_model(base, SET_ASIDE[method]()).eval()
+    asked.clear()
+    answer(llava, model)
+    assert asked.count("generate") == 1
+    assert set(BY_GENERATE) <= set(asked)
+    asked.clear()
+    with model.disable_adapter():
+        assert torch.equal(answer(llava, model), expected)
+        assert asked == of_base
+        for name in OTHERS:
+            with contextlib.suppress(Exception):  # of arguments that lack
+                getattr(base, name)()
+    assert set(OTHERS) <= set(asked)
+    assert model.unload() is base
+    assert {name: vars(base).get(name) for name in mine} == mine
+    assert torch.equal(answer(llava, base), expected)
+
+
+@pytest.mark.parametrize("method", SET_ASIDE)
+def test_what_a_model_is_given_while_it_has_an_adapter_stays(llava: TinyVLM, method: str):
+    base = llava.build()
+    expected = answer(llava, base)
+    model = get_peft_model(base, SET_ASIDE[method]()).eval()
+    acting = answer(llava, model)
+    mine, asked = patched(base)
+    assert torch.equal(answer(llava, model), acting)
+    assert asked.count("generate") == 1
+    assert model.unload() is base
+    assert {name: vars(base).get(name) for name in mine} == mine
+    assert torch.equal(answer(llava, base), expected)
+    assert asked.count("generate") == 2
+    model = get_peft_model(base, SET_ASIDE[method]()).eval()
+    assert torch.equal(answer(llava, model), acting)
+    assert asked.count("generate") == 3
+    model.unload()
+    assert {name: vars(base).get(name) for name in mine} == mine
+
+
+@pytest.mark.parametrize("method", SET_ASIDE)
+def test_what_was_taken_away_is_not_missed(llava: TinyVLM, method: str):
+    """Whoever patches a method for a while may take it back by `del`, and with it what stood there before."""
+    base = llava.build()
+    before = as_it_is(base)
+    model = get_peft_model(base, SET_ASIDE[method]())
+    mine, _ = patched(base)
+    for name in mine:
+        delattr(base, name)
+    assert model.unload() is base
+    assert as_it_is(base) == before
+    assert "peft_config" not in vars(base)
+
+
+@pytest.mark.parametrize("method", SET_ASIDE)
+def test_a_copy_gives_back_its_own(llava: TinyVLM, method: str):
+    base = llava.build()
+    before = {name: sorted(vars(module)) for name, module in base.named_modules()}
+    copied = copy.deepcopy(get_peft_model(base, SET_ASIDE[method]())).unload()
+    assert {name: sorted(vars(module)) for name, module in copied.named_modules()} == before
 
 
 def test_remove_adapter_takes_the_layers_that_hold_no_other(llava: TinyVLM):
