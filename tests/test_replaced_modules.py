@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from forwards import TOLERANCE, difference, logits
-from methods_under_test import METHODS, STEERING, Combination, Method, give_weight
-from peft import LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
+from fresh import needs_fork
+from methods_under_test import METHODS, PACKAGED, STEERING, Combination, Method, give_weight
+from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from stepwise import STEPWISE
 from tiny_vlms import FAMILIES
 from torch import nn
 
@@ -146,3 +150,47 @@ def test_pvm_is_joined_to_a_copy_of_a_model():
     give_weight(model, seed=1)
     assert torch.equal(logits(twin, inputs), expected)
     assert difference(logits(model, inputs), expected) > 100 * TOLERANCE
+
+
+def answers(model: PeftModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What a model computes in a forward and in `generate`, with its adapter and without, and then without any."""
+
+    def computed(model: nn.Module) -> list[torch.Tensor]:
+        settings = dict(max_new_tokens=5, min_new_tokens=5, pad_token_id=0, output_scores=True)
+        generated = model.generate(**inputs, **settings, do_sample=False, return_dict_in_generate=True)
+        return [logits(model, inputs), torch.stack(generated.scores).nan_to_num(neginf=-1e4)]
+
+    found = computed(model)
+    with model.disable_adapter():
+        found += computed(model)
+    return found + computed(model.unload())
+
+
+@needs_fork
+def test_a_pickled_model_computes_the_same_elsewhere(tmp_path: Path):
+    """With any method, after a forward that failed, in a process that has attached none."""
+    family, expected = FAMILIES["qwen3_vl"], {}
+    methods = {**METHODS, "sparc": Method(lambda: STEPWISE["sparc"].config)}
+    for row in PACKAGED:
+        model = methods.get(row.config.method, Method(row.config)).attach(family.build())
+        base = model.get_base_model()
+        last = base.model.language_model.layers[-1].mlp.register_forward_pre_hook(lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(model, family.inputs(base, "t4 i t6"))
+        last.remove()
+        inputs, file = family.prompt(base, "t4 i t6"), tmp_path / row.config.method
+        torch.save((model, inputs), file)
+        expected[row.config.method] = answers(model, inputs)
+    program = """
+import sys, torch
+from test_replaced_modules import answers
+torch.save({name: answers(*torch.load(f"{sys.argv[1]}/{name}", weights_only=False)) for name in sys.argv[2:]},
+           f"{sys.argv[1]}/found")
+"""
+    fresh.run(program, tmp_path, *expected)
+    found = torch.load(tmp_path / "found")
+    assert {name for name in expected if not all(map(torch.equal, found[name], expected[name]))} == set()
+    for name, (on, scores, off, scores_off, gone, scores_gone) in found.items():
+        assert difference(on, off) > 1e-3 or difference(scores, scores_off) > 1e-3, name
+        assert torch.equal(off, gone), name
+        assert torch.equal(scores_off, scores_gone), name

@@ -89,6 +89,9 @@ class Tap:
             self._own_prepare = Shadow(vlm.inner_generator, "prepare_inputs_for_generation", self._prepare_inputs)
             self._shadows.append(self._own_prepare)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_in_flight": {}}  # what a failed forward has left points nowhere, and is not pickled
+
     @staticmethod
     def on(vlm: VisionLanguageModel) -> Tap:
         """The tap of a model, attached now if there is none yet."""

@@ -95,6 +95,9 @@ class FFNHooks:
         if self.block.is_parallel:
             self._handles.append(mixer.register_forward_hook(self._take_attention))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_in_flight": {}}  # what a failed forward has left points nowhere, and is not pickled
+
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:

@@ -117,10 +117,25 @@ class LayerMethod(WithoutParameters):
         return self.default_layers(layers) if chosen is None else cast(list[int], chosen)
 
 
-class LayerWithoutParameters(VisualTunerLayer):
-    """A child of the text model that holds the settings of the adapters of one method."""
+class _Made:
+    """Base of the classes that `make_tuner` makes: pickle does not find them by their names."""
 
     method_cls: ClassVar[type[Any]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, (self.method_cls, isinstance(self, VisualTunerLayer)), self.__dict__
+
+
+def _blank(method_cls: type[WithoutParameters], is_layer: bool) -> Any:
+    """What pickle then gives its attributes."""
+    cls: Any = method_cls.tuner()
+    cls = cls.tuner_layer_cls if is_layer else cls
+    return cls.__new__(cls)
+
+
+class LayerWithoutParameters(_Made, VisualTunerLayer):
+    """A child of the text model that holds the settings of the adapters of one method."""
+
     adapter_layer_names = ()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -130,10 +145,8 @@ class LayerWithoutParameters(VisualTunerLayer):
         return set(self.configs)
 
 
-class TunerWithoutParameters(VisualTuner):
+class TunerWithoutParameters(_Made, VisualTuner):
     """Base of the tuners that `make_tuner` makes."""
-
-    method_cls: ClassVar[type[Any]]
 
     def resolve(self, config: Any) -> Any:
         return config
