@@ -78,10 +78,10 @@ def saving_whole(original: Callable[..., Any]) -> Callable[..., Any]:
                     chosen["selected_adapters"] = [name]
                     if is_of_ours:  # else PEFT adds the base's embeddings if the vocabulary was changed
                         chosen["save_embedding_layers"] = False
-                with _known_alone(self, name):
-                    original(self, str(folder), **chosen)
                 if name is None:
+                    original(self, str(folder), **chosen)
                     continue
+                original(_knowing_alone(self, name), str(folder), **chosen)
                 place = folder if name == "default" or not isinstance(self, PeftModel) else folder / name
                 if is_of_ours:
                     _check_file(self, name, place)
@@ -170,24 +170,27 @@ def _adapters_to_save(model: Any, selected: Collection[str] | None) -> list[str 
     return [model.active_adapters()[0] if loads_adapters_itself(model) else None]
 
 
-@contextlib.contextmanager
-def _known_alone(model: Any, name: str | None) -> Iterator[None]:
-    """Hide other adapters from PEFT: it takes a tensor for another's if that one's name is a part of its key."""
-    configs = model.peft_config
-    table, ours = dict(configs), _ours(configs)
-    active = vars(model).get("active_adapter")
-    try:
-        if name is not None:
-            for other in (table.keys() if name in ours else ours) - {name}:
-                del configs[other]
-            if isinstance(model, PeftModel):  # it asks for the active adapter's configuration
-                model.active_adapter = name
-        yield
-    finally:
-        configs.clear()
-        configs.update(table)
-        if isinstance(model, PeftModel):
-            model.active_adapter = active
+def _knowing_alone(model: Any, name: str) -> Any:
+    """A model as PEFT is to see it: it takes a tensor for another's if that one's name is a part of its key.
+
+    Its modules are those of the model, which itself does not change: other threads may choose and load adapters.
+    """
+    configs = dict(model.peft_config)
+    ours = _ours(configs)
+    others = (configs.keys() if name in ours else ours) - {name}
+    seen = _shallow_copy(model)
+    if isinstance(model, PeftModel):
+        vars(seen)["_modules"] = {**model._modules, "base_model": _shallow_copy(model.base_model)}
+        seen.active_adapter = name  # it asks for that one's configuration
+    seen.peft_config = {other: config for other, config in configs.items() if other not in others}
+    return seen
+
+
+def _shallow_copy(model: Any) -> Any:
+    """A copy of an object alone. `copy.copy` would ask its class, which FSDP 2 has changed."""
+    copied = object.__new__(type(model))
+    vars(copied).update(vars(model))
+    return copied
 
 
 def _refuse_what_cannot_be_loaded(model: Any, adapters: Collection[str | None], options: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,41 @@ def test_several_adapters(tiny: TinyVLM, tmp_path: Path):
     assert torch.equal(logits(model, inputs), single["a"])
     assert set(model.peft_config) == {"a"}
     assert torch.equal(logits(model.unload(), inputs), plain)
+
+
+@pytest.mark.parametrize("by_transformers", [False, True], ids=["PeftModel", "transformers"])
+@pytest.mark.parametrize("method", ["pvm", "vaf"])
+def test_what_others_do_while_it_is_saved_stays(
+    tiny: TinyVLM, method: str, by_transformers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A server may load and choose adapters in one thread while another saves."""
+    model = METHODS[method].attach(tiny.build())
+    inputs = tiny.inputs(model.get_base_model(), *ROWS)
+    model.save_pretrained(tmp_path / "one")
+    if by_transformers:
+        model = tiny.build()
+        model.load_adapter(tmp_path / "one", "default")
+    model.add_adapter(*["second", METHODS[method].config()][:: -1 if by_transformers else 1])
+    model.set_adapter("default")
+    expected = logits(model.eval(), inputs)
+    save_config = PeftConfig.save_pretrained
+
+    def meanwhile(config: PeftConfig, *args: object, **kwargs: object) -> None:
+        if "third" not in model.peft_config:
+            with ThreadPoolExecutor() as other:
+                other.submit(model.load_adapter, str(tmp_path / "one"), "third").result()
+                other.submit(model.set_adapter, "second").result()
+        save_config(config, *args, **kwargs)
+
+    monkeypatch.setattr(PeftConfig, "save_pretrained", meanwhile)
+    model.save_pretrained(tmp_path / "two")
+    assert list(model.peft_config) == ["default", "second", "third"]
+    assert (model.active_adapters() if by_transformers else [model.active_adapter]) == ["second"]
+    again = PeftModel.from_pretrained(tiny.build(), tmp_path / "two").eval()
+    assert torch.equal(logits(again, inputs), expected)
+    for name in ("third", "default"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model.eval(), inputs), expected)
 
 
 def test_lora_beside_pvm_saves_apart(tiny: TinyVLM, tmp_path: Path):
