@@ -245,8 +245,11 @@ class VisualTuner(BaseTuner):
         yield
 
     def _prepare_adapter_config(self, peft_config: VisualConfig, model_config: dict) -> VisualConfig:
-        resolved = copy.copy(self.resolve(peft_config))  # the user's may be attached to another model too
-        resolved.target_modules = self.targeted_names(resolved)
+        resolved = self.resolve(peft_config)
+        names = self.targeted_names(resolved)
+        if resolved.target_modules not in ((), names):  # it is on another model too, whose modules it names
+            resolved = copy.copy(resolved)
+        resolved.target_modules = names
         saved = getattr(resolved, "modules_to_save", None) or ()
         if saved:
             check_modules_to_save(self.model, saved, self._own_tensors(resolved))

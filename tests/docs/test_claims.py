@@ -69,12 +69,13 @@ def test_methods_without_parameters_have_no_modules_to_save(config: type):
         config(modules_to_save=["lm_head"])
 
 
-def test_loading_under_a_name_that_is_taken_changes_no_settings(tmp_path: Path):
-    """docs/methods/dipe.md and t-drs.md: PEFT then loads weights alone."""
+def test_other_settings_are_not_loaded_under_a_name_that_is_taken(tmp_path: Path):
+    """docs/methods/dipe.md and t-drs.md: PEFT would load weights alone."""
     for name in ("dipe", "tdrs"):
         METHODS[name].attach(FAMILIES["llava"].build(), layers_to_transform=[0]).save_pretrained(tmp_path / name)
         model = METHODS[name].attach(FAMILIES["llava"].build())
-        model.load_adapter(str(tmp_path / name), "default")
+        with pytest.raises(ValueError, match="was saved with layers_to_transform"):
+            model.load_adapter(str(tmp_path / name), "default")
         assert model.peft_config["default"].layers_to_transform is None
 
 

@@ -85,3 +85,15 @@ def test_channels_must_be_the_models(channels: list[int] | None, message: str):
 def test_settings_out_of_range_are_refused(name: str, value):
     with pytest.raises(ValueError, match=f"VARConfig.{name} is .*, but must be"):
         VARConfig(**{name: value})
+
+
+def test_the_default_dtype_decides_nothing():
+    sinks, visual = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    config = VARConfig(sink_channels=[1], p=0.3, rho=0.7)
+    expected = config._groups(sinks, visual)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = config._groups(sinks, visual)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
