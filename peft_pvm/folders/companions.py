@@ -28,7 +28,7 @@ KEY = "trained_with"  # in the metadata
 MOST_COMPANIONS = 100
 LONGEST_NOTE = 2**20  # characters
 # Fields that say where an adapter comes from or how it started, not what it computes.
-OF_ORIGIN = {field.name for field in dataclasses.fields(PeftConfig)} | {"format_version"}
+OF_ORIGIN = {field.name for field in dataclasses.fields(PeftConfig)} | {"format_version", "lineage"}
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ class VisualContext:
             of_tokens: `(batch, seq_len, ...)`.
         """
         before, past_length = self.marks_before.get(name, of_tokens[:, :0]), self.past_length
-        if isinstance(past_length, int):  # no static cache, which is never cropped
+        if isinstance(past_length, int):  # a static cache has room for all; what was cropped is written over
             before = before[:, :past_length]
             is_known = before.shape[1] == past_length
         else:

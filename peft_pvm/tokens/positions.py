@@ -78,7 +78,7 @@ def select_rows(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """
     batch_size, seq_len = tensor.shape[:2]
     firsts = torch.arange(batch_size, device=positions.device).unsqueeze(1) * seq_len
-    return tensor.flatten(0, 1).index_select(0, (positions + firsts).flatten()).view(*positions.shape, -1)
+    return tensor.flatten(0, 1).index_select(0, (positions + firsts).flatten()).view(*positions.shape, tensor.shape[2])
 
 
 def gather_rows(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

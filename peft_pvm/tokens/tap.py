@@ -50,6 +50,7 @@ from .memory import (
     num_fixed_keys,
 )
 from .positions import placeholder_mask
+from .visibility import parts_rows
 
 
 VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
@@ -313,23 +314,10 @@ def _refuse_packed(inputs: dict[str, Any], num_keys: int | torch.Tensor, context
         if bool((axis.diff(dim=-1) < 0).any()):
             packed.append("position_ids that start again")
     masks = context.attention_mask.values() if isinstance(context.attention_mask, dict) else [context.attention_mask]
-    if fresh and context.visual_mask is not None and any(_parts(mask, context.visual_mask) for mask in masks):
+    if fresh and context.visual_mask is not None and any(parts_rows(mask, context.visual_mask) for mask in masks):
         packed.append("a mask that parts rows")
     if packed:
         raise NotImplementedError(f"This forward ({', '.join(packed)} given) {PACKED_REFUSAL}")
-
-
-def _parts(mask: Any, visual_mask: torch.Tensor) -> bool:
-    """Whether a mask of pairs parts a row behind a visual token: nothing from there on sees what is before."""
-    seq_len = visual_mask.shape[1]
-    if not isinstance(mask, torch.Tensor) or mask.shape[2:] != (seq_len, seq_len):
-        return False
-    sees = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any(1)
-    first_seen = torch.where(sees.any(-1), sees.int().argmax(-1), seq_len)
-    seen_from_here_on = first_seen.flip(1).cummin(1).values.flip(1)  # the first key
-    places = torch.arange(seq_len, device=mask.device)
-    is_parted = (seen_from_here_on >= places) & (seen_from_here_on < seq_len)
-    return bool((is_parted & (visual_mask.cumsum(1) > visual_mask).to(mask.device)).any())
 
 
 PACKED_REFUSAL = (

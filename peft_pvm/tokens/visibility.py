@@ -204,6 +204,24 @@ def real_tokens(
     return visible.gather(2, visibility.columns.expand(batch, -1).unsqueeze(2)).squeeze(2)
 
 
+def parts_rows(mask: Any, visual_mask: torch.Tensor) -> bool:
+    """Whether a mask parts a row behind a visual token: what is from there on sees nothing before. Waits for the device.
+
+    Args:
+        mask: As a model is given it. Only one of four axes, for all pairs of tokens, can part rows.
+        visual_mask: Which tokens are visual, `(batch, seq_len)`, bool.
+    """
+    seq_len = visual_mask.shape[1]
+    if not isinstance(mask, torch.Tensor) or mask.shape[2:] != (seq_len, seq_len):
+        return False
+    sees = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any(1)
+    first_seen = torch.where(sees.any(-1), sees.int().argmax(-1), seq_len)
+    seen_from_here_on = first_seen.flip(1).cummin(1).values.flip(1)  # the first key
+    places = torch.arange(seq_len, device=mask.device)
+    is_parted = (seen_from_here_on >= places) & (seen_from_here_on < seq_len)
+    return bool((is_parted & (visual_mask.cumsum(1) > visual_mask).to(mask.device)).any())
+
+
 def _least(mask: torch.Tensor) -> float:
     """What an entry of a mask that is added to the scores must be above for its key to be visible."""
     return torch.finfo(mask.dtype).min / 2

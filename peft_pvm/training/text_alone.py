@@ -215,6 +215,7 @@ class TextAloneAtHead:
             self._awaited[this_thread()] = text
 
     def _take_out(self, head: nn.Module, args: tuple) -> tuple | None:
+        self._taken.pop(this_thread(), None)  # of a call that failed
         text = self._awaited.pop(this_thread(), None)
         if text is None or not args or args[0].shape[:-1] != (text.batch_size, text.whole_length):
             return None  # of several blocks, one has done it; or the caller wants the logits of some tokens

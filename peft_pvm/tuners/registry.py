@@ -198,7 +198,7 @@ def _refuse_other_settings(tuner: Any, attached: VisualConfig, file: AdapterFile
             f"{method_of(attached)}. Load it under another name."
         )
     own, other = fields_of(attached), fields_of(tuner.resolve(cast(VisualConfig, saved)))
-    for name in own.keys() - {"lineage"}:
+    for name in own:
         if own[name] != other[name]:
             raise ValueError(
                 f"{plain(file.path, 200)} was saved with {name} = {quoted(other[name])}, but the adapter of that name "

@@ -43,6 +43,11 @@ def test_what_is_picked_out_keeps_positions_alone_for_the_backward():
     assert torch.equal(tensor.grad, rows.unsqueeze(2).expand_as(tensor))
 
 
+def test_nothing_is_picked_out_of_nothing():
+    assert gather_rows(torch.randn(2, 5, 8), torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 8)
+    assert gather_rows(torch.empty(2, 5, 0), torch.zeros(2, 3, dtype=torch.long)).shape == (2, 3, 0)
+
+
 @given(masks(), st.lists(st.integers(0, 5), max_size=3))
 def test_placeholder_mask(mask: torch.Tensor, token_ids: list[int]):
     input_ids = torch.arange(mask.numel()).reshape(mask.shape) % 6

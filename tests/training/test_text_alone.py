@@ -183,6 +183,22 @@ def test_blocks_within_blocks():
         agrees(found, expected)
 
 
+def test_a_head_that_failed_leaves_nothing_to_the_next_forward():
+    family = FAMILIES["llava"]
+    model = built(family)
+    base = model.get_base_model()
+    inputs = family.inputs(base, *ROWS)
+    with torch.no_grad():
+        expected = model.eval()(**inputs).logits
+    with hidden_image(model.train()):
+        handle = find_vlm(base).head.register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs, labels=answers(inputs), use_cache=False)
+        handle.remove()
+        with torch.no_grad():
+            assert torch.equal(model.eval()(**inputs).logits, expected)
+
+
 # ---- where somebody may read visual tokens, all are computed
 
 
