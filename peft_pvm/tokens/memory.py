@@ -284,9 +284,8 @@ class _FollowedByMemory(Cache):
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)
         if self.is_compileable:  # other caches are asked for their length in each forward
-            memory, length = self.visual_memory, int(self.get_seq_length())
-            # What is kept of tokens still has room for as many as the cache.
-            self.visual_memory = replace(memory.cropped(length), kept=memory.kept, notes={})
+            length = int(self.get_seq_length())
+            self.visual_memory = replace(self.visual_memory.cropped(length), notes={})
             self.visual_coverage = replace(self.visual_coverage, num_tokens=length, num_keys=length)
 
     def reset(self) -> None:

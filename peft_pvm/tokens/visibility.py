@@ -205,7 +205,7 @@ def real_tokens(
 
 
 def parts_rows(mask: Any, visual_mask: torch.Tensor) -> bool:
-    """Whether a mask parts a row behind a visual token: what is from there on sees nothing before. Waits for the device.
+    """Whether a mask parts a row behind a visual token: what comes then sees nothing before. Waits for the device.
 
     Args:
         mask: As a model is given it. Only one of four axes, for all pairs of tokens, can part rows.

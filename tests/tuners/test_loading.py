@@ -107,6 +107,7 @@ def test_all_are_attached_or_none(tiny: TinyVLM, saved: list[str], tmp_path: Pat
     for before in ([], saved[1:2]):
         load_adapters(model, before)
         expected, there = logits(model, inputs), {name for name, _ in model.named_modules()}
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with pytest.raises(ValueError, match="nowhere"):
             load_adapters(model, [saved[0], saved[2], str(tmp_path / "nowhere")])
         with pytest.raises(ValueError, match="layers_to_transform"):
@@ -114,6 +115,7 @@ def test_all_are_attached_or_none(tiny: TinyVLM, saved: list[str], tmp_path: Pat
         assert torch.equal(logits(model, inputs), expected)
         ours = {name for name, module in model.named_modules() if isinstance(module, VisualTunerLayer)}
         assert ours <= there
+        assert all(parameter.requires_grad for parameter in learning)
         assert hasattr(model, "peft_config") == bool(before)
     assert load_adapters(model, saved[:1]) == ["pvm"]
 
