@@ -8,6 +8,7 @@ from pathlib import Path
 import fresh
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from forwards import TOLERANCE, difference, logits
 from fresh import needs_fork
 from methods_under_test import METHODS, PACKAGED, STEERING, Combination, Method, give_weight
@@ -16,7 +17,7 @@ from stepwise import STEPWISE
 from tiny_vlms import FAMILIES
 from torch import nn
 
-from peft_pvm import PVMConfig
+from peft_pvm import MemVRConfig, PVMConfig
 from peft_pvm.tokens.families import find_vlm
 
 
@@ -34,12 +35,12 @@ class Fused(nn.Module):
         return self.twin(*args, **kwargs)
 
 
-# By family, the modules of a decoder layer that PVM is joined to.
+# By family, the modules of a decoder layer that PVM is joined to, beside the end of its FFN, which it follows.
 JOINED = {
-    "qwen3_vl": ("self_attn", "post_attention_layernorm", "mlp"),
-    "llava_cohere": ("self_attn", "input_layernorm", "mlp"),  # a parallel block
-    "gemma3": ("self_attn", "pre_feedforward_layernorm", "post_feedforward_layernorm"),  # sandwich norms
-    "qwen3_5": ("linear_attn", "post_attention_layernorm", "mlp"),
+    "qwen3_vl": ("self_attn", "post_attention_layernorm"),
+    "llava_cohere": ("self_attn", "input_layernorm"),  # a parallel block
+    "gemma3": ("self_attn", "pre_feedforward_layernorm"),  # sandwich norms
+    "qwen3_5": ("linear_attn", "post_attention_layernorm"),
 }
 
 
@@ -55,6 +56,19 @@ def test_pvm_names_the_layer_that_it_no_longer_reaches(name: str, module: str):
             logits(model, inputs)
     with model.disable_adapter():
         assert torch.equal(logits(model, inputs), logits(family.build(), inputs))
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_pvm_follows_the_end_of_the_ffn(name: str):
+    family = FAMILIES[name]
+    model = METHODS["pvm"].attach(family.build(), layers_to_transform=[0, 1])
+    inputs = family.inputs(model.get_base_model(), "t4 i t6")
+    expected = logits(model, inputs)
+    vlm = find_vlm(model.get_base_model())
+    for layer in vlm.layers:
+        setattr(layer, vlm.block.ffn_end, Fused(getattr(layer, vlm.block.ffn_end)))
+    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model.unload(), inputs), logits(family.build(), inputs))
 
 
 def test_a_replaced_decoder_layer_is_noticed():
@@ -81,23 +95,43 @@ def test_replaced_attention_is_noticed(method: str):
         logits(model, family.inputs(model.get_base_model(), "t4 i t6"))
 
 
-def test_adapters_inside_the_modules_may_come_later():
-    """LoRA wraps linear layers in the attention and the FFN, which stay where they are."""
-    family = FAMILIES["llava"]
-    inputs = family.inputs(family.build(), "t4 i t6")
-    lora = LoraConfig(target_modules=["q_proj", "up_proj", "down_proj"], init_lora_weights=False)
+# By family: LoRA wraps linear layers in the attention and the FFN, which stay where they are. The FFN of OPT is two
+# linear layers of the decoder layer itself.
+TINY_OPT = ARCHITECTURES["blip-2"].tiny
+INSIDE = {"llava": (FAMILIES["llava"], ["q_proj", "up_proj", "down_proj"]), "opt": (TINY_OPT, ["q_proj", "fc1", "fc2"])}
 
-    def attached(*configs: PeftConfig) -> torch.Tensor:
+
+@pytest.mark.parametrize("after_a_forward", [False, True])
+@pytest.mark.parametrize("config", [PVMConfig(r=32, layers_to_transform=[0, 1]), MemVRConfig(threshold=0.0)])
+@pytest.mark.parametrize("name", INSIDE)
+def test_adapters_inside_the_modules_may_come_later(name: str, config: PeftConfig, after_a_forward: bool):
+    family, linear_layers = INSIDE[name]
+    inputs = family.inputs(family.build(), "t4 i t6")
+    lora = LoraConfig(target_modules=rf".*language_model.*\.({'|'.join(linear_layers)})", init_lora_weights=False)
+
+    def attached(*configs: PeftConfig) -> nn.Module:
         model = family.build()
-        for number, config in enumerate(configs):
-            get_peft_model(model, config, f"adapter-{number}")
+        for number, each in enumerate(configs):
+            model = get_peft_model(model, copy.deepcopy(each), f"adapter-{number}").get_base_model().eval()
+            if after_a_forward:
+                logits(model, inputs)
         give_weight(model)
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 torch.nn.init.constant_(parameter, 0.1)
-        return logits(model.eval(), inputs)
+        return model
 
-    assert torch.equal(attached(PVMConfig(r=32), lora), attached(lora, PVMConfig(r=32)))
+    later = attached(config, lora)
+    with_lora = logits(later, inputs)
+    assert torch.equal(with_lora, logits(attached(lora, config), inputs))
+    for layer in find_vlm(later).layers:
+        for linear in linear_layers:
+            path, _, last = next(path for path, _ in layer.named_modules() if path.endswith(linear)).rpartition(".")
+            parent = layer.get_submodule(path)
+            setattr(parent, last, getattr(parent, last).base_layer)
+    alone = logits(later, inputs)
+    assert difference(alone, with_lora) > 100 * TOLERANCE
+    assert difference(alone, logits(attached(config), inputs)) < TOLERANCE
 
 
 def test_adapters_in_place_of_the_modules_must_come_first():

@@ -42,8 +42,8 @@ class BlockCheck:
         self._parts: dict[int, list[torch.Tensor]] = {}
         self._num_parts = 3 if block.is_parallel else 2
         self._added_up = slice(1, None) if block.ends_with_sum else slice(None)
-        self._ffn_end: nn.Module = getattr(layer, block.ffn_end)
-        self._ffn_handle = self._ffn_end.register_forward_hook(self._note)
+        self._layer, self._ffn_end = layer, block.ffn_end
+        self._note_ffn()
         self._handles = [
             block.norm(layer).register_forward_pre_hook(self._start),
             *(module.register_forward_pre_hook(self._read) for module in _inside(layer)),
@@ -61,8 +61,11 @@ class BlockCheck:
         if self.acts() and not torch.compiler.is_compiling():
             # Last again, to note what all adapters make of the FFN's output, also those that were attached later.
             self._ffn_handle.remove()
-            self._ffn_handle = self._ffn_end.register_forward_hook(self._note)
+            self._note_ffn()
             self._parts[this_thread()] = [_last(args[0], min(FEW, args[0].shape[1]))]
+
+    def _note_ffn(self) -> None:
+        self._ffn_handle = getattr(self._layer, self._ffn_end).register_forward_hook(self._note)
 
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
         if parts := self._parts.get(this_thread()):

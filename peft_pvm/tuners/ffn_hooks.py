@@ -90,20 +90,28 @@ class FFNHooks:
             mixer.register_forward_pre_hook(self._take_context, with_kwargs=True),
             self.block.norm(self.layer).register_forward_pre_hook(self._take_normed),
             self.block.norm(self.layer).register_forward_hook(self._take_norm_output),
-            getattr(self.layer, self.block.ffn_end).register_forward_hook(self._act, prepend=before_others),
         ]
         if self.block.is_parallel:
             self._handles.append(mixer.register_forward_hook(self._take_attention))
+        self._before_others = before_others
+        self._follow_ffn_end()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_in_flight": {}}  # what a failed forward has left points nowhere, and is not pickled
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for handle in self._handles:
+        for handle in (*self._handles, self._ffn_handle):
             handle.remove()
 
+    def _follow_ffn_end(self) -> None:
+        self._ffn_end = getattr(self.layer, self.block.ffn_end)
+        self._ffn_handle = self._ffn_end.register_forward_hook(self._act, prepend=self._before_others)
+
     def _take_entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if getattr(self.layer, self.block.ffn_end) is not self._ffn_end:  # OPT's is a linear layer: LoRA wraps it
+            self._ffn_handle.remove()
+            self._follow_ffn_end()
         self._hand_on("entering", args[0] if args else kwargs["hidden_states"])
 
     # The others run within the forward of the decoder layer, also when gradient checkpointing runs it again: in this
