@@ -98,7 +98,10 @@ def test_replaced_attention_is_noticed(method: str):
 # By family: LoRA wraps linear layers in the attention and the FFN, which stay where they are. The FFN of OPT is two
 # linear layers of the decoder layer itself.
 TINY_OPT = ARCHITECTURES["blip-2"].tiny
-INSIDE = {"llava": (FAMILIES["llava"], ["q_proj", "up_proj", "down_proj"]), "opt": (TINY_OPT, ["q_proj", "fc1", "fc2"])}
+INSIDE = {
+    "llava": (FAMILIES["llava"], ["q_proj", "up_proj", "down_proj"]),
+    "opt": (TINY_OPT, ["q_proj", "fc1", "fc2"]),
+}
 
 
 @pytest.mark.parametrize("after_a_forward", [False, True])

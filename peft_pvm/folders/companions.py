@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from .data_file import parse_json
 KEY = "trained_with"  # in the metadata
 MOST_COMPANIONS = 100
 LONGEST_NOTE = 2**20  # characters
+NOTED = "_trained_with"  # of a configuration that was loaded: the companions that its weights file speaks of
 # Fields that say where an adapter comes from or how it started, not what it computes.
 OF_ORIGIN = {field.name for field in dataclasses.fields(PeftConfig)} | {"format_version", "lineage"}
 
@@ -106,6 +107,18 @@ def hash_of(tensors: Mapping[str, torch.Tensor]) -> str | None:
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
+
+
+def of_all(configs: Iterable[PeftConfig]) -> tuple[Companion, ...]:
+    """The companions of what is made from several adapters: those of each, once.
+
+    Args:
+        configs: Of the adapters, as they were loaded.
+    """
+    found: dict[str, Companion] = {}
+    for companion in (companion for config in configs for companion in vars(config).get(NOTED, ())):
+        found.setdefault(as_note([dataclasses.replace(companion, name="")]), companion)
+    return tuple(found.values())
 
 
 def as_note(companions: Collection[Companion]) -> str:

@@ -14,14 +14,11 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..folders.adapter_file import PEFT_PREFIX, SOURCE, AdapterFile
-from ..folders.companions import Companion, fields_of, hash_of, method_of
+from ..folders.companions import NOTED, Companion, fields_of, hash_of, method_of
 from ..utils.text import listed, plain, quoted
 from ..utils.wrapping import plain_name
 from .active import acting_adapters, base_of
 from .names import FORM
-
-
-NOTED = "_trained_with"  # of a configuration that was loaded: the companions that its weights file speaks of
 
 
 def trained_with(
@@ -98,13 +95,27 @@ def _as_companion(model: Any, name: str, state_dict: Mapping[str, torch.Tensor] 
     config = model.peft_config[name]
     source = vars(config).get(SOURCE)
     file = source.at_hand() if source is not None and config.inference_mode else None
-    if file is not None:  # its numbers on the model may be rounded to the model's dtype
-        own = {key.removesuffix(".weight"): tensor for key, tensor in AdapterFile(os.path.dirname(file)).read()}
-    else:
-        own = {}
-        for key, tensor in (model.state_dict() if state_dict is None else state_dict).items():
-            before, _, after = f"{plain_name(key)}.".rpartition(f".{name}.")  # PEFT puts the name behind the weight's
-            own[f"{before}.{after}".removesuffix(".").removesuffix(".weight")] = tensor
     marker = f".{PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)}"
-    weights = {key.removeprefix(PEFT_PREFIX): own[key] for key in own if marker in key}
+    weights = {}
+    for key, tensor in (model.state_dict() if state_dict is None else state_dict).items():
+        before, _, after = f"{plain_name(key)}.".rpartition(f".{name}.")  # PEFT puts the name behind the weight's
+        own = f"{before}.{after}".removesuffix(".").removesuffix(".weight")
+        if marker in own:
+            weights[own.removeprefix(PEFT_PREFIX)] = tensor
+    if file is not None:  # its numbers on the model may be rounded to the model's dtype
+        saved = {
+            key.removesuffix(".weight").removeprefix(PEFT_PREFIX): tensor
+            for key, tensor in AdapterFile(os.path.dirname(file)).read()
+        }
+        if not any(_was_swapped(tensor, saved.get(key)) for key, tensor in weights.items()):
+            weights = {key: saved[key] for key in weights}
     return Companion(name, method_of(config), fields_of(config), hash_of(weights) if weights else None)
+
+
+def _was_swapped(tensor: torch.Tensor, saved: torch.Tensor | None) -> bool:
+    """Whether a weight on a model is no longer what was loaded. Not if it is out of reach, sharded or offloaded."""
+    if saved is None:
+        return True
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or tensor.shape != saved.shape:
+        return False
+    return not torch.equal(tensor, saved.to(tensor))

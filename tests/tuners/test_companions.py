@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,14 +18,16 @@ import torch
 from forwards import difference, logits
 from methods_under_test import give_weight
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter as hotswap_of_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
 from torch import nn
 
-from peft_pvm import DIPEConfig, PVMConfig, add_adapters, attached, load_adapters, save_adapter
+from peft_pvm import DIPEConfig, PVMConfig, add_adapters, attached, hotswap_adapter, load_adapters, save_adapter
 from peft_pvm.folders.adapter_file import AdapterFile
 from peft_pvm.folders.companions import KEY
+from peft_pvm.methods.pvm.checkpoints import merge_adapters
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.utils.text import LONGEST
 
@@ -236,6 +239,42 @@ def test_a_note_survives_being_saved_again(folder: Path, tmp_path: Path):
         on = PeftModel.from_pretrained(TINY.build(), folder / "lora", "lora", is_trainable=True)
     save_adapter(on.get_base_model(), "lora", tmp_path / "on")
     assert not AdapterFile(tmp_path / "on").companions(), "it went on learning without them"
+
+
+def test_what_is_merged_belongs_with_the_companions_of_all(folder: Path, tmp_path: Path):
+    pvm, alone = folder / "pvm", tmp_path / "alone"
+    get_peft_model(TINY.build(), PVMConfig(r=16)).save_pretrained(alone)
+    noted = AdapterFile(pvm).companions()
+    assert {companion.name for companion in noted} == {"dipe", "lora"}
+    for adapters in ([pvm, pvm], [pvm, alone], [alone, pvm]):
+        merged = merge_adapters(adapters, [0.5, 0.5], tmp_path / "merged", combination_type="cat")
+        assert AdapterFile(merged).companions() == noted
+        with warned(adapters.count(pvm)):
+            model = PeftModel.from_pretrained(TINY.build(), adapters[0], "first")
+            model.load_adapter(adapters[1], "second")
+        model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "third", "cat")
+        save_adapter(model.get_base_model(), "third", tmp_path / "third")
+        assert AdapterFile(tmp_path / "third").companions() == noted
+    assert not AdapterFile(merge_adapters([alone, alone], [0.5, 0.5], tmp_path / "both")).companions()
+
+
+@pytest.mark.parametrize("of", ["pvm", "lora"])
+def test_weights_that_were_swapped_are_noted_as_they_are(folder: Path, tmp_path: Path, of: str):
+    """Also by PEFT's own function."""
+    other = tmp_path / "other"
+    shutil.copytree(folder / of, other)
+    save_file({key: 2 * tensor for key, tensor in load_file(other / WEIGHTS).items()}, other / WEIGHTS)
+    base = TINY.build()
+    with warned():
+        model = PeftModel.from_pretrained(base, folder / of, of)
+    (hotswap_adapter if of == "pvm" else hotswap_of_peft)(model, str(other), of)
+    add_adapters(base, {"new": lora() if of == "pvm" else PVMConfig(r=16)})
+    for name in (of, "new"):
+        save_adapter(base, name, tmp_path / "saved" / name)
+    with warned(0):
+        load_adapters(TINY.build(), [str(other), str(tmp_path / "saved" / "new")])
+    if of == "pvm":
+        assert not AdapterFile(tmp_path / "saved" / "pvm").companions(), "the other has no note"
 
 
 def test_what_does_not_act_is_not_noted(tmp_path: Path):

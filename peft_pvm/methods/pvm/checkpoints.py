@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ...folders.adapter_file import PEFT_PREFIX, open_adapter, read_tensors
 from ...folders.base_checkpoint import BaseCheckpoint, opened
+from ...folders.companions import NOTED
 from ...folders.incoming import NOTHING
 from ...folders.writing import write_adapter, written_whole
 from ...tuners.saving import own_tensors
@@ -204,7 +205,9 @@ def read_adapter(path: str | os.PathLike, **kwargs: Any) -> tuple[PVMConfig, Ten
         FileNotFoundError: There is no `adapter_model.safetensors`.
     """
     config, file = open_adapter(path, PVMConfig, "PVM", **kwargs)
-    return config, read_tensors(config, file)
+    tensors = read_tensors(config, file)
+    vars(config)[NOTED] = file.companions()
+    return config, tensors
 
 
 def merge_adapters(
@@ -225,7 +228,7 @@ def merge_adapters(
         ValueError: One of them is no PVM adapter, or they cannot be combined this way.
     """
     config, tensors = combine([read_adapter(adapter) for adapter in adapters], weights, **options)
-    return write_adapter(out, config, tensors)
+    return write_adapter(out, config, tensors, vars(config)[NOTED])
 
 
 def hotswap_adapter(
@@ -260,8 +263,10 @@ def hotswap_adapter(
     attached = next(layer.configs[adapter_name] for layer in layers if adapter_name in layer.configs)
     check_alike([attached, config])
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    companions = file.companions()
     names = file.check(old, rename=NOTHING.renaming(base, old))
     with torch.no_grad():
         for key, tensor in file.read():
             old[names[key]].copy_(tensor)
     attached.lineage = config.lineage
+    vars(attached)[NOTED] = companions

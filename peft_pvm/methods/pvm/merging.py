@@ -11,6 +11,7 @@ import torch
 from peft.utils.merge_utils import dare_linear, ties
 
 from ...folders.adapter_file import flaws
+from ...folders.companions import NOTED, of_all
 from ...utils.checks import LARGEST, is_number
 from ...utils.text import listed, quoted
 from .config import BRANCH_FIELDS, WEIGHTS, PVMConfig, weight_name
@@ -74,7 +75,7 @@ def combine(
         stacked = [tensors[key].float() for _, tensors in adapters]
         kind = "linear" if first.dim() < 2 else combination_type
         combined[key] = _merged(stacked, weights, kind, density or 0.0, majority_sign_method).to(first.dtype)
-    config = _derived(configs[0], branches=configs[0].branches)
+    config = _derived(configs, branches=configs[0].branches)
     config.lineage = lineages[0] if len(set(lineages)) == 1 else None
     return _finite(config, combined)
 
@@ -162,10 +163,11 @@ def _side_by_side(
                 new_key = f"{key[: match.start()]}.pvm.{weight_name(name, len(branches) + number)}.weight"
                 combined[new_key] = tensor * weight if name == "gate" else tensor.clone()
         branches += [{field: getattr(part, field) for field in BRANCH_FIELDS} for part in config.parts()]
-    return _derived(adapters[0][0], branches=branches), combined
+    return _derived([config for config, _ in adapters], branches), combined
 
 
-def _derived(config: PVMConfig, branches: list[dict[str, Any]] | None) -> PVMConfig:
-    derived = dataclasses.replace(config, lineage=None, branches=branches)
+def _derived(configs: Sequence[PVMConfig], branches: list[dict[str, Any]] | None) -> PVMConfig:
+    derived = dataclasses.replace(configs[0], lineage=None, branches=branches)
     derived.target_modules = ()
+    vars(derived)[NOTED] = of_all(configs)
     return derived
