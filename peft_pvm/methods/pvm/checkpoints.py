@@ -206,7 +206,7 @@ def read_adapter(path: str | os.PathLike, **kwargs: Any) -> tuple[PVMConfig, Ten
     """
     config, file = open_adapter(path, PVMConfig, "PVM", **kwargs)
     tensors = read_tensors(config, file)
-    vars(config)[NOTED] = file.companions()
+    setattr(config, NOTED, file.companions())
     return config, tensors
 
 
@@ -269,4 +269,4 @@ def hotswap_adapter(
         for key, tensor in file.read():
             old[names[key]].copy_(tensor)
     attached.lineage = config.lineage
-    vars(attached)[NOTED] = companions
+    setattr(attached, NOTED, companions)

@@ -169,5 +169,5 @@ def _side_by_side(
 def _derived(configs: Sequence[PVMConfig], branches: list[dict[str, Any]] | None) -> PVMConfig:
     derived = dataclasses.replace(configs[0], lineage=None, branches=branches)
     derived.target_modules = ()
-    vars(derived)[NOTED] = of_all(configs)
+    setattr(derived, NOTED, of_all(configs))
     return derived
