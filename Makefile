@@ -15,7 +15,7 @@ REAL ?= runs/real
 TORCH ?= torch==2.13.0
 PYTEST = pytest -n $(WORKERS) -q
 GPU_TESTS = tests/test_five_properties.py tests/test_generation.py tests/test_turns.py tests/test_combinations.py \
-	tests/test_decoding_step.py tests/tokens/test_eviction.py tests/attention/test_stages.py tests/methods/test_vaf.py tests/methods/dipe/test_oracle.py tests/methods/dipe/test_parity.py \
+	tests/test_decoding_step.py tests/tokens/test_eviction.py tests/attention/test_stages.py tests/methods/test_formulas.py tests/methods/dipe/test_oracle.py tests/methods/dipe/test_parity.py \
 	tests/methods/dipe/test_anchored.py tests/methods/tdrs/test_oracle.py tests/methods/pvm/test_parity.py tests/methods/pvm/test_training.py \
 	tests/methods/pvm/test_memory.py tests/methods/pvm/test_adapters_by_row.py
 

@@ -10,7 +10,7 @@ import environment  # noqa: F401  # first: its settings act before anything else
 import pytest
 import transformers
 from architectures.page import OLDEST
-from methods_under_test import LEADING, METHODS, Combination, Method
+from methods_under_test import LEADING, METHODS, PUBLISHED, Combination, Method
 from tiny_vlms import FAMILIES, REPRESENTATIVE, TWINS, TinyVLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -26,11 +26,11 @@ FIXTURES = ("family", "tiny", "plain")  # a test asks for one of these to run on
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What tells nothing new is left out.
 
-    Every property of the leading methods is tested on families of every kind, and those that are marked by
-    `every_family` on all; with the oldest transformers on the representative ones. Other methods, settings and
-    combinations are tested with the newest transformers, each property on one of the representative families that
-    the test has, in turn: what sets them apart is this package's own arithmetic. In short, test_architectures.py tests
-    every method on every family, with both.
+    Properties that are marked by `every_family` are tested for every method on every family, others for the leading
+    methods on families of every kind; with the oldest transformers, for the leading methods on the representative
+    ones. The rest, with other settings and combinations, is tested with the newest transformers, each property on one
+    of the representative families that the test has, in turn: what sets it apart is this package's own arithmetic. In
+    short, test_architectures.py tests every method on every family, with both.
     """
     families: dict[str, dict[str, None]] = {}  # the representative ones, by test
     for item in items:
@@ -64,6 +64,8 @@ def _tells_something_new(item: pytest.Item, in_turn: list[str]) -> bool:
     if family is None or "method" not in params:
         return True
     method = params["method"]
+    if method in PUBLISHED and item.get_closest_marker("every_family"):
+        return not IS_OLDEST or (method in LEADING and family in REPRESENTATIVE)
     if method in LEADING or method not in METHODS:
         return family in REPRESENTATIVE or not IS_OLDEST
     turn = zlib.crc32(_test(item).encode()) + list(METHODS).index(method)

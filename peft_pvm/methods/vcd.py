@@ -29,14 +29,14 @@ class VCDConfig(LogitsMethod):
         l = (1 + alpha) * l - alpha * l_n      for tokens with l >= max l + log(beta)
         l = -inf                               for all others
 
-    The noise is that of a diffusion after `noise_steps` of 1000 steps: `sqrt(a) * x + sqrt(1 - a) * eps` for pixels
-    `x` as the processor gives them. It acts in `generate` alone, greedy or sampling, and runs the model twice for each
+    The noise is that of step `noise_steps` of a diffusion: `sqrt(a) * x + sqrt(1 - a) * eps` for pixels `x` as the
+    processor gives them. It acts in `generate` alone, greedy or sampling, and runs the model twice for each
     token. A plain forward is that of the base. It has no parameters.
 
     Args:
         alpha: How much is subtracted, 0 or more.
         beta: Tokens with less than this share of the likeliest token's probability are excluded, above 0, up to 1.
-        noise_steps: How many steps of the diffusion the noise stands for, 1 to 1000.
+        noise_steps: At which step of the diffusion the noise is, 0 to 999.
         seed: The seed of the noise. Noise is drawn for each image by itself, so an image gets the same noise
             in any batch.
         format_version: The format of the saved adapter. Do not change it.
@@ -54,9 +54,9 @@ class VCDConfig(LogitsMethod):
     )
     noise_steps: int = setting(
         500,
-        "How many steps of the diffusion the noise stands for, 1 to 1000.",
-        valid=lambda value: is_int(value) and 0 < value <= DIFFUSION_STEPS,
-        accepted=f"a whole number from 1 to {DIFFUSION_STEPS}",
+        "At which step of the diffusion the noise is, 0 to 999.",
+        valid=lambda value: is_int(value) and 0 <= value < DIFFUSION_STEPS,
+        accepted=f"a whole number from 0 to {DIFFUSION_STEPS - 1}",
     )
     seed: int = setting(
         0,
@@ -101,7 +101,7 @@ class VCDConfig(LogitsMethod):
     def _share_kept(self) -> float:
         """Which part of the variance is still the image's."""
         betas = torch.linspace(-6, 6, DIFFUSION_STEPS, dtype=torch.float64).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
-        return float((1 - betas[: self.noise_steps]).prod())
+        return float((1 - betas[: self.noise_steps + 1]).prod())
 
     def _noise(self, name: str, prompt: Prompt) -> torch.Tensor:
         """Noise of a shape that can be added to the pixels. Images of one shape get the same."""

@@ -9,14 +9,21 @@ import pytest
 from fuzz.test_fuzz import FOLDERS
 from methods_under_test import METHODS
 from pages import REPOSITORY
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tiny_vlms import FAMILIES, REPRESENTATIVE
 from transformers import AutoModelForImageTextToText
 
 from peft_pvm import DIPEConfig, TDRSConfig
+from peft_pvm.folders.companions import fields_of
+from peft_pvm.methods import METHODS as ALL_METHODS
 
 
-PAGES = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "examples").rglob("*.yaml")]
+PAGES = [
+    REPOSITORY / "Makefile",
+    *REPOSITORY.glob("*.md"),
+    *(REPOSITORY / "docs").rglob("*.md"),
+    *(REPOSITORY / "examples").rglob("*.yaml"),
+]
 SOURCES = [path for folder in ("peft_pvm", "experiments", "examples") for path in (REPOSITORY / folder).rglob("*.py")]
 TESTS = {path: path.read_text() for path in (REPOSITORY / "tests").rglob("*.py")}
 FUNCTIONS = {name for text in TESTS.values() for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
@@ -46,6 +53,20 @@ def test_pages_of_methods_have_one_order_of_sections():
     assert len(sections) == 7
     for page in (REPOSITORY / "docs" / "methods").glob("*.md"):
         assert re.findall(r"^## (.+)$", page.read_text(), re.MULTILINE) == sections, page.name
+
+
+def test_adapters_that_ship_have_the_defaults_of_their_methods():
+    """Those without weights. Defaults that were chosen for one model, or that a model must give, have no folder."""
+    folders = {path.parent for path in (REPOSITORY / "adapters").glob("*/adapter_config.json")}
+    shipped = {folder.name: PeftConfig.from_pretrained(folder) for folder in folders}
+    del shipped["pvm-tiny-vlm"]
+    limited, published = shipped.pop("dipe-limited"), shipped.pop("dipe")
+    assert fields_of(limited) == fields_of(DIPEConfig())
+    assert fields_of(published) == fields_of(DIPEConfig(max_distance=0))
+    for config in shipped.values():
+        assert fields_of(config) == fields_of(type(config)()), config
+    methods = {method.config.method for method in ALL_METHODS} - {"pvm", "dipe"}
+    assert methods - {config.method for config in shipped.values()} == {"cai", "savaa", "var"}
 
 
 def said(page: str, pattern: str) -> list[int]:

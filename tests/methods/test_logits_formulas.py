@@ -93,9 +93,9 @@ M3ID = Formula(
 
 
 def noised(config: VCDConfig, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Image by image, and step by step of the diffusion."""
+    """Image by image, and step by step of the diffusion, which the authors' code counts from 0."""
     kept = 1.0
-    for step in range(config.noise_steps):
+    for step in range(config.noise_steps + 1):
         kept *= 1 - ((0.5e-2 - 1e-5) / (1 + math.exp(6 - 12 * step / 999)) + 1e-5)
 
     def noisy(image: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ HEADINGS = {
     "models": "Types of models",
     "paper": "Source",
 }
-SHOWN = ("method", "does", "parameters", "models", "paper")  # what fits beside one another on a terminal
+SHOWN = ("method", "changes", "parameters", "kernels", "models", "paper")  # what it does stands with what it changes
 
 
 def methods(as_json: bool) -> None:
@@ -31,7 +31,8 @@ def methods(as_json: bool) -> None:
         return
     table = Table(*(HEADINGS[field].lower() for field in SHOWN), show_lines=True)
     for row in rows():
-        table.add_row(*(row[field] for field in SHOWN))
+        shown = {**row, "changes": f"{row['changes']}: {row['does']}"}
+        table.add_row(*(shown[field] for field in SHOWN))
     Terminal().print(table)
 
 
