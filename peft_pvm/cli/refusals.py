@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -31,6 +32,22 @@ INTERRUPTED = 130
 LONGEST_WORD = 300  # characters: a value must not hide what is accepted
 
 
+# What a folder must hold, by what it should be, and what one of another kind holds.
+MODEL_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
+HOLDS = {
+    "a model that reads images": (MODEL_FILE, ADAPTER_FILE),
+    "a base model": (MODEL_FILE, ADAPTER_FILE),
+    "an adapter": (ADAPTER_FILE, MODEL_FILE),
+    "an adapter of PVM": (ADAPTER_FILE, MODEL_FILE),
+}
+INSTEAD = {
+    MODEL_FILE: "a model, not {}. Models go by --model or --base.",
+    ADAPTER_FILE: "an adapter, not {}. Give its base model here, and the adapter beside it.",
+}
+OF_FILES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors")
+OF_THE_REPOSITORY = ("adapters", "examples", "experiments", "runs")
+
+
 @contextlib.contextmanager
 def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
     """While files of others are read by code of others, which raises whatever it trips over.
@@ -44,6 +61,8 @@ def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
     """
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
+    for source in sources:
+        check_there(what, os.fspath(source))
     try:
         yield
     except Exception as error:
@@ -56,11 +75,47 @@ def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
         if absent and _comes_of(error, (ConnectionError, EntryNotFoundError, HfHubHTTPError, HFValidationError)):
             missing = " or ".join([name for name in absent if name in str(error)] or absent)
             raise ValueError(
-                f"There is no folder or file {missing} here, and the Hub did not give it: {str(error).strip()}"
+                f"There is no folder or file {missing} here, and the Hub did not give it: {str(error).strip()}. Check "
+                "the spelling and the connection. What is private needs `hf auth login`."
             ) from error
         if getattr(error, "filename", None) or any(os.fspath(source) in str(error) for source in sources):
             raise
         raise ValueError(f"{names}: {str(error).strip()}") from error
+
+
+def check_there(what: str, source: str) -> None:
+    """Refuse a path that leads nowhere, which the Hub need not be asked for, and a folder of another kind.
+
+    Args:
+        what: What it should be.
+        source: A folder, a file or a Hub id.
+
+    Raises:
+        ValueError: It cannot be that. The message says what to do.
+    """
+    path = Path(source)
+    if not path.exists():
+        is_path = path.is_absolute() or source.startswith((".", "~")) or len(path.parts) > 2 or path.suffix in OF_FILES
+        if is_path or path.parts[0] in OF_THE_REPOSITORY:
+            raise ValueError(f"There is no folder or file {source}. {_where_to_look(path)}")
+    elif what in HOLDS and path.is_dir():
+        needed, other = HOLDS[what]
+        inside = sorted(file.parent.name for file in path.glob(f"*/{needed}"))
+        if (path / needed).is_file():
+            return
+        if inside:
+            several = ", ".join(inside)
+            raise ValueError(f"{source} is not {what}, but holds several: {several}. Name one: {source}/{inside[0]}")
+        if (path / other).is_file():
+            raise ValueError(f"{source} is {INSTEAD[other].format(what)}")
+
+
+def _where_to_look(path: Path) -> str:
+    if path.parts[:2] == ("runs", "real"):
+        return "`make real-base` makes it in a checkout of the repository."
+    if path.parts[0] in OF_THE_REPOSITORY:
+        return f"`{path.parts[0]}/` is in a checkout of the repository."
+    return "Check the path." if path.is_absolute() else f"Check the path, which starts at {Path.cwd()}."
 
 
 def _comes_of(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,11 +82,37 @@ def test_inspect_adapters_of_other_kinds(tiny: TinyVLM, tmp_path: Path, base: Pa
     assert (found["method"], found["config"]["target_modules"]) == ("lora", ["q_proj"])
     assert found["parameters"] == sum(p.numel() for p in lora.parameters() if p.requires_grad)
     assert "is an adapter of type LORA, not of peft_pvm" in run("card", tmp_path / "lora", fails=True)
-    assert f"Error: Can't find 'adapter_config.json' at '{tmp_path}'" in run("inspect", tmp_path, fails=True)
-    for nowhere in ("nowhere", "./nowhere/at/all"):
-        assert f"There is no folder or file {nowhere} here, and the Hub did not give it" in run(
-            "inspect", nowhere, fails=True
+    assert "There is no folder or file nowhere here, and the Hub did not give it" in run(
+        "inspect", "nowhere", fails=True
+    )
+
+
+def test_what_is_nowhere_or_of_another_kind(tiny: TinyVLM, tmp_path: Path, base: Path, monkeypatch):
+    """The Hub is not asked for it."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("somebody asks the Hub"))
+    monkeypatch.chdir(tmp_path)
+    several, adapter, empty = (tmp_path / name for name in ("several", "adapter", "empty"))
+    for folder in (several / "b", several / "a", adapter):
+        get_peft_model(tiny.build(), DIPEConfig()).save_pretrained(folder)
+    empty.mkdir()
+
+    def said(*arguments: object) -> str:
+        return run(*arguments, fails=True).removeprefix("Error: ").rstrip()
+
+    for path in ("./nowhere", "no/where/at/all", "nothing.json"):
+        expected = f"There is no folder or file {path}. Check the path, which starts at {tmp_path}."
+        assert said("inspect", path) == said("inspect", "--base", path) == expected
+    assert said("inspect", tmp_path / "no") == f"There is no folder or file {tmp_path / 'no'}. Check the path."
+    assert "`adapters/` is in a checkout of the repository." in said("inspect", "adapters/dipe")
+    assert "`make real-base` makes it" in said("compare", "--model", "real", "--out", "compared")
+    assert "`make real-base` makes it" in said("lab", "recall", "--base", "real", adapter)
+    assert said("inspect", base) == f"{base} is a model, not an adapter. Models go by --model or --base."
+    assert said("inspect", several) == f"{several} is not an adapter, but holds several: a, b. Name one: {several}/a"
+    for arguments in (["--base", adapter], [adapter, "--base", adapter]):
+        assert said("inspect", *arguments).startswith(
+            f"{adapter} is an adapter, not a base model. Give its base model"
         )
+    assert said("inspect", empty) == f"Can't find 'adapter_config.json' at '{empty}'"
 
 
 def test_inspect_says_what_was_trained_together(tiny: TinyVLM, tmp_path: Path):

@@ -100,14 +100,12 @@ def test_errors_say_what_is_wrong(command: str, folder: Path, monkeypatch: pytes
         assert done.exit_code in (1, 2)
         return done.stderr[done.stderr.index("Error: ") :]
 
-    assert "Couldn't find any data file" in error(data="nowhere")
+    assert f"There is no folder or file {folder / 'nowhere'}. Check the path." in error(data="nowhere")
     assert (
         "peft-pvm lab save-base tiny"
         in CliRunner().invoke(app, [command, "--model", "tiny", "--data", "chats"]).stderr
     )
-    assert f"There is no folder or file {folder / 'nowhere'} here, and the Hub did not give it" in error(
-        model="nowhere"
-    )
+    assert f"There is no folder or file {folder / 'nowhere'}. Check the path." in error(model="nowhere")
     assert "blind: No row of the data set has an image" in error(data="blind")
     assert "empty: No row of the data set has an image" in error(data="empty")
     assert "does not end with an answer of the assistant" in error(data="prompts")

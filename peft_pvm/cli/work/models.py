@@ -86,7 +86,8 @@ def describe_base(base: str, as_json: bool) -> None:
         OSError: There is none.
         ValueError: It is no model that reads images and writes text.
     """
-    model: Any = without_weights(base)
+    with reading("a base model", base):
+        model: Any = without_weights(base)
     model_type = model.config.model_type
     row = next((row for row in architectures() if row["type"] == model_type), {})
     with reading("a base model", base):
