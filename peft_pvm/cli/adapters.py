@@ -8,18 +8,31 @@ from typing import Annotated
 import typer
 
 from .choices import Combination
-from .options import AsJSON, finite_number, new_folder, separated
+from .options import AsJSON, finite_number, new_folder, separated, there
 
 
-Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")]
+Adapter = Annotated[
+    str,
+    typer.Argument(
+        help="Folder or Hub id of an adapter.",
+        callback=there("an adapter"),
+    ),
+]
 
 
 def inspect(
-    adapter: Annotated[str | None, typer.Argument(help="Folder or Hub id of an adapter.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder or Hub id of an adapter.",
+            callback=there("an adapter"),
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub id of a base model. With an adapter: does it fit? Alone: which methods work?"
+            help="Folder or Hub id of a base model. With an adapter: does it fit? Alone: which methods work?",
+            callback=there("a base model"),
         ),
     ] = None,
     as_json: AsJSON = False,
@@ -41,7 +54,13 @@ def inspect(
 
 
 def merge(
-    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids of PVM adapters.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders or Hub ids of PVM adapters.",
+            callback=there("an adapter"),
+        ),
+    ],
     out: Annotated[Path, typer.Option(callback=new_folder, help="Folder of the new adapter.")],
     weights: Annotated[
         str,
@@ -81,7 +100,13 @@ def convert(
 
 def export_reference(
     adapter: Adapter,
-    base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or Hub id of the base model.",
+            callback=there("a base model"),
+        ),
+    ],
     out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the checkpoint.")],
 ) -> None:
     """Export an adapter and its base model as a checkpoint for the PVM authors' code."""
@@ -91,9 +116,19 @@ def export_reference(
 
 
 def export_vllm(
-    base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or Hub id of the base model.",
+            callback=there("a base model"),
+        ),
+    ],
     adapters: Annotated[
-        list[str], typer.Argument(help="Folders or Hub ids of adapters. Adapters joined by + are on at the same time.")
+        list[str],
+        typer.Argument(
+            help="Folders or Hub ids of adapters. Adapters joined by + are on at the same time.",
+            callback=there("an adapter"),
+        ),
     ],
     out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the model.")],
     accept_causal: Annotated[

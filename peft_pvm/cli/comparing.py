@@ -23,6 +23,7 @@ from .options import (
     name_among,
     new_folder,
     separated,
+    there,
     whole_number,
 )
 
@@ -32,7 +33,8 @@ Model = Annotated[
     str,
     typer.Option(
         help=f"Folder or Hub id of a vision-language model; `{TINY}` and `{REAL}` are the lab's, the latter in "
-        f"{REAL_BASE}."
+        f"{REAL_BASE}.",
+        callback=there("a model that reads images"),
     ),
 ]
 Out = Annotated[
@@ -52,7 +54,10 @@ Methods = Annotated[str, typer.Option(help=f"`{ALL}`, or some of {', '.join(UNTR
 Lengths = Annotated[str, typer.Option(help="Tokens of text between image and question, separated by commas.")]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option(help="Folder or Hub id of an adapter, or several joined by +, which act together. Repeatable."),
+    typer.Option(
+        help="Folder or Hub id of an adapter, or several joined by +, which act together. Repeatable.",
+        callback=there("an adapter"),
+    ),
 ]
 Seeds = Annotated[
     str,

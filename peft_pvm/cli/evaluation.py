@@ -21,6 +21,7 @@ from .options import (
     new_file,
     new_folder,
     separated,
+    there,
     whole_number,
 )
 
@@ -36,7 +37,10 @@ def probe(
         Path, typer.Option(callback=new_folder, help="Folder for report.html, probe.json and the pictures.")
     ],
     adapter: Annotated[
-        list[str] | None, typer.Option(help="Folder or Hub id of an adapter. Repeatable; all adapters act together.")
+        list[str] | None,
+        typer.Option(
+            help="Folder or Hub id of an adapter. Repeatable; all adapters act together.", callback=there("an adapter")
+        ),
     ] = None,
     max_new_tokens: Annotated[int, counted("The most tokens that the answer may have.")] = 64,
     device: Device = "cpu",
@@ -101,7 +105,10 @@ def eval_lengths(
     ] = "0,1024,4096,8192,16384,32768",
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="Folder or Hub id of an adapter, or several joined by +, which act together. Repeatable."),
+        typer.Option(
+            help="Folder or Hub id of an adapter, or several joined by +, which act together. Repeatable.",
+            callback=there("an adapter"),
+        ),
     ] = None,
     seeds: Annotated[
         str, typer.Option(help="Seeds of sampling, separated by commas. There is one run for each.")

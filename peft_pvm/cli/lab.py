@@ -9,7 +9,7 @@ import typer
 
 from ..utils.extras import require
 from .choices import Split
-from .options import LARGEST_SEED, MANY, new_folder
+from .options import LARGEST_SEED, MANY, new_folder, there
 from .refusals import Commands
 
 
@@ -45,7 +45,9 @@ def demo(
 def recall_command(
     adapters: Annotated[
         list[str] | None,
-        typer.Argument(help="Folders or Hub ids of adapters. Adapters joined by + act together."),
+        typer.Argument(
+            help="Folders or Hub ids of adapters. Adapters joined by + act together.", callback=there("an adapter")
+        ),
     ] = None,
     base: Annotated[
         Path | None,

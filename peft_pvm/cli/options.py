@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from .choices import LoadedAs
+from .refusals import check_there
 
 
 Value = TypeVar("Value")
@@ -23,7 +24,27 @@ LARGEST_SEED = 2**32 - 1  # that both torch and numpy take
 TINY, REAL = "tiny", "real"  # the models of the lab, by name
 REAL_BASE = Path("runs", "real", "base")  # from the repository's root
 
-Model = Annotated[str, typer.Option(help="Folder or Hub id of a vision-language model.")]
+
+def there(what: str) -> Callable[[Value], Value]:
+    """A callback for folders or Hub ids, or several with `+` between: refuses at once what is neither.
+
+    Args:
+        what: What they should be, a key of `HOLDS`.
+    """
+
+    def check(value: Value) -> Value:
+        for given in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
+            for part in [given] if os.path.exists(given) else given.split("+"):
+                check_there(what, part)
+        return value
+
+    return check
+
+
+Model = Annotated[
+    str,
+    typer.Option(help="Folder or Hub id of a vision-language model.", callback=there("a model that reads images")),
+]
 Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
 DType = Annotated[LoadedAs, typer.Option(help="The dtype of the weights; auto: that of the checkpoint.")]
 Kernel = Annotated[str | None, typer.Option(help="The attention kernel, such as sdpa.")]

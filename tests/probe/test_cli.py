@@ -168,7 +168,8 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 
 def test_what_a_command_lacks_is_said_before_its_work(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("peft_pvm.utils.extras.find_spec", lambda name: None)
-    done = run(folder, "nowhere")
+    monkeypatch.setattr("peft_pvm.folders.base_checkpoint.without_weights", lambda *args: pytest.fail("it is read"))
+    done = run(folder, "llava")
     assert done.exit_code == 1
     assert "This needs jinja2 and matplotlib and pillow, which the extra 'lab' brings" in done.stderr
 
