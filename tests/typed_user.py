@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import assert_type
 
 import torch
 from peft import PeftConfig
 from PIL import Image
-from typing_extensions import assert_type
 
 import peft_pvm
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, attached

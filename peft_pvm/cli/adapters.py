@@ -43,7 +43,7 @@ def inspect(
     read.
     """
     if adapter is None and base is None:
-        raise typer.BadParameter("Give an adapter, or the base model to be asked about.", param_hint=["--base"])
+        raise typer.BadParameter("Give an adapter, or a base model with --base.", param_hint=["--base"])
     from .work import adapters as work
     from .work.models import describe_base
 
@@ -70,7 +70,10 @@ def merge(
     density: Annotated[
         float | None, typer.Option(min=0, max=1, help="For ties and dare_linear: the share of values to keep.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Average adapters that are not known to be of one lineage.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(help="Average adapters even if they may not share their initial weights."),
+    ] = False,
 ) -> None:
     """Combine several PVM adapters into one, without a base model."""
     if density is not None and combination_type not in ("ties", "dare_linear"):

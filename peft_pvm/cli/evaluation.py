@@ -59,7 +59,8 @@ def probe(
         typer.Option(
             min=0,
             max=MANY,
-            help="Show what PVM retrieves for this generated token, from 0. Repeatable; by default, six.",
+            help="Number of a generated token, from 0, for which to show what PVM retrieves. Repeatable; by default, "
+            "the six with the largest updates.",
         ),
     ] = None,
 ) -> None:

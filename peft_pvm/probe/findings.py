@@ -14,7 +14,7 @@ from .measures import Dilution, PowerLaw, mean_over_layers, rounded
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 FORMAT_VERSION = 2

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-import tomllib
 
 
 pytest.importorskip("typer", reason="the pages show what needs the extra lab")

@@ -164,7 +164,7 @@ def served(family: Family) -> type[nn.Module]:
         """A model of vLLM's with adapters. Requests choose by LoRA, also where vLLM's has none of its own.
 
         Raises:
-            NotImplementedError: vLLM has other insides than this stands on, or was started with what breaks this.
+            NotImplementedError: vLLM's internal classes are others, or it was started with what breaks this.
         """
 
         supports_mrope: ClassVar[Literal[True]] = True
@@ -207,7 +207,8 @@ def served(family: Family) -> type[nn.Module]:
                 is_visual = True if place.is_embed is None else place.is_embed
                 visual_mask[place.offset : place.offset + place.length] = is_visual
             labelled, delta = attach_labels(positions, delta, visual_mask, self.has_anchors)
-            return labelled, np.int64(delta)  # a Python int would be added to an int32 of numpy's, and not fit
+            # A Python int would be added to an int32 of numpy, and not fit.
+            return labelled, cast(int, np.int64(delta))
 
     Model.__name__ = Model.__qualname__ = family.architecture
     return Model

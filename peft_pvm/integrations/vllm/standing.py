@@ -167,6 +167,6 @@ def _has(owner: object, names: tuple[str, ...]) -> None:
 
 def _differs(what: Any, expected: str) -> NotImplementedError:
     return NotImplementedError(
-        f"Our adapters stand on the insides of vLLM {' and '.join(VERSIONS)}, where {what.__module__}."
+        f"Our adapters build on internal classes of vLLM {' and '.join(VERSIONS)}, where {what.__module__}."
         f"{what.__qualname__} {expected}. In this one, {vllm.__version__}, it does not: install one of those."
     )
