@@ -9,8 +9,8 @@ from pathlib import Path
 from peft_pvm.compare.comparison import Comparison
 from peft_pvm.compare.contenders import BASE
 from peft_pvm.compare.plots import draw_pareto
-from peft_pvm.compare.report import DETAILS, MISSING, SETTINGS, in_markdown, sections, title
-from peft_pvm.compare.statistics import HELPS, HURTS
+from peft_pvm.compare.report import DETAILS, MISSING, NOTHING_TO_DO, SETTINGS, in_markdown, sections, title
+from peft_pvm.compare.statistics import HELPS, HURTS, UNCHANGED, UNCLEAR
 from peft_pvm.folders.replacing import write_file
 from peft_pvm.utils.text import markdown
 
@@ -107,7 +107,9 @@ def _verdict(comparison: Comparison, name: str) -> str:
     ]
     if name in comparison.refused:
         said.append("refused")
-    return "; ".join(said) or "cannot be told"
+    if name in comparison.idle:
+        said.append(NOTHING_TO_DO)
+    return "; ".join(said) or (UNCHANGED if comparison.changed(name) == 0 else UNCLEAR)
 
 
 def _is(comparison: Comparison, name: str, length: int, word: str) -> bool:

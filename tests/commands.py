@@ -20,9 +20,9 @@ from peft_pvm.cli.app import app
 typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 
-def run(*arguments: object, fails: bool = False) -> str:
-    """What a command prints, on both streams."""
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, arguments)))
+def run(*arguments: object, fails: bool = False, columns: int = 200) -> str:
+    """What a command prints, on both streams, to a terminal of some width."""
+    result = CliRunner(env={"COLUMNS": str(columns)}).invoke(app, list(map(str, arguments)))
     assert bool(result.exit_code) == fails, result.output
     assert isinstance(result.exception, SystemExit | None), result.exception
     return result.output

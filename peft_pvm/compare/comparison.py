@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from ..folders.data_file import holding, read_json
 from .contenders import BASE, Contender
 from .journal import Answer
-from .statistics import Estimate, holm, sign_flip_p, verdict
+from .statistics import UNCHANGED, Estimate, holm, sign_flip_p, verdict
 from .tasks import Asked
 
 
@@ -24,17 +25,29 @@ class Cell:
         right: How much of each answer is right.
         tokens: How many each has.
         seconds: What each took.
+        changed: Whether its tokens differ from those of the base's answer. `None`: that was not recorded, as in files
+            of earlier versions.
     """
 
     right: tuple[int, ...]
     tokens: tuple[int, ...]
     seconds: tuple[float, ...]
+    changed: tuple[bool, ...] | None = None
 
     @classmethod
-    def of(cls, answers: Sequence[Answer]) -> Cell:
-        """From answers in order."""
+    def of(cls, answers: Sequence[Answer], of_base: Sequence[Answer]) -> Cell:
+        """From answers in order, and the base's to the same questions."""
+        right, tokens = (tuple(getattr(answer, name) for answer in answers) for name in ("right", "tokens"))
         seconds = tuple(float(f"{answer.seconds:.4g}") for answer in answers)
-        return cls(tuple(answer.right for answer in answers), tuple(answer.tokens for answer in answers), seconds)
+        if any(answer.token_ids is None for answer in (*answers, *of_base)):
+            return cls(right, tokens, seconds)
+        changed = tuple(mine.token_ids != base.token_ids for mine, base in zip(answers, of_base))
+        return cls(right, tokens, seconds, changed)
+
+    @property
+    def num_changed(self) -> int | None:
+        """How many answers differ from the base's."""
+        return None if self.changed is None else sum(self.changed)
 
     @property
     def seconds_of_a_token(self) -> float:
@@ -53,6 +66,7 @@ class Finding:
         corrected: The same by Holm's method, over all contenders and lengths.
         verdict: What follows.
         slowdown: The time of an answer, as a multiple of the base's: the median over answers.
+        changed: How many answers differ from the base's; `None`: not recorded.
     """
 
     accuracy: Estimate
@@ -61,6 +75,7 @@ class Finding:
     corrected: float
     verdict: str
     slowdown: float
+    changed: int | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ class Comparison:
         asked: Seed and name of each question, in order.
         cells: By contender and length.
         refused: By contender that refused, the reason.
+        idle: By contender that has nothing to do on this model, the reason.
     """
 
     about: Mapping[str, Any]
@@ -80,6 +96,7 @@ class Comparison:
     asked: Sequence[tuple[int, str]]
     cells: Mapping[str, Mapping[int, Cell]]
     refused: Mapping[str, str]
+    idle: Mapping[str, str]
 
     @classmethod
     def of(
@@ -89,20 +106,20 @@ class Comparison:
         asked: Sequence[Asked],
         answers: Mapping[tuple[str, int, int, str], Answer],
         refused: Mapping[str, str],
+        idle: Mapping[str, str],
     ) -> Comparison:
         """From single answers. A length that a contender did not finish is left out."""
         lengths = sorted({one.length for one in asked})
         by_length = {length: [one.key for one in asked if one.length == length] for length in lengths}
         cells: dict[str, dict[int, Cell]] = {contender.name: {} for contender in entered}
-        for name, of_contender in cells.items():
-            for length, keys in by_length.items():
-                found = [answers.get((name, *key)) for key in keys]
-                whole = [answer for answer in found if answer is not None]
-                if len(whole) == len(keys):
-                    of_contender[length] = Cell.of(whole)
+        for length, keys in by_length.items():
+            of_base = _found(answers, BASE, keys)
+            for name, of_contender in cells.items():
+                if len(mine := _found(answers, name, keys)) == len(keys):
+                    of_contender[length] = Cell.of(mine, of_base)
         questions = [(seed, name) for _, seed, name in by_length[lengths[0]]]
         settings = {contender.name: contender.settings() for contender in entered}
-        return cls(about, settings, questions, cells, refused)
+        return cls(about, settings, questions, cells, refused, idle)
 
     @property
     def lengths(self) -> list[int]:
@@ -118,6 +135,11 @@ class Comparison:
     def tests(self) -> int:
         """How many differences to the base are tested."""
         return len(self.findings) - len(self.cells[BASE])
+
+    def changed(self, contender: str) -> int | None:
+        """How many answers differ from the base's, over all lengths. `None`: not recorded, or there are none."""
+        found = [cell.num_changed for cell in self.cells[contender].values()]
+        return sum(found) if found and None not in found else None  # type: ignore[arg-type]
 
     def accuracies(self, contender: str, lengths: Sequence[int]) -> list[float]:
         """Of each question, from 0 to 1: mean over seeds and lengths."""
@@ -146,8 +168,9 @@ class Comparison:
     def _finding(self, name: str, length: int, p: float, corrected: float) -> Finding:
         mine, base = (self.accuracies(one, [length]) for one in (name, BASE))
         difference = Estimate.of([a - b for a, b in zip(mine, base)])
-        said = verdict(corrected, difference.mean)
-        return Finding(Estimate.of(mine), difference, p, corrected, said, self.slowdown(name, [length]))
+        said = UNCHANGED if self.changed(name) == 0 else verdict(corrected, difference.mean)
+        changed, slowdown = self.cells[name][length].num_changed, self.slowdown(name, [length])
+        return Finding(Estimate.of(mine), difference, p, corrected, said, slowdown, changed)
 
     def _differences(self, name: str, length: int) -> list[int]:
         """Of each question, how much more is right than with the base, over all seeds together."""
@@ -173,13 +196,14 @@ class Comparison:
                 "p": found.p,
                 "p, Holm": found.corrected,
                 "verdict": None if name == BASE else found.verdict,
+                "answers changed": found.changed,
                 "time, base = 1": found.slowdown,
             }
             for (name, length), found in self.findings.items()
         ]
         cells = {
             name: {
-                str(length): {"right": cell.right, "tokens": cell.tokens, "seconds": cell.seconds}
+                str(length): {field.name: getattr(cell, field.name) for field in dataclasses.fields(Cell)}
                 for length, cell in by_length.items()
             }
             for name, by_length in self.cells.items()
@@ -188,6 +212,7 @@ class Comparison:
             "about": self.about,
             "contenders": self.contenders,
             "refused": self.refused,
+            "nothing to do": self.idle,
             "findings": findings,
             "questions": self.asked,
             "answers": cells,
@@ -208,15 +233,26 @@ class Comparison:
                 str(name): {int(length): _cell(cell, len(asked)) for length, cell in by_length.items()}
                 for name, by_length in content["answers"].items()
             }
-            refused = {str(name): str(reason) for name, reason in content["refused"].items()}
-            loaded = cls(dict(content["about"]), dict(content["contenders"]), asked, cells, refused)
+            refused, idle = (
+                {str(name): str(reason) for name, reason in reasons.items()}
+                for reasons in (content["refused"], content.get("nothing to do", {}))
+            )
+            loaded = cls(dict(content["about"]), dict(content["contenders"]), asked, cells, refused, idle)
             _ = loaded.findings  # takes everything apart
         return loaded
 
 
+def _found(
+    answers: Mapping[tuple[str, int, int, str], Answer], contender: str, keys: Sequence[tuple[int, int, str]]
+) -> list[Answer]:
+    return [answer for key in keys if (answer := answers.get((contender, *key))) is not None]
+
+
 def _cell(content: Mapping[str, Any], answers: int) -> Cell:
     right, tokens = (tuple(map(int, content[name])) for name in ("right", "tokens"))
-    cell = Cell(right, tokens, tuple(map(float, content["seconds"])))
-    if {len(cell.right), len(cell.tokens), len(cell.seconds)} != {answers}:
+    changed = None if content.get("changed") is None else tuple(map(bool, content["changed"]))
+    cell = Cell(right, tokens, tuple(map(float, content["seconds"])), changed)
+    lists = [cell.right, cell.tokens, cell.seconds, *([] if changed is None else [changed])]
+    if {len(values) for values in lists} != {answers}:
         raise ValueError("a list has another length than the questions")
     return cell

@@ -9,22 +9,26 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from ..methods import METHODS, LogBiasConfig
+from ..methods import METHODS, LogBiasConfig, VARConfig
+from ..probe.rows import Lesson, ask
+from ..probe.sinks import outliers, proposed
 from ..tuners.active import activate, attached, base_of
 from ..tuners.base import VisualConfig
 from ..tuners.names import TOGETHER, adapter_names, separate
 from ..tuners.saving import load_adapters
+from .tasks import Asked
 
 
 BASE, TEMPERATURE = "base", "temperature"
 CONTROL, METHOD, ADAPTER = "control", "method", "adapter"
 WARMTH = 0.7  # of the control that samples
+FEW = 8  # questions that show a model's sinks, as many as `peft-pvm sinks` reads
 UNTRAINED = {method.name.lower(): method for method in METHODS if not method.needs_training}
 NULL = next(name for name, method in UNTRAINED.items() if method.config is LogBiasConfig)
 OF_ALL = {*(field.name for field in dataclasses.fields(PeftConfig)), "format_version", "init_weights"}
@@ -105,6 +109,43 @@ def contenders(methods: Collection[str] | None = None, adapters: Sequence[str] =
         *(Contender(UNTRAINED[name].name, METHOD, UNTRAINED[name].config()) for name in chosen),
         *(Contender(name, ADAPTER, adapters=separate(source)) for source, name in names.items()),
     ]
+
+
+class NothingToDo(Exception):
+    """A contender would leave the model as it is. The message says why."""
+
+
+def needs_channels(contender: Contender) -> bool:
+    """Whether this is VAR without sink channels."""
+    return isinstance(contender.config, VARConfig) and contender.config.sink_channels is None
+
+
+def with_channels(
+    contender: Contender, model: nn.Module, processor: Any, asked: Sequence[Asked], known: Sequence[int] | None
+) -> Contender:
+    """VAR with the sink channels that `peft-pvm sinks` would propose on the first questions.
+
+    Args:
+        contender: VAR without channels.
+        model: The model; its adapters are off.
+        processor: Its processor.
+        asked: All questions.
+        known: Channels that were found before. `None`: they are to be found.
+
+    Raises:
+        NothingToDo: There are no such channels, or no visual token is a sink by them.
+        ValueError: VAR cannot act on the model.
+        NotImplementedError: Its layers have several residual streams.
+    """
+    config = cast(VARConfig, contender.config)
+    if known is None:
+        few = asked[:FEW]
+        lessons = (Lesson(ask(processor, one.messages, one.question.images), 0) for one in few)
+        found = proposed(outliers(model, lessons, len(few), config.tau, None), config.tau)
+        if not found.visual_share:
+            raise NothingToDo(found.reason)
+        known = found.channels
+    return dataclasses.replace(contender, config=dataclasses.replace(config, sink_channels=list(known)))
 
 
 def _numbered(name: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ class Answer:
         expected: The first of the accepted answers.
         answer: What the model wrote.
         right: How much of it is right.
-        tokens: How many it wrote.
+        tokens: How many tokens it wrote.
         seconds: The time from the prompt, as tensors, to the last token; on a CPU, the CPU time of all threads.
+        token_ids: These tokens. `None`: they were not recorded, as in files of earlier versions.
     """
 
     contender: str
@@ -40,6 +41,7 @@ class Answer:
     right: int
     tokens: int
     seconds: float
+    token_ids: Sequence[int] | None = None
 
 
 class Journal:
@@ -51,6 +53,7 @@ class Journal:
 
     Attributes:
         answers: By contender, length, seed and question.
+        settings: By contender, what it was when it last entered.
 
     Raises:
         ValueError: The file is damaged, or about something else.
@@ -59,7 +62,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike, about: Mapping[str, Any]):
         self.path = Path(path)
         self.answers: dict[tuple[str, int, int, str], Answer] = {}
-        self._settings: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]
         if not whole:
@@ -70,7 +73,7 @@ class Journal:
             for line in whole[1:]:
                 entry = json.loads(line)
                 if "settings" in entry:
-                    self._settings[str(entry["contender"])] = entry["settings"]
+                    self.settings[str(entry["contender"])] = entry["settings"]
                 else:
                     self._take(Answer(**entry))
         if len(whole) < len(lines):
@@ -80,10 +83,11 @@ class Journal:
 
     def enter(self, contender: str, settings: Mapping[str, Any]) -> None:
         """Note what a contender is. ValueError: under this name, answers of another one are there."""
-        if contender in self._settings:
-            self._compare(f"answers of {contender} with", self._settings[contender], settings)
+        if self.settings.get(contender) == settings:
             return
-        self._settings[contender] = settings
+        if any(name == contender for name, *_ in self.answers):
+            self._compare(f"answers of {contender} with", self.settings.get(contender), settings)
+        self.settings[contender] = settings
         self._append({"contender": contender, "settings": settings})
 
     def find(self, contender: str, asked: Asked) -> Answer | None:

@@ -14,11 +14,12 @@ from ..utils.text import markdown, markdown_table
 from .comparison import Comparison, Finding
 from .contenders import BASE, METHOD
 from .plots import draw_pareto, front
-from .statistics import HELPS, HURTS, LEVEL, UNCLEAR, fewest_changed
+from .statistics import HELPS, HURTS, LEVEL, UNCHANGED, UNCLEAR, fewest_changed
 
 
 NUMBERS, PICTURE, PAGE, TEXT = "compare.json", "pareto.png", "compare.html", "compare.md"
-MISSING = "-"
+MISSING, NOTHING_TO_DO = "-", "nothing to do"
+CHANGED = "Answers changed"
 LATENCY, DETAILS, SETTINGS = "Accuracy against latency", "Every difference", "Settings and machine"  # headings
 ALTERNATIVE = "Accuracy of each method against the time of an answer."  # in the picture's place
 
@@ -123,7 +124,7 @@ def title(comparison: Comparison) -> str:
 def sections(comparison: Comparison) -> list[Section]:
     """The report, whatever it is written as."""
     return [
-        Section("What came out", [*outcome(comparison), *_refused(comparison)]),
+        Section("What came out", outcome(comparison)),
         Section("Accuracy", [_how(comparison), overview(comparison), _caution(comparison)]),
         Section(LATENCY, _latency(comparison)),
         Section(DETAILS, [_details(comparison)]),
@@ -132,16 +133,24 @@ def sections(comparison: Comparison) -> list[Section]:
 
 
 def outcome(comparison: Comparison) -> list[str]:
-    """Who helps, who hurts, and of whom it cannot be told, in a sentence each."""
+    """Who helps, who hurts, of whom it cannot be told, and who did nothing, in a sentence each."""
+    meanings = {
+        HELPS: "Helps",
+        HURTS: "Hurts",
+        UNCLEAR: "Cannot be told from the base",
+        UNCHANGED: "Changed nothing",
+    }
     said = []
-    for word, meaning in ((HELPS, "Helps"), (HURTS, "Hurts"), (UNCLEAR, "Cannot be told from the base")):
+    for word, meaning in meanings.items():
         by_name: dict[str, list[int]] = {}
         for (name, length), found in comparison.findings.items():
             if name != BASE and found.verdict == word:
                 by_name.setdefault(name, []).append(length)
         told = [f"{_called(comparison, name)} {_where(comparison, lengths)}" for name, lengths in by_name.items()]
-        said.append(f"{meaning}: {'; '.join(told) or 'none'}.")
-    return said
+        if told or word != UNCHANGED:
+            said.append(f"{meaning}: {'; '.join(told) or 'none'}.")
+    said += [f"{name} has nothing to do: {reason}" for name, reason in comparison.idle.items()]
+    return said + [f"{name} refused the model: {reason}" for name, reason in comparison.refused.items()]
 
 
 def _where(comparison: Comparison, lengths: Sequence[int]) -> str:
@@ -155,36 +164,39 @@ def _called(comparison: Comparison, name: str) -> str:
     return name if kind == METHOD else f"{name} ({kind})"
 
 
-def _refused(comparison: Comparison) -> list[str]:
-    return [f"{name} refused the model: {reason}" for name, reason in comparison.refused.items()]
-
-
 def _how(comparison: Comparison) -> str:
     about, seeds = comparison.about, sorted({seed for seed, _ in comparison.asked})
+    limit = f"{about['max_new_tokens']} token{'s' if about['max_new_tokens'] != 1 else ''}"
     return (
         "The table shows accuracy by tokens of text between image and question, with its standard error over "
         f"{comparison.num_questions} questions; seeds {', '.join(map(str, seeds))}. {about['scored']} Answers are "
-        f'generated, with at most {about["max_new_tokens"]} tokens. "Helps" or "hurts" means that the difference to '
-        "the base is significant. In all other cells, the method cannot be told apart from the base."
+        f'generated, with at most {limit}. "Helps" or "hurts" means that the difference to the base is significant. '
+        "In all other cells, the method cannot be told apart from the base. An answer is changed if its tokens are "
+        f"not those of the base's answer ({MISSING}: not recorded). A method that changed none may not have acted."
     )
 
 
 def overview(comparison: Comparison) -> Table:
     """Accuracies by contender and length, with what can be told of them."""
     rows = []
-    for name in comparison.contenders:
-        cells = [comparison.findings.get((name, length)) for length in comparison.lengths]
-        times = [comparison.findings[name, length].slowdown for length in comparison.cells[name]]
-        time = f"{comparison.slowdown(name, list(comparison.cells[name])):.2f}" if times else MISSING
-        rows.append([_called(comparison, name), *(_cell(found) for found in cells), time])
-    return Table(["", *(f"{length:,}" for length in comparison.lengths), "Time of an answer, base = 1"], rows)
+    for name, cells in comparison.cells.items():
+        missing = NOTHING_TO_DO if name in comparison.idle else MISSING
+        shown = [
+            _cell(comparison.findings[name, length]) if length in cells else missing for length in comparison.lengths
+        ]
+        time = f"{comparison.slowdown(name, list(cells)):.2f}" if cells else MISSING
+        changed = MISSING if name == BASE else _of(comparison.changed(name), len(cells) * len(comparison.asked))
+        rows.append([_called(comparison, name), *shown, changed, time])
+    return Table(["", *(f"{length:,}" for length in comparison.lengths), CHANGED, "Time of an answer, base = 1"], rows)
 
 
-def _cell(found: Finding | None) -> str:
-    if found is None:
-        return MISSING
-    said = "" if found.verdict == UNCLEAR else f", {found.verdict}"
+def _cell(found: Finding) -> str:
+    said = f", {found.verdict}" if found.verdict in (HELPS, HURTS) else ""
     return f"{found.accuracy.shown()}{said}"
+
+
+def _of(changed: int | None, answers: int) -> str:
+    return MISSING if changed is None else f"{changed} of {answers}"
 
 
 def _caution(comparison: Comparison) -> str:
@@ -212,7 +224,17 @@ def _latency(comparison: Comparison) -> list[str]:
 
 
 def _details(comparison: Comparison) -> Table:
-    header = ["", "Tokens of text", "Minus the base", "p", "p, Holm", "Verdict", "Time, base = 1", "ms a token"]
+    header = [
+        "",
+        "Tokens of text",
+        "Minus the base",
+        "p",
+        "p, Holm",
+        "Verdict",
+        CHANGED,
+        "Time, base = 1",
+        "ms a token",
+    ]
     rows = [
         [
             _called(comparison, name),
@@ -221,6 +243,7 @@ def _details(comparison: Comparison) -> Table:
             f"{found.p:.2g}",
             f"{found.corrected:.2g}",
             found.verdict,
+            _of(found.changed, len(comparison.asked)),
             f"{found.slowdown:.2f}",
             f"{1000 * comparison.cells[name][length].seconds_of_a_token:.3g}",
         ]

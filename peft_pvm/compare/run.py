@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..tuners.active import base_of
 from ..utils.distractors import Distractors, read_paragraphs
 from ..utils.packages import attn_implementation
 from .comparison import Comparison
-from .contenders import BASE, Contender
+from .contenders import BASE, Contender, NothingToDo, needs_channels, with_channels
 from .journal import Answer, Journal
 from .tasks import Asked, Task
 
@@ -64,7 +65,8 @@ def compare(
     """Have a model answer the same questions with each contender. Answers that are there are not asked for again.
 
     Questions are asked one at a time, and each answer is kept at once, in `out/answers.jsonl`. A contender that
-    refuses the model is noted with its reason, and the others go on.
+    refuses the model, or has nothing to do on it, is noted with its reason, and the others go on. VAR without sink
+    channels gets those that the first questions show.
 
     Args:
         model: A vision-language model from transformers, without adapters. Adapters that contenders load stay on it,
@@ -91,20 +93,32 @@ def compare(
     about = _about(vlm, task, limit, name)
     Path(out).mkdir(parents=True, exist_ok=True)
     asker = _Asker(vlm.model, processor, task, limit, Journal(Path(out, ANSWERS), about))
-    refused = {}
+    prepared, refused, idle = [], {}, {}
     with undisturbed(vlm):
         for contender in entered:
             try:
+                contender = asker.prepare(contender, asked)
                 asker.ask(contender, asked, progress or (lambda *_: None))
+            except NothingToDo as reason:
+                idle[contender.name] = str(reason)
             except Refusal as error:
                 if contender.name == BASE:
                     raise ValueError(f"The base cannot answer: {error}") from error
                 refused[contender.name] = str(error)
-    return Comparison.of(about, entered, asked, asker.journal.answers, refused)
+            prepared.append(contender)
+    return Comparison.of(about, prepared, asked, asker.journal.answers, refused, idle)
 
 
 class Refusal(Exception):
     """A contender cannot act on the model."""
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except REFUSALS as error:
+        raise Refusal(str(error).strip() or type(error).__name__) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,24 +131,29 @@ class _Asker:
     limit: int
     journal: Journal
 
+    def prepare(self, contender: Contender, asked: Sequence[Asked]) -> Contender:
+        """A contender with what it has to know of the model. More questions than last time do not change it."""
+        if not needs_channels(contender):
+            return contender
+        known = self.journal.settings.get(contender.name, {}).get("sink_channels")
+        with _refusing():
+            return with_channels(contender, self.model, self.processor, asked, known)
+
     def ask(self, contender: Contender, asked: Sequence[Asked], progress: Progress) -> None:
         """Have a contender answer whatever it has not answered yet."""
         self.journal.enter(contender.name, contender.settings())
         left = [one for one in asked if self.journal.find(contender.name, one) is None]
         if not left:
             return
-        try:
-            with contender.acting(self.model):
-                length = None
-                for number, one in enumerate(left, len(asked) - len(left)):
-                    progress(contender.name, number, len(asked))
-                    inputs = on_model(ask(self.processor, one.messages, one.question.images), self.model)
-                    if one.length != length:  # what is tried or compiled once must not count as time of an answer
-                        self._generate(inputs, contender, one, min(2, self.limit))
-                        length = one.length
-                    self.journal.add(self._answer(inputs, contender, one))
-        except REFUSALS as error:
-            raise Refusal(str(error).strip() or type(error).__name__) from error
+        with _refusing(), contender.acting(self.model):
+            length = None
+            for number, one in enumerate(left, len(asked) - len(left)):
+                progress(contender.name, number, len(asked))
+                inputs = on_model(ask(self.processor, one.messages, one.question.images), self.model)
+                if one.length != length:  # what is tried or compiled once must not count as time of an answer
+                    self._generate(inputs, contender, one, min(2, self.limit))
+                    length = one.length
+                self.journal.add(self._answer(inputs, contender, one))
 
     def _answer(self, inputs: dict[str, torch.Tensor], contender: Contender, asked: Asked) -> Answer:
         # CPU time tells methods apart also where other programs run beside.
@@ -144,7 +163,8 @@ class _Asker:
         seconds = clock() - started
         written = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
         right = self.task.score(written, asked.question)
-        return Answer(contender.name, *asked.key, asked.question.answers[0], written, right, len(tokens), seconds)
+        expected = asked.question.answers[0]
+        return Answer(contender.name, *asked.key, expected, written, right, len(tokens), seconds, tokens)
 
     def _generate(self, inputs: dict[str, torch.Tensor], contender: Contender, asked: Asked, limit: int) -> list[int]:
         """The tokens of an answer, on the CPU."""

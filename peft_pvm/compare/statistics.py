@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import numpy as np
 
 
-HELPS, HURTS, UNCLEAR = "helps", "hurts", "cannot be told"
+HELPS, HURTS, UNCLEAR, UNCHANGED = "helps", "hurts", "cannot be told", "changed nothing"
 LEVEL = 0.05  # of all tests of a comparison together
 
 

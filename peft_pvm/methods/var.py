@@ -44,7 +44,7 @@ class VARConfig(AttentionMethod):
     With `w_ij` the attention weight of key `j` in row `i` of a head, `S` the sum of a row's weights over all sinks,
     `Sv` over visual sinks and `V` over all visual tokens, in rows of text behind an image with::
 
-        0 < Sv < rho * V      and      V > least_visual
+        0 < Sv <= rho * V,      Sv < V      and      V >= least_visual
 
         w_ij = w_ij * p                               for sinks, of text and image
         w_ij = w_ij * (1 + (1 - p) * S / (V - Sv))    for other visual tokens
@@ -138,8 +138,8 @@ class VARConfig(AttentionMethod):
         """How much tokens belong to the groups that decide, `(batch, seq_len, 6)`, fp32, by what they are.
 
         The first two are changed: what sinks lose, below 0, and other visual tokens. These come again as what gets
-        something, and what is got. Of the last three, a row must have more than `_least`: visual sinks, what is
-        missing to their largest share of the image, and the image.
+        something, and what is got. The last three are visual sinks, what is missing to their largest share of the
+        image, and the image. `_least` says what a row must have of them.
         """
         lost, visual_sinks, image = (1 - self.p) * sinks.float(), (visual & sinks).float(), visual.float()
         groups = [-lost, image - visual_sinks, lost, visual_sinks, self.rho * image - visual_sinks, image]
@@ -185,13 +185,14 @@ class VARConfig(AttentionMethod):
         """
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         least = call.context.derived((self._whose, "least", found.device), lambda: self._least(found))
-        stays = (found[..., 3:] <= least).any(-1, keepdim=True)
+        stays = (found[..., 1:] < least).any(-1, keepdim=True)
         others_and_lost = found[..., 1:3]
         return others_and_lost / others_and_lost[..., :1].masked_fill(stays, torch.inf)
 
     def _least(self, found: torch.Tensor) -> torch.Tensor:
-        """What a row must have more of, `(3,)`."""
-        return F.pad(found.new_full((1,), self.least_visual), (2, 0))
+        """What a row must at least have of all groups but the first, `(5,)`: of most of them, anything."""
+        of_last = F.pad(found.new_full((1,), self.least_visual), (1, 0))
+        return F.pad(of_last, (3, 0), value=torch.finfo(found.dtype).tiny)
 
 
 VARModel = attention_tuner(VARConfig)

@@ -144,7 +144,7 @@ class AttentionMethodLayer(LayerWithoutParameters):
         checks = map(self._new_check, sorted(self._unchecked))
         hooks = [start, *map(SteeringHandle, attentions.values()), *checks, *self._new_entry_hooks()]
         if not self.method_cls.acts_in_forwards:
-            hooks.append(OneByOne(self.vlm, self.acting))
+            hooks.append(OneByOne(self.vlm, self.method_cls.title, self.acting))
         return [*hooks, LastLogits(self.vlm, self.acting)] if self.method_cls.reads_logits else hooks
 
     def _new_entry_hooks(self) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Refuses ways to generate that read several tokens of an answer at once, for methods that go from token to token."""
+"""Refuses ways to generate in which the tokens of an answer do not come one by one on a KV cache."""
 
 from __future__ import annotations
 
@@ -6,55 +6,68 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import GenerationConfig
 
 from ..tokens.families import VisionLanguageModel
 from ..utils.wrapping import Shadow
 
 
-ATTRIBUTE = "_one_by_one"  # of the model, on which what stands in the place of its method is found
+ATTRIBUTE = "_one_by_one"  # of the model, on which what stands in the place of its methods is found
 
 
 class OneByOne:
-    """Has assisted decoding and prompt lookup refused as long as an adapter acts.
+    """Has assisted decoding, prompt lookup and `use_cache=False` refused as long as an adapter acts.
 
     Args:
         vlm: The model's parts.
+        title: The method's name, for the message.
         acting: The adapters that act.
     """
 
-    def __init__(self, vlm: VisionLanguageModel, acting: Callable[[], list[str]]):
-        self.acting = acting
-        self._candidates = [vars(model).get(ATTRIBUTE) or _Candidates(model) for model in vlm.generators]
-        for candidates in self._candidates:
-            candidates.guards.append(self)
+    def __init__(self, vlm: VisionLanguageModel, title: str, acting: Callable[[], list[str]]):
+        self.title, self.acting = title, acting
+        self._ways = [vars(model).get(ATTRIBUTE) or _Ways(model) for model in vlm.generators]
+        for ways in self._ways:
+            ways.guards.append(self)
 
     def remove(self) -> None:
         """Have them work again, unless others refuse them."""
-        for candidates in self._candidates:
-            candidates.guards.remove(self)
-            if not candidates.guards:
-                candidates.remove()
+        for ways in self._ways:
+            ways.guards.remove(self)
+            if not ways.guards:
+                ways.remove()
 
 
-class _Candidates:
-    """Stands in the place of a model's own method, for all adapters on it."""
+class _Ways:
+    """Stands in the place of a model's own methods, for all adapters on it."""
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.guards: list[OneByOne] = []
         vars(model)[ATTRIBUTE] = self
-        self._own = Shadow(model, "_get_candidate_generator", self._get)
+        self._own_candidates = Shadow(model, "_get_candidate_generator", self._get_candidates)
+        self._own_cache = Shadow(model, "_prepare_cache_for_generation", self._prepare_cache)
 
     def remove(self) -> None:
-        self._own.remove()
+        self._own_candidates.remove()
+        self._own_cache.remove()
         del vars(self.model)[ATTRIBUTE]
 
-    def _get(self, *args: Any, **kwargs: Any) -> Any:
-        names = [name for guard in self.guards for name in guard.acting()]
+    def _get_candidates(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse(
+            "but assisted decoding and prompt lookup read several tokens at once. Call generate without "
+            "assistant_model and prompt_lookup_num_tokens."
+        )
+        return self._own_candidates(*args, **kwargs)
+
+    def _prepare_cache(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        if not generation_config.use_cache:
+            self._refuse("but use_cache=False leaves no KV cache to keep it with. Call generate with use_cache=True.")
+        return self._own_cache(generation_config, *args, **kwargs)
+
+    def _refuse(self, why: str) -> None:
+        names = [f"{guard.title} {name}" for guard in self.guards for name in guard.acting()]
         if names:
             raise NotImplementedError(
-                f"The active adapters ({', '.join(names)}) go by what the token before was or did, but assisted "
-                "decoding and prompt lookup read several tokens at once. Call generate without assistant_model and "
-                "prompt_lookup_num_tokens."
+                f"The active adapters ({', '.join(names)}) go by what the token before was or did, {why}"
             )
-        return self._own(*args, **kwargs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,8 @@ from peft_pvm.compare.comparison import Comparison
 from peft_pvm.compare.contenders import BASE, Contender, contenders
 from peft_pvm.compare.journal import Answer
 from peft_pvm.compare.plots import front
-from peft_pvm.compare.report import PICTURE, as_markdown, overview, save
-from peft_pvm.compare.statistics import HELPS, HURTS, UNCLEAR
+from peft_pvm.compare.report import PICTURE, as_markdown, outcome, overview, save
+from peft_pvm.compare.statistics import HELPS, HURTS, UNCHANGED, UNCLEAR
 from peft_pvm.compare.tasks import Asked, Question
 from peft_pvm.env import environment
 
@@ -25,10 +27,16 @@ BASE_RIGHT = [number % 2 for number in range(24)]  # half of them
 
 
 def made(
-    right: dict[str, list[int]], seeds: int = 1, shared: bool = False, refused: dict[str, str] | None = None
+    right: dict[str, list[int]],
+    seeds: int = 1,
+    shared: bool = False,
+    refused: dict[str, str] | None = None,
+    idle: dict[str, str] | None = None,
+    token_ids: Callable[[str, int, int], list[int] | None] = lambda name, length, number: None,
 ) -> Comparison:
     """A comparison at 0 and 64 tokens. With `shared`, questions have one name under all seeds."""
-    entered = [Contender(name, "control" if name == BASE else "method") for name in [*right, *(refused or {})]]
+    names = [*right, *(refused or {}), *(idle or {})]
+    entered = [Contender(name, "control" if name == BASE else "method") for name in names]
     asked, answers = [], {}
     for length in (0, 64):
         for number in range(len(right[BASE])):
@@ -37,8 +45,9 @@ def made(
             asked.append(Asked(length, seed, question, []))
             for place, name in enumerate(right):
                 key = (name, *asked[-1].key)
-                answers[key] = Answer(*key, "x", "x", right[name][number], 2, 0.1 * (1 + place))
-    return Comparison.of({**ABOUT, "environment": environment()}, entered, asked, answers, refused or {})
+                ids = token_ids(name, length, number)
+                answers[key] = Answer(*key, "x", "x", right[name][number], 2, 0.1 * (1 + place), ids)
+    return Comparison.of({**ABOUT, "environment": environment()}, entered, asked, answers, refused or {}, idle or {})
 
 
 def test_a_method_that_is_always_right_helps_and_one_that_is_always_wrong_hurts():
@@ -53,6 +62,60 @@ def test_equal_methods_cannot_be_told_apart():
     found = made({BASE: BASE_RIGHT, "same": BASE_RIGHT, "others": BASE_RIGHT[::-1]}).findings
     assert {found[name, 0].verdict for name in ("same", "others")} == {UNCLEAR}
     assert found["same", 0].p == found["others", 0].p == 1
+
+
+def tokens(name: str, length: int, number: int) -> list[int]:
+    """Those of "other" are the base's but for two answers after 64 tokens of text."""
+    return [7, 8 if (name, length) == ("other", 64) and number < 2 else 7]
+
+
+def test_a_method_that_changes_no_answer_has_a_verdict_of_its_own(tmp_path: Path):
+    """Where it changes some, at whatever length, the verdict is that of the test."""
+    right = {BASE: BASE_RIGHT, "other": BASE_RIGHT, "same": BASE_RIGHT}
+    comparison = made(right, token_ids=tokens)
+    found = comparison.findings
+    assert [found["other", length].changed for length in (0, 64)] == [0, 2]
+    assert {found["other", length].verdict for length in (0, 64)} == {UNCLEAR}
+    assert {found["same", length].verdict for length in (0, 64)} == {UNCHANGED}
+    assert [row[-2] for row in overview(comparison).rows] == ["-", "2 of 48", "0 of 48"]
+    page = save(comparison, tmp_path).read_text()
+    text = (tmp_path / "compare.md").read_text()
+    for written in (page, text):
+        assert "Cannot be told from the base: other at every length." in written
+        assert "Changed nothing: same at every length." in written
+        assert "Answers changed" in written
+    content = json.loads((tmp_path / "compare.json").read_text())
+    assert content["answers"]["other"]["64"]["changed"] == [True, True, *[False] * 22]
+    assert Comparison.load(tmp_path / "compare.json") == comparison
+
+
+def test_where_tokens_were_not_recorded_nothing_is_said_of_changes(tmp_path: Path):
+    """Files of earlier versions."""
+    save(made({BASE: BASE_RIGHT, "same": BASE_RIGHT}), tmp_path)
+    content = json.loads((tmp_path / "compare.json").read_text())
+    del content["nothing to do"]
+    for by_length in content["answers"].values():
+        for cell in by_length.values():
+            del cell["changed"]
+    (tmp_path / "compare.json").write_text(json.dumps(content))
+    again = Comparison.load(tmp_path / "compare.json")
+    assert again.findings["same", 0].verdict == UNCLEAR
+    assert overview(again).rows[-1][-2] == "-"
+    assert not any(sentence.startswith("Changed nothing") for sentence in outcome(again))
+
+
+def test_who_has_nothing_to_do_did_not_refuse(tmp_path: Path):
+    comparison = made({BASE: BASE_RIGHT}, idle={"VAR": "No channel is large."})
+    save(comparison, tmp_path)
+    for written in (comparison, Comparison.load(tmp_path / "compare.json")):
+        assert overview(written).rows[-1] == ["VAR", "nothing to do", "nothing to do", "-", "-"]
+        assert outcome(written)[-1] == "VAR has nothing to do: No channel is large."
+
+
+@pytest.mark.parametrize(("limit", "said"), [(1, "at most 1 token."), (4, "at most 4 tokens.")])
+def test_how_long_answers_may_be(limit: int, said: str):
+    comparison = made({BASE: BASE_RIGHT})
+    assert said in "\n".join(as_markdown(replace(comparison, about={**comparison.about, "max_new_tokens": limit}), ""))
 
 
 def test_many_methods_ask_for_more():
@@ -99,7 +162,7 @@ def test_pages_say_it_all(tmp_path: Path):
     assert "By \\*hand\\*." in text
     assert "src=" in page
     assert page.count("src=") == page.count('src="data:'), "the page loads nothing"
-    assert overview(comparison).rows[-1] == ["odd", "-", "-", "-"]
+    assert overview(comparison).rows[-1] == ["odd", "-", "-", "-", "-"]
 
 
 def test_what_is_read_is_what_was_written(tmp_path: Path):
@@ -113,6 +176,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path):
     [
         lambda content: content.pop("answers"),
         lambda content: content["answers"]["base"]["0"]["right"].pop(),
+        lambda content: content["answers"]["base"]["0"].update(changed=[True]),
         lambda content: content["answers"].pop("base"),
         lambda content: content.update(questions=3),
     ],

@@ -21,9 +21,12 @@ from peft_pvm import attached
 from peft_pvm.cli.work.comparing import lab_task
 from peft_pvm.compare.contenders import BASE, METHOD, Contender, contenders
 from peft_pvm.compare.run import ANSWERS, Plan, compare
+from peft_pvm.compare.statistics import UNCHANGED
 from peft_pvm.demo.for_trainers import tiny_vlm_processor
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
-from peft_pvm.methods import LogBiasConfig, VAFConfig, VCDConfig
+from peft_pvm.methods import LogBiasConfig, VAFConfig, VARConfig, VCDConfig
+from peft_pvm.probe.rows import Chat
+from peft_pvm.probe.sinks import propose_sinks
 from peft_pvm.tuners.active import acting_adapters
 
 
@@ -128,6 +131,49 @@ def test_who_refuses_is_listed_and_the_others_go_on(model: Any, tmp_path: Path):
     assert (list(found.cells["too deep"]), list(found.cells["VAF"])) == ([], [0, 40])
 
 
+def VAR(tau: float) -> Contender:
+    return Contender("VAR", METHOD, VARConfig(tau=tau, rho=0.9, least_visual=0.0, p=0.0))
+
+
+def test_var_gets_the_channels_of_the_probe(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And keeps them when more is asked."""
+    task = lab_task("mosaic", 2, in_tokens=True)
+    chats = [Chat(list(one.prompt), list(one.images), one.answers[0]) for one in task.draw(0)]
+    expected = propose_sinks(model, PROCESSOR, chats, tau=2.0)
+    assert expected.visual_share > 0
+    plan = Plan(lengths=(0,))
+    found = compared(model, tmp_path, [contenders([])[0], VAR(2.0)], plan)
+    assert found.contenders["VAR"]["sink_channels"] == expected.channels
+    assert list(found.cells["VAR"]) == [0]
+    assert (found.refused, found.idle) == ({}, {})
+    monkeypatch.delattr("peft_pvm.compare.contenders.outliers")  # nothing is measured again
+    again = compared(model, tmp_path, [contenders([])[0], VAR(2.0)], plan, rows=4)
+    assert again.contenders["VAR"] == found.contenders["VAR"]
+    assert len(entries(tmp_path)) == 2 * 4
+
+
+@pytest.mark.parametrize(("tau", "reason"), [(20.0, "No channel is above 20"), (3.0, "VAR then does nothing.")])
+def test_where_there_are_no_sinks_var_has_nothing_to_do(model: Any, tmp_path: Path, tau: float, reason: str):
+    entered = [contenders([])[0], VAR(tau), Contender("VAF", METHOD, VAFConfig())]
+    found = compared(model, tmp_path, entered, Plan(lengths=(0,)))
+    assert found.refused == {}
+    assert reason in found.idle["VAR"]
+    assert {name: list(cells) for name, cells in found.cells.items()} == {"base": [0], "VAR": [], "VAF": [0]}
+    again = compared(model, tmp_path, [entered[0], VAR(2.0)], Plan(lengths=(0,)))
+    assert list(again.cells["VAR"]) == [0], "what did not answer can come back with other settings"
+
+
+def test_what_acts_from_the_second_token_on_changes_no_answer_of_one(model: Any, tmp_path: Path):
+    found = compared(model, tmp_path, contenders(["dipe", "savaa"]), Plan(lengths=(256,)), rows=6)
+    ids = {
+        name: [entry["token_ids"] for entry in entries(tmp_path) if entry["contender"] == name] for name in found.cells
+    }
+    for name, cells in found.cells.items():
+        assert cells[256].num_changed == sum(mine != base for mine, base in zip(ids[name], ids[BASE]))
+    assert found.findings["DIPE", 256].changed
+    assert found.findings["SAVAA", 256].verdict == UNCHANGED
+
+
 def test_a_length_beyond_the_positions_is_refused_before_anything_is_asked(model: Any, tmp_path: Path):
     with pytest.raises(ValueError, match="A text of 8,192 tokens is too long"):
         compared(model, tmp_path, contenders([]), Plan(lengths=(0, 8192)))
@@ -153,6 +199,17 @@ def test_the_command(tmp_path: Path):
     assert found["about"]["asked"] == 54
     assert found["answers"]["base"]["0"]["tokens"] == [107]
     assert min(found["answers"]["base"]["0"]["right"]) > 9
+
+
+def test_the_table_fits_a_terminal_of_80_columns(tmp_path: Path):
+    options = ["--model", "tiny", "--out", tmp_path, "--lengths", "0,8,16", "--rows", 1, "--methods", "var,savaa"]
+    lines = run("compare", *options, columns=80).splitlines()
+    table = [line for line in lines if line[:1] in "┏┃┡│└"]
+    assert {len(line) for line in table} == {80}
+    names = {line[1:].split("│")[0].strip() for line in table if line.startswith("│")}
+    assert names - {""} == {"base", "temperature", "(control)", "Log-bias", "VAR", "SAVAA"}
+    assert any(line.startswith("VAR has nothing to do: No channel is above 20") for line in lines)
+    assert any(line.startswith("Changed nothing: ") and "SAVAA at every length" in line for line in lines)
 
 
 def test_a_file_of_the_user(tmp_path: Path):

@@ -62,6 +62,21 @@ def test_what_hurts_is_said(tmp_path: Path):
     assert "nobody refused the model: because" in page
 
 
+def test_who_changed_nothing_and_who_had_nothing_to_do_are_said(tmp_path: Path):
+    (path, *_) = sorted(RECORDED.glob("*.json"))
+    content = json.loads(path.read_text())
+    for name, cells in content["answers"].items():
+        for cell in cells.values():
+            cell["changed"] = [name == "PAI", *[False] * (len(cell["right"]) - 1)]
+    content["nothing to do"] = {"VAR": content["refused"].pop("VAR")}
+    (tmp_path / path.name).write_text(json.dumps(content))
+    rows = [line for line in render(read_comparisons(tmp_path)).splitlines() if line.endswith("|")]
+    assert "| SAVAA (method) | changed nothing |" in rows
+    assert "| VAR (method) | nothing to do |" in rows
+    assert "| temperature (control) | changed nothing |" in rows
+    assert any(row.startswith("| PAI (method) | helps at") for row in rows)
+
+
 def test_there_must_be_results(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="peft-pvm compare"):
         read_comparisons(tmp_path)

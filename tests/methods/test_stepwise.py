@@ -344,6 +344,22 @@ def test_what_is_not_known_is_refused(plain: TinyVLM):
         steps(plain, model, cache, CHAT, first, 3)
 
 
+def test_generate_without_a_cache_is_refused_by_name(stepwise: Stepwise):
+    """Nothing would be known of earlier tokens, so that the answer would be the base's."""
+    llava = FAMILIES["llava"]
+    base = llava.build()
+    prompt, how = llava.prompt(base, ROWS[0]), {**GENERATE, "do_sample": False, "use_cache": False}
+    expected = torch.stack(base.generate(**prompt, **how).logits)
+    model = get_peft_model(base, stepwise.config)
+    message = rf"\({stepwise.config.title} default\) go by what .* use_cache=False leaves no KV cache"
+    with pytest.raises(NotImplementedError, match=message):
+        model.generate(**prompt, **how)
+    with model.disable_adapter():
+        assert torch.equal(torch.stack(model.generate(**prompt, **how).logits), expected)
+    model.unload()
+    assert torch.equal(torch.stack(base.generate(**prompt, **how).logits), expected)
+
+
 def test_models_and_ways_to_generate_that_are_refused(monkeypatch: pytest.MonkeyPatch):
     llava = FAMILIES["llava"]
     model = get_peft_model(llava.build(), SAVAA.config)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from peft import get_peft_model
 from tiny_vlms import FAMILIES
 
 from peft_pvm import VARConfig
+from peft_pvm.tokens.context import VisualContext
 from peft_pvm.utils.packages import CACHE
 
 
@@ -85,6 +88,35 @@ def test_channels_must_be_the_models(channels: list[int] | None, message: str):
 def test_settings_out_of_range_are_refused(name: str, value):
     with pytest.raises(ValueError, match=f"VARConfig.{name} is .*, but must be"):
         VARConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("of_sinks", "of_others", "acts"),
+    [
+        (0.25, 0.25, True),  # the largest share of sinks, and the least weight of the image: both still count
+        (0.125, 0.375, True),
+        (0.25, 0.125, False),
+        (0.125, 0.25, False),
+        (0.0, 0.5, False),
+    ],
+)
+def test_heads_at_the_thresholds_are_changed(of_sinks: float, of_others: float, acts: bool):
+    config = VARConfig(sink_channels=[1], rho=0.5, least_visual=0.5, p=0.5)
+    assert _is_changed(config, of_sinks, of_others) is acts
+
+
+def test_where_no_other_visual_token_is_left_nothing_is_taken():
+    assert not _is_changed(VARConfig(sink_channels=[1], rho=1.0, least_visual=0.0), 0.5, 0.0)
+
+
+def _is_changed(config: VARConfig, of_sinks: float, of_others: float) -> bool:
+    """Whether a head changes its row of weights: those of visual sinks, of other visual tokens and of a text sink."""
+    weights = torch.tensor([of_sinks, of_others, 1 - of_sinks - of_others])
+    groups = config._groups(torch.tensor([True, False, True]), torch.tensor([True, True, False]))
+    call: Any = SimpleNamespace(context=VisualContext(None))
+    changes = config.changes(call, (weights @ groups)[None, None, None])
+    assert bool(changes.isfinite().all())
+    return bool(changes.any())
 
 
 def test_the_default_dtype_decides_nothing():

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ...compare.contenders import contenders
+from ...compare.contenders import TEMPERATURE, contenders
 from ...compare.files import questions_of, read_questions
 from ...compare.report import outcome, overview, save
 from ...compare.run import Plan
@@ -90,6 +90,7 @@ def compare(
     page = save(found, out)
     shown = overview(found)
     table = Table(*shown.header)
+    table.columns[0].min_width = len(TEMPERATURE)  # the longest word in names of ours
     for row in shown.rows:
         table.add_row(*row)
     Terminal().print(table)
