@@ -24,7 +24,7 @@ NOT_OF_VERSIONS = bench compare demo docs experiments folders/test_replacing.py 
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench real-base environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm test-newer-vllm quality style docs dist generate clean
+.PHONY: demo bench real-base environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm test-newer-vllm quality style docs dist generate predictions clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -113,6 +113,13 @@ generate: $(VENV)/.installed
 	cd tests && PYTHONPATH=.. ../$(VENV)/bin/python -m architectures.page
 	PYTHONPATH=. $(VENV)/bin/python docs/figures/draw.py
 	$(VENV)/bin/typer peft_pvm.cli.app utils docs --name peft-pvm --title "Command line" --output docs/api/cli.md
+
+# What steps take on a GPU, on paper, and the table of it in docs/performance.md: after a change of what a step launches.
+predictions: $(VENV)/.installed
+	for size in 2b 8b 32b; do \
+	$(VENV)/bin/peft-pvm scale --device h100 --preset $$size-random --context 4096 --visual-tokens 1024 --batch 1,64 --json \
+	> experiments/results/bench/predicted-h100-$$size.json || exit 1; done
+	PYTHONPATH=. $(VENV)/bin/python docs/figures/draw.py
 
 clean:
 	rm -rf site dist $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_LMMS) $(VENV_VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,7 +24,9 @@ from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path
 
 from experiments.summary import Results
+from peft_pvm.bench.models import METHODS
 from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS
+from peft_pvm.folders.data_file import read_json
 from peft_pvm.methods.tdrs.weights import Floor, distance_boost, semantic_position
 from peft_pvm.tokens.positions import PADDING, modalities, run_anchors, run_starts
 from peft_pvm.utils.plotting import COLOURS, logarithmic, new_figure, styled
@@ -57,6 +59,8 @@ ROOMS = {
     "env": (0.7, "bug reports"),
     "utils": (5.0, "for every room"),
 }
+PREDICTED = REPOSITORY / "experiments" / "results" / "bench" / "predicted-h100-8b.json"
+TABLE_OF_PREDICTIONS = re.compile(r"(<!-- predictions:[^>]*-->\n).*?(<!-- predictions end -->)", re.DOTALL)
 TABLE_OF_FILES = re.compile(r"(<!-- files:[^>]*-->\n).*?(<!-- files end -->)", re.DOTALL)
 
 
@@ -344,6 +348,27 @@ def with_table(page: str) -> str:
     return TABLE_OF_FILES.sub(lambda found: f"{found[1]}\n{table_of_files()}\n\n{found[2]}", page)
 
 
+def table_of_predictions() -> str:
+    """What a step of decoding takes on a GPU, on paper: of the base in milliseconds, of the methods relative to it."""
+    batches = read_json(PREDICTED)["batches"]
+    columns = [(kind, batch) for kind in ("eager", "graph") for batch in batches]
+    base = [batches[batch]["base"][kind]["ms"] for kind, batch in columns]
+    titles = [f"{'in a graph' if kind == 'graph' else kind}, batch {batch}" for kind, batch in columns]
+    rows = ["| | " + " | ".join(["Calls", "Operations", *titles]) + " |", "|---" + "|---:" * (2 + len(columns)) + "|"]
+    for name, own in batches["1"].items():
+        took = [batches[batch][name][kind]["ms"] for kind, batch in columns]
+        title = "base, in ms" if name == "base" else METHODS[name].title
+        numbers = [f"{own[kind]['launches']:,}" for kind in ("eager", "graph")]
+        numbers += [f"{ms:.1f}" if name == "base" else f"{ms / of_base:.2f}" for ms, of_base in zip(took, base)]
+        rows.append("| " + " | ".join([title, *numbers]) + " |")
+    return "\n".join(rows)
+
+
+def with_predictions(page: str) -> str:
+    """docs/performance.md with the table of what is predicted, as the stored file has it."""
+    return TABLE_OF_PREDICTIONS.sub(lambda found: f"{found[1]}\n{table_of_predictions()}\n\n{found[2]}", page)
+
+
 DRAWN: dict[str, Callable[[], str]] = {"fading": fading, "pvm": pvm, "dipe": dipe, "t-drs": t_drs, "rooms": rooms}
 
 
@@ -358,3 +383,6 @@ if __name__ == "__main__":
     checkpoints = FIGURES.parent / "checkpoints.md"
     checkpoints.write_text(published_configs.with_table(checkpoints.read_text()))
     print(checkpoints)
+    performance = FIGURES.parent / "performance.md"
+    performance.write_text(with_predictions(performance.read_text()))
+    print(performance)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import DeviceType, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from ..tokens.families import find_vlm
 from .meters import describe_machine
@@ -53,13 +54,13 @@ class Launches:
         return [number for number in by_layer if number]
 
 
-Look = Callable[[str, list[torch.Tensor]], None]
+Look = Callable[[str, list[torch.Tensor], int], None]
 
 
 class _Counting(TorchDispatchMode):
-    def __init__(self, look: Look | None) -> None:
+    def __init__(self, look: Look | None, counts_views: bool) -> None:
         super().__init__()
-        self.look = look
+        self.look, self.counts_views = look, counts_views
         self.place = OUTSIDE
         self.is_within = False  # one operation that is counted already
         self.found: Counter[tuple[int, str]] = Counter()
@@ -67,13 +68,27 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if self.is_within:
+            return result
         name = function.overloadpacket.__name__
-        if not self.is_within and not function.is_view and name not in FREE and not _is_empty(result):
+        computes = not function.is_view and name not in FREE and not _is_empty(result)
+        if computes or self.counts_views:
             self.found[self.place, name] += 1
-            if self.look is not None:
-                self.look(name, [leaf for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)])
+        if computes and self.look is not None:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)]
+            self.look(name, tensors, _flops(function.overloadpacket, args, kwargs, result))
         return result
+
+
+def _flops(function: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
+    """How many products and sums an operation takes, if it multiplies matrices."""
+    if function is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # unknown to torch's own counter
+        query, key = args[:2]
+        return 4 * query.numel() * key.shape[-2]
+    count = flop_registry.get(function)
+    return 0 if count is None else count(*args, **kwargs, out_val=result)
 
 
 def _is_empty(result: Any) -> bool:
@@ -101,7 +116,9 @@ class _Fusing(TorchFunctionMode):
             self.counting.is_within = False
 
 
-def count_launches(model: nn.Module, forward: Callable[[], object], look: Look | None = None) -> Launches:
+def count_launches(
+    model: nn.Module, forward: Callable[[], object], look: Look | None = None, counts_views: bool = False
+) -> Launches:
     """Count what a forward computes or copies, operation by operation, as torch dispatches them.
 
     Views, metadata and tensors without numbers are free, and torch's own RMS norm is one operation, as on a GPU.
@@ -110,9 +127,11 @@ def count_launches(model: nn.Module, forward: Callable[[], object], look: Look |
     Args:
         model: A vision-language model.
         forward: Runs it once.
-        look: Called with each operation's name and the tensors that it reads and writes.
+        look: Called with each operation's name, the tensors that it reads and writes, and the products and sums that
+            it takes if it multiplies matrices.
+        counts_views: Whether everything that Python calls counts, also what computes nothing.
     """
-    layers, counting = find_vlm(model).layers, _Counting(look)
+    layers, counting = find_vlm(model).layers, _Counting(look, counts_views)
 
     def go(place: int, *_: Any) -> None:
         counting.place = place

@@ -198,6 +198,7 @@ class Footprint:
 
     Attributes:
         weights: What a step of decoding reads of the base: all but the vision tower and the input embeddings.
+        input_embeddings: What these take where the output layer does not share them.
         cache: What a token takes in the KV cache.
         pvm_weights: What it reads of PVM: all but the projections of the memory.
         projections: PVM's keys and values, for a visual token.
@@ -206,6 +207,7 @@ class Footprint:
     """
 
     weights: int
+    input_embeddings: int
     cache: int
     pvm_weights: int
     projections: int
@@ -215,6 +217,11 @@ class Footprint:
     def kept(self, context: int, visual_tokens: int) -> tuple[int, int, int]:
         """What a conversation keeps: KV cache, PVM's keys and values, embeddings."""
         return self.cache * context, self.projections * visual_tokens, self.embeddings * visual_tokens
+
+    def held(self, context: int, visual_tokens: int, batch: int) -> tuple[int, int]:
+        """What memory holds at least to decode a batch: of the base without its vision tower, and of PVM."""
+        cache, *of_pvm = self.kept(context, visual_tokens)
+        return self.weights + self.input_embeddings + batch * cache, self.pvm_weights + batch * sum(of_pvm)
 
     def read(self, context: int, visual_tokens: int, batch: int) -> tuple[int, int]:
         """What a step of decoding a batch reads: of the base, and of PVM beyond that."""
@@ -242,9 +249,10 @@ def footprint(preset: str | Shape, branches: int | None = None, bytes_of_a_numbe
         if branches is not None:
             config = dataclasses.replace(config, layers_to_transform=list(range(branches)))
         text = vlm.text_config
-        read = sum(parameter.numel() for parameter in vlm.text_model.parameters())
+        read, embeddings = sum(parameter.numel() for parameter in vlm.text_model.parameters()), 0
         if not of_preset.ties_embeddings:  # a step reads the output layer, and of the input embeddings a row
-            read += model.lm_head.weight.numel() - model.get_input_embeddings().weight.numel()
+            embeddings = model.get_input_embeddings().weight.numel()
+            read += model.lm_head.weight.numel() - embeddings
         wrapped = PeftModel(model, config)
     shape = BranchShape.of(config, text)
     own = [
@@ -255,6 +263,7 @@ def footprint(preset: str | Shape, branches: int | None = None, bytes_of_a_numbe
     number = len(config.layer_indices)
     return Footprint(
         weights=bytes_of_a_number * read,
+        input_embeddings=bytes_of_a_number * embeddings,
         cache=bytes_of_a_number * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim,
         pvm_weights=bytes_of_a_number * sum(own),
         projections=bytes_of_a_number * 2 * number * shape.num_key_value_heads * shape.head_dim,

@@ -104,9 +104,10 @@ def print_launches(result: dict[str, Any], console: Console) -> None:
 
 def print_prediction(result: dict[str, Any], console: Console) -> None:
     """Tables of what steps are to take on a device, by batch."""
+    device = result["device"]
     for batch, methods in result["batches"].items():
         table = Table(
-            "", "operations", "eager, ms", "of base", "GB", "in a graph, ms", "of base",
+            "", "calls", "eager, ms", "of base", "operations", "GB", "in a graph, ms", "of base", "memory",
             title=f"{result['shape']}, {result['device']['title']}, batch {int(batch):,}",
         )  # fmt: skip
         for column in table.columns[1:]:
@@ -114,18 +115,20 @@ def print_prediction(result: dict[str, Any], console: Console) -> None:
         base = methods["base"]
         for name, own in methods.items():
             eager, graph = own["eager"], own["graph"]
-            of_base = [step["ms"] / base[kind]["ms"] for kind, step in own.items()]
+            memory = f"{own['held_gb']:,.0f} GB of {device['memory'] / 1e9:.0f}"
             table.add_row(
-                METHODS[name].title, f"{eager['operations']:,}", f"{eager['ms']:.1f}", f"{of_base[0]:.2f}",
-                f"{graph['gb']:.1f}", f"{graph['ms']:.1f}", f"{of_base[1]:.2f}",
+                METHODS[name].title,
+                f"{eager['launches']:,}", f"{eager['ms']:.1f}", f"{eager['ms'] / base['eager']['ms']:.2f}",
+                f"{graph['launches']:,}", f"{graph['gb']:.1f}", f"{graph['ms']:.1f}",
+                f"{graph['ms'] / base['graph']['ms']:.2f}", memory if own["fits"] else f"does not fit: {memory}",
             )  # fmt: skip
         console.print(table)
-    device = result["device"]
     console.print(
         f"A step of decoding behind {result['context']:,} tokens, {result['visual_tokens']:,} of them visual, in "
-        f"bf16, by operations, bytes and products alone: {device['bandwidth'] / 1e9:,.0f} GB a second, "
-        f"{device['flops'] / 1e12:,.0f} TFLOP a second, {device['launch'] * 1e6:g} us an operation in eager mode, "
-        f"{device['kernel'] * 1e6:g} us in a graph."
+        f"bf16, by what is launched, read and multiplied alone: {device['bandwidth'] / 1e9:,.0f} GB a second, "
+        f"{device['flops'] / 1e12:,.0f} TFLOP a second, {device['launch'] * 1e6:g} us a call in eager mode, views "
+        f"included, {device['kernel'] * 1e6:g} us an operation in a graph. GB: in a graph. Memory: weights and KV "
+        "cache; the vision tower and what a step needs meanwhile are not counted."
     )
 
 
@@ -140,8 +143,8 @@ def print_check(result: dict[str, Any], console: Console) -> None:
             table.add_row(METHODS[name].title, f"{own['measured']:.2f}", f"{own['predicted']:.2f}", f"{ratio:.2f}")
         console.print(table)
     console.print(
-        f"What an operation takes, {result['launch_us']:.1f} us, is taken from the base's step at the first shape, "
-        f"and the bandwidth, {result['bandwidth_gb']:.1f} GB a second, from its step at the second."
+        f"What a call takes, {result['launch_us']:.1f} us, and the bandwidth, {result['bandwidth_gb']:.1f} GB a "
+        "second, are those with which the base's steps take as long as measured. All else is predicted."
     )
 
 

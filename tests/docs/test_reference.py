@@ -93,6 +93,12 @@ def test_the_table_of_files_is_what_their_docstrings_say(drawing: ModuleType):
     assert drawing.with_table(page) == page, "run `make generate`"
 
 
+def test_the_table_of_predictions_is_what_their_file_says(drawing: ModuleType):
+    page = (DOCS / "performance.md").read_text()
+    assert len(drawing.TABLE_OF_PREDICTIONS.findall(page)) == 1
+    assert drawing.with_predictions(page) == page, "run `make predictions`"
+
+
 @pytest.mark.skipif(not pinned("typer"), reason="other versions of typer write other pages")
 def test_the_page_of_the_command_line_is_what_typer_writes():
     command = [sys.executable, "-m", "typer", "peft_pvm.cli.app", "utils", "docs", "--name", "peft-pvm"]
