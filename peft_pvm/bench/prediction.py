@@ -17,8 +17,8 @@ from ..methods.pvm import PVMConfig
 from ..tokens.families import find_vlm
 from .launches import Launches, count_launches
 from .meters import describe_machine, seconds
-from .models import METHODS, PRESETS, Shape, build_random, footprint
-from .run import Runner, Settings
+from .models import ALL, METHODS, PRESETS, Shape, build_random, footprint
+from .runners import Runner, Settings
 
 
 COUNTED_ON = "tiny"
@@ -26,7 +26,7 @@ COUNTED_ON = "tiny"
 NUM_KEYS, VISUAL_TOKENS = 211, 97
 # Operations that touch a part of what they are given.
 IN_PART = ("embedding", "index_copy_")
-PREDICTED = tuple(name for name, method in METHODS.items() if not method.is_naive and len(method.adapters) < 2)
+PREDICTED = tuple(name for name in ALL if METHODS[name].in_forwards)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from peft_pvm.bench import prediction
 from peft_pvm.bench.models import PRESETS
 from peft_pvm.bench.prediction import Device, Prediction, Traffic, check_predictions
-from peft_pvm.bench.run import Settings
+from peft_pvm.bench.runners import Settings
 from peft_pvm.cli.app import app
 
 
