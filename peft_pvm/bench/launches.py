@@ -19,7 +19,8 @@ from torch.utils.flop_counter import flop_registry
 
 from ..tokens.families import find_vlm
 from .meters import describe_machine
-from .run import Runner, Settings
+from .models import METHODS
+from .runners import Runner, Settings
 
 
 # Operations that compute nothing, beside views: they make room, give what is there another shape, or are about dtypes.
@@ -188,11 +189,14 @@ def measure_launches(model: nn.Module, settings: Settings) -> dict[str, Any]:
             takes up to a minute for each method.
 
     Returns:
-        What the JSON file holds: "machine", "settings", and "methods", by name what `summary` says of "prefill" and
-        "step", the operations of a step by name, and where it was compiled, its "kernels".
+        What the JSON file holds: "machine", "settings", "not_counted", the names of the methods that act in `generate`
+        alone, not in a forward, and "methods", by name what `summary` says of "prefill" and "step", the operations of
+        a step by name, and where it was compiled, its "kernels".
     """
     found: dict[str, dict[str, Launches]] = {}
-    for name in dict.fromkeys(("base", *settings.methods)):
+    names = dict.fromkeys(("base", *settings.methods))
+    not_counted = [name for name in names if METHODS[name].in_generate]
+    for name in [name for name in names if name not in not_counted]:
         runner = Runner(model, name, settings.contexts[0], replace(settings, compile=False))
         with torch.no_grad():  # what is made once, in the first forward after attaching, does not count
             runner.prefill()
@@ -206,6 +210,7 @@ def measure_launches(model: nn.Module, settings: Settings) -> dict[str, Any]:
     return {
         "machine": describe_machine(next(model.parameters()).device),
         "settings": asdict(settings),
+        "not_counted": not_counted,
         "methods": {
             name: {
                 **{part: summary(launches, base[part]) for part, launches in own.items()},

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -21,13 +21,13 @@ from transformers.initialization import no_init_weights
 
 from .. import methods
 from ..attention.reference import ReferenceStages
-from ..methods.dipe import DIPEConfig
 from ..methods.pvm import PVMConfig
 from ..methods.pvm.branch import PlainBranch
 from ..methods.pvm.config import BranchShape
 from ..methods.pvm.layer import PVMLayer
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import find_vlm
+from ..tuners.in_generate import InGenerate
 from ..tuners.saving import add_adapters
 
 
@@ -281,12 +281,23 @@ class Method:
         adapters: Each makes a configuration, given the model.
         is_naive: Whether the adapters work as one would write them at first.
         whole_matrices: How many matrices of scores of all heads, in fp32, it holds at once.
+        given: Settings by which it acts on any model and prompt.
+        in_forwards: Whether it changes a forward over a whole text.
+        in_generate: Whether it acts in `generate` alone.
     """
 
     title: str
     adapters: tuple[Callable[[nn.Module], Any], ...] = ()
     is_naive: bool = False
     whole_matrices: int = 0
+    given: Mapping[str, Any] = field(default_factory=dict)
+    in_forwards: bool = True
+    in_generate: bool = False
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is one method in its usual form, or the base."""
+        return not self.is_naive and len(self.adapters) < 2
 
     def attach(self, model: nn.Module) -> None:
         """Put it on a model from transformers, active."""
@@ -306,32 +317,46 @@ def pvm_config(model: nn.Module) -> PVMConfig:
     return PVMConfig(r=max(1, round(PAPER_WIDTH * hidden_size / head_dim)) * head_dim, layers_to_transform=layers)
 
 
-def _config(method: methods.Method) -> Callable[[nn.Module], Any]:
-    """Makes a method's configuration, given the model: the default one, PVM's in the paper's proportions.
+# By name, settings by which methods act on any model and prompt. DIPE has no limit of distance, so that it acts
+# however short the text is. VAR takes random embeddings for sinks in which channel 0 is large, about one of 22.
+GIVEN: dict[str, dict[str, Any]] = {
+    "DIPE": {"max_distance": 0},
+    "VAR": {"sink_channels": [0], "tau": 2.0, "least_visual": 0.0},
+}
 
-    DIPE has no limit of distance, so that it acts however short the text is.
-    """
+
+def _config(method: methods.Method) -> Callable[[nn.Module], Any]:
+    """Makes a method's configuration, given the model: the default one, PVM's in the paper's proportions."""
     if method.config is PVMConfig:
         return pvm_config
-    fields = {"max_distance": 0} if method.config is DIPEConfig else method.of_the_model
+    fields = GIVEN.get(method.name, method.of_the_model)
     return lambda model: method.config(**fields)
 
 
 def _rows() -> Iterator[tuple[str, Method]]:
     yield "base", Method("base")
-    in_forwards = [method for method in methods.METHODS if method.acts_in_forwards]
-    for method in in_forwards:
+    for method in methods.METHODS:
         name, adapters = method.name, (_config(method),)
-        yield name.lower(), Method(name, adapters)
-        if method.plain_matrices is not None:
+        yield (
+            name.lower(),
+            Method(
+                name,
+                adapters,
+                given=GIVEN.get(name, {}),
+                in_forwards=method.acts_in_forwards,
+                in_generate=issubclass(method.config, InGenerate),
+            ),
+        )
+        if method.acts_in_forwards and method.plain_matrices is not None:
             plain = Method(f"{name}, naive", adapters, is_naive=True, whole_matrices=method.plain_matrices)
             yield f"{name.lower()}-naive", plain
-    configs = {method.name: _config(method) for method in in_forwards}
+    configs = {method.name: _config(method) for method in methods.METHODS}
     for names in (("PVM", "DIPE"), ("PVM", "DIPE", "T-DRS")):
         yield "+".join(names).lower(), Method(" + ".join(names), tuple(configs[name] for name in names))
 
 
 METHODS = dict(_rows())
+ALL = tuple(name for name, method in METHODS.items() if method.is_alone)  # what `--method all` stands for
 
 
 def make_naive(model: nn.Module) -> None:

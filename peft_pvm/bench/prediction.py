@@ -18,8 +18,8 @@ from ..methods.pvm import PVMConfig
 from ..tokens.families import find_vlm
 from .launches import Launches, count_launches
 from .meters import describe_machine, seconds
-from .models import METHODS, PRESETS, Shape, build_random, footprint, pvm_config
-from .run import Runner, Settings
+from .models import ALL, METHODS, PRESETS, Shape, build_random, footprint, pvm_config
+from .runners import Runner, Settings
 
 
 COUNTED_ON = "tiny"
@@ -29,7 +29,7 @@ NUM_KEYS, VISUAL_TOKENS = 211, 97
 IN_PART = ("embedding", "index_copy_")
 # What a product of matrices grows with is the first of these among its matrices.
 KINDS = ("cache", "images", "head", "rows", "visual rows", "keys", "visual tokens")
-PREDICTED = tuple(name for name, method in METHODS.items() if not method.is_naive and len(method.adapters) < 2)
+PREDICTED = tuple(name for name in ALL if METHODS[name].in_forwards)
 
 
 @dataclass(frozen=True)

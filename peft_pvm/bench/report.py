@@ -43,9 +43,10 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
         for column in table.columns[1:]:
             column.justify = "right"
+        left_out = {name: measured["left_out"] for name, measured in entry["methods"].items() if measured["left_out"]}
         for name, measured in entry["methods"].items():
-            if measured["left_out"]:
-                table.add_row(METHODS[name].title, measured["left_out"])
+            if name in left_out:
+                table.add_row(METHODS[name].title, "left out")
                 continue
             table.add_row(
                 METHODS[name].title,
@@ -58,17 +59,30 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
                 _middle(measured["attention_decode"]),
             )
         console.print(table)
+        for name, reason in left_out.items():
+            console.print(f"{METHODS[name].title} was left out: {reason}")
     loading, machine = result["loading"], result["machine"]
     console.print(
         f"{model['name']}, {model['parameters']:,} parameters in {model['decoder_layers']} decoder layers, "
         f"{model['dtype']}, {model['attn_implementation']}. Of base: the median of the rounds, "
         "± half of what lies between their quartiles. Attn: attention of one layer alone, over its kernel."
     )
-    console.print(
-        f"A PVM adapter: attached in {loading['attach']:.3f} s (of which {loading['draw_weights']:.3f} s go into its "
-        f"random weights), loaded in {loading['load']:.3f} s, swapped in {loading['swap'] * 1000:.2f} ms. "
-        f"import peft: {loading['import_peft']:.2f} s; import peft_pvm then: {loading['import_peft_pvm']:.2f} s."
-    )
+    if in_generate := [METHODS[name].title for name in settings["methods"] if METHODS[name].in_generate]:
+        console.print(
+            f"{', '.join(in_generate)}: as in generate. A prefill includes what the method reads before it, and a "
+            "token what changes its scores, such as a second forward."
+        )
+    for name, fields in result.get("given", {}).items():
+        given = ", ".join(f"{field}={value}" for field, value in fields.items())
+        console.print(f"{METHODS[name].title}: with {given}, so that it acts on this prompt.")
+    if "left_out" in loading:
+        console.print(f"Loading was left out: {loading['left_out']}")
+    else:
+        console.print(
+            f"A PVM adapter: attached in {loading['attach']:.3f} s (of which {loading['draw_weights']:.3f} s go into "
+            f"its random weights), loaded in {loading['load']:.3f} s, swapped in {loading['swap'] * 1000:.2f} ms. "
+            f"import peft: {loading['import_peft']:.2f} s; import peft_pvm then: {loading['import_peft_pvm']:.2f} s."
+        )
     console.print(
         f"{machine['device']}, {machine['cpus']} CPUs, {machine['threads']} threads, torch {machine['torch']}, "
         f"transformers {machine['transformers']}."
@@ -100,6 +114,8 @@ def print_launches(result: dict[str, Any], console: Console) -> None:
         "that the method changes. Once: what these share."
         + (" Compiled: the kernels of a token." if is_compiled else "")
     )
+    if not_counted := [METHODS[name].title for name in result.get("not_counted", ())]:
+        console.print(f"Not counted, because they act in generate alone: {', '.join(not_counted)}.")
 
 
 def print_prediction(result: dict[str, Any], console: Console) -> None:

@@ -51,7 +51,7 @@ Launches = Annotated[
     bool,
     typer.Option(
         help="Count operations instead of measuring times, with the first length of the prompt; with --compile, also "
-        "the kernels of a compiled step."
+        "the kernels of a compiled step. Methods that act in generate alone are named, and not counted."
     ),
 ]
 
@@ -61,9 +61,12 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Folder or Hub id of a vision-language model.")] = None,
     preset: Preset = "tiny",
     layers: Layers = None,
-    method: Annotated[str, typer.Option(help=f"Separated by commas: {', '.join(choices.BENCHED)}.")] = ",".join(
-        choices.BENCHED_BY_DEFAULT
-    ),
+    method: Annotated[
+        str,
+        typer.Option(
+            help=f"Separated by commas: {', '.join(choices.BENCHED)}. Or all: every method by itself, not naive."
+        ),
+    ] = ",".join(choices.BENCHED_BY_DEFAULT),
     lengths: Lengths = "2048",
     visual_tokens: Annotated[int, counted("Visual tokens of the one image in each row.")] = 1024,
     batch: Annotated[int, counted("Rows.")] = 1,
@@ -95,12 +98,12 @@ def bench(
         raise typer.BadParameter(
             "A model has its own shape, so --preset and --layers cannot be given.", param_hint=["--model"]
         )
-    names = separated("--method", method, name_among(choices.BENCHED), f"some of {', '.join(choices.BENCHED)}")
+    names = _methods(method)
     contexts = counts("--context", lengths)
     from .work import bench as work
 
     settings = work.Settings(
-        methods=tuple(names),
+        methods=names,
         contexts=tuple(contexts),
         visual_tokens=visual_tokens,
         batch=batch,
@@ -113,6 +116,13 @@ def bench(
     )
     measured = work.Measured(model, preset, layers, device, dtype, attn_implementation)
     work.bench(measured, settings, launches, as_json, plot)
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    """The names in `--method`, each once. `all` stands for every method by itself, not naive."""
+    accepted = f"some of {', '.join(choices.BENCHED)}, or all"
+    names = separated("--method", text, name_among((*choices.BENCHED, "all")), accepted)
+    return tuple(dict.fromkeys(each for name in names for each in (choices.ALL if name == "all" else (name,))))
 
 
 def scale(

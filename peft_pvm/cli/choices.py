@@ -22,9 +22,10 @@ UNTRAINED = (
 )
 BENCHED = (
     *("base", "pvm", "pvm-naive", "dipe", "dipe-naive", "t-drs", "t-drs-naive", "vaf", "vaf-naive", "log-bias"),
-    *("log-bias-naive", "pai", "pai-naive", "hgai", "hgai-naive", "cai", "cai-naive", "var", "var-naive", "memvr"),
-    *("pvm+dipe", "pvm+dipe+t-drs"),
+    *("log-bias-naive", "pai", "pai-naive", "hgai", "hgai-naive", "cai", "cai-naive", "var", "var-naive", "savaa"),
+    *("sparc", "memvr", "vista", "m3id", "vcd", "pvm+dipe", "pvm+dipe+t-drs"),
 )
+ALL = ("base", "pvm", *UNTRAINED)  # of those
 PREDICTED = ("base", "pvm", "dipe", "t-drs", "vaf", "log-bias", "pai", "hgai", "cai", "var", "memvr")
 BENCHED_BY_DEFAULT = ("pvm", "pvm-naive", "dipe", "t-drs")
 

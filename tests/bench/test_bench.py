@@ -27,6 +27,7 @@ from peft_pvm.bench import models
 from peft_pvm.bench import run as bench_run
 from peft_pvm.bench.meters import free_bytes, peak_bytes, seconds
 from peft_pvm.bench.models import (
+    ALL,
     METHODS,
     PRESETS,
     build_random,
@@ -36,9 +37,12 @@ from peft_pvm.bench.models import (
     structural_copy,
 )
 from peft_pvm.bench.report import print_tables, ratios
-from peft_pvm.bench.run import Runner, Settings, measure
+from peft_pvm.bench.run import measure
+from peft_pvm.bench.runners import GenerateRunner, Runner, Settings, runner_of
 from peft_pvm.cli.app import app
+from peft_pvm.cli.work import bench as work
 from peft_pvm.methods import METHODS as PACKAGED
+from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tuners.attention_method import AttentionMethod
 
 
@@ -152,7 +156,10 @@ def test_every_method_is_measured():
         assert min(measured["prefill_s"] + measured["decode_s"]) > 0
         assert min(measured["prefill_bytes"], measured["decode_bytes"]) > 0
         steers = any(row.name.lower() in method for row in PACKAGED if issubclass(row.config, AttentionMethod))
-        assert (len(measured["attention_prefill"]) == 2) == steers
+        assert (len(measured["attention_decode"]) == 2) == steers
+        assert (len(measured["attention_prefill"]) == 2) == (steers and method != "savaa")  # which acts in steps alone
+        for what in ("prefill_s", "decode_s"):
+            assert len(ratios(result, 90, method, what)) == 2
     by_name = entry["methods"]
     assert by_name["t-drs-naive"]["prefill_bytes"] > by_name["base"]["prefill_bytes"]
     assert all(result["loading"][what] > 0 for what in ("attach", "load", "swap", "draw_weights"))
@@ -177,6 +184,102 @@ def test_a_method_acts_while_it_is_measured():
         runner.decode()
         assert runner.cache.get_seq_length() == runner.length == 91
         assert len(runner.cache.visual_memory.projections) == 1  # one branch: projected, and kept
+
+
+def test_all_is_every_method():
+    assert set(ALL) == {"base", *(row.name.lower() for row in PACKAGED)}
+
+
+# How many tokens each forward of a prefill reads, of 90 with 40 visual ones, and how many forwards a step takes.
+FORWARDS = {"vista": ([90, 50, 90], 1), "m3id": ([50, 90], 2), "vcd": ([90, 90], 2)}
+
+
+@pytest.mark.parametrize("how", [{}, {"static_cache": True}, {"batch": 2}])
+@pytest.mark.parametrize("method", ALL)
+def test_second_runs_are_measured(method: str, how: dict):
+    """What `generate` reads beside the prompt belongs to the prefill, and a second forward to each token."""
+    runner = runner_of(build_random("tiny", 2), method, 90, Settings(**QUICK, **how))
+    read: list[int] = []
+    text_model = find_vlm(runner.model).text_model
+    text_model.register_forward_hook(lambda module, args, output: read.append(output[0].shape[1]))
+    prompt, number = FORWARDS.get(method, ([90], 1))
+    with torch.no_grad():
+        runner.prefill()
+        assert read == prompt
+        for _ in range(2):
+            read.clear()
+            runner.decode()
+            assert read == [1] * number
+
+
+def seen_logits(method: str) -> list[torch.Tensor]:
+    """The logits, or scores, of a prefill and three steps, on the tiny shape."""
+    runner, seen = runner_of(build_random("tiny", 2), method, 90, Settings(**QUICK)), []
+
+    def noting(function):
+        return lambda *args: seen.append(function(*args)) or seen[-1]
+
+    with torch.no_grad():
+        if isinstance(runner, GenerateRunner):
+            runner.prefill()
+            runner.processors = noting(runner.processors)
+        else:
+            runner._read, runner._go_on = noting(runner._read), noting(runner._go_on)
+            runner.prefill()
+            seen.clear()
+        for _ in range(3):
+            runner.decode()
+    return [logits.flatten() for logits in seen]
+
+
+# PVM is as new, and VCD's noise is on pixels, which no vision tower reads here: both cost what they always cost.
+@pytest.mark.parametrize("method", [name for name in ALL if name not in ("base", "pvm", "vcd")])
+def test_methods_act_on_what_is_measured(method: str):
+    assert (seen_logits(method)[-1] - seen_logits("base")[-1]).abs().max() > 1e-3
+
+
+def test_what_cannot_be_measured_is_a_row_with_the_reason(monkeypatch):
+    def refuse(model, name, context, settings):
+        if name == refused:
+            raise ValueError("not here")
+        return runner_of(model, name, context, settings)
+
+    monkeypatch.setattr(bench_run, "runner_of", refuse)
+    monkeypatch.setattr(bench_run, "measure_loading", lambda model: refuse(model, refused, 0, None))
+    refused = "dipe"
+    result = measure(build_random("tiny", 2), Settings(methods=("vaf", "dipe"), **QUICK))
+    methods = result["contexts"][0]["methods"]
+    assert [methods[name]["left_out"] for name in ("base", "vaf", "dipe")] == [None, None, "not here"]
+    print_tables(result, console := Console(record=True, width=200))
+    written = console.export_text()
+    assert "DIPE was left out: not here" in written
+    assert "Loading was left out: not here" in written
+    refused = "base"
+    with pytest.raises(ValueError, match="not here"):
+        measure(build_random("tiny", 2), Settings(methods=("vaf",), **QUICK))
+
+
+def test_what_acts_in_generate_is_not_compiled():
+    settings = Settings(methods=("m3id",), compile=True, **QUICK)
+    with pytest.raises(NotImplementedError, match=r"M3ID acts in generate, and .* Measure it without compile"):
+        runner_of(build_random("tiny", 2), "m3id", 90, settings)
+
+
+def test_what_methods_are_told_is_written_down():
+    result = measure(build_random("tiny", 2), Settings(methods=("var", "m3id"), **QUICK))
+    assert result["given"] == {"var": {"sink_channels": [0], "tau": 2.0, "least_visual": 0.0}}
+    print_tables(result, console := Console(record=True, width=300))
+    written = console.export_text()
+    assert "VAR: with sink_channels=[0], tau=2.0, least_visual=0.0, so that it acts" in written
+    assert "M3ID: as in generate." in written
+
+
+def test_the_command_takes_all(monkeypatch):
+    taken: list[tuple[str, ...]] = []
+    monkeypatch.setattr(work, "bench", lambda measured, settings, *rest: taken.append(settings.methods))
+    for names in ("all", "pvm-naive,all,dipe"):
+        assert run("--method", names).exit_code == 0
+    assert taken == [ALL, ("pvm-naive", *ALL)]
 
 
 @pytest.mark.parametrize("how", [{"static_cache": True}, {"compile": True}, {"batch": 2}])

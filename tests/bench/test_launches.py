@@ -17,8 +17,8 @@ pytest.importorskip("typer", reason="the command needs the extra `lab`")
 from typer.testing import CliRunner
 
 from peft_pvm.bench.launches import Launches, count_kernels, count_launches, measure_launches, summary
-from peft_pvm.bench.models import METHODS, build_random
-from peft_pvm.bench.run import Settings
+from peft_pvm.bench.models import ALL, METHODS, build_random
+from peft_pvm.bench.runners import Settings
 from peft_pvm.cli.app import app
 from peft_pvm.tokens.families import find_vlm
 
@@ -35,6 +35,8 @@ NEEDED = {
     "hgai": (7, 9),
     "cai": (20, 30),
     "var": (15, 15),
+    "savaa": (3, 34),
+    "sparc": (1, 37),
     "memvr": (23, 2),
 }
 
@@ -86,8 +88,7 @@ def test_what_layers_share_is_counted_once():
 
 
 def test_every_method_has_its_number():
-    alone = {name for name in METHODS if not name.endswith("-naive") and "+" not in name}
-    assert set(NEEDED) == alone - {"base"}
+    assert {"base", *NEEDED} == {name for name in ALL if not METHODS[name].in_generate}
 
 
 @on_a_cpu
@@ -103,6 +104,15 @@ def test_the_length_of_the_context_does_not_count(tiny: nn.Module):
         for length in (90, 300)
     ]
     assert found[0] == found[1]
+
+
+def test_what_is_not_counted_is_named():
+    arguments = ["bench", "--launches", "--method", "vista,m3id,vcd", "--context", "90", "--visual-tokens", "40"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert "Not counted, because they act in generate alone: VISTA, M3ID, VCD." in done.output
+    written = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert written["not_counted"] == ["vista", "m3id", "vcd"]
+    assert list(written["methods"]) == ["base"]
 
 
 def test_the_command():

@@ -31,7 +31,7 @@ from peft_pvm.bench.prediction import (
     compared,
     count_step,
 )
-from peft_pvm.bench.run import Settings
+from peft_pvm.bench.runners import Settings
 from peft_pvm.cli.app import app
 
 

@@ -35,9 +35,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from experiments.commands import app as experiments_app
-from peft_pvm.bench.models import METHODS, PRESETS
+from peft_pvm.bench.models import ALL, METHODS, PRESETS
 from peft_pvm.bench.prediction import DEVICES, PREDICTED
-from peft_pvm.bench.run import Settings
+from peft_pvm.bench.runners import Settings
 from peft_pvm.cli import choices, refusals
 from peft_pvm.cli.app import app
 from peft_pvm.compare.contenders import UNTRAINED
@@ -327,6 +327,7 @@ def test_what_options_accept_is_what_the_library_has():
     assert get_args(choices.GPU) == tuple(DEVICES)
     assert tuple(UNTRAINED) == choices.UNTRAINED
     assert tuple(METHODS) == choices.BENCHED
+    assert ALL == choices.ALL
     assert PREDICTED == choices.PREDICTED
     assert (LENGTHS, MAX_DISTANCES) == (choices.LENGTHS, choices.MAX_DISTANCES)
     assert (FARTHEST, VARConfig.tau) == (choices.FARTHEST, choices.TAU)
