@@ -151,18 +151,17 @@ class AttentionCall:
         """
         return replace(self, value=value).attend()[0]
 
-    def row_scores(self, *queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def row_scores(self, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The scores of single queries, scaled, before the mask. The keys are read once, and not copied.
 
         Args:
-            queries: `(batch, heads, 1, head_dim)` each.
+            queries: A few for each head, `(batch, heads, number, head_dim)`.
 
         Returns:
             `(batch, kv_heads, heads / kv_heads, num_keys)` for each of them.
         """
-        by_kv_head = [query.reshape(len(query), self.key.shape[1], -1, query.shape[-1]) for query in queries]
-        rows = torch.cat(by_kv_head, 2) if len(queries) > 1 else by_kv_head[0]
-        return scaled_products(rows, self.key, self.scaling).chunk(len(queries), 2)
+        by_kv_head = queries.reshape(len(queries), self.key.shape[1], -1, queries.shape[-1])
+        return scaled_products(by_kv_head, self.key, self.scaling).unflatten(2, (-1, queries.shape[2])).unbind(3)
 
     def last_row_weights(self) -> torch.Tensor:
         """The weights of the last query, `(batch, heads, num_keys)`, in fp32 at least. No stage has changed them."""
@@ -174,9 +173,10 @@ class AttentionCall:
 
         Args:
             scores: As `row_scores` gives them, changed or not.
-            change: Makes other weights of those of all heads, `(batch, heads, 1, num_keys)` both, in fp32 at least.
+            change: Makes other weights of those of all heads, `(batch, heads, 1, num_keys)` both. It is given fp32 at
+                least, and may round them to the dtype of the values.
         """
-        value, weights = self.value, self._row_weights(scores)
+        value, weights = self.value, self._row_weights(scores, is_final=change is None)
         weights = (weights if change is None else change(weights)).to(value.dtype)
         if dropout := self.kwargs.get("dropout", 0.0):
             weights = F.dropout(weights, dropout, self.module.training)
@@ -184,16 +184,20 @@ class AttentionCall:
         output = (by_kv_head @ value).reshape(len(weights), 1, -1, value.shape[-1])
         return output, weights if self.kernel == "eager" or self.wants_weights else None
 
-    def _row_weights(self, scores: torch.Tensor) -> torch.Tensor:
-        """The weights of the last query, `(batch, heads, 1, num_keys)`, from its scores as `row_scores` gives them."""
+    def _row_weights(self, scores: torch.Tensor, is_final: bool = False) -> torch.Tensor:
+        """The weights of the last query, `(batch, heads, 1, num_keys)`, from its scores as `row_scores` gives them.
+
+        In fp32 at least, unless they are final: softmax computes in fp32 whatever it is given.
+        """
         softcap, last = self.kwargs.get("softcap"), slice(-1, None)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        mask, bias = self.visibility.mask(last), self.visibility.bias(last)
+        if not is_final or any(addend is not None for addend in (softcap, self.position_bias, bias)):
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.reshape(len(scores), -1, 1, scores.shape[-1])  # all heads, as masks have them
         if self.position_bias is not None:
             scores = scores + self.position_bias[:, :, last]
-        mask, bias = self.visibility.mask(last), self.visibility.bias(last)
         if bias is not None:
             scores = scores + bias
         if mask is not None:

@@ -217,10 +217,9 @@ def _visual(call: AttentionCall, scores: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _make_visual(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    columns, num_keys, dropped = call.keys.visual_columns[:, None, None], call.keys.number, call.keys.dropped
-    if call.context.memory.is_dense and isinstance(dropped, int) and dropped == 0:
-        return columns, None
-    return columns.clamp(max=num_keys - 1), columns < num_keys
+    keys = call.keys
+    columns = keys.visual_columns[:, None, None]
+    return (columns, None) if keys.has_all_visual else (columns.clamp(max=keys.number - 1), columns < keys.number)
 
 
 def _visual_only(call: AttentionCall, tensor: torch.Tensor) -> torch.Tensor:

@@ -213,7 +213,7 @@ class GroupWeights(Stage):
             return later(call)
         if call.query.shape[2] == 1 and call.widened is None and not later.stages:
             (scores,) = call.row_scores(call.query)
-            return call.attend_row(scores, lambda weights: self.changed(call, weights))
+            return call.attend_row(scores, lambda weights: self.changed(call, weights, call.value.dtype))
         value, belongs = call.value, self.of_keys(call).to(call.value.dtype)
         changed = belongs[..., : self.num_changed]
         parts = (value.unsqueeze(3) * changed[:, None, :, :, None]).flatten(3)
@@ -224,14 +224,14 @@ class GroupWeights(Stage):
         output = plain + (of_groups.unflatten(-1, (changed.shape[-1], -1)) * changes.unsqueeze(-1)).sum(-2)
         return output, None if weights is None else _changed(weights, changes.transpose(1, 2), changed)
 
-    def changed(self, call: AttentionCall, weights: torch.Tensor) -> torch.Tensor:
-        """The weights with these changes, `(batch, heads, num_queries, num_keys)` both."""
+    def changed(self, call: AttentionCall, weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weights with these changes, `(batch, heads, num_queries, num_keys)` both, maybe rounded to a dtype."""
         if self.rows == "text" and call.context.memory.is_empty:
             return weights
         belongs = self.of_keys(call).to(weights.dtype)
         found = (weights.flatten(1, 2) @ belongs).view(*weights.shape[:3], -1)
         changes = self._acting(call, found.transpose(1, 2)).transpose(1, 2)
-        return _changed(weights, changes, belongs[..., : self.num_changed])
+        return _changed(weights, changes, belongs[..., : self.num_changed], dtype)
 
     def _acting(self, call: AttentionCall, found: torch.Tensor) -> torch.Tensor:
         """The changes in the rows that it acts on, and 0 in others."""
@@ -240,10 +240,14 @@ class GroupWeights(Stage):
         return changes if rows is None else torch.where(rows[:, :, None, None], changes, 0)
 
 
-def _changed(weights: torch.Tensor, changes: torch.Tensor, belongs: torch.Tensor) -> torch.Tensor:
+def _changed(
+    weights: torch.Tensor, changes: torch.Tensor, belongs: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Weights, `(batch, heads, num_queries, num_keys)`, as `GroupWeights` has them, given `a` and `n`."""
-    by_key = changes.flatten(1, 2).to(weights.dtype) @ belongs.transpose(1, 2).to(weights.dtype)
-    return torch.addcmul(weights, weights, by_key.view_as(weights))
+    by_key = (changes.flatten(1, 2).to(weights.dtype) @ belongs.transpose(1, 2).to(weights.dtype)).view_as(weights)
+    if dtype is None or torch.is_grad_enabled():
+        return torch.addcmul(weights, weights, by_key)
+    return torch.addcmul(weights, weights, by_key, out=torch.empty_like(weights, dtype=dtype))  # rounded at once
 
 
 class Positions(Stage):

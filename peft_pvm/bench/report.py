@@ -83,6 +83,11 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
             f"its random weights), loaded in {loading['load']:.3f} s, swapped in {loading['swap'] * 1000:.2f} ms. "
             f"import peft: {loading['import_peft']:.2f} s; import peft_pvm then: {loading['import_peft_pvm']:.2f} s."
         )
+        if "first_forward" in loading:  # not in files of earlier versions
+            console.print(
+                f"The first forward after attaching, of one token: {loading['first_forward'] * 1000:.1f} ms; "
+                f"the next: {loading['next_forward'] * 1000:.1f} ms."
+            )
     console.print(
         f"{machine['device']}, {machine['cpus']} CPUs, {machine['threads']} threads, torch {machine['torch']}, "
         f"transformers {machine['transformers']}."

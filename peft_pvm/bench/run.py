@@ -177,7 +177,7 @@ def measure_loading(model: nn.Module, rounds: int = 5) -> dict[str, float]:
         ValueError: PVM cannot act on the model.
     """
     device = next(model.parameters()).device
-    times: dict[str, list[float]] = {"attach": [], "load": [], "swap": []}
+    times: dict[str, list[float]] = {name: [] for name in ("attach", "first_forward", "next_forward", "load", "swap")}
     config = pvm_config(model)
     draw = []
     with tempfile.TemporaryDirectory() as folder:
@@ -186,6 +186,9 @@ def measure_loading(model: nn.Module, rounds: int = 5) -> dict[str, float]:
             started = time.perf_counter()
             wrapped = PeftModel(attached, config)
             times["attach"].append(time.perf_counter() - started)
+            token = torch.full((1, 1), 7, device=device)
+            for name in ("first_forward", "next_forward"):
+                times[name].append(seconds(partial(wrapped, input_ids=token), device))
             draw.append(_seconds_to_draw(wrapped))
             wrapped.save_pretrained(folder)
             times["load"].append(seconds(partial(wrapped.load_adapter, folder, "second"), device))

@@ -22,10 +22,15 @@ EPSILON = 1e-6  # in the norm, as the authors have it
 MOST_CHANNELS = 1_000
 
 
-def sizes(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Hidden states over the root mean square of their channels, `(..., hidden_size)` both, in fp32 at least."""
+def sizes(hidden_states: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Hidden states over the root mean square of their channels, `(..., hidden_size)` both, in fp32 at least.
+
+    Args:
+        hidden_states: The hidden states.
+        weight: What channels are multiplied by then, `(hidden_size,)`. `None`: 1.
+    """
     states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    return F.rms_norm(states, states.shape[-1:], eps=EPSILON)
+    return F.rms_norm(states, states.shape[-1:], weight, EPSILON)
 
 
 def _is_share(value: object) -> bool:
@@ -120,7 +125,7 @@ class VARConfig(AttentionMethod):
         self, vlm: VisionLanguageModel, layer_idx: int, context: VisualContext, hidden_states: torch.Tensor
     ) -> None:
         """Note of tokens on the KV cache what depends on whether they are sinks: how much they belong to groups."""
-        sinks, visual = self.are_sinks(hidden_states), context.visual_mask
+        sinks, visual = self.are_sinks(hidden_states, context), context.visual_mask
         if visual is None:
             others, text_sinks = context.derived((self._whose, "text", sinks.device), lambda: self._of_text(sinks))
             of_tokens = torch.where(sinks.unsqueeze(-1), text_sinks, others)
@@ -128,11 +133,18 @@ class VARConfig(AttentionMethod):
             of_tokens = self._groups(sinks, visual[:, -sinks.shape[1] :].to(sinks.device))
         context.mark((self._whose, layer_idx), of_tokens)
 
-    def are_sinks(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def are_sinks(self, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor:
         """Which tokens are sinks, by the hidden states with which a layer begins, `(batch, seq_len)`, bool."""
-        of_tokens = sizes(hidden_states)
-        chosen = torch.stack([of_tokens[..., channel] for channel in sorted(set(self.sink_channels or ()))], -1)
-        return torch.linalg.vector_norm(chosen, torch.inf, -1) > self.tau
+
+        def find() -> torch.Tensor:
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            channels = hidden_states.new_zeros(hidden_states.shape[-1], dtype=dtype)
+            for channel in self.sink_channels or ():
+                channels[channel] = 1
+            return channels
+
+        channels = context.derived((self._whose, "channels", hidden_states.dtype, hidden_states.device), find)
+        return torch.linalg.vector_norm(sizes(hidden_states, channels), torch.inf, -1) > self.tau
 
     def _groups(self, sinks: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """How much tokens belong to the groups that decide, `(batch, seq_len, 6)`, fp32, by what they are.

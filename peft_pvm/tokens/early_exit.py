@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .families import VisionLanguageModel
@@ -47,7 +48,12 @@ class EarlyExit:
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The logits of an early exit: `(..., hidden_size)` to `(..., vocab_size)`."""
-        return self.vlm.logits(getattr(self.vlm.text_model, self._norm_name())(hidden_states))
+        norm = getattr(self.vlm.text_model, self._norm_name())
+        if _is_plain(norm) and norm.weight.dtype == hidden_states.dtype:  # one operation in place of eight
+            normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], norm.weight, norm.variance_epsilon)
+        else:
+            normed = norm(hidden_states)
+        return self.vlm.logits(normed)
 
     def entropies(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """How undecided the model is: the entropy over the likeliest tokens alone, from 0 to log `TOP`.
@@ -81,6 +87,16 @@ class EarlyExit:
     def _norm_name(self) -> str:
         names = (name for name in FINAL_NORMS if isinstance(getattr(self.vlm.text_model, name, None), nn.Module))
         return next(names, "")
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Whether a norm is known to divide by the root mean square and multiply by its weight, and nobody changed it.
+
+    In transformers, a class of this name that has this attribute does. Those that multiply by 1 + the weight have
+    another one. A hook may bring weights from where they are kept.
+    """
+    is_known = type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
+    return is_known and not (norm._forward_pre_hooks or norm._forward_hooks or "forward" in vars(norm))
 
 
 def all_at_once(tokens: torch.Tensor) -> bool:

@@ -60,8 +60,16 @@ class Keys:
         """
         return self.context.derived(("visual columns", self.number), self._find_visual_columns)
 
+    @property
+    def has_all_visual(self) -> bool:
+        """Whether each visual token is known to have its key where it stands in the cache, and all rows as many."""
+        dropped = self.dropped
+        return self.context.memory.is_dense and isinstance(dropped, int) and dropped == 0
+
     def _find_visual_columns(self) -> torch.Tensor:
         slots, fixed = self.context.memory.slots, self.context.num_fixed_keys
+        if self.has_all_visual:
+            return slots
         columns = slots - self.dropped * (slots >= fixed)
         return torch.where((slots >= 0) & (columns >= slots.clamp(max=fixed)), columns, self.number)
 

@@ -162,7 +162,7 @@ def test_every_method_is_measured():
             assert len(ratios(result, 90, method, what)) == 2
     by_name = entry["methods"]
     assert by_name["t-drs-naive"]["prefill_bytes"] > by_name["base"]["prefill_bytes"]
-    assert all(result["loading"][what] > 0 for what in ("attach", "load", "swap", "draw_weights"))
+    assert all(result["loading"][what] > 0 for what in ("attach", "first_forward", "load", "swap", "draw_weights"))
 
 
 def test_naive_methods_are_naive(monkeypatch):

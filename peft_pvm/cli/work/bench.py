@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 from torch import nn
 
@@ -81,10 +82,13 @@ def bench(measured: Measured, settings: Settings, launches: bool, as_json: bool,
 
 
 def show(file: Path, plot: Path | None) -> None:
-    """Print, and draw, what was measured earlier."""
+    """Print, and draw, what was measured, or print what was counted, earlier."""
     result = read_json(file)
+    is_counted = isinstance(result, dict) and "methods" in result
+    if is_counted and plot is not None:
+        raise typer.BadParameter(f"{file} holds counts of operations, of which there is no plot.", param_hint="--plot")
     with holding(file, "what bench --json prints"):
-        _report(result, False, plot)
+        _report(result, False, plot, print_launches if is_counted else print_tables)
 
 
 def check(methods: list[str], as_json: bool) -> None:

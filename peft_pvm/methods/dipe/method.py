@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...attention.call import AttentionCall, Output
@@ -197,19 +198,33 @@ class AnchoredPositions(Positions):
 
     def anchored_queries(self, call: AttentionCall) -> list[torch.Tensor]:
         """The rotated queries, turned on from their own position to where they stand for each image."""
+        num_queries = call.query.shape[2]
+        if num_queries == 1:
+            return list(self.own_and_anchored(call)[:, :, 1:].split(1, 2))
+        tables, num_images, _ = self._moved(call)
+        return list(rotate(call.module, call.query.repeat(1, 1, num_images, 1), tables).split(num_queries, 2))
+
+    def own_and_anchored(self, call: AttentionCall) -> torch.Tensor:
+        """The query of a step of decoding, as it is and turned on for each image, by one product.
+
+        Returns:
+            `(batch, heads, 1 + num_images, head_dim)`.
+        """
+        tables, number, key = self._moved(call)
+        return turned_by_matrix(call, tables, key).to(call.query.dtype).unflatten(-1, (number, -1)).squeeze(2)
+
+    def _moved(self, call: AttentionCall) -> tuple[Tables, int, tuple[Hashable, ...]]:
+        """What turns queries on for each image, for how many, and its name. A single query first stays as it is."""
         context, num_queries = call.context, call.query.shape[2]
 
         def turn() -> tuple[Tables, int]:
-            reached = self.reached(context, num_queries)
-            moves = reached - context.noted()[0][:, -num_queries:].unsqueeze(1)
+            moves = self.reached(context, num_queries) - context.noted()[0][:, -num_queries:].unsqueeze(1)
+            if num_queries == 1:
+                moves = F.pad(moves, (0, 0, 0, 0, 1, 0))
             return unit(rotation_tables(self.rotary, moves.flatten(1, 2), self.layer_type)), moves.shape[1]
 
         key = ("dipe", self.rotary, self.layer_type, self.max_distance, self.by_image, self.axes, num_queries)
-        tables, num_images = context.derived(key, turn)
-        if num_queries > 1:
-            return list(rotate(call.module, call.query.repeat(1, 1, num_images, 1), tables).split(num_queries, 2))
-        turned = turned_by_matrix(call, tables, key)  # a step of decoding has one query a head
-        return list(turned.to(call.query.dtype).split(call.query.shape[-1], -1))
+        return *context.derived(key, turn), key
 
     def members(self, call: AttentionCall) -> list[torch.Tensor]:
         """Which keys are of each image, `(batch, num_keys)`, bool. Those of text are of none."""
@@ -247,7 +262,9 @@ class AnchoredPositions(Positions):
 
     def attend_alone(self, call: AttentionCall) -> Output:
         if call.query.shape[2] == 1:  # a step of decoding: rows of scores, and a choice between them
-            return call.attend_row(self._chosen(call, call.row_scores(*self.meeting(call))))
+            is_text = call.context.visual_mask is None
+            queries = self.own_and_anchored(call) if is_text else torch.cat(self.meeting(call), 2)
+            return call.attend_row(self._chosen(call, call.row_scores(queries)))
         if sums_are_given(call):
             output = attend_by_masks(call, self.anchored_queries(call), self.members(call))
             return output.transpose(1, 2).contiguous(), None

@@ -240,10 +240,10 @@ def _make_view(context: VisualContext, visibility: str) -> MemoryView | None:
             return None
         nobody = torch.full((context.batch_size, 1), EMPTY_SLOT, device=context.device)
         return MemoryView(nobody, None, None)
+    if context.visual_mask is None and memory.is_dense:  # the decode path: all of it stands before every token
+        return MemoryView(None, None, None)
     filled = memory.slots >= 0
-    if context.visual_mask is None:  # the decode path: the whole memory stands before every token
-        if memory.is_dense:
-            return MemoryView(None, None, None)
+    if context.visual_mask is None:
         has_memory = filled.any(1)[:, None, None]
         return MemoryView(None, (filled[:, None] | ~has_memory).unsqueeze(1), has_memory)
 

@@ -33,7 +33,8 @@ class Inputs:
         query: What scores are made from, `(batch, heads, num_queries, score_dim)`.
         key: `(batch, kv_heads, num_keys, score_dim)`.
         value: `(batch, kv_heads, num_keys, value_dim)`.
-        content_query: Without rotation and of length 1, `(batch, heads, num_queries, head_dim)`.
+        content_query: Without rotation, `(batch, heads, num_queries, head_dim)`. Its products with `content_key` are
+            cosines.
         content_key: `(batch, kv_heads, num_keys, head_dim)`; or a function that makes this of a slice of the keys.
         visibility: Which keys each query may attend to.
         inter: Modality of queries and keys, `(batch, num_queries)` and `(batch, num_keys)`, bool: only pairs of
@@ -198,7 +199,7 @@ class _Rows:
         needs_least = config.knows_distance and any(floor.is_multiple for floor in config.floors)
         weights, least = block.exponentials(raised.clone() if is_literal else raised, needs_least)
         if config.knows_distance:
-            log_least = None if least is None else (least - weights.sum(-1, keepdim=True).log2()) / LOG2_E
+            log_least = None if least is None else least - weights.sum(-1, keepdim=True).log2()
             boost = block.boost(semantic, config, log_least)
             boost = boost + 1 if config.counts_twice else boost
         elif config.counts_twice:

@@ -27,6 +27,7 @@ FORMS = ("weights", "logits", "literal")
 PAIRS = ("all", "inter")
 KERNELS = ("auto", "blockwise", "triton")
 FLOORS = "a number between 0 and 1, or a multiple of the least weight, such as '3*min'"
+EPSILON = 1e-24  # beside the mean square of a content's channels: what is nearly zero has no direction
 POSITIONS = "position_ids"  # what is kept of every token in the memory
 
 
@@ -229,14 +230,31 @@ class Reweighting:
         return inputs.query.is_cuda and _has_triton() and not needs_blockwise and not records
 
     def contents(self, call: AttentionCall) -> tuple[torch.Tensor, Callable[[slice], torch.Tensor]]:
-        """Queries without position, of length 1, and a function that gives the same of some keys."""
-        rotary = self.rotary
+        """Queries without position, in fp32 at least, and a function that gives the same of some keys.
+
+        Their products are cosines: queries are of the length by which those of keys is divided, the root of their
+        width. So both take one operation of torch's.
+        """
+        rotary, context, width = self.rotary, call.context, call.query.shape[-1]
+        precise = torch.promote_types(call.query.dtype, torch.float32)
+
+        def make() -> torch.Tensor:
+            return torch.full((width,), 1 / width, dtype=precise, device=call.query.device)
+
+        inverse_width = context.derived(("tdrs", "width", width, precise, call.query.device), make)
+
+        def of_query(states: torch.Tensor) -> torch.Tensor:
+            return F.rms_norm(states, (width,), inverse_width, eps=EPSILON)
+
+        def of_keys(states: torch.Tensor) -> torch.Tensor:
+            return F.rms_norm(states, (width,), eps=EPSILON)
+
         if rotary is None:
-            return F.normalize(call.query, dim=-1), lambda keys: F.normalize(call.key[:, :, keys], dim=-1)
-        context, num_queries = call.context, call.query.shape[2]
+            return of_query(call.query.to(precise)), lambda keys: of_keys(call.key[:, :, keys].to(precise))
+        num_queries = call.query.shape[2]
         own, _ = context.noted()
-        of_keys = call.keys.kept(POSITIONS)
-        if of_keys is None:
+        positions = call.keys.kept(POSITIONS)
+        if positions is None:
             raise RuntimeError(
                 "The KV cache holds tokens whose positions nobody kept: T-DRS must be attached from the first token "
                 "on. Start with a new cache."
@@ -250,13 +268,15 @@ class Reweighting:
             return context.derived(name(what, positions), lambda: inverse(make()))
 
         def content(states: torch.Tensor, tables: Tables) -> torch.Tensor:
-            return F.normalize(rotate(call.module, states, tables), dim=-1)
+            return rotate(call.module, states.to(precise), tables)
 
-        to_keys = undo("keys", of_keys)
+        to_keys = undo("keys", positions)
         own = own[:, -num_queries:]
         to_queries = undo("queries", own)
         if num_queries == 1:
-            query = F.normalize(turned_by_matrix(call, to_queries, name("queries", own)), dim=-1)
+            query = turned_by_matrix(call, to_queries, name("queries", own))
         else:
             query = content(call.query, to_queries)
-        return query, lambda keys: content(call.key[:, :, keys], between(to_keys, keys.start, keys.stop))
+        return of_query(query), lambda keys: of_keys(
+            content(call.key[:, :, keys], between(to_keys, keys.start, keys.stop))
+        )

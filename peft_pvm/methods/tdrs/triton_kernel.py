@@ -12,7 +12,7 @@ import triton  # type: ignore
 import triton.language as tl  # type: ignore
 
 from .blockwise import Inputs
-from .weights import Steps
+from .weights import LOG2_E, Steps
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,7 +40,8 @@ def triton_attention(inputs: Inputs, config: Steps) -> torch.Tensor:
         NotImplementedError: Gradients, dropout or a bias by position are asked for, or there is no GPU.
         ValueError: A tensor of another dtype.
     """
-    tensors = [inputs.query, inputs.key, inputs.content_query, inputs.content_of(slice(None)), inputs.value]
+    contents = (content.to(inputs.query.dtype) for content in (inputs.content_query, inputs.content_of(slice(None))))
+    tensors = [inputs.query, inputs.key, *contents, inputs.value]
     if not inputs.query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise NotImplementedError(
             f"The Triton kernel needs a GPU; given tensors on {inputs.query.device}. Use kernel='auto'."
@@ -141,7 +142,7 @@ class _Launch:
         floors, log_least = config.floors, None
         if any(floor.is_multiple for floor in floors):
             log_total, farthest, least = self._run("statistics")
-            log_least = least.amin(0) - log_total.logsumexp(0)
+            log_least = (least.amin(0) - log_total.logsumexp(0)) * LOG2_E
             farthest = farthest.amax(0)
         elif visibility.is_causal and visibility.sliding_window is None and not visibility.mask_decides:
             # The first real token is visible and of rank 0.

@@ -59,7 +59,8 @@ class Floor:
         """Minus the logarithm of the floor.
 
         Args:
-            log_least: Logarithm of each row's least attention weight, any shape; may be `None` for a plain number.
+            log_least: Logarithm to base 2 of each row's least attention weight, any shape; may be `None` for a plain
+                number.
 
         Returns:
             Shaped as `log_least`, or a number.
@@ -68,14 +69,15 @@ class Floor:
             ValueError: The floor is a multiple, and there is no `log_least`.
 
         Example:
-            >>> Floor.of("3*min").exponent(torch.tensor([0.01]).log()).neg().exp()
+            >>> Floor.of("3*min").exponent(torch.tensor([0.01]).log2()).neg().exp()
             tensor([0.0300])
         """
         if not self.is_multiple:
             return -math.log(self.value)
         if log_least is None:
             raise ValueError(f"The floor {self.value}*min needs the least weight of each row, but log_least is None.")
-        return (-math.log(self.value) - log_least).clamp(min=-math.log(LARGEST_FLOOR))
+        exponent = torch.rsub(log_least, -math.log(self.value), alpha=1 / LOG2_E)
+        return exponent.clamp(min=-math.log(LARGEST_FLOOR))
 
 
 class Steps(Protocol):

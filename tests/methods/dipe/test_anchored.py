@@ -161,13 +161,13 @@ def test_wrong_limits_are_noticed(name: str, variant: str, monkeypatch):
 
 def test_up_to_its_distance_the_model_is_the_bases(family: TinyVLM, monkeypatch):
     """In a prefill to the bit: nothing is farther, and no query is turned. In decoding to rounding."""
-    turned, anchored_queries = [], AnchoredPositions.anchored_queries
+    turned, moved = [], AnchoredPositions._moved
 
-    def noted(positions: AnchoredPositions, call: AttentionCall) -> list[torch.Tensor]:
+    def noted(positions: AnchoredPositions, call: AttentionCall) -> tuple:
         turned.append(call.query.shape[2])
-        return anchored_queries(positions, call)
+        return moved(positions, call)
 
-    monkeypatch.setattr(AnchoredPositions, "anchored_queries", noted)
+    monkeypatch.setattr(AnchoredPositions, "_moved", noted)
     model = family.build()
     inputs = family.inputs(model, *BATCH)
     prompt, step = prompt_and_step(family, model, "t4 i t9")
