@@ -45,7 +45,16 @@ Model = Annotated[
     str,
     typer.Option(help="Folder or Hub id of a vision-language model.", callback=there("a model that reads images")),
 ]
-Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
+
+
+def device(name: str) -> str:
+    """A callback for a device, of which torch knows the rest."""
+    if name.partition(":")[0] == "gpu":
+        raise typer.BadParameter(f"torch has no device {name!r}. Use cuda, or mps on a Mac.")
+    return name
+
+
+Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.", callback=device)]
 DType = Annotated[LoadedAs, typer.Option(help="The dtype of the weights; auto: that of the checkpoint.")]
 Kernel = Annotated[str | None, typer.Option(help="The attention kernel, such as sdpa.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables and sentences.")]

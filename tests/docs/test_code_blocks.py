@@ -140,6 +140,13 @@ def test_commands_that_are_not_run_exist(name, block, checkout):
         check_command(words)
 
 
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_no_line_of_code_hides_in_a_comment(name):
+    """As when two lines were joined."""
+    lines = [line for block in BLOCKS[name] for line in block.code.splitlines() if block.language == "python"]
+    assert [line for line in lines if re.search(r"# .*(# |\w\(.*\) *$)", line)] == []
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -89,7 +89,7 @@ def _check_given(
             f"combination_type is {quoted(combination_type)}, but must be one of {get_args(CombinationType)}."
         )
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; each needs one.")
+        raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; each adapter needs one.")
     if wrong := [weight for weight in weights if not is_number(weight)]:
         raise ValueError(f"The weights {quoted(wrong)} are not numbers from -{LARGEST} to {LARGEST}.")
     for config, tensors in adapters:
@@ -100,7 +100,7 @@ def _check_given(
         {tensor.shape[1] for _, tensors in adapters for key, tensor in tensors.items() if ".pvm_text_reducer" in key}
     )
     if len(widths) > 1:
-        raise ValueError(f"The adapters are of base models of different widths, {widths}.")
+        raise ValueError(f"The adapters are of base models of different widths, {widths}. Merge adapters of one base.")
 
 
 def _check_weights(weights: Sequence[float], combination_type: CombinationType, density: float | None) -> None:
