@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 from pages import REPOSITORY
+
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings it")
+
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec
