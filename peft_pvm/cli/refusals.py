@@ -45,6 +45,7 @@ INSTEAD = {
     ADAPTER_FILE: "an adapter, not {}. Give its base model here, and the adapter beside it.",
 }
 OF_FILES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors")
+REAL_BASE = "the real base"
 OF_THE_REPOSITORY = ("adapters", "examples", "experiments", "runs")
 
 
@@ -91,13 +92,14 @@ def check_there(what: str, source: str) -> None:
         source: A folder, a file or a Hub id.
 
     Raises:
-        ValueError: It cannot be that. The message says what to do.
+        FileNotFoundError: It is nowhere. The message says what to do.
+        ValueError: It is of another kind. The message says what to do.
     """
     path = Path(source)
     if not path.exists():
         is_path = path.is_absolute() or source.startswith((".", "~")) or len(path.parts) > 2 or path.suffix in OF_FILES
         if is_path or path.parts[0] in OF_THE_REPOSITORY:
-            raise ValueError(f"There is no folder or file {source}. {_where_to_look(path)}")
+            raise FileNotFoundError(f"There is no folder or file {source}. {_where_to_look(what, path)}")
     elif what in HOLDS and path.is_dir():
         needed, other = HOLDS[what]
         inside = sorted(file.parent.name for file in path.glob(f"*/{needed}"))
@@ -110,9 +112,9 @@ def check_there(what: str, source: str) -> None:
             raise ValueError(f"{source} is {INSTEAD[other].format(what)}")
 
 
-def _where_to_look(path: Path) -> str:
-    if path.parts[:2] == ("runs", "real"):
-        return "`make real-base` makes it in a checkout of the repository."
+def _where_to_look(what: str, path: Path) -> str:
+    if what == REAL_BASE or path.parts[:2] == ("runs", "real"):
+        return "Make the base first: make real-base, in a checkout of the repository."
     if path.parts[0] in OF_THE_REPOSITORY:
         return f"`{path.parts[0]}/` is in a checkout of the repository."
     return "Check the path." if path.is_absolute() else f"Check the path, which starts at {Path.cwd()}."

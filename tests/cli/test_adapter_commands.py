@@ -104,8 +104,8 @@ def test_what_is_nowhere_or_of_another_kind(tiny: TinyVLM, tmp_path: Path, base:
         assert said("inspect", path) == said("inspect", "--base", path) == expected
     assert said("inspect", tmp_path / "no") == f"There is no folder or file {tmp_path / 'no'}. Check the path."
     assert "`adapters/` is in a checkout of the repository." in said("inspect", "adapters/dipe")
-    assert "`make real-base` makes it" in said("compare", "--model", "real", "--out", "compared")
-    assert "`make real-base` makes it" in said("lab", "recall", "--base", "real", adapter)
+    assert "Make the base first: make real-base" in said("compare", "--model", "real", "--out", "compared")
+    assert "Make the base first: make real-base" in said("lab", "recall", "--base", "real", adapter)
     assert said("inspect", base) == f"{base} is a model, not an adapter. Models go by --model or --base."
     assert said("inspect", several) == f"{several} is not an adapter, but holds several: a, b. Name one: {several}/a"
     for arguments in (["--base", adapter], [adapter, "--base", adapter]):
