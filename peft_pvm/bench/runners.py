@@ -83,7 +83,7 @@ class Runner:
     """
 
     def __init__(self, model: nn.Module, name: str, context: int, settings: Settings):
-        self.model: Any = structural_copy(model)
+        self.model: Any = structural_copy(model).requires_grad_(False)  # as PEFT does, also for the base by itself
         METHODS[name].attach(self.model)
         self.step: Any = self.model
         self.settings, self.context = settings, context
