@@ -97,4 +97,4 @@ def test_a_type_that_is_not_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_no_model_with_images(tmp_path: Path):
     base = saved(T.LlamaConfig(), tmp_path)
     assert "must be a model that reads images" in run("inspect", "--base", base, fails=True)
-    assert "Give an adapter, or the base model" in run("inspect", fails=True)
+    assert "Give an adapter, or a base model with --base" in run("inspect", fails=True)
