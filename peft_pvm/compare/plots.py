@@ -52,8 +52,9 @@ def _draw(panel: Any, comparison: Comparison, lengths: Sequence[int]) -> None:
     for number, (name, cells) in enumerate(comparison.cells.items()):
         colour = COLOURS[(number + number // len(MARKERS)) % len(COLOURS)]
         look = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 6, "linestyle": "none"}
-        if not cells.keys() >= set(lengths):  # it refused
-            panel.plot([], [], label=name, **look)
+        if not cells.keys() >= set(lengths):  # it refused, but may be in the other panel
+            if cells:
+                panel.plot([], [], label=name, **look)
             continue
         accuracy = Estimate.of(comparison.accuracies(name, lengths))
         points[name] = comparison.slowdown(name, lengths), accuracy.mean
