@@ -21,7 +21,7 @@ import pytest
 
 
 PACKAGE = Path(__file__).parents[1] / "peft_pvm"
-MOST_ARROWS, MOST_FLOORS, MOST_MODULES = 66, 8, 144  # modules beside those of methods, which may grow in number
+MOST_ARROWS, MOST_FLOORS, MOST_MODULES = 66, 8, 143  # modules beside those of methods, which may grow in number
 MOST_LINES, MOST_PARAMETERS = 60, 7  # of a function
 
 # Which rooms a room may import, from the top of the house to its bottom. "" is the package's own __init__.py.

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import LlavaForConditionalGeneration
 
-from peft_pvm.cli.refusals import REAL_BASE, reading
+from peft_pvm.cli.refusals import reading
 from peft_pvm.demo.mosaic import Batch
 from peft_pvm.demo.questions import Questions
 from peft_pvm.demo.train import fit
@@ -33,7 +33,7 @@ def load_base(base: str | os.PathLike) -> LlavaForConditionalGeneration:
         FileNotFoundError: There is no such folder.
         ValueError: It cannot be read.
     """
-    with reading(REAL_BASE, base):
+    with reading("the real base", base):
         return LlavaForConditionalGeneration.from_pretrained(base).eval()
 
 
@@ -44,7 +44,7 @@ def load_questions(base: str | os.PathLike) -> Questions:
         FileNotFoundError: There is no such folder.
         ValueError: It cannot be read, or is another model.
     """
-    with reading(REAL_BASE, base):
+    with reading("the real base", base):
         return Questions.of(base)
 
 

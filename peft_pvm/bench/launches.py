@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..tokens.families import find_vlm
-from .meters import describe_machine
 from .models import METHODS
+from .run import describe_machine
 from .runners import Runner, Settings
 
 

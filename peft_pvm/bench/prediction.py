@@ -17,8 +17,8 @@ from transformers import Qwen3VLForConditionalGeneration
 from ..methods.pvm import PVMConfig
 from ..tokens.families import find_vlm
 from .launches import Launches, count_launches
-from .meters import describe_machine, seconds
 from .models import ALL, METHODS, PRESETS, Shape, build_random, footprint, pvm_config
+from .run import describe_machine, seconds
 from .runners import Runner, Settings
 
 

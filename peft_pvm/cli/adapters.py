@@ -11,23 +11,13 @@ from .choices import Combination
 from .options import AsJSON, finite_number, new_folder, separated, there
 
 
-Adapter = Annotated[
-    str,
-    typer.Argument(
-        help="Folder or Hub id of an adapter.",
-        callback=there("an adapter"),
-    ),
-]
+ADAPTER = typer.Argument(help="Folder or Hub id of an adapter.", callback=there("an adapter"))
+Adapter = Annotated[str, ADAPTER]
+Base = Annotated[str, typer.Argument(help="Folder or Hub id of the base model.", callback=there("a base model"))]
 
 
 def inspect(
-    adapter: Annotated[
-        str | None,
-        typer.Argument(
-            help="Folder or Hub id of an adapter.",
-            callback=there("an adapter"),
-        ),
-    ] = None,
+    adapter: Annotated[str | None, ADAPTER] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -56,10 +46,7 @@ def inspect(
 def merge(
     adapters: Annotated[
         list[str],
-        typer.Argument(
-            help="Folders or Hub ids of PVM adapters.",
-            callback=there("an adapter"),
-        ),
+        typer.Argument(help="Folders or Hub ids of PVM adapters.", callback=there("an adapter")),
     ],
     out: Annotated[Path, typer.Option(callback=new_folder, help="Folder of the new adapter.")],
     weights: Annotated[
@@ -103,13 +90,7 @@ def convert(
 
 def export_reference(
     adapter: Adapter,
-    base: Annotated[
-        str,
-        typer.Argument(
-            help="Folder or Hub id of the base model.",
-            callback=there("a base model"),
-        ),
-    ],
+    base: Base,
     out: Annotated[Path, typer.Argument(callback=new_folder, help="Folder for the checkpoint.")],
 ) -> None:
     """Export an adapter and its base model as a checkpoint for the PVM authors' code."""
@@ -119,13 +100,7 @@ def export_reference(
 
 
 def export_vllm(
-    base: Annotated[
-        str,
-        typer.Argument(
-            help="Folder or Hub id of the base model.",
-            callback=there("a base model"),
-        ),
-    ],
+    base: Base,
     adapters: Annotated[
         list[str],
         typer.Argument(

@@ -19,6 +19,7 @@ from .options import (
     new_file,
     refuse_beside,
     separated,
+    there,
 )
 
 
@@ -56,9 +57,15 @@ Launches = Annotated[
 ]
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id of a vision-language model.", callback=there("a model that reads images")),
+]
+
+
 def bench(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id of a vision-language model.")] = None,
+    model: Model = None,
     preset: Preset = "tiny",
     layers: Layers = None,
     method: Annotated[

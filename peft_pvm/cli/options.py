@@ -26,16 +26,18 @@ REAL_BASE = Path("runs", "real", "base")  # from the repository's root
 
 
 def there(what: str) -> Callable[[Value], Value]:
-    """A callback for folders or Hub ids, or several with `+` between: refuses at once what is neither.
+    """A callback for folders or Hub ids, or adapters with `+` between: refuses at once what is neither.
 
     Args:
         what: What they should be, a key of `HOLDS`.
     """
 
     def check(value: Value) -> Value:
-        for given in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
-            for part in [given] if os.path.exists(given) else given.split("+"):
-                check_there(what, part)
+        for given in value if isinstance(value, list) else [value]:
+            if isinstance(given, str):
+                joined = what == "an adapter" and not os.path.exists(given)
+                for part in given.split("+") if joined else [given]:  # without `separate`, which comes with torch
+                    check_there(what, part)
         return value
 
     return check
@@ -47,14 +49,14 @@ Model = Annotated[
 ]
 
 
-def device(name: str) -> str:
+def known_device(name: str) -> str:
     """A callback for a device, of which torch knows the rest."""
     if name.partition(":")[0] == "gpu":
         raise typer.BadParameter(f"torch has no device {name!r}. Use cuda, or mps on a Mac.")
     return name
 
 
-Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.", callback=device)]
+Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.", callback=known_device)]
 DType = Annotated[LoadedAs, typer.Option(help="The dtype of the weights; auto: that of the checkpoint.")]
 Kernel = Annotated[str | None, typer.Option(help="The attention kernel, such as sdpa.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables and sentences.")]

@@ -44,8 +44,8 @@ INSTEAD = {
     MODEL_FILE: "a model, not {}. Models go by --model or --base.",
     ADAPTER_FILE: "an adapter, not {}. Give its base model here, and the adapter beside it.",
 }
+# Endings and first folders of what is never taken for a Hub id.
 OF_FILES = (".csv", ".json", ".jsonl", ".parquet", ".safetensors")
-REAL_BASE = "the real base"
 OF_THE_REPOSITORY = ("adapters", "examples", "experiments", "runs")
 
 
@@ -113,7 +113,7 @@ def check_there(what: str, source: str) -> None:
 
 
 def _where_to_look(what: str, path: Path) -> str:
-    if what == REAL_BASE or path.parts[:2] == ("runs", "real"):
+    if what == "the real base" or path.parts[:2] == ("runs", "real"):
         return "Make the base first: make real-base, in a checkout of the repository."
     if path.parts[0] in OF_THE_REPOSITORY:
         return f"`{path.parts[0]}/` is in a checkout of the repository."

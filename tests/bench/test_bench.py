@@ -25,7 +25,6 @@ from typer.testing import CliRunner
 
 from peft_pvm.bench import models
 from peft_pvm.bench import run as bench_run
-from peft_pvm.bench.meters import free_bytes, peak_bytes, seconds
 from peft_pvm.bench.models import (
     ALL,
     METHODS,
@@ -37,7 +36,7 @@ from peft_pvm.bench.models import (
     structural_copy,
 )
 from peft_pvm.bench.report import print_tables, ratios
-from peft_pvm.bench.run import measure
+from peft_pvm.bench.run import free_bytes, import_seconds, measure, peak_bytes, seconds
 from peft_pvm.bench.runners import GenerateRunner, Runner, Settings, runner_of
 from peft_pvm.cli.app import app
 from peft_pvm.cli.work import bench as work
@@ -422,6 +421,4 @@ def test_the_scale_command():
 
 def test_import_is_quick():
     """The whole package adds at most 0.3 s of CPU time to the import of PEFT, in one of three tries."""
-    from peft_pvm.bench.meters import import_seconds
-
     assert any(import_seconds(rounds=1)[1] < 0.3 for _ in range(3))

@@ -112,6 +112,9 @@ def test_what_is_nowhere_or_of_another_kind(tiny: TinyVLM, tmp_path: Path, base:
         assert said("inspect", *arguments).startswith(
             f"{adapter} is an adapter, not a base model. Give its base model"
         )
+    image = "--image", base / "config.json", "--prompt", "?", "--out", "report"
+    assert "There is no folder or file ./b" in said("probe", "--model", base, "--adapter", f"{adapter}+./b", *image)
+    assert "Use cuda, or mps on a Mac" in said("probe", "--model", base, "--device", "gpu:0", *image)
     assert said("inspect", empty) == f"Can't find 'adapter_config.json' at '{empty}'"
 
 

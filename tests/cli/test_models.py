@@ -94,6 +94,15 @@ def test_a_type_that_is_not_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "llava, which is not tested" in run("inspect", "--base", base)
 
 
+def test_the_table_of_methods_says_what_each_changes_and_costs():
+    wide, narrow = (run("methods", columns=columns) for columns in (300, 80))
+    for method in METHODS:
+        assert f"{method.changes}: {method.does}"[:40] in wide
+        assert method.kernels[:20] in wide
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "…" not in narrow
+
+
 def test_no_model_with_images(tmp_path: Path):
     base = saved(T.LlamaConfig(), tmp_path)
     assert "must be a model that reads images" in run("inspect", "--base", base, fails=True)

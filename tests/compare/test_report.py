@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="pictures need the extra `lab`")
 from peft_pvm.compare.comparison import Comparison
 from peft_pvm.compare.contenders import BASE, Contender, contenders
 from peft_pvm.compare.journal import Answer
-from peft_pvm.compare.plots import front
+from peft_pvm.compare.plots import draw_pareto, front
 from peft_pvm.compare.report import PICTURE, as_markdown, outcome, overview, save
 from peft_pvm.compare.statistics import HELPS, HURTS, UNCHANGED, UNCLEAR
 from peft_pvm.compare.tasks import Asked, Question
@@ -104,12 +104,17 @@ def test_where_tokens_were_not_recorded_nothing_is_said_of_changes(tmp_path: Pat
     assert not any(sentence.startswith("Changed nothing") for sentence in outcome(again))
 
 
-def test_who_has_nothing_to_do_did_not_refuse(tmp_path: Path):
+def test_who_has_nothing_to_do_did_not_refuse(tmp_path: Path, monkeypatch):
     comparison = made({BASE: BASE_RIGHT}, idle={"VAR": "No channel is large."})
     save(comparison, tmp_path)
     for written in (comparison, Comparison.load(tmp_path / "compare.json")):
         assert overview(written).rows[-1] == ["VAR", "nothing to do", "nothing to do", "-", "-"]
         assert outcome(written)[-1] == "VAR has nothing to do: No channel is large."
+
+    drawn = []
+    monkeypatch.setattr("peft_pvm.compare.plots.as_png", drawn.append)
+    draw_pareto(comparison)
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [BASE]
 
 
 @pytest.mark.parametrize(("limit", "said"), [(1, "at most 1 token."), (4, "at most 4 tokens.")])

@@ -268,7 +268,8 @@ def test_weights_that_were_swapped_are_noted_as_they_are(folder: Path, tmp_path:
     with warned():
         model = PeftModel.from_pretrained(base, folder / of, of)
     (hotswap_adapter if of == "pvm" else hotswap_of_peft)(model, str(other), of)
-    add_adapters(base, {"new": lora() if of == "pvm" else PVMConfig(r=16)})
+    PeftModel(base, lora() if of == "pvm" else PVMConfig(r=16), "new")  # learns, and the other is frozen
+    assert base.peft_config[of].inference_mode
     for name in (of, "new"):
         save_adapter(base, name, tmp_path / "saved" / name)
     with warned(0):
