@@ -120,12 +120,11 @@ def ask_transformers(base: Path, adapters: Sequence[Path], requests: Sequence[Re
         )  # with which Gemma 3 sees images whole; vLLM on a CPU lets it see them causally
         output = model.generate(
             **inputs,
-            max_new_tokens=NEW_TOKENS,
             do_sample=False,
             eos_token_id=[],
             return_dict_in_generate=True,
             output_logits=True,
-            **kwargs,
+            **{"max_new_tokens": NEW_TOKENS, **kwargs},
         )
         tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         logprobs = torch.cat(output.logits).log_softmax(-1)

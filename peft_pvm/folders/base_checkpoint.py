@@ -73,7 +73,8 @@ class BaseCheckpoint:
             out: Folder of the copy, which holds the old files or the new ones, whenever the process dies.
             config: What its `config.json` shall hold.
             further: More weights, by name; none: no more shards.
-            beside: Writes other files, given the folder where the copy is made before it takes its place.
+            beside: Writes other files, given the folder where the copy is made before it takes its place. Those in
+                sub-folders take their places after the rest.
 
         Returns:
             `out`.

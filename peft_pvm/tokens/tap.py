@@ -68,6 +68,8 @@ class Tap:
 
     def __init__(self, vlm: VisionLanguageModel):
         self.vlm = vlm
+        # By default, what Dynamo compiled for a layer without hooks also runs where there are hooks, in silence.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         self._handles = [
             vlm.multimodal.register_forward_pre_hook(self._note_inputs, with_kwargs=True),
             vlm.text_model.register_forward_pre_hook(self._complete_context, with_kwargs=True),

@@ -19,6 +19,7 @@ OF_OTHERS = {
     "ImportError about torchvision",
     "The version of PEFT you are using is not compatible, please use a version >= 0.22.0",
     "Model architectures ['PeftPVM…'] are not supported",
+    "expected target modules in … but received ['peft_pvm_switch_…']",
 }
 
 

@@ -27,9 +27,10 @@ from served_models import (
     exported,
     loras,
 )
+from transformers import AutoConfig
 
 from peft_pvm.integrations.vllm import export_vllm
-from peft_pvm.integrations.vllm.choices import SWITCH
+from peft_pvm.integrations.vllm.export import switch_of
 
 
 CHOICES = {
@@ -48,7 +49,6 @@ MIXED = [(request, name) for request in REQUESTS for name in NAMES]
 MIXED_REQUESTS = [request for request, _ in MIXED]
 MIXED_NAMES = [name for _, name in MIXED]
 SETTINGS: dict[str, Any] = dict(enable_lora=True, max_loras=len(CHOICES), max_num_seqs=16)
-SWITCH_ALONE: dict[str, Any] = dict(max_lora_rank=1, lora_target_modules=[SWITCH])
 
 
 @dataclass
@@ -58,9 +58,18 @@ class Served:
     folder: Path
     expected: list[Answer]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """vLLM's, with which the switch alone takes a LoRA."""
+        return dict(SETTINGS, max_lora_rank=1, lora_target_modules=[switch_in(self.folder)])
+
     def ask(self, llm: Any, **kwargs: Any) -> list[Answer]:
         """What vLLM answers to all of them at once."""
         return ask_vllm(llm, MIXED_REQUESTS, loras(self.folder, MIXED_NAMES), **kwargs)
+
+
+def switch_in(folder: Path) -> str:
+    return switch_of(AutoConfig.from_pretrained(folder).text_config)
 
 
 def by_choice(answers: list[Answer], name: str | None) -> list[Answer]:
@@ -78,7 +87,7 @@ def served(base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempP
 
 
 def test_in_one_batch_each_is_answered_as_alone_with_its_choice(served: Served, base: Path):
-    with engine_inside(served.folder, **SETTINGS, **SWITCH_ALONE) as llm:
+    with engine_inside(served.folder, **served.settings) as llm:
         together = served.ask(llm)
         again = served.ask(llm)
         assert llm.reset_prefix_cache()
@@ -101,21 +110,34 @@ def test_in_one_batch_each_is_answered_as_alone_with_its_choice(served: Served, 
 
 def test_preempted_requests_keep_their_choice(served: Served):
     crowded = dict(max_model_len=640, num_gpu_blocks_override=40, disable_log_stats=False)
-    with engine_inside(served.folder, **SETTINGS, **SWITCH_ALONE, **crowded) as llm:
+    with engine_inside(served.folder, **served.settings, **crowded) as llm:
         answers = served.ask(llm, max_tokens=60)
         preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
     assert sum(preemptions) > 0
     assert_same([answer.begins(NEW_TOKENS) for answer in answers], served.expected)
 
 
+def test_choices_of_another_export_are_refused(served: Served, base: Path, adapters: dict[str, Path], tmp_path: Path):
+    """Of as many adapters, in another order: the numbers of a choice would mean other adapters."""
+    exports = [str(adapters["dipe"]), str(adapters["pvm"])]
+    folder, other = (export_vllm(base, order, tmp_path / f"{order is exports}") for order in (exports, exports[::-1]))
+    settings = dict(SETTINGS, max_lora_rank=1, lora_target_modules=[switch_in(folder)])
+    with engine_inside(folder, **settings) as llm:
+        with pytest.raises(ValueError, match=rf"expected target modules in .*{switch_in(folder)}"):
+            llm.llm_engine.add_lora(*loras(other, ["dipe"]))  # as the server does, at start or later
+        assert_same(
+            ask_vllm(llm, REQUESTS, loras(folder, ["dipe"] * len(REQUESTS))), by_choice(served.expected, "dipe")
+        )
+
+
 def test_on_two_ranks(served: Served, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # on one NUMA node, vLLM wants to be told
-    with engine(served.folder, tensor_parallel_size=2, **SETTINGS, **SWITCH_ALONE) as llm:
+    with engine(served.folder, tensor_parallel_size=2, **served.settings) as llm:
         assert_same(served.ask(llm), served.expected)
 
 
 def test_traced_by_dynamo(served: Served):
-    with engine_inside(served.folder, enforce_eager=False, **SETTINGS, **SWITCH_ALONE) as llm:
+    with engine_inside(served.folder, enforce_eager=False, **served.settings) as llm:
         assert_same(served.ask(llm), served.expected)
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from methods_under_test import give_weight
 from peft import IA3Config, LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES
 
 from peft_pvm import DIPEConfig, PVMConfig
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
-from peft_pvm.integrations.vllm import export_vllm, serve_arguments
+from peft_pvm.folders.replacing import AREA
+from peft_pvm.integrations.vllm import export_vllm, serve_arguments, serve_environment
 from peft_pvm.integrations.vllm.choices import FOLDER, IN_CHECKPOINT
-from peft_pvm.integrations.vllm.export import FIELD, MAKES_POSITIONS, STEERING, adapters_of, choices_of
+from peft_pvm.integrations.vllm.export import FIELD, MAKES_POSITIONS, STEERING, adapters_of, choices_of, switch_of
 from peft_pvm.integrations.vllm.families import FAMILIES as SERVED
 from peft_pvm.methods import METHODS
 
@@ -75,11 +76,16 @@ def test_a_folder_has_the_base_the_branch_and_what_was_asked_for(
         assert [part.memory_source for part in branches.parts()] == ["embeddings", "hidden_states"]
 
 
+def switch_in(folder: Path) -> str:
+    return switch_of(AutoConfig.from_pretrained(folder).text_config)
+
+
 def switched_on(choice: Path) -> list[float]:
     """What a choice's LoRA adds for each adapter, as vLLM computes it."""
     config = LoraConfig.from_pretrained(str(choice))
     tensors = load_file(choice / "adapter_model.safetensors")
-    down, up = (tensors[f"base_model.model.{IN_CHECKPOINT}.lora_{part}.weight"] for part in "AB")
+    layer = f"base_model.model.{IN_CHECKPOINT}.{switch_in(choice.parents[1])}"
+    down, up = (tensors[f"{layer}.lora_{part}.weight"] for part in "AB")
     return [round(number, 6) for number in (up @ down * config.lora_alpha / config.r).flatten().tolist()]
 
 
@@ -101,23 +107,81 @@ def test_choices_are_loras_that_say_which_adapters_are_on(base: Path, adapters: 
     weights = {}
     for shard in out.glob("*.safetensors"):
         weights |= load_file(shard)
-    assert not weights[f"{IN_CHECKPOINT}.weight"].any()
+    assert not weights[f"{IN_CHECKPOINT}.{switch_in(out)}.weight"].any()
     gates = [key for key in weights if key.endswith(".pvm_gate.weight")]
     assert {int(key.split(".pvm.")[1].split(".")[0]) for key in gates} == {0, 2}
     arguments = serve_arguments(out)
     assert arguments[:6] == [str(out), "--enable-lora", "--max-loras", "5", "--max-lora-rank", "8"]
     assert set(arguments[7:]) == {f"{name}={out / FOLDER / name}" for name in names}
-    assert " ".join(arguments[:6]) in result.output.replace("\n", " ")
+    printed = result.output.replace("\n", " ")
+    assert f"VLLM_USE_V2_MODEL_RUNNER=0 vllm serve {' '.join(arguments[:6])}" in printed
 
 
 def test_a_single_adapter_by_request(base: Path, adapters: dict[str, Path], tmp_path: Path):
     out = export_vllm(base, [adapters["dipe"]], tmp_path / "out", by_request=True)
     assert switched_on(out / FOLDER / "dipe") == [1]
     *arguments, _, choice = serve_arguments(out)
-    assert arguments[-4:] == ["--max-lora-rank", "1", "--lora-target-modules", "peft_pvm_switch"]
+    assert arguments[-4:] == ["--max-lora-rank", "1", "--lora-target-modules", switch_in(out)]
     assert choice == f"dipe={out / FOLDER / 'dipe'}"
     with pytest.raises(ValueError, match="holds dipe, of another export"):
         export_vllm(base, [adapters["vaf"]], out, by_request=True)
+
+
+def test_choices_of_one_export_do_not_fit_another(base: Path, adapters: dict[str, Path], tmp_path: Path):
+    """Whether adapters come in another order, with other settings, other weights or another LoRA."""
+    out = tmp_path / "out"
+
+    def switch(*exported: str | Path) -> str:
+        shutil.rmtree(out, ignore_errors=True)
+        return switch_in(export_vllm(base, exported, out, by_request=True))
+
+    pvm, dipe, with_lora = adapters["pvm"], adapters["dipe"], f"{adapters['pvm']}+{adapters['lora']}"
+    first = [switch(pvm, dipe), switch(dipe, pvm), switch(pvm), switch(with_lora)]
+    assert [switch(pvm, dipe), switch(dipe, pvm), switch(pvm), switch(with_lora)] == first
+    for path, part in ((pvm, "pvm_gate"), (adapters["lora"], "lora_B")):
+        tensors = load_file(path / "adapter_model.safetensors")
+        other = tmp_path / path.name
+        shutil.copytree(path, other)
+        tensors |= {key: tensor + 1 for key, tensor in tensors.items() if part in key}
+        save_file(tensors, other / "adapter_model.safetensors")
+    first += [switch(tmp_path / pvm.name), switch(f"{pvm}+{tmp_path / adapters['lora'].name}")]
+    assert len(set(first)) == len(first)
+
+
+def test_what_a_dead_writer_left_is_no_choice(base: Path, adapters: dict[str, Path], tmp_path: Path):
+    out = export_vllm(base, [adapters["dipe"]], tmp_path / "out", by_request=True)
+    arguments = serve_arguments(out)
+    (out / FOLDER / AREA / "0123").mkdir(parents=True)
+    assert serve_arguments(out) == arguments
+    export_vllm(base, [adapters["dipe"]], out, by_request=True)
+    assert [path.name for path in (out / FOLDER).iterdir()] == ["dipe"]
+
+
+@pytest.mark.parametrize(("name", "needs"), [("pvm", False), ("vaf", False), ("dipe", True), ("log-bias", True)])
+def test_the_environment_of_a_server(base: Path, adapters: dict[str, Path], tmp_path: Path, name: str, needs: bool):
+    folder = export_vllm(base, [adapters[name]], tmp_path / "out")
+    assert serve_environment(folder) == ({"VLLM_USE_V2_MODEL_RUNNER": "0"} if needs else {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "a LoRA with use_dora, which vLLM does not take"),
+        ({"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 2}}, "with rank_pattern, alpha_pattern, which"),
+        ({"bias": "lora_only"}, "with bias, which"),
+        ({"modules_to_save": ["lm_head"]}, "with modules_to_save, which"),
+        ({"init_lora_weights": "pissa_niter_4"}, "trained on a base that pissa_niter_4 had changed"),
+        ({"target_modules": r".*visual.*\.qkv"}, "a LoRA outside the text model too .* Merge it into the base"),
+    ],
+)
+def test_a_lora_that_vllm_would_compute_otherwise_is_refused(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, fields: dict, message: str
+):
+    config = LoraConfig(**{"target_modules": ["q_proj"], **fields})
+    get_peft_model(load_tiny_vlm(), config).save_pretrained(tmp_path / "lora")
+    with pytest.raises(NotImplementedError, match=message):
+        export_vllm(base, [f"{adapters['pvm']}+{tmp_path / 'lora'}"], tmp_path / "out", by_request=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_was_exported_before_there_was_a_limit_has_none(

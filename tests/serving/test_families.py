@@ -34,13 +34,13 @@ from served_models import (
     exported,
     loras,
 )
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from vllm.model_executor.layers.mamba.ops.cpu.gdn_attention import register_cpu_gdn_attention_ops
 
 from peft_pvm import DIPEConfig, LogBiasConfig, PVMConfig, VAFConfig
 from peft_pvm.demo.tiny_vlm import tiny_vlm_config
 from peft_pvm.integrations.vllm import export_vllm
-from peft_pvm.integrations.vllm.choices import SWITCH
+from peft_pvm.integrations.vllm.export import switch_of
 from peft_pvm.integrations.vllm.families import FAMILIES, TEXT_MODELS
 
 
@@ -160,7 +160,8 @@ def test_requests_of_one_batch_choose(serve, family: str, tmp_path: Path):
     exports = ["+".join(str(place / part) for part in name.split("+")) for name in names]
     folder = export_vllm(place / "base", exports, tmp_path / "out")
     asked = loras(folder, [name for name in (None, *names) for _ in requests])
-    settings = dict(enable_lora=True, max_loras=4, max_lora_rank=1, lora_target_modules=[SWITCH])
+    switch = switch_of(AutoConfig.from_pretrained(folder).get_text_config())
+    settings = dict(enable_lora=True, max_loras=4, max_lora_rank=1, lora_target_modules=[switch])
     with engine_inside(folder, **SETTINGS, **settings) as llm:
         answers = ask_vllm(llm, requests * 4, asked)
     assert_same(answers, [*of_choices[0].off, *(answer for served in of_choices for answer in served.expected)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -15,6 +16,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings
 
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionBackend
 
 from peft_pvm.integrations.vllm.choices import SWITCH
 from peft_pvm.integrations.vllm.families import FAMILIES
@@ -81,7 +83,8 @@ class SelfAttention(nn.Module):
         self.rotary_emb = nn.Identity()
         self.attn = Attention.__new__(Attention)
         nn.Module.__init__(self.attn)
-        self.attn.layer_name, self.attn.head_size, self.attn.sliding_window, self.attn.attn_backend = "", 1, None, None
+        self.attn.layer_name, self.attn.head_size, self.attn.sliding_window = "", 1, None
+        self.attn.attn_backend = AttentionBackend
 
     def forward(self, positions, hidden_states, **kwargs): ...
 
@@ -108,6 +111,11 @@ def test_another_model_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
         other.setattr(Model, "get_mrope_input_positions", lambda self, input_tokens: None, raising=False)
         with pytest.raises(NotImplementedError, match="takes input_tokens, mm_features"):
             refuse_other_model(Model, makes)
+        other.setattr(Model, "get_mrope_input_positions", lambda self, input_tokens, mm_features, grid: None)
+        with pytest.raises(NotImplementedError, match="takes input_tokens, mm_features and wants nothing else"):
+            refuse_other_model(Model, makes)
+        other.setattr(Model, "get_mrope_input_positions", lambda self, input_tokens, mm_features, grid=None: None)
+        refuse_other_model(Model, makes)
     with monkeypatch.context() as other:
         other.setattr(Model, "forward", lambda self, positions, input_ids: None)
         with pytest.raises(
@@ -142,13 +150,13 @@ def test_a_model_for_which_vllm_has_no_lora_takes_choices_alone():
         return SimpleNamespace(lora_config=SimpleNamespace(target_modules=list(target_modules) or None, max_loras=4))
 
     pvm = {"pvm": False}
-    refuse_other_lora(SimpleNamespace(lora_config=None), Model, {})
-    refuse_other_lora(asked(SWITCH), Model, pvm)
+    refuse_other_lora(SimpleNamespace(lora_config=None), Model, None, {})
+    refuse_other_lora(asked(SWITCH), Model, SWITCH, pvm)
     with pytest.raises(NotImplementedError, match="pvm hold a LoRA, of which vLLM would leave out"):
-        refuse_other_lora(asked(SWITCH), Model, {"pvm": True, "dipe": False})
+        refuse_other_lora(asked(SWITCH), Model, SWITCH, {"pvm": True, "dipe": False})
     for config, choices in ((asked(), pvm), (asked(SWITCH, "q_proj"), pvm), (asked(SWITCH), {})):
         with pytest.raises(NotImplementedError, match="vLLM has no LoRA for Model"):
-            refuse_other_lora(config, Model, choices)
+            refuse_other_lora(config, Model, SWITCH if choices else None, choices)
 
 
 def test_a_cache_that_would_mix_choices_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -159,12 +167,34 @@ def test_a_cache_that_would_mix_choices_is_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("vllm.v1.core.kv_cache_utils._gen_lora_extra_hash_keys", by_name_of_none)
     with pytest.raises(NotImplementedError, match="by_name_of_none makes other keys for other LoRAs"):
-        refuse_other_lora(config, Model, {"pvm": False, "dipe": False})
+        refuse_other_lora(config, Model, SWITCH, {"pvm": False, "dipe": False})
+
+
+def test_a_place_for_no_lora_stays_empty_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    class WithLora(Model):
+        supports_lora = True
+        packed_modules_mapping: ClassVar[dict] = {}
+        embedding_modules: ClassVar[dict] = {}
+
+    def asked(max_loras: int) -> SimpleNamespace:
+        return SimpleNamespace(lora_config=SimpleNamespace(target_modules=None, max_loras=max_loras))
+
+    two = {"pvm": False, "dipe": False}
+    refuse_other_lora(asked(2), WithLora, None, {})
+    refuse_other_lora(asked(3), WithLora, SWITCH, two)
+    for max_loras, switch, choices in ((1, None, {}), (2, SWITCH, two)):
+        with pytest.raises(NotImplementedError, match=f"start it with --max-loras {max_loras + 1} or more"):
+            refuse_other_lora(asked(max_loras), WithLora, switch, choices)
+    monkeypatch.setattr("peft_pvm.integrations.vllm.standing.current_platform", SimpleNamespace(is_cpu=lambda: False))
+    refuse_other_lora(asked(1), WithLora, None, {})
 
 
 def test_a_text_model_that_was_not_taken_is_refused():
     built = nn.Identity()
     model = SimpleNamespace(language_model=SimpleNamespace(model=built))
+    with pytest.raises(NotImplementedError, match="Identity has embed_input_ids"):
+        refuse_other_text_model(model, nn.Identity)
+    built.embed_input_ids = nn.Identity()
     refuse_other_text_model(model, nn.Identity)
     with pytest.raises(NotImplementedError, match="builds its text model as Linear"):
         refuse_other_text_model(model, type("Ours", (nn.Linear,), {}))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from forwards import difference, logits
+from environment import on_a_cpu
+from forwards import counted_graphs, difference, logits
 from methods_under_test import LEADING, METHODS, give_weight
 from packaging.version import Version
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -25,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_pvm.tokens.families import find_vlm
+from peft_pvm.training import hidden_image
 from peft_pvm.utils.wrapping import plain_name
 
 
@@ -185,6 +188,40 @@ def test_a_compiled_model(tiny: TinyVLM, tmp_path: Path):
         model.save_pretrained(tmp_path / name)
         loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / name)
         assert torch.equal(logits(loaded, inputs), logits(plain, inputs))
+
+
+@on_a_cpu
+@pytest.mark.parametrize(
+    ("family", "name", "what"),
+    [("llava", "pvm", "model"), ("qwen3_vl", "pvm", "each layer"), ("llava", "memvr", "each layer")],
+)
+def test_training_compiled_equals_training(family: str, name: str, what: str):
+    """Layers with an adapter, layers without, and layers that hide the image for a while: Dynamo tells them apart."""
+    model = METHODS[name].attach(FAMILIES[family].build()).train()
+    inputs = FAMILIES[family].inputs(model.get_base_model(), *ROWS)
+    hiding = [contextlib.nullcontext, lambda: hidden_image(model)] if name == "pvm" else [contextlib.nullcontext] * 2
+
+    def step(run: nn.Module, block: Callable) -> list[torch.Tensor]:
+        with block():
+            found = run(**inputs, use_cache=False).logits
+        if name == "pvm":
+            found.square().mean().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        model.zero_grad()
+        return [found.detach(), *gradients]
+
+    expected = [step(model, block) for block in hiding]
+    graphs, backend = counted_graphs()
+    if what == "model":
+        compiled = torch.compile(model, backend=backend)
+    else:
+        compiled = model
+        for layer in find_vlm(model.get_base_model()).layers:
+            layer.compile(backend=backend)
+    for number in (0, 1, 0):
+        for tensor, right in zip(step(compiled, hiding[number]), expected[number], strict=True):
+            assert difference(tensor, right) < 1e-6
+    assert len(graphs) >= len(find_vlm(model.get_base_model()).layers)
 
 
 @pytest.mark.usefixtures("alone")

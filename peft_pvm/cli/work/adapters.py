@@ -16,7 +16,7 @@ from ...folders.adapter_file import Inspection, inspect_adapter, read_config
 from ...folders.sharing import push_adapter
 from ...folders.writing import write_card
 from ...integrations.vllm import export_vllm as write_for_vllm
-from ...integrations.vllm import serve_arguments
+from ...integrations.vllm import serve_arguments, serve_environment
 from ...methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint, merge_adapters
 from ...tuners.names import separate
 from ...utils.terminal import Terminal, say
@@ -68,7 +68,8 @@ def export_vllm(base: str, adapters: list[str], out: Path, accept_causal: bool, 
     with reading("a base model and its adapters", base, *chain.from_iterable(map(separate, adapters))):
         folder = write_for_vllm(base, adapters, out, accept_causal, by_request)
     say(folder)
-    say(f"To serve it: vllm serve {shlex.join(serve_arguments(folder))}", err=True)
+    command = [f"{name}={value}" for name, value in serve_environment(folder).items()] + ["vllm", "serve"]
+    say(f"To serve it: {shlex.join([*command, *serve_arguments(folder)])}", err=True)
 
 
 def card(folder: Path) -> None:

@@ -1,11 +1,11 @@
 """Serving with vLLM: its plugin, found by the entry point `vllm.general_plugins`, and what makes a folder for it."""
 
 from .choices import serve_arguments
-from .export import export_vllm
+from .export import export_vllm, serve_environment
 from .families import FAMILIES
 
 
-__all__ = ["export_vllm", "register", "serve_arguments"]
+__all__ = ["export_vllm", "register", "serve_arguments", "serve_environment"]
 
 
 def register() -> None:

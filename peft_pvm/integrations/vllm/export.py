@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig
 
-from ...folders.adapter_file import PEFT_PREFIX, SavedConfig, read_config
+from ...folders.adapter_file import PEFT_PREFIX, SavedConfig, open_adapter, read_config
 from ...folders.base_checkpoint import BaseCheckpoint
 from ...methods.dipe import DIPEConfig
 from ...methods.log_bias import LogBiasConfig
@@ -23,7 +23,7 @@ from ...tokens.families import WITHOUT_SCORES
 from ...tuners.base import with_absent_fields
 from ...tuners.names import TOGETHER, adapter_names, separate
 from ...utils.text import quoted
-from .choices import Choice, refuse_others, switch_weight, write_choices
+from .choices import IN_CHECKPOINT, Choice, name_of_switch, refuse_others, switch_weight, write_choices
 from .families import FAMILIES, TEXT_MODELS
 
 
@@ -33,6 +33,20 @@ FIELD = "peft_pvm"  # of the text config, where the adapters and choices stand
 MAKES_POSITIONS = "mrope_section"
 LEFT_OUT = ("base_model_name_or_path", "revision")  # where an adapter was trained may be a private path
 STEERING = (DIPEConfig, VAFConfig, LogBiasConfig)  # methods without parameters that vLLM's kernels can do
+# Fields of LoRA that vLLM refuses when it loads one, or passes over: it scales all layers alike.
+NOT_OF_VLLM = (
+    "use_dora",
+    "bias",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+)
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start a LoRA
 
 
 def export_vllm(
@@ -61,7 +75,7 @@ def export_vllm(
 
     Raises:
         FileNotFoundError: The base has no safetensors checkpoint.
-        NotImplementedError: Another base or method, or an adapter that asks for what vLLM's kernels cannot do.
+        NotImplementedError: Another base or method, or an adapter that asks for what vLLM cannot do.
         ValueError: Two adapters of one method at once, one that does not fit the base, or a folder with other choices.
     """
     checkpoint = BaseCheckpoint(base)
@@ -77,18 +91,27 @@ def export_vllm(
     for combination in combinations:
         _check_together({source: configs[source] for source in combination}, by_request)
     ours = [source for source in sources if not isinstance(configs[source], LoraConfig)]
-    further: Tensors = switch_weight(len(ours)) if by_request else {}
+    further: Tensors = {}
     for number, source in enumerate(ours):
         if isinstance(configs[source], PVMConfig):
             further |= _pvm_weights(source, checkpoint, number, accept_causal)
     choices = _choices(combinations, ours) if by_request else []
     names = {choice.name: choice.lora is not None for choice in choices}
     refuse_others(Path(output_dir), names)
+    fields = [_fields(configs[source]) for source in ours]
+    switch = name_of_switch(fields, further, choices) if choices else None
+    if switch is not None:
+        further |= switch_weight(switch, len(ours))
     content["architectures"] = [family.architecture]
     if not family.makes_positions:
         content[MAKES_POSITIONS] = []
-    content["text_config"][FIELD] = {"adapters": [_fields(configs[source]) for source in ours], "choices": names}
-    return checkpoint.copy(output_dir, content, further, lambda folder: write_choices(folder, choices, len(ours)))
+    content["text_config"][FIELD] = {"adapters": fields, "choices": names, "switch": switch}
+
+    def add_choices(folder: Path) -> None:
+        if switch is not None:
+            write_choices(folder, choices, switch, len(ours))
+
+    return checkpoint.copy(output_dir, content, further, add_choices)
 
 
 def _base_config(base: str | os.PathLike, content: dict[str, Any]) -> Any:
@@ -157,10 +180,33 @@ def _choices(combinations: Sequence[Sequence[str]], ours: Sequence[str]) -> list
         Choice(
             TOGETHER.join(names[source] for source in combination),
             [ours.index(source) for source in combination if source in ours],
-            next((source for source in combination if source not in ours), None),
+            next((_lora(source) for source in combination if source not in ours), None),
         )
         for combination in combinations
     ]
+
+
+def _lora(adapter: str) -> tuple[LoraConfig, Tensors]:
+    """A LoRA that is part of a choice, if vLLM computes it as PEFT does."""
+    config, file = open_adapter(adapter, LoraConfig, "LoRA")
+    if asked := [name for name in NOT_OF_VLLM if getattr(config, name, None) not in (None, False, "none", [], {})]:
+        raise NotImplementedError(
+            f"{adapter} is a LoRA with {', '.join(asked)}, which vLLM does not take or would pass over. Merge it into "
+            "the base, and export that."
+        )
+    if str(config.init_lora_weights).partition("_niter")[0] in CHANGE_THE_BASE:
+        raise NotImplementedError(
+            f"{adapter} was trained on a base that {config.init_lora_weights} had changed, but it is served with the "
+            "base as it is. Convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    tensors = dict(file.read())
+    if outside := sorted(key for key in tensors if not key.startswith(f"{PEFT_PREFIX}{IN_CHECKPOINT}.")):
+        raise NotImplementedError(
+            f"{adapter} is a LoRA outside the text model too ({len(outside)} tensors, such as {quoted(outside[0])}), "
+            "which vLLM would leave out. Merge it into the base, and export that, or train one of the text model."
+        )
+    config.base_model_name_or_path = config.revision = None
+    return config, tensors
 
 
 def _pvm_weights(adapter: str, base: BaseCheckpoint, number: int, accept_causal: bool) -> Tensors:
@@ -186,6 +232,12 @@ def _fields(config: PeftConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if value is not None and name not in LEFT_OUT}
 
 
+def serve_environment(folder: str | os.PathLike) -> dict[str, str]:
+    """What `vllm serve` wants in its environment, for a folder of `export_vllm`."""
+    text_config = AutoConfig.from_pretrained(folder).get_text_config()
+    return {"VLLM_USE_V2_MODEL_RUNNER": "0"} if needs_first_runner(text_config) else {}
+
+
 def adapters_of(text_config: Any) -> list[Any]:
     """The adapters' configurations, as `export_vllm` wrote them into a text config.
 
@@ -193,7 +245,7 @@ def adapters_of(text_config: Any) -> list[Any]:
         ValueError: An earlier version wrote them.
     """
     found = getattr(text_config, FIELD)
-    if "adapters" not in found:
+    if "switch" not in found:
         raise ValueError("An earlier version of peft_pvm made this folder. Make it again: peft-pvm export-vllm.")
     return [PeftConfig.from_peft_type(**with_absent_fields(fields)) for fields in found["adapters"]]
 
@@ -204,6 +256,16 @@ def choices_of(text_config: Any) -> dict[str, bool]:
     With none, the adapters are on in every request.
     """
     return getattr(text_config, FIELD)["choices"]
+
+
+def switch_of(text_config: Any) -> str | None:
+    """The name of the layer that choices are LoRAs of, if requests choose."""
+    return getattr(text_config, FIELD)["switch"]
+
+
+def needs_first_runner(text_config: Any) -> bool:
+    """Whether an adapter needs 64 bits for a position, which vLLM's second model runner has not."""
+    return any(isinstance(config, (DIPEConfig, LogBiasConfig)) for config in adapters_of(text_config))
 
 
 def attending_layers(text_config: Any) -> list[int]:

@@ -29,11 +29,16 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
-from ...methods.dipe import DIPEConfig
-from ...methods.log_bias import LogBiasConfig
 from ...methods.pvm import PVMConfig
-from .choices import SWITCH
-from .export import STEERING, adapters_of, attending_layers, choices_of, layers_of
+from .export import (
+    STEERING,
+    adapters_of,
+    attending_layers,
+    choices_of,
+    layers_of,
+    needs_first_runner,
+    switch_of,
+)
 from .families import FAMILIES, TEXT_MODELS, Family
 from .labels import attach_labels, detach_labels
 from .layers import Acting, PagedBranches, Tokens, steer_attention
@@ -79,8 +84,10 @@ def with_adapters(native: type[nn.Module]) -> type[nn.Module]:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             adapters = [Acting(number, config) for number, config in enumerate(adapters_of(self.config))]
             self.num_adapters = len(adapters)
-            switch = functools.partial(ReplicatedLinear, 1, len(adapters), bias=False, prefix=f"{prefix}.{SWITCH}")
-            self.peft_pvm_switch = switch() if choices_of(self.config) else None
+            self.switch = switch_of(self.config)
+            if self.switch is not None:
+                switch = ReplicatedLinear(1, len(adapters), bias=False, prefix=f"{prefix}.{self.switch}")
+                self.add_module(self.switch, switch)
             attending = attending_layers(self.config)
             for layer_idx, layer in enumerate(self.layers):
                 refuse_other_layer(layer, layer_idx in attending)
@@ -122,9 +129,9 @@ def with_adapters(native: type[nn.Module]) -> type[nn.Module]:
 
         def _switches(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
             """`Tokens.switches`."""
-            if self.peft_pvm_switch is None:
+            if self.switch is None:
                 return inputs_embeds.new_ones(len(inputs_embeds), self.num_adapters, dtype=torch.float32)
-            chosen, _ = self.peft_pvm_switch(inputs_embeds.new_ones(len(inputs_embeds), 1))
+            chosen, _ = getattr(self, self.switch)(inputs_embeds.new_ones(len(inputs_embeds), 1))
             return (chosen > 0.5).float()
 
     return TextModel
@@ -144,10 +151,10 @@ def _text_model_with_adapters(text_type: str) -> Iterator[type[nn.Module]]:
 
 
 @contextmanager
-def _base_without_lora(vllm_config: VllmConfig) -> Iterator[None]:
+def _base_without_lora(vllm_config: VllmConfig, switch: str | None) -> Iterator[None]:
     """Where the switch alone takes a LoRA, vLLM builds the base as without: it has other experts for LoRA."""
     config = vllm_config.lora_config
-    if config is not None and config.target_modules == [SWITCH]:
+    if config is not None and config.target_modules == [switch]:
         vllm_config.lora_config = None
     try:
         yield
@@ -171,12 +178,15 @@ def served(family: Family) -> type[nn.Module]:
 
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
             text_config = vllm_config.model_config.hf_config.get_text_config()
-            has_anchors = any(isinstance(config, (DIPEConfig, LogBiasConfig)) for config in adapters_of(text_config))
+            has_anchors, switch = needs_first_runner(text_config), switch_of(text_config)
             warn_of_other_version()
             refuse_what_breaks(vllm_config, has_anchors)
-            refuse_other_lora(vllm_config, native, choices_of(text_config))
+            refuse_other_lora(vllm_config, native, switch, choices_of(text_config))
             refuse_other_model(native, family)
-            with _text_model_with_adapters(text_config.model_type) as text_model, _base_without_lora(vllm_config):
+            with (
+                _text_model_with_adapters(text_config.model_type) as text_model,
+                _base_without_lora(vllm_config, switch),
+            ):
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
             refuse_other_text_model(self, text_model)
             self.has_anchors = has_anchors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from inspect import Parameter
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +19,12 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
 
-from .choices import SWITCH
 from .families import Family
 
 
 VERSIONS = ("0.32.", "0.33.")  # of vLLM, which the tests were run with
 
-# What our classes call, override or read: parameters, in this order unless they are named, and attributes.
+# What our classes override, call or read: parameters, in this order unless they are named, and attributes.
 MODEL_FORWARD = ("input_ids", "positions", "intermediate_tensors", "inputs_embeds")
 POSITIONS_OF_PROMPT = ("input_tokens", "mm_features")
 LAYER_FORWARD = ("positions", "hidden_states", "residual")
@@ -43,6 +43,8 @@ CALLED: dict[Callable, tuple[str, ...]] = {
     ),
     Attention.forward: ("query", "key", "value"),
     ReplicatedLinear.__init__: ("input_size", "output_size", "bias", "prefix"),
+}
+READ: dict[Callable, tuple[str, ...]] = {
     PlaceholderRange: ("offset", "length", "is_embed"),
     MultiModalFeatureSpec: ("mm_position",),
 }
@@ -75,12 +77,13 @@ def refuse_what_breaks(vllm_config: VllmConfig, has_anchors: bool) -> None:
         )
 
 
-def refuse_other_lora(vllm_config: VllmConfig, native: Any, choices: Mapping[str, bool]) -> None:
+def refuse_other_lora(vllm_config: VllmConfig, native: Any, switch: str | None, choices: Mapping[str, bool]) -> None:
     """Raise NotImplementedError where vLLM's LoRA is off or other than choices, or vLLM's class of a model, want it.
 
     Args:
         vllm_config: vLLM's.
         native: vLLM's class.
+        switch: The name of the layer that choices are LoRAs of; `None` without choices.
         choices: The names that requests choose by, and whether each holds a LoRA of the base's layers. With none, the
             adapters are on in every request.
     """
@@ -92,22 +95,23 @@ def refuse_other_lora(vllm_config: VllmConfig, native: Any, choices: Mapping[str
                 "--enable-lora and --lora-modules NAME=FOLDER for each."
             )
         return
-    if not supports_lora(native) and not (choices and config.target_modules == [SWITCH]):
+    if not supports_lora(native) and not (choices and config.target_modules == [switch]):
         raise NotImplementedError(
             f"vLLM has no LoRA for {native.__name__}. Its requests can choose between adapters without one: "
-            f"export them so, and start it with --lora-target-modules {SWITCH}."
+            "export them so, and start it with the command that is printed."
         )
-    if choices and config.target_modules is not None and SWITCH not in config.target_modules:
-        raise NotImplementedError(f"Requests choose by the layer {SWITCH}: add it to --lora-target-modules.")
+    if choices and config.target_modules is not None and switch not in config.target_modules:
+        raise NotImplementedError(f"Requests choose by the layer {switch}: add it to --lora-target-modules.")
     if config.target_modules is not None and (with_lora := [name for name in choices if choices[name]]):
         raise NotImplementedError(
             f"{', '.join(with_lora)} hold a LoRA, of which vLLM would leave out what is not among "
             "--lora-target-modules: start it without."
         )
-    if choices and current_platform.is_cpu() and config.max_loras <= len(choices):
+    least = max(len(choices), 1) + 1
+    if current_platform.is_cpu() and config.max_loras < least:
         raise NotImplementedError(
             "On a CPU, vLLM gives requests without a LoRA that of its last place, which has to stay empty: start it "
-            f"with --max-loras {len(choices) + 1} or more."
+            f"with --max-loras {least} or more."
         )
     if choices:
         _tells_loras_apart(kv_cache_utils._gen_lora_extra_hash_keys)
@@ -116,18 +120,21 @@ def refuse_other_lora(vllm_config: VllmConfig, native: Any, choices: Mapping[str
 def refuse_other_model(native: Any, family: Family) -> None:
     """Raise NotImplementedError if vLLM's class of a model, or what we call for each, is another than we stand on."""
     for function, names in CALLED.items():
+        _takes(function, names, alone=True)
+    for function, names in READ.items():
         _takes(function, names)
     _takes(native.forward, MODEL_FORWARD)
     if family.makes_positions != getattr(native, "supports_mrope", False):
         raise _differs(native, "makes the positions of a prompt" if family.makes_positions else "counts tokens")
     if family.makes_positions:
-        _takes(native.get_mrope_input_positions, POSITIONS_OF_PROMPT)
+        _takes(native.get_mrope_input_positions, POSITIONS_OF_PROMPT, alone=True)
 
 
 def refuse_other_text_model(model: Any, text_model: type) -> None:
     """Raise NotImplementedError if a model was built without the text model that our class put in its way."""
     _has(model, ("language_model",))
     _has(model.language_model, ("model",))
+    _has(model.language_model.model, ("embed_input_ids",))
     if type(model.language_model.model) is not text_model:
         raise _differs(type(model), f"builds its text model as {text_model.__mro__[1].__name__}")
 
@@ -143,6 +150,7 @@ def refuse_other_layer(layer: Any, attends: bool) -> None:
     if type(layer.self_attn.attn) is not Attention:
         raise _differs(type(layer.self_attn), f"attends by {Attention.__name__}")
     _has(layer.self_attn.attn, ATTENTION)
+    _has(layer.self_attn.attn.attn_backend, ("supports_head_size",))
 
 
 def _tells_loras_apart(make_keys: Callable) -> None:
@@ -154,10 +162,16 @@ def _tells_loras_apart(make_keys: Callable) -> None:
         raise _differs(make_keys, "makes other keys for other LoRAs")
 
 
-def _takes(function: Callable, names: tuple[str, ...], by_name: bool = False) -> None:
-    found = tuple(name for name in inspect.signature(function).parameters if name in names)
+def _takes(function: Callable, names: tuple[str, ...], by_name: bool = False, alone: bool = False) -> None:
+    """By name: the order does not count. Alone: nothing else has to be given."""
+    parameters = inspect.signature(function).parameters
+    found = tuple(name for name in parameters if name in names)
     if found != names and not (by_name and set(found) == set(names)):
         raise _differs(function, f"takes {', '.join(names)}")
+    named = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    required = [name for name, p in parameters.items() if p.default is Parameter.empty and p.kind not in named]
+    if alone and not {"self", *names}.issuperset(required):
+        raise _differs(function, f"takes {', '.join(names)} and wants nothing else")
 
 
 def _has(owner: object, names: tuple[str, ...]) -> None:
