@@ -7,6 +7,7 @@ import inspect
 import pickle
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +27,14 @@ from forwards import (
     resume,
 )
 from methods_under_test import METHODS, Method
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from tiny_vlms import EOS, FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import StaticLayer
+from transformers.cli.serving.model_manager import ModelManager
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
+from peft_pvm import DIPEConfig
 from peft_pvm.tokens.tap import Tap
 from peft_pvm.utils.packages import CACHE
 
@@ -529,6 +532,14 @@ def test_continuous_batching_takes_no_images():
     assert {name for name, parameter in taken.items() if parameter.kind != parameter.VAR_KEYWORD} == {
         *("self", "input_ids", "request_id", "max_new_tokens", "streaming", "record_timestamps", "eos_token_id"),
     }
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, DIPEConfig])
+def test_transformers_serve_takes_no_adapters(kind: type, tmp_path: Path):
+    """As docs/how-to/serve.md says. Where this fails, try it with ours."""
+    kind(**({"target_modules": ["q_proj"]} if kind is LoraConfig else {})).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="Should have a `model_type` key in its config"):
+        ModelManager()._load_model(f"{tmp_path}@main")
 
 
 def test_continuous_batching_is_refused(plain: TinyVLM, method: Method):
