@@ -19,7 +19,7 @@ from ..tokens.positions import causally_visible
 from ..tokens.visibility import real_tokens
 from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
 from ..tuners.without_parameters import ROWS, Rows
-from ..utils.checks import is_number, setting
+from ..utils.checks import setting
 
 
 @dataclass
@@ -53,12 +53,7 @@ class CAIConfig(AttentionMethod):
     reads_layer_inputs: ClassVar[bool] = True
     reads_embeddings: ClassVar[bool] = True
 
-    threshold: float = setting(
-        0.5,
-        "How undecided the model has to be, from 0 to 1.",
-        valid=lambda value: is_number(value) and 0 <= value <= 1,
-        accepted="a number from 0 to 1",
-    )
+    threshold: float = setting(0.5, "How undecided the model has to be, from 0 to 1.", least=0, most=1)
     slope: float = setting(100.0, "How sharply keys like the token are separated from others, 0 or more.", least=0)
     rows: Rows = setting("text", ROWS, among=("text", "generated"))
 

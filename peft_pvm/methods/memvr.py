@@ -12,7 +12,7 @@ from ..tokens.families import VisionLanguageModel
 from ..tokens.positions import causally_visible, gather_rows, pack, scatter_rows
 from ..tuners.ffn_method import FFNMethod, FFNStep, ffn_tuner
 from ..tuners.without_parameters import ROWS, Rows
-from ..utils.checks import is_number, setting
+from ..utils.checks import setting
 
 
 PRODUCTS_AT_ONCE = 2**22  # of tokens and visual embeddings
@@ -50,18 +50,8 @@ class MemVRConfig(FFNMethod):
     layers_of_paper: ClassVar[tuple[int, int, int]] = (7, 16, 32)
     reads_embeddings: ClassVar[bool] = True
 
-    ratio: float = setting(
-        0.12,
-        "The share of the lookup in the output, from 0 to 1.",
-        valid=lambda value: is_number(value) and 0 <= value <= 1,
-        accepted="a number from 0 to 1",
-    )
-    threshold: float = setting(
-        0.75,
-        "How undecided the model has to be, from 0 to 1.",
-        valid=lambda value: is_number(value) and 0 <= value <= 1,
-        accepted="a number from 0 to 1",
-    )
+    ratio: float = setting(0.12, "The share of the lookup in the output, from 0 to 1.", least=0, most=1)
+    threshold: float = setting(0.75, "How undecided the model has to be, from 0 to 1.", least=0, most=1)
     rows: Rows = setting("text", ROWS, among=("text", "generated"))
 
     @classmethod

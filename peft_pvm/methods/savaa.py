@@ -11,7 +11,7 @@ from ..attention.call import AttentionCall
 from ..attention.stages import KeyScale, Stage
 from ..tokens.context import VisualContext
 from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
-from ..utils.checks import is_number, setting
+from ..utils.checks import setting
 
 
 @dataclass
@@ -50,12 +50,7 @@ class SAVAAConfig(AttentionMethod):
 
     visual: float = setting(1.3, "What scores of visual keys are multiplied by at the highest risk, above 0.", above=0)
     text: float = setting(1.3, "What scores of the prompt's text are divided by, above 0.", above=0)
-    alpha: float = setting(
-        0.6,
-        "The share of entropy in the risk, 0 to 1.",
-        valid=lambda value: is_number(value) and 0 <= value <= 1,
-        accepted="a number from 0 to 1",
-    )
+    alpha: float = setting(0.6, "The share of entropy in the risk, 0 to 1.", least=0, most=1)
     risk_scale: float = setting(0.6, "The sum of both shares from which on the risk is 1, above 0.", above=0)
 
     def acts_in(self, context: VisualContext) -> bool:

@@ -14,7 +14,7 @@ from ..attention.stages import Later, Stage, Values, Watch
 from ..tokens.context import VisualContext
 from ..tokens.families import VisionLanguageModel
 from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
-from ..utils.checks import is_int, is_number, setting
+from ..utils.checks import is_int, setting
 from ..utils.text import quoted
 
 
@@ -65,15 +65,9 @@ class SPARCConfig(AttentionMethod):
     tau: float = setting(
         1.5,
         "By how much the attention on a chosen token exceeds its moving average, as a multiple of it.",
-        valid=lambda value: is_number(value) and value >= 0,
-        accepted="a number from 0 on",
+        least=0,
     )
-    beta: float = setting(
-        0.9,
-        "The share of the newest forward in the moving average.",
-        valid=lambda value: is_number(value) and 0 < value <= 1,
-        accepted="a number above 0, at most 1",
-    )
+    beta: float = setting(0.9, "The share of the newest forward in the moving average.", above=0, most=1)
     choosing_layer: int | None = setting(
         None,
         "The decoder layer whose weights decide the choice, or None: the authors' part of the depth.",

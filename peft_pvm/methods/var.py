@@ -14,7 +14,7 @@ from ..attention.stages import GroupWeights, Stage
 from ..tokens.context import VisualContext
 from ..tokens.families import VisionLanguageModel
 from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
-from ..utils.checks import is_int, is_number, setting
+from ..utils.checks import is_int, setting
 from ..utils.text import quoted
 
 
@@ -31,10 +31,6 @@ def sizes(hidden_states: torch.Tensor, weight: torch.Tensor | None = None) -> to
     """
     states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
     return F.rms_norm(states, states.shape[-1:], weight, EPSILON)
-
-
-def _is_share(value: object) -> bool:
-    return is_number(value) and 0 <= value <= 1  # type: ignore[operator]
 
 
 @dataclass
@@ -91,18 +87,10 @@ class VARConfig(AttentionMethod):
     )
     tau: float = setting(20.0, "How large a channel is in a sink, in units of the root mean square.", above=0)
     rho: float = setting(
-        0.5,
-        "The largest share of its visual weight that a head may give to visual sinks.",
-        valid=_is_share,
-        accepted="a number from 0 to 1",
+        0.5, "The largest share of its visual weight that a head may give to visual sinks.", least=0, most=1
     )
-    least_visual: float = setting(
-        0.2,
-        "The least weight that a head must give to visual tokens.",
-        valid=_is_share,
-        accepted="a number from 0 to 1",
-    )
-    p: float = setting(0.6, "What part of their weight sinks keep.", valid=_is_share, accepted="a number from 0 to 1")
+    least_visual: float = setting(0.2, "The least weight that a head must give to visual tokens.", least=0, most=1)
+    p: float = setting(0.6, "What part of their weight sinks keep.", least=0, most=1)
 
     def fitted_to(self, vlm: VisionLanguageModel) -> VARConfig:
         """Itself, if there are channels and the model has them."""

@@ -12,7 +12,7 @@ import torch
 from ..tokens.positions import placeholder_mask
 from ..tuners.in_generate import Prompt
 from ..tuners.logits_method import LogitsMethod, logits_tuner
-from ..utils.checks import is_int, is_number, setting
+from ..utils.checks import setting
 from ..utils.packages import modalities_in
 
 
@@ -49,20 +49,14 @@ class VCDConfig(LogitsMethod):
     beta: float = setting(
         0.1,
         "Tokens with less than this share of the likeliest token's probability are excluded, above 0, up to 1.",
-        valid=lambda value: is_number(value) and 0 < value <= 1,
-        accepted="a number above 0, up to 1",
+        above=0,
+        most=1,
     )
     noise_steps: int = setting(
-        500,
-        "At which step of the diffusion the noise is, 0 to 999.",
-        valid=lambda value: is_int(value) and 0 <= value < DIFFUSION_STEPS,
-        accepted=f"a whole number from 0 to {DIFFUSION_STEPS - 1}",
+        500, "At which step of the diffusion the noise is, 0 to 999.", least=0, most=DIFFUSION_STEPS - 1, whole=True
     )
     seed: int = setting(
-        0,
-        "The seed of the noise, which is drawn for each image by itself.",
-        valid=lambda value: is_int(value) and 0 <= value < 2**63,
-        accepted="a whole number from 0 on",
+        0, "The seed of the noise, which is drawn for each image by itself.", least=0, most=2**63 - 1, whole=True
     )
 
     def second_prompt(self, prompt: Prompt) -> dict[str, Any]:

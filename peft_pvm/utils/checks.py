@@ -56,6 +56,8 @@ def setting(
     *,
     least: float | None = None,
     above: float | None = None,
+    most: float | None = None,
+    whole: bool = False,
     among: Collection[str] | None = None,
     valid: Callable[[Any], bool] | None = None,
     accepted: str = "",
@@ -67,6 +69,8 @@ def setting(
         help: What it is for, without needing the paper.
         least: It is a number from this on.
         above: It is a number above this.
+        most: With `least` or `above`: it is at most this.
+        whole: With `least`: it is an integer.
         among: It is one of these.
         valid: Whether a value is valid, if none of these says it.
         accepted: What `valid` accepts, for the message.
@@ -80,10 +84,14 @@ def setting(
         Traceback (most recent call last):
         ValueError: Config.strength is -1.0, but must be a number from 0 to 65504.
     """
+    highest = LARGEST if most is None else most
+    is_kind, kind = (is_int, "an integer") if whole else (is_number, "a number")
     if least is not None:
-        valid, accepted = lambda value: is_number(value) and value >= least, f"a number from {least} to {LARGEST}"
+        valid = lambda value: is_kind(value) and least <= value <= highest  # noqa: E731
+        accepted = f"{kind} from {least} to {highest}"
     elif above is not None:
-        valid, accepted = lambda value: is_number(value) and value > above, f"a number above {above}"
+        valid = lambda value: is_kind(value) and above < value <= highest  # noqa: E731
+        accepted = f"{kind} above {above}" + ("" if most is None else f", at most {most}")
     elif among is not None:
         valid, accepted = lambda value: value in among, f"one of {tuple(among)}"
     return dataclasses.field(default=default, metadata={"help": help, "valid": valid, "accepted": accepted})

@@ -85,14 +85,16 @@ class DIPEConfig(AttentionMethod):
     image_gap: int = setting(
         16,
         "With anchor='image', visual runs with fewer positions of text between them count as one image.",
-        valid=lambda value: is_int(value) and 1 <= value <= FARTHEST,
-        accepted=f"an integer from 1 to {FARTHEST}",
+        least=1,
+        most=FARTHEST,
+        whole=True,
     )
     max_images: int = setting(
         8,
         "With anchor='image', how many images are told apart; later ones count as one with the last of them.",
-        valid=lambda value: is_int(value) and 1 <= value <= MOST_IMAGES,
-        accepted=f"an integer from 1 to {MOST_IMAGES}",
+        least=1,
+        most=MOST_IMAGES,
+        whole=True,
     )
 
     axes: Literal["all", "time", "space"] = setting(
