@@ -27,7 +27,7 @@ SHORTEST_FADING = 64  # bytes: below, the question and the mosaic are as long as
 HOLDS, FAILS, UNCLEAR, NOT_TESTED = "holds", "does not hold", "cannot be told", "not tested"
 
 # Claims that are tested on the real base too, see real/claims.py.
-DECAYS = "Attention to the image decays as O(1/t) (PVM, theorem 3.1)"
+DECAYS = "Attention to the image falls at least as fast as 1/t (PVM, theorem 3.1)"
 BEATS_LORA = "PVM beats LoRA of its size (PVM)"
 BEATS_MLP = "PVM beats an MLP branch of its size (PVM)"
 GAIN_GROWS = "The gain grows with length (PVM)"

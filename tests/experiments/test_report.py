@@ -89,7 +89,7 @@ def test_claims_follow_the_numbers(folder):
     assert found["DIPE keeps accuracy flat to within five points (DIPE)"].verdict == FAILS
     assert found["DIPE costs no more than one point without text in between (DIPE)"].verdict == HOLDS
     assert found["T-DRS helps (T-DRS)"].verdict == UNCLEAR
-    fading = found["Attention to the image decays as O(1/t) (PVM, theorem 3.1)"]
+    fading = found["Attention to the image falls at least as fast as 1/t (PVM, theorem 3.1)"]
     assert fading.verdict == HOLDS
     assert "a = 1.00" in fading.numbers
     gains = [claim for claim in claims(Results(folder)) if claim.text == "The gain grows with length (PVM)"]
