@@ -163,6 +163,11 @@ METHODS: dict[str, RealMethod] = {
         _pvm(),
         training=Training(steps=400, hidden_steps=400, several=True),
     ),
+    "pvm-several-long": RealMethod(
+        "PVM, several pictures and turns, 800 steps",
+        _pvm(),
+        training=Training(steps=800, hidden_steps=800, several=True),
+    ),
     "pvm-hidden-states": RealMethod(
         "PVM, memory of hidden states", _pvm(memory_source="hidden_states"), training=HIDDEN
     ),
