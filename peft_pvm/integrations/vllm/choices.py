@@ -111,8 +111,7 @@ def serve_arguments(folder: str | os.PathLike) -> list[str]:
     if not choices:
         return arguments
     configs = [LoraConfig.from_pretrained(str(path)) for path in choices]
-    most = max(rank for config in configs for rank in (config.r, *config.rank_pattern.values()))
-    rank = next((rank for rank in RANKS if rank >= most), RANKS[-1])
+    rank = next((rank for rank in RANKS if rank >= max(config.r for config in configs)), RANKS[-1])
     arguments += ["--enable-lora", "--max-loras", str(len(choices) + 1), "--max-lora-rank", str(rank)]
     targets = [config.target_modules for config in configs]
     if all(isinstance(names, set) and len(names) == 1 and min(names).startswith(SWITCH) for names in targets):

@@ -168,8 +168,8 @@ def _takes(function: Callable, names: tuple[str, ...], by_name: bool = False, al
     found = tuple(name for name in parameters if name in names)
     if found != names and not (by_name and set(found) == set(names)):
         raise _differs(function, f"takes {', '.join(names)}")
-    named = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    required = [name for name, p in parameters.items() if p.default is Parameter.empty and p.kind not in named]
+    any_number = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    required = [name for name, p in parameters.items() if p.default is Parameter.empty and p.kind not in any_number]
     if alone and not {"self", *names}.issuperset(required):
         raise _differs(function, f"takes {', '.join(names)} and wants nothing else")
 
