@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -16,7 +17,6 @@ from transformers import GenerationMixin
 from ..utils.packages import FEATURE_KEYWORDS, caps_paligemma
 from ..utils.wrapping import look_inside, unwrapped
 from .blocks import DecoderBlock, find_block
-from .unsuited import why_unsuited
 
 
 # By the text model's `model_type`: the name of the self-attention of a layer, where it is another than `self_attn`.
@@ -24,6 +24,8 @@ ATTENTION_NAMES: dict[str, str] = {
     "nemotron_h": "mixer",
 }
 WITHOUT_SCORES = ("linear_attention", "mlp", "moe")  # types of layers that have no self-attention
+CROSS_ATTENTION = re.compile("cross_?att")  # a part of the names of such modules
+PIXELS = re.compile("pixel|image")  # a part of the names of arguments that bring images
 
 
 def _has_rope_theta(attention: Any) -> bool:
@@ -259,7 +261,7 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
         )
     modules = dict(model.named_modules())
     text_models = _find_text_models(modules)
-    if reason := why_unsuited(model, modules, text_models):
+    if reason := _why_unsuited(model, modules, text_models):
         raise ValueError(
             f"{_named(model)} {reason}. Adapters act on images whose tokens stand among those of the text."
         )
@@ -278,6 +280,37 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
             "a module whose forward takes input_ids and pixel_values and which calls the text model",
         )
     return VisionLanguageModel(model, multimodal, modules[text_model_name], text_model_name, placeholder_ids, family)
+
+
+def _why_unsuited(model: Any, modules: Mapping[str, nn.Module], text_models: Collection[str]) -> str | None:
+    """Why no adapter can act on a model, as the end of a sentence that begins with its name; `None`: one may."""
+    config = getattr(model, "config", None)
+    if any(getattr(each, "is_encoder_decoder", False) for each in (config, getattr(config, "text_config", None))):
+        return (
+            "is an encoder-decoder: images are in the encoder, all of which the decoder sees at every step, so that "
+            "no text comes between them and the text that is written"
+        )
+    if length := getattr(config, "canvas_length", None):
+        return (
+            f"writes text by block diffusion: a stack of layers of its own denoises {length} tokens at a time, which "
+            "is not where images are read"
+        )
+    head = getattr(model, "get_output_embeddings", lambda: None)
+    if len(text_models) > 1 and head() is None:
+        return f"writes no text: none of {' and '.join(text_models)} is a language model with a head"
+    if not any(map(_takes_pixels, modules.values())):
+        return "reads no images: the forward of none of its modules takes pixel values"
+    stacks = tuple(text_models) or ("",)
+    if crossing := next((name for name in modules if name.startswith(stacks) and CROSS_ATTENTION.search(name)), None):
+        return (
+            f"looks at images by cross-attention ({crossing}), so that no image token stands among the text tokens "
+            "whose distance could grow"
+        )
+    return None
+
+
+def _takes_pixels(module: nn.Module) -> bool:
+    return any(PIXELS.search(name) for name in inspect.signature(type(module).forward).parameters)
 
 
 def _named(model: nn.Module) -> str:

@@ -17,13 +17,12 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Cache
 
@@ -36,6 +35,7 @@ from ..utils.packages import (
     paged_inputs,
 )
 from ..utils.wrapping import Shadow
+from .adapters_by_row import AdaptersByRow
 from .context import CONTEXT, VisualContext
 from .families import VisionLanguageModel
 from .memory import (
@@ -56,7 +56,6 @@ from .visibility import parts_rows
 VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
 FEATURES = "image_embeds"  # the keyword by which a text model that puts features in itself is given them
 ATTRIBUTE = "_visual_tap"  # of the text model, on which its tap stands
-BASE = "__base__"  # what PEFT calls no adapter, where every row has its own
 
 
 class Tap:
@@ -363,64 +362,6 @@ def _remembered(cache: Cache | None, num_keys: int | torch.Tensor, is_asked: boo
     if unread < 0:
         memory = replace(memory, notes={})  # the forward that left them has not been, as far as the cache goes
     return memory.cropped(num_keys), Coverage(num_keys, num_keys)
-
-
-class AdaptersByRow:
-    """What is said about the forwards of each thread. Other threads may be running through the same model."""
-
-    def __init__(self) -> None:
-        self._by_thread: dict[int, Sequence[str]] = {}
-
-    @contextlib.contextmanager
-    def chosen(self, adapter_names: Sequence[str]) -> Iterator[None]:
-        """Have each row its own adapter, in the forwards of this thread, for the length of a block.
-
-        Args:
-            adapter_names: Of each row that the user gave. `generate` repeats rows, for beams and several answers.
-        """
-        thread = threading.get_ident()
-        outer = self._by_thread.get(thread)
-        self._by_thread[thread] = adapter_names
-        try:
-            yield
-        finally:
-            if outer is None:
-                del self._by_thread[thread]
-            else:
-                self._by_thread[thread] = outer
-
-    def names(self, batch_size: int) -> list[str] | None:
-        """The adapter of each row of a batch in this thread. `None`: rows do not have adapters of their own.
-
-        Raises:
-            ValueError: As many rows cannot come from as many names.
-            NotImplementedError: The forward is being compiled.
-        """
-        if torch.compiler.is_compiling():
-            if self._by_thread:  # a compiled forward cannot ask which thread runs it
-                raise NotImplementedError(
-                    "adapter_names cannot choose adapters in a compiled forward. Make this call on the model that is "
-                    "not compiled, or use set_adapter."
-                )
-            return None
-        adapter_names = self._by_thread.get(threading.get_ident())
-        if adapter_names is None:
-            return None
-        if not adapter_names or batch_size % len(adapter_names):
-            raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {batch_size} rows.")
-        return [name for name in adapter_names for _ in range(batch_size // len(adapter_names))]
-
-    def choose_in(self, wrapper: AuxiliaryTrainingWrapper) -> None:
-        """Have a module that PEFT keeps several of (`modules_to_save`) choose among them row by row as well."""
-        if "_visual_choice" not in wrapper.__dict__:
-            wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(self._name_rows, with_kwargs=True)
-
-    def _name_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        names = self.names(len(args[0]))
-        if names is None:
-            return args, kwargs
-        own = held_by(module)
-        return args, {**kwargs, "adapter_names": [name if name in own else BASE for name in names]}
 
 
 def this_thread() -> int:

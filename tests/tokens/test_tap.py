@@ -18,11 +18,12 @@ from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from peft_pvm.tokens.adapters_by_row import BASE, AdaptersByRow
 from peft_pvm.tokens.context import CONTEXT, VisualContext
 from peft_pvm.tokens.families import VisionLanguageModel, find_vlm
 from peft_pvm.tokens.keys import Keys
 from peft_pvm.tokens.memory import coverage_of, memory_of
-from peft_pvm.tokens.tap import BASE, VISUAL_MASK, AdaptersByRow, Tap
+from peft_pvm.tokens.tap import VISUAL_MASK, Tap
 from peft_pvm.utils.packages import CACHE
 
 
@@ -367,7 +368,7 @@ def test_modules_to_save_are_told_of_the_rows():
     wrapper = Wrapper()
     # Stands in for PEFT's wrapper of a module.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_pvm.tokens.tap.held_by", lambda module: {"a", "c"})
+        patch.setattr("peft_pvm.tokens.adapters_by_row.held_by", lambda module: {"a", "c"})
         for _ in range(2):
             by_row.choose_in(wrapper)
         assert len(wrapper._forward_pre_hooks) == 1

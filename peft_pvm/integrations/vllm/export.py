@@ -99,19 +99,16 @@ def export_vllm(
     names = {choice.name: choice.lora is not None for choice in choices}
     refuse_others(Path(output_dir), names)
     fields = [_fields(configs[source]) for source in ours]
-    switch = name_of_switch(fields, further, choices) if choices else None
-    if switch is not None:
+    switch = name_of_switch(fields, further, choices)
+    if choices:
         further |= switch_weight(switch, len(ours))
     content["architectures"] = [family.architecture]
     if not family.makes_positions:
         content[MAKES_POSITIONS] = []
-    content["text_config"][FIELD] = {"adapters": fields, "choices": names, "switch": switch}
-
-    def add_choices(folder: Path) -> None:
-        if switch is not None:
-            write_choices(folder, choices, switch, len(ours))
-
-    return checkpoint.copy(output_dir, content, further, add_choices)
+    content["text_config"][FIELD] = {"adapters": fields, "choices": names, "switch": switch if choices else None}
+    return checkpoint.copy(
+        output_dir, content, further, lambda folder: write_choices(folder, choices, switch, len(ours))
+    )
 
 
 def _base_config(base: str | os.PathLike, content: dict[str, Any]) -> Any:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ...folders.companions import hash_of
-from ...tokens.tap import BASE, Tap
+from ...tokens.adapters_by_row import BASE
+from ...tokens.tap import Tap
 from ...tuners.base import VisualTuner, name_is_taken
 from ...tuners.saving import own_tensors
 from ...utils.packages import saved_along

@@ -1,0 +1,75 @@
+"""Which adapter each row of a batch has (`adapter_names`): noted by thread, beside what a forward is given."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..utils.packages import held_by
+
+
+BASE = "__base__"  # what PEFT calls no adapter, where every row has its own
+
+
+class AdaptersByRow:
+    """What is said about the forwards of each thread. Other threads may be running through the same model."""
+
+    def __init__(self) -> None:
+        self._by_thread: dict[int, Sequence[str]] = {}
+
+    @contextlib.contextmanager
+    def chosen(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Have each row its own adapter, in the forwards of this thread, for the length of a block.
+
+        Args:
+            adapter_names: Of each row that the user gave. `generate` repeats rows, for beams and several answers.
+        """
+        thread = threading.get_ident()
+        outer = self._by_thread.get(thread)
+        self._by_thread[thread] = adapter_names
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._by_thread[thread]
+            else:
+                self._by_thread[thread] = outer
+
+    def names(self, batch_size: int) -> list[str] | None:
+        """The adapter of each row of a batch in this thread. `None`: rows do not have adapters of their own.
+
+        Raises:
+            ValueError: As many rows cannot come from as many names.
+            NotImplementedError: The forward is being compiled.
+        """
+        if torch.compiler.is_compiling():
+            if self._by_thread:  # a compiled forward cannot ask which thread runs it
+                raise NotImplementedError(
+                    "adapter_names cannot choose adapters in a compiled forward. Make this call on the model that is "
+                    "not compiled, or use set_adapter."
+                )
+            return None
+        adapter_names = self._by_thread.get(threading.get_ident())
+        if adapter_names is None:
+            return None
+        if not adapter_names or batch_size % len(adapter_names):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {batch_size} rows.")
+        return [name for name in adapter_names for _ in range(batch_size // len(adapter_names))]
+
+    def choose_in(self, wrapper: AuxiliaryTrainingWrapper) -> None:
+        """Have a module that PEFT keeps several of (`modules_to_save`) choose among them row by row as well."""
+        if "_visual_choice" not in wrapper.__dict__:
+            wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(self._name_rows, with_kwargs=True)
+
+    def _name_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        names = self.names(len(args[0]))
+        if names is None:
+            return args, kwargs
+        own = held_by(module)
+        return args, {**kwargs, "adapter_names": [name if name in own else BASE for name in names]}
