@@ -24,7 +24,7 @@ TRAININGS = {
     "256": "trained with text of up to 256 bytes",
 }
 SHORTEST_FADING = 64  # bytes: below, the question and the mosaic are as long as the text
-HOLDS, FAILS, UNCLEAR, NOT_TESTED = "holds", "does not hold", "cannot be told", "not tested"
+HOLDS, FAILS, UNCLEAR, NOT_TESTED = "holds", "does not hold", "inconclusive", "not tested"
 
 # Claims that are tested on the real base too, see real/claims.py.
 DECAYS = "Attention to the image falls at least as fast as 1/t (PVM, theorem 3.1)"
@@ -47,7 +47,7 @@ class Claim:
 
     Attributes:
         text: The claim, with its paper.
-        verdict: "holds", "does not hold", "cannot be told" or "not tested".
+        verdict: "holds", "does not hold", "inconclusive" or "not tested".
         numbers: Why.
         setting: Under which it was tested, where there are several.
     """

@@ -21,6 +21,9 @@ from peft_pvm.utils.terminal import say
 from .anchors import compare_anchors
 from .base import new_tiny_vlm, train_base
 from .export import export_adapter
+from .in_turns import SHAPES
+from .in_turns import measure as measure_in_turns
+from .in_turns import table as table_of_turns
 from .leaderboard import write_leaderboard
 from .methods import METHODS
 from .pvm_limits import load_for_limits, show_limits
@@ -150,6 +153,22 @@ def serving_load(
     """Measure vLLM's server under load: the base, PVM and DIPE take turns. It needs vLLM in this environment."""
     require("vllm", "vllm", "PIL")
     say(load_table(measure_load(rounds, output_tokens, out, num_hidden_layers=layers)))
+
+
+@app.command("in-turns")
+def in_turns(
+    before: Annotated[str, typer.Option(help="The earlier commit, as git names it.")],
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(callback=one_of(SHAPES), help=f"One or several of: {', '.join(SHAPES)}; by default all."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, max=MANY, help="Of turns.")] = 15,
+    out: Annotated[Path, typer.Option(callback=new_file, help="The JSON file for the measurements.")] = (
+        RECORDED / "bench" / "in-turns.json"
+    ),
+) -> None:
+    """Measure prefill and tokens of an earlier commit and of the code as it is, in turns."""
+    say(table_of_turns(measure_in_turns(before, shape or list(SHAPES), rounds, out)))
 
 
 @app.command("step-time")

@@ -70,7 +70,7 @@ def render(comparisons: Mapping[str, Comparison]) -> str:
         "",
         "## What helped and what hurt",
         "",
-        "By tokens of text between image and question. Lengths that are not named cannot be told from the base.",
+        "By tokens of text between image and question. At lengths that are not named, the result is inconclusive.",
         "",
         *_verdicts(comparisons),
     ]

@@ -66,7 +66,7 @@ def train_command(
         typer.Option(help="Learnt first: to write cells in the language model's words, or only to tell digits."),
     ] = RealRecipe.seeing,
     seeing_steps: Annotated[
-        int, typer.Option(min=1, max=MANY, help="Steps of what is learnt first.")
+        int, typer.Option(min=1, max=MANY, help="Steps of what is learned first.")
     ] = RealRecipe.seeing_steps,
     steps: Annotated[int, typer.Option(min=1, max=MANY, help="Steps of the LoRA.")] = RealRecipe.steps,
     single_steps: Annotated[

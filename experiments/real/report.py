@@ -20,7 +20,7 @@ from .summary import TASKS, UNTESTED, Entry, Results, Term, Training, contrast, 
 # The folders of the bases, and what the page calls them.
 BASES = {
     "real": "The real language model",
-    "real-digits": "The real language model, visual tokens learnt through it",
+    "real-digits": "The real language model, visual tokens learned through it",
 }
 IN_PICTURE = ("base", "log-bias", "lora", "pvm", "dipe", "dipe-128", "dipe+lora")
 BESIDE = ("interfering", "transcription")  # the first of them that was tested is the right half of the picture

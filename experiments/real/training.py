@@ -31,9 +31,9 @@ class RealRecipe:
     """How the real base is trained.
 
     Attributes:
-        seeing: What is learnt first, without the language model. "words": tower and projector learn to write each cell
-            in the language model's own embeddings. "digits": the tower learns to tell digits, places and colours, as
-            vision towers are trained before they meet a language model; the projector learns in the second stage.
+        seeing: What is learned first, without the language model. "words": tower and projector learn to write each
+            cell in the language model's own embeddings. "digits": the tower learns to tell digits, places and colours,
+            as vision towers are trained before they meet a language model; the projector learns in the second stage.
         seeing_steps: Steps of this first stage.
         steps: Steps of the second stage: a LoRA on the language model's attention learns to answer.
         single_steps: The first of them, in which chats have one picture and one turn.

@@ -133,11 +133,11 @@ def sections(comparison: Comparison) -> list[Section]:
 
 
 def outcome(comparison: Comparison) -> list[str]:
-    """Who helps, who hurts, of whom it cannot be told, and who did nothing, in a sentence each."""
+    """Who helps, who hurts, who did neither clearly, and who did nothing, in a sentence each."""
     meanings = {
         HELPS: "Helps",
         HURTS: "Hurts",
-        UNCLEAR: "Cannot be told from the base",
+        UNCLEAR: "Inconclusive",
         UNCHANGED: "Changed nothing",
     }
     said = []

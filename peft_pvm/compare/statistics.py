@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import numpy as np
 
 
-HELPS, HURTS, UNCLEAR, UNCHANGED = "helps", "hurts", "cannot be told", "changed nothing"
+HELPS, HURTS, UNCLEAR, UNCHANGED = "helps", "hurts", "inconclusive", "changed nothing"
 LEVEL = 0.05  # of all tests of a comparison together
 
 

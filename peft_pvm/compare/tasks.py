@@ -59,7 +59,7 @@ class Task:
     max_new_tokens: int | None = None
 
     def messages(self, question: Question, text: str) -> list[dict[str, Any]]:
-        """The chat of a question with a text behind its last image."""
+        """The chat of a question with a text after its last image."""
         return into_messages(question.prompt, text, self.ending) if text else list(question.prompt)
 
 

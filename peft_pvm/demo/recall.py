@@ -252,7 +252,7 @@ def _run(folder: str, steps: int, rows: int, seed: int) -> None:
 
 
 def suited(config: type[PeftConfig]) -> PeftConfig:
-    """A method's default settings, but for what depends on the model: from how far it has learnt to read."""
+    """A method's default settings, but for what depends on the model: from how far it has learned to read."""
     return DIPEConfig(max_distance=TRAINED_DISTANCE) if config is DIPEConfig else config()
 
 

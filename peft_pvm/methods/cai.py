@@ -33,14 +33,14 @@ class CAIConfig(AttentionMethod):
         s_ij = s_ij + |s_ij| * sigmoid(slope * (cos(x_i, z_j) - m_i))      m_i: the least cosine of those before i
 
     The softmax follows. `H` says how undecided the model is: `H = -sum p log p / log 10`, where `p` are the
-    probabilities of the 10 likeliest tokens, normalised to sum to 1. The final norm and the head compute them from
-    the residual stream that enters the layer. Each of its layers runs the head once more, for every token of text
-    behind an image. The paper's second part, contrastive decoding, is left out. It has no parameters.
+    probabilities of the 10 likeliest tokens, normalised to sum to 1. The final norm and the head compute them from the
+    residual stream that enters the layer. Every layer on which it acts runs the head once more, for every token of
+    text after an image. The paper's second part, contrastive decoding, is left out. It has no parameters.
 
     Args:
         threshold: How undecided the model has to be, from 0 to 1.
         slope: How sharply keys like the token are separated from the key least like it, 0 or more.
-        rows: "text": all text behind an image. "generated": the last token of each forward alone, as the authors' code
+        rows: "text": all text after an image. "generated": the last token of each forward alone, as the authors' code
             does; in a forward of several tokens, `x` is then the mean over its text. Then a step of decoding does not
             give what a forward over the whole text gives.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the second half.

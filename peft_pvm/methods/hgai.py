@@ -29,7 +29,7 @@ class HGAIConfig(AttentionMethod):
 
     Args:
         alpha: The share, 0 or more.
-        rows: "text": all text behind an image. "generated": the last token of each forward alone, as the authors' code
+        rows: "text": all text after an image. "generated": the last token of each forward alone, as the authors' code
             does. Then a step of decoding does not give what a forward over the whole text gives.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the authors' 5 to 17 of 32
             layers, and the same part of other depths.

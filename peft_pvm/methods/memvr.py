@@ -29,16 +29,16 @@ class MemVRConfig(FFNMethod):
         a = sum_i (x . z_i) z_i
         F = (1 - ratio) * F + ratio * mean|F| / mean|a| * a
 
-    Means are over channels. Each token is changed once at most, in the first of its layers where `H > threshold`. `H`
-    says how undecided the model is: `H = -sum p log p / log 10`, where `p` are the probabilities of the 10 likeliest
-    tokens, normalised to sum to 1. The final norm and the head compute them from the residual stream that enters the
-    layer. Each of its layers runs the head once more, for every token of text behind an image that was not changed
-    yet. It has no parameters.
+    Means are over channels. Each token is changed once at most, in the first of the method's layers where `H >
+    threshold`. `H` says how undecided the model is: `H = -sum p log p / log 10`, where `p` are the probabilities of
+    the 10 likeliest tokens, normalised to sum to 1. The final norm and the head compute them from the residual stream
+    that enters the layer. Every layer on which it acts runs the head once more, for every token of text after an image
+    that was not changed yet. It has no parameters.
 
     Args:
         ratio: The share of the lookup in the output, from 0 to 1.
         threshold: How undecided the model has to be, from 0 to 1.
-        rows: "text": all text behind an image, each token judged by itself. "generated": the last token of each
+        rows: "text": all text after an image, each token judged by itself. "generated": the last token of each
             forward alone. Then a step of decoding does not give what a forward over the whole text gives.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the authors' 7 to 16 of 32
             layers, and the same part of other depths.

@@ -43,7 +43,7 @@ class VARConfig(AttentionMethod):
         max over sink_channels c of |h_jc| / RMS(h_j) > tau
 
     With `w_ij` the attention weight of key `j` in row `i` of a head, `S` the sum of a row's weights over all sinks,
-    `Sv` over visual sinks and `V` over all visual tokens, in rows of text behind an image with::
+    `Sv` over visual sinks and `V` over all visual tokens, in rows of text after an image with::
 
         0 < Sv <= rho * V,      Sv < V      and      V >= least_visual
 

@@ -29,7 +29,7 @@ class VISTAConfig(InGenerate, FFNMethod):
     "Visual Information Steering with Token-logit Augmentation").
 
     Let `v` be what a decoder layer returns for the last token of the prompt, minus what it returns without the images.
-    Let `y` be what the FFN of that layer returns for a token of text behind an image, and `unit(x) = x / |x|`::
+    Let `y` be what the FFN of that layer returns for a token of text after an image, and `unit(x) = x / |x|`::
 
         y = |y| * unit(unit(y) + strength * (1 + max(0, cos(y, -v))) * unit(v))
 

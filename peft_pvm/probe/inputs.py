@@ -1,4 +1,4 @@
-"""What a model reads: a prompt with its image, and behind it the answer. Also how visual tokens lie on the image."""
+"""What a model reads: a prompt with its image, and after it the answer. Also how visual tokens lie on the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a data set as a model is taught them: a chat with images, and behind it the answer that is to come."""
+"""Rows of a data set as a model is taught them: a chat with images, and after it the answer that is to come."""
 
 from __future__ import annotations
 

@@ -374,7 +374,7 @@ class VisualContext:
 
     def text_behind_images(self) -> torch.Tensor:
         """Which tokens of this forward are text with a visual token before them, `(batch, seq_len)`, bool."""
-        return self.derived("text behind images", self._find_text_behind_images)
+        return self.derived("text after images", self._find_text_behind_images)
 
     def _find_text_behind_images(self) -> torch.Tensor:
         if self.memory.is_empty:

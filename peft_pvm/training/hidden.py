@@ -48,7 +48,7 @@ def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = 
     evaluation and `generate` see the image. The backward pass may come after the block, also with gradient
     checkpointing.
 
-    If all rows hide their images, and `model` is called with labels none of which is right behind an image, decoder
+    If all rows hide their images, and `model` is called with labels none of which is right after an image, decoder
     layers and the head compute the text alone. Loss and gradients are the same. The logits at visual tokens are then
     meaningless.
 
@@ -195,8 +195,8 @@ def _learning_vlm(model: nn.Module) -> VisionLanguageModel:
             return layer.vlm
     raise ValueError(
         "No PVM adapter is active on this model. Where text does not attend to the image, nothing else could bring "
-        "it to the answer, so that nothing would be learnt from it but to guess. Attach an adapter with PVMConfig, or "
-        "activate it with set_adapter."
+        "it to the answer, so that nothing would be learned from it but to guess. Attach an adapter with PVMConfig, "
+        "or activate it with set_adapter."
     )
 
 

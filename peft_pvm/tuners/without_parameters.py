@@ -19,7 +19,7 @@ from .base import VisualConfig, VisualTuner, VisualTunerLayer
 
 
 Rows = Literal["text", "generated"]
-ROWS = "All text behind an image, or the last token of each forward alone, as the authors' code does."
+ROWS = "All text after an image, or the last token of each forward alone, as the authors' code does."
 
 
 def no_weights() -> Any:

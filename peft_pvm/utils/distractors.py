@@ -152,7 +152,7 @@ def parts_of(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def into_messages(messages: Sequence[Mapping[str, Any]], text: str, ending: str = "\n\n") -> list[dict[str, Any]]:
-    """Put a text behind the last image or video of a chat.
+    """Put a text after the last image or video of a chat.
 
     Args:
         messages: Each with `role` and `content`, a list of parts with `type`. At least one part is visual.

@@ -259,7 +259,7 @@ def test_claims_about_probes_turn_with_the_numbers(tmp_path, hidden, sight, expe
 
 
 def test_claims_about_text_turn_with_the_numbers(tmp_path):
-    """Half a percent of perplexity behind an image is a loss of 0.005 nats; without one, nothing may change."""
+    """Half a percent of perplexity after an image is a loss of 0.005 nats; without one, nothing may change."""
 
     def case(alone: float, behind: float) -> dict:
         return {when: {"loss": [loss, loss + 1]} for when, loss in zip(knowing.CONDITIONS, (alone, behind))}
@@ -274,7 +274,7 @@ def test_claims_about_text_turn_with_the_numbers(tmp_path):
     cells["pvm (0123)"] = case(2.001, 2.006)
     verdicts(tmp_path, "text", cells)
     page = render_findings(tmp_path)
-    row = "| DIPE as published | 12.18 | none, to the bit | 12.23 | +0.40 ± 0.00 % |"
+    row = "| DIPE as published | 12.18 | none, bit for bit | 12.23 | +0.40 ± 0.00 % |"
     assert row in page
     assert "| the adapter `pvm` | 12.19 | +0.10 ± 0.00 % |" in page
 
@@ -366,7 +366,7 @@ def test_probes_find_what_is_planted(folder, tmp_path, monkeypatch, short):
 
 
 def test_loss_is_that_of_the_model(study, monkeypatch):
-    """Alone as transformers computes it; behind an image, of the same tokens, with another result."""
+    """Alone as transformers computes it; after an image, of the same tokens, with another result."""
     monkeypatch.setattr(knowing, "WINDOW", 20)
     alone, behind = (text_losses(study.model, study, behind_image) for behind_image in (False, True))
     asked = []
@@ -405,7 +405,7 @@ def test_text_alone_is_the_same_to_the_bit(folder, adapter, tmp_path, short, mon
     changed = [case for case, losses in alone.items() if losses != alone["base"]]
     assert changed == ["t-drs"], "the only one that acts on pairs of text tokens"
     assert behind["dipe-128"] == behind["base"], "all of the window is nearer than that"
-    assert len(set(map(tuple, behind.values()))) == 4, "the others change what stands behind an image"
+    assert len(set(map(tuple, behind.values()))) == 4, "the others change what stands after an image"
     assert study.cells[language_model]["alone"]["loss"] == pytest.approx(alone["base"])
 
     tensors = load_file(adapter / "adapter_model.safetensors")

@@ -378,8 +378,8 @@ def test_claims_that_were_tested_on_both_stand_side_by_side(folder):
     assert len(numbers_of_tested) == 4  # the toy's, two of the first base, one of the second
     assert row[1:] == [
         FAILS,
-        f"does not hold: DIPE as published<br>cannot be told: DIPE, limit 128<br>not tested: {TITLE}",
-        f"not tested: DIPE as published; {TITLE}<br>cannot be told: DIPE, limit 128",
+        f"does not hold: DIPE as published<br>inconclusive: DIPE, limit 128<br>not tested: {TITLE}",
+        f"not tested: DIPE as published; {TITLE}<br>inconclusive: DIPE, limit 128",
     ]
 
 

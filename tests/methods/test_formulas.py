@@ -46,7 +46,7 @@ class Formula:
 
 
 def acting_rows(tokens: Tokens) -> torch.Tensor:
-    """Rows of text behind an image, `(batch, seq_len)`, bool."""
+    """Rows of text after an image, `(batch, seq_len)`, bool."""
     found = torch.zeros_like(tokens.visual)
     for row in range(len(found)):
         images = tokens.visual[row].nonzero().flatten().tolist()
@@ -158,7 +158,7 @@ LOG_BIAS = Formula(
 
 
 def raised(size: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., dict[str, Change]]:
-    """Scores of visual keys, in rows of text behind an image, raised by a share of some size."""
+    """Scores of visual keys, in rows of text after an image, raised by a share of some size."""
 
     def make(config: PAIConfig | HGAIConfig, layers: list[int], ends: Sequence[int] = (-1,)) -> dict[str, Change]:
         def change(tokens: Tokens, layer_idx: int, scores: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from peft_pvm.tokens.families import find_vlm
 
 
 # Of a pretrained language model of 30 layers that was taught to read mosaics, asked without text in between. PVM in
-# layers 20, 23, 26 learnt to read the image there in 155 steps; in 7, 13, 20 not yet.
+# layers 20, 23, 26 learned to read the image there in 155 steps; in 7, 13, 20 not yet.
 MEASURED = [0.2385, 0.0092, 0.0235, 0.0317, 0.0152, 0.0270, 0.0293, 0.0082, 0.0542, 0.0339]
 MEASURED += [0.0317, 0.0165, 0.0368, 0.0047, 0.0621, 0.0781, 0.0284, 0.1269, 0.0136, 0.0210]
 MEASURED += [0.0105, 0.1093, 0.1105, 0.3809, 0.1814, 0.0083, 0.0418, 0.0235, 0.0117, 0.0958]

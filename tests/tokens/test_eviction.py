@@ -17,7 +17,7 @@ from peft_pvm.utils.packages import CACHE, cache_in
 
 
 ONE_IMAGE, TWO_IMAGES = "t4 i t9", "t4 i t3 i t5"
-DECODED = 4  # of the tokens behind one image
+DECODED = 4  # of the tokens after one image
 READS_KEYS = ("dipe", "tdrs", "tdrs-inter", "dipe+tdrs", "tdrs-inter+dipe+pvm")
 
 

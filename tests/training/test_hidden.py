@@ -126,7 +126,7 @@ def test_kernels_agree(family: TinyVLM):
 
 
 def test_visual_tokens_and_positions_stay(family: TinyVLM):
-    """Their hidden states, as long as they see no text behind an image; and what is known of runs and positions."""
+    """Their hidden states, as long as they see no text after an image; and what is known of runs and positions."""
     model = built(family, "eager")
     inputs = family.inputs(model.get_base_model(), "t4 i t6", "t2 i t3")
     vlm = find_vlm(model.get_base_model())
@@ -176,7 +176,7 @@ def test_masks_that_are_not_causal(name: str, kernel: str):
             assert changes(model, inputs) == 0
             hidden = trained_on(model, inputs)
             ids = inputs["input_ids"].clone()
-            ids[:, 12] += 1  # text behind the image, and within the prefix
+            ids[:, 12] += 1  # text after the image, and within the prefix
             other_text = trained_on(model, {**inputs, "input_ids": ids})
     visual = visual_tokens(inputs)
     if name == "gemma3":  # an image sees itself, and text before it

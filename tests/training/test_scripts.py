@@ -230,7 +230,7 @@ def test_rows_of_hidden_steps_come_first_and_as_they_are(material: SimpleNamespa
 
 
 def test_images_are_hidden_in_the_first_steps_and_then_in_a_share_of_rows(material: SimpleNamespace, tmp_path: Path):
-    """With gates of 0 and next to nothing learnt, the loss tells whether text sees the image."""
+    """With gates of 0 and next to nothing learned, the loss tells whether text sees the image."""
     common = {
         "max_steps": 3,
         "max_text": 0,

@@ -50,7 +50,7 @@ def built(family: TinyVLM, kernel: str = "sdpa", pvm: Method = METHODS["pvm"], *
 
 
 def answers(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Labels of the text, but for the first token behind an image or padding."""
+    """Labels of the text, but for the first token after an image or padding."""
     text = text_tokens(inputs)
     return inputs["input_ids"].masked_fill(~(text & text.roll(1, 1)), -100)
 
@@ -231,7 +231,7 @@ OTHERS = {
     "attention is asked for": (asked_for("output_attentions"), {}, None),
     "the config asks for hidden states": (configured, {}, None),
     "a cache": (asked_for("use_cache"), {}, None),
-    "a label behind an image": (label_behind_an_image, {}, None),
+    "a label after an image": (label_behind_an_image, {}, None),
     "no labels": (no_labels, {}, None),
     "some rows": (as_it_is, {}, [True, False, True]),
     "a memory of hidden states": (as_it_is, {"pvm": METHODS["pvm-hidden-states"]}, None),

@@ -122,7 +122,7 @@ def chat() -> dict[str, torch.Tensor]:
 
 
 def test_gaze_is_what_the_probe_sees(chat: dict[str, torch.Tensor]):
-    """With a prompt that ends behind its image: there, the probe looks at the same tokens as long as it generates."""
+    """With a prompt that ends after its image: there, the probe looks at the same tokens as long as it generates."""
     model = get_peft_model(load_tiny_vlm(), PVMConfig(r=32, layers_to_transform=[1, 4]))
     give_weight(model)
     end = int((chat["input_ids"][0] == IMAGE).nonzero().max()) + 2

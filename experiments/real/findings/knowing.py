@@ -122,7 +122,7 @@ def image_hidden(model: nn.Module) -> Iterator[None]:
 
 
 def text(study: Study) -> None:
-    """The loss of held-out text, alone and behind an image, with methods and adapters. Rows are windows of text.
+    """The loss of held-out text, alone and after an image, with methods and adapters. Rows are windows of text.
 
     With the GGUF file, also that of the language model which the base was made from, on text alone.
     """

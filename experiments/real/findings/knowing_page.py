@@ -75,7 +75,7 @@ def text_section(found: Recorded) -> Iterator[str]:
     cells, base = found.cells, found.cells["base"]
     yield from heading("Does anything change on text?", found, "windows")
     yield (
-        f"The table shows the perplexity of windows of {WINDOW:,} tokens of held-out text, alone and behind an image, "
+        f"The table shows the perplexity of windows of {WINDOW:,} tokens of held-out text, alone and after an image, "
         "and its change against the base, ± standard error over windows. With its paper's settings, T-DRS acts on all "
         "pairs of tokens, not only on those with an image. `--adapter` adds adapters, and `--gguf` the language model."
     )
@@ -97,7 +97,7 @@ def _row(case: str, cells: Cells) -> list[str]:
         if case == "base":
             changed = ""
         elif losses == reference["loss"]:
-            changed = "none, to the bit"
+            changed = "none, bit for bit"
         else:
             changed = f"{100 * math.expm1(change):+.2f} ± {100 * math.exp(change) * error:.2f} %"
         row += [f"{math.exp(fmean(losses)):.2f}", changed]
@@ -109,7 +109,7 @@ def _about_text(cells: Cells) -> Iterator[Claim]:
     others = {case: by for case, by in cells.items() if case not in ("base", LANGUAGE_MODEL)}
     changed = [case for case, by in others.items() if by[ALONE]["loss"] != base[ALONE]["loss"]]
     yield (
-        "Without an image, methods and adapters leave text as it is, to the bit",
+        "Without an image, methods and adapters leave text as it is, bit for bit",
         not changed,
         f"all but {', '.join(map(_name, changed))}" if changed else f"all {len(others)}",
     )

@@ -121,7 +121,7 @@ def _channel_table(proposal: SinkProposal) -> Table:
 def _loss_table(found: Calibration) -> Table:
     lengths = list(found.answers[None])
     table = Table("max_distance", *(f"{length:,}" for length in lengths), "mean loss")
-    table.title = "Loss of an answer in nats (share of rows right), by tokens of text behind the image; *: proposed"
+    table.title = "Loss of an answer in nats (share of rows right), by tokens of text after the image; *: proposed"
     for limit, answers in found.answers.items():
         cells = (f"{answers[length].loss:.2f} ({answers[length].accuracy:.2f})" for length in lengths)
         name = "no DIPE" if limit is None else str(limit)

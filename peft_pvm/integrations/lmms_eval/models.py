@@ -41,7 +41,7 @@ class WithAdapters(Base):
     Args:
         adapter: Folders or Hub ids of adapters, of any of PEFT's types: a sequence, or one string with `+` between.
             All act. A folder with a `+` in its name goes into a sequence only.
-        distractor_tokens: Put text of so many tokens behind the last image of each document; 0 for none.
+        distractor_tokens: Put text of so many tokens after the last image of each document; 0 for none.
         distractor_file: Text file that it is made of; by default Python's help topics.
         distractor_seed: Together with the document, it decides which paragraphs come in which order.
 
@@ -105,7 +105,7 @@ class WithAdapters(Base):
         answers = super().generate_until([self._with_distractor(request, distractors) for request in requests])
         counts = self.distractor_counts
         span = f", of {min(counts)} to {max(counts)} tokens" if counts else ""
-        logger.info(f"Text was put behind the image in {len(counts)} of {len(requests)} requests{span}.")
+        logger.info(f"Text was put after the image in {len(counts)} of {len(requests)} requests{span}.")
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:

@@ -30,21 +30,21 @@ class DIPEConfig(AttentionMethod):
     """Configuration of DIPE, arXiv 2603.10863. It has no parameters.
 
     Scores between tokens of different modality are computed as if the query stood at most `max_distance` positions
-    behind where its contiguous run of text, or of visual tokens, begins. Up to that distance the model is the base's.
-    Beyond it, the image stays as far away from generated text as the model has learnt to read. Pairs of one modality,
-    and keys, keep their positions.
+    after the place where its contiguous run of text, or of visual tokens, begins. Up to that distance the model is the
+    base's. Beyond it, the image stays as far away from generated text as the model has learned to read. Pairs of one
+    modality, and keys, keep their positions.
 
     The limit is ours. In the paper, the query stands where its run begins (`max_distance=0`), and models are trained
     this way from pretraining on. On a model that was trained without DIPE, this may ruin the answers.
 
     In a conversation of several turns, each run of text begins farther away from the images of earlier turns. With
-    `anchor="image"`, which is not the paper's either, text stands at most `max_distance` behind each image.
+    `anchor="image"`, which is not the paper's either, text stands at most `max_distance` after each image.
 
     Args:
         max_distance: How many positions a query moves on from where its run begins, 0 or more. 0 or `None`: not at
             all, as in the paper. `peft-pvm calibrate` measures which limit suits a model.
         anchor: Where the distance of a text query counts from. "run": the beginning of its run, as in the paper.
-            "image": for the keys of each image, the beginning of the text behind that image.
+            "image": for the keys of each image, the beginning of the text after that image.
         image_gap: With `anchor="image"`, visual runs with fewer positions of text between them count as one image,
             whose parts keep their distances: tiles, rows, frames of a video, images that are given together. 1: each
             run is an image.
@@ -79,7 +79,7 @@ class DIPEConfig(AttentionMethod):
     anchor: Literal["run", "image"] = setting(
         "run",
         "Where the distance of a text query counts from: 'run', the beginning of its run, as in the paper; 'image', "
-        "for the keys of each image, the beginning of the text behind that image.",
+        "for the keys of each image, the beginning of the text after that image.",
         among=("run", "image"),
     )
     image_gap: int = setting(

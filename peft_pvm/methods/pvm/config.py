@@ -117,7 +117,7 @@ class PVMConfig(VisualConfig):
     layers_to_transform: list[int] | int | Literal["strided", "auto"] = setting(
         "strided",
         "Indices of the decoder layers that get a branch, or 'strided': the paper's layers for Qwen3-VL-4B and -8B, "
-        "on other models three layers at 2/9, 4/9 and 6/9 of the depth.",
+        "on other models three layers at 2/9, 4/9 and 6/9 of the depth. 'auto' stands for layers to be proposed.",
     )
     init_gate: float = setting(
         0.0,

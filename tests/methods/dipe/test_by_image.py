@@ -1,4 +1,4 @@
-"""Text stands up to a distance behind each image: against an independent computation, and what must not change."""
+"""Text stands up to a distance after each image: against an independent computation, and what must not change."""
 
 from __future__ import annotations
 
