@@ -157,8 +157,11 @@ def _same_dropout() -> AbstractContextManager[None]:
 class _Caught:
     """Stands where the stages of a layer do, and keeps the queries and keys that it is given."""
 
+    def __init__(self) -> None:
+        self.states: list[torch.Tensor] = []
+
     def attend(self, call: AttentionCall) -> Output:
-        self.states = [call.query, call.key]
+        self.states.extend((call.query, call.key))
         batch, heads, num_queries, _ = call.query.shape
         return call.value.new_zeros(batch, num_queries, heads, call.value.shape[-1]), None
 
@@ -171,6 +174,14 @@ def _caught(attention: Any, states: torch.Tensor, tables: Tables, kwargs: dict[s
     others = _for_last(kwargs, states.shape[1])
     with _same_dropout():
         attention.forward(states, **{**others, TABLES: tables, CONTEXT: context})
+    if not caught.states:
+        raise _refusal(
+            attention,
+            "does not look up its kernel in transformers' AttentionInterface: it, or a part of it, was replaced after "
+            "the adapter was attached",
+            "does not act on it",
+            "that are attached afterwards are told at once whether they can act",
+        )
     return caught.states
 
 

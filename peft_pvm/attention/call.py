@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,9 @@ class AttentionCall:
             gap = context.num_fixed_keys, dropped
             visibility = Visibility(self.attention_mask, *sizes, is_causal, window, self.query.device, gap)
             if visibility.mask_decides:  # it may hide more than padding
-                visibility.ranked_by = functools.partial(self.keys.padding, num_queries)
+                # The context keeps the visibility, and would not go with its forward if that kept the context.
+                owner = weakref.ref(context)
+                visibility.ranked_by = lambda: Keys(cast(VisualContext, owner()), num_keys).padding(num_queries)
             return visibility
 
         # The mask lives as long as what is derived from it, so that its id names it.

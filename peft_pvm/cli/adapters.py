@@ -1,4 +1,4 @@
-"""`peft-pvm inspect`, `merge`, `convert`, `export-reference`, `export-vllm`, `card`, `push`: adapters as files."""
+"""`peft-pvm inspect`, `merge`, `convert`, `card`, `push` and others: adapters as files, and what works on what."""
 
 from __future__ import annotations
 
@@ -152,3 +152,23 @@ def push(
     from .work import adapters as work
 
     work.push(folder, repo_id, base=base, revision=revision, private=private or None)
+
+
+def models(
+    name: Annotated[str | None, typer.Argument(help="A type, or a part of a model's name; by default all.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Show which models are tested, and what works on each."""
+    from .work import models as work
+
+    work.models(name, as_json)
+
+
+def methods(as_json: AsJSON = False) -> None:
+    """Show the methods: what each does, its parameters, and on how many types of models it works.
+
+    With --json, also what each changes and on which attention kernels.
+    """
+    from .work import methods as work
+
+    work.methods(as_json)

@@ -9,12 +9,11 @@ from typing import Annotated
 import typer
 
 from ..utils.terminal import say
-from .adapters import card, convert, export_reference, export_vllm, inspect, merge, push
+from .adapters import card, convert, export_reference, export_vllm, inspect, merge, methods, models, push
 from .bench import bench, scale
 from .comparing import compare
 from .evaluation import curves, eval_lengths, probe, serve_app
 from .lab import app as lab
-from .models import methods, models
 from .proposals import calibrate, layers, sinks
 from .refusals import Commands
 

@@ -78,7 +78,7 @@ def replacing(
         OSError: The folder cannot be written to. The old files are as they were.
     """
     folder = Path(os.path.realpath(folder))
-    if AREA in folder.parts:  # inside what is being written already
+    if is_staged(folder):
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         return
@@ -102,6 +102,11 @@ def replacing(
         for path in absent:
             with contextlib.suppress(OSError):  # where something was written
                 path.rmdir()
+
+
+def is_staged(path: Path) -> bool:
+    """Whether a path is inside what is being written already."""
+    return AREA in path.parts
 
 
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
@@ -134,8 +139,13 @@ def settle(folder: str | os.PathLike, entry: str) -> bool:
         Whether the file was there in between.
     """
     folder = Path(os.path.realpath(folder))
-    with _locked_area(folder) if (folder / AREA).is_dir() else contextlib.nullcontext():
-        return (folder / entry).is_file()
+    try:
+        with _locked_area(folder) if (folder / AREA).is_dir() else contextlib.nullcontext():
+            return (folder / entry).is_file()
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        return (folder / entry).is_file()  # nobody writes here, and nothing can be undone
 
 
 @contextlib.contextmanager

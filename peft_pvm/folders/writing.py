@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..utils.text import code_span, markdown, plain
 from .adapter_file import RESULTS_NAME, AdapterFile, SavedConfig
 from .companions import KEY, Companion, as_note, method_of
 from .data_file import OF_ADAPTERS, read_json
-from .replacing import replacing, write_file
+from .replacing import is_staged, replacing, write_file
 
 
 FORMER_LEFTOVERS = ".unfinished-*"  # beside the folder, from saves by earlier versions that were killed
@@ -61,7 +62,7 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     with replacing(folder, CONFIG_NAME, stays=is_written_by_a_person) as staged:
         copies: dict[Path, bytes] = {}
         for name in () if staged.samefile(folder) else (CARD_NAME, RESULTS_NAME):  # the same inside another save
-            for file in (*folder.glob(name), *folder.glob(f"*/{name}")):
+            for file in filter(_is_text, (*folder.glob(name), *folder.glob(f"*/{name}"))):
                 copy_of_it = staged / file.relative_to(folder)
                 copy_of_it.parent.mkdir(exist_ok=True)
                 copies[copy_of_it] = shutil.copyfile(file, copy_of_it).read_bytes()
@@ -126,6 +127,14 @@ def _remove_former_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover)
 
 
+def _is_text(path: Path) -> bool:
+    """Whether something is a file that PEFT can read as a card."""
+    try:
+        return bool(path.is_file() and path.read_text(encoding="utf-8") is not None)
+    except UnicodeDecodeError:
+        return False
+
+
 def write_card(config: PeftConfig, folder: str | os.PathLike) -> None:
     """Write an adapter's README.md, unless somebody has written one.
 
@@ -138,12 +147,26 @@ def write_card(config: PeftConfig, folder: str | os.PathLike) -> None:
         folder: Where the adapter is saved.
 
     Raises:
-        ValueError: `results.json` is not such a list, or the weights file is damaged.
+        ValueError: The weights file is damaged; or `results.json` is not such a list, unless the adapter is just being
+            saved, which gives a warning.
     """
     path = Path(folder) / CARD_NAME
     companions = AdapterFile(folder).companions()
-    if (companions or isinstance(config, SavedConfig)) and not is_written_by_a_person(path):
-        write_file(path, card_text(config, read_results(folder), companions))
+    is_ours = isinstance(config, SavedConfig)
+    if not (companions or is_ours) or is_written_by_a_person(path):
+        return
+    try:
+        results = read_results(folder)
+    except ValueError:
+        if not is_staged(path):
+            raise
+        warnings.warn(  # an adapter is worth more than its card
+            f"The model card is written without results: {RESULTS_NAME} in the adapter's folder is no list of objects "
+            f"with {', '.join(sorted(RESULT_FIELDS))}. Correct it, and write the card again with `peft-pvm card`.",
+            stacklevel=2,
+        )
+        results = []
+    write_file(path, card_text(config, results, companions))
 
 
 def is_written_by_a_person(path: Path) -> bool:

@@ -77,7 +77,7 @@ class VISTAConfig(InGenerate, FFNMethod):
     def changed(self, step: FFNStep) -> torch.Tensor | None:
         """The formula."""
         run = running(step.vlm.model)
-        if run is None or run.found is None or run.config is not self:
+        if run is None or run.found is None or run.config is not self or not run.has(step.context):
             return None
         output = step.output
         own = output.to(torch.promote_types(output.dtype, torch.float32))

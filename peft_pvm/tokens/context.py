@@ -51,6 +51,7 @@ class VisualContext:
         memory: The tokens known up to here, this forward's included.
         inputs_embeds: What the text model was given, `(batch, seq_len, hidden_size)`, without gradients. `None` where
             it was given token ids.
+        cache: The KV cache that the text model was given. `None`: none.
         notes: What adapters noted at the end of the forward before, by name, `(batch, ...)`.
         past_length: Number of tokens read before this forward; a tensor for a static cache.
         slots: Where the tokens stand in the cache, `(batch, seq_len)`, int64, `EMPTY_SLOT` for padding. `None`: one
@@ -83,6 +84,7 @@ class VisualContext:
         self.visual_positions: torch.Tensor | None = None
         self.memory = VisualMemory()
         self.inputs_embeds: torch.Tensor | None = None
+        self.cache: Any = None
         self.notes: dict[str, torch.Tensor] = {}
         self.past_length: int | torch.Tensor = 0
         self.slots: torch.Tensor | None = None
@@ -108,6 +110,7 @@ class VisualContext:
         self.adapter_names: list[str] | None = None
         self.refusal: Exception | None = None
         self._derived: dict[Any, Any] = {}
+        self._is_first = False
         self._moved: list[VisualContext] = []
 
     def read(self, inputs_embeds: torch.Tensor, memory: VisualMemory, coverage: Coverage) -> None:
@@ -120,7 +123,7 @@ class VisualContext:
         """
         self.notes = memory.notes
         memory = replace(memory, notes={})  # a dictionary of its own, which layers may write into
-        self.memory, self.is_evicted = memory, coverage.is_evicted
+        self.memory, self.is_evicted, self._is_first = memory, coverage.is_evicted, memory.runs is None
         self.marks_before = memory.marks
         if memory.marks:  # other forwards may need them as they are, and what nobody goes on noting is forgotten
             self.memory = memory = replace(memory, marks={})
@@ -186,7 +189,7 @@ class VisualContext:
             before = before[:, :past_length]
             is_known = before.shape[1] == past_length
         else:
-            is_known = name in self.marks_before
+            is_known = name in self.marks_before or self._is_first
         if is_known:
             self.memory.marks[name] = self._behind(before.to(of_tokens.device), of_tokens)
 

@@ -218,7 +218,7 @@ class Tap:
         if context.attention_mask is None:
             context.attention_mask = inputs.get("attention_mask")
 
-        num_keys = 0 if cache is None else _length_of(cache)
+        context.cache, num_keys = cache, 0 if cache is None else _length_of(cache)
         try:
             _refuse_copied(module)
             _refuse_packed(inputs, num_keys, context)

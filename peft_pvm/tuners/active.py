@@ -14,7 +14,8 @@ from torch import nn
 
 from ..utils.packages import adapter_layers, held_by
 from ..utils.text import quoted
-from .base import VisualConfig, VisualTuner, VisualTunerLayer
+from .base import VisualConfig, VisualTuner
+from .layers import VisualTunerLayer
 from .names import adapter_names
 
 

@@ -1,4 +1,4 @@
-"""What the tuners share: configs that remember their file, layers added beside the base's modules, unloading."""
+"""What the tuners share: configs that remember their file, attaching with all checks of that file, unloading."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..folders.adapter_file import FORMAT_VERSION, PEFT_PREFIX, AdapterFile, SavedConfig
 from ..folders.incoming import INCOMING, NOTHING, bare, base_tensors, check_modules_to_save, fitted, refuse_unless_fit
 from ..folders.writing import write_card, written_whole
 from ..tokens.families import VisionLanguageModel, find_vlm
-from ..tokens.tap import Tap
 from ..utils.checks import check, check_settings, is_text, setting
-from ..utils.packages import LOADS_MODULES_TO_SAVE, forget_adapters, held_by, loads_adapters_itself
+from ..utils.packages import LOADS_MODULES_TO_SAVE, forget_adapters, loads_adapters_itself
 from ..utils.text import quoted
 from ..utils.wrapping import plain_name, unwrapped, without_wrappers
+from .layers import VisualTunerLayer, take_off, unwrap_what_is_left, without_hooks
 from .names import check_adapter_name
 
 
@@ -85,78 +84,10 @@ def with_absent_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return {**getattr(config_cls, "when_absent", {}), **fields}
 
 
-class VisualTunerLayer(nn.Module, BaseTunerLayer):
-    """Base of our layers: a child that stands beside the base's modules and is joined to them by hooks.
-
-    Args:
-        vlm: The parts of the model that it stands in.
-
-    Attributes:
-        configs: The configuration of each of its adapters, by name.
-    """
-
-    other_param_names: tuple[str, ...] = ("configs",)
-
-    def __init__(self, vlm: VisionLanguageModel):
-        super().__init__()
-        self.configs: dict[str, Any] = {}
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self._vlm = (vlm,)  # in a tuple: its modules are no submodules
-        self._handles: list[Any] = []
-
-    @property
-    def vlm(self) -> VisionLanguageModel:
-        """The parts of the model that it stands in."""
-        return self._vlm[0]
-
-    def new_hooks(self) -> list[Any]:
-        """Put hooks on the modules as they stand now, and return their handles."""
-        raise NotImplementedError
-
-    def attach_hooks(self) -> None:
-        """Put the hooks on, unless they are on."""
-        self._handles = self._handles or self.new_hooks()
-
-    def detach_hooks(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def acting(self, names: Collection[str] | None = None) -> list[str]:
-        """The adapters that act, of those named or else of the active ones: none if adapters are disabled."""
-        if self.disable_adapters:
-            return []
-        return [name for name in dict.fromkeys(names or self.active_adapters) if name in self.configs]
-
-    def get_base_layer(self) -> nn.Module:
-        # An AttributeError, so that hasattr(layer, "weight") is False rather than an error.
-        raise AttributeError(f"{type(self).__name__} stands beside the base's modules and wraps none.")
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError(MERGE_REFUSAL)
-
-    def unmerge(self) -> None:
-        raise NotImplementedError(MERGE_REFUSAL)
-
-
 MERGE_REFUSAL = (
     "This adapter computes something that no weight of the base model can express, so it cannot be merged into it. "
     "Keep it attached (saving, loading and switching adapters need no merging), or take it off with unload()."
 )
-
-
-def take_off(model: nn.Module, layers: Collection[VisualTunerLayer]) -> None:
-    """Remove tuner layers from a model, and the tap with the last of them."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, VisualTunerLayer) and child in layers:
-                child.detach_hooks()
-                delattr(module, name)
-    if layers and not any(isinstance(module, VisualTunerLayer) for module in model.modules()):
-        Tap.on(next(iter(layers)).vlm).remove()
 
 
 class VisualTuner(BaseTuner):
@@ -213,27 +144,21 @@ class VisualTuner(BaseTuner):
         return self.model(*args, **kwargs)  # not model.forward, which would skip the hooks on the model itself
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # PEFT wraps modules_to_save by copying modules, and a copy must not carry our hooks: they come back at the
-        # end, on whatever stands in the module's place then.
-        layers = self._tuner_layers()
-        for layer in layers:
+        for layer in self._tuner_layers():
             if adapter_name not in layer.configs:
                 continue
             self.peft_config[adapter_name] = layer.configs[adapter_name]  # PEFT has put the new one there
             raise name_is_taken(adapter_name)
-        for layer in layers:
-            layer.detach_hooks()
-        try:
-            check_adapter_name(adapter_name, self.model)
-            self._found = find_vlm(self.model)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:  # Ctrl-C as well
-            self.remove_adapter(adapter_name)
-            if not getattr(model, "peft_config", None) and loads_adapters_itself(model):
-                forget_adapters(model)  # transformers' add_adapter counts them before it injects
-            raise
-        finally:
-            self._attach_hooks()
+        with without_hooks(self.model):
+            try:
+                check_adapter_name(adapter_name, self.model)
+                self._found = find_vlm(self.model)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            except BaseException:  # Ctrl-C as well
+                self.remove_adapter(adapter_name)
+                if not getattr(model, "peft_config", None) and loads_adapters_itself(model):
+                    forget_adapters(model)  # transformers' add_adapter counts them before it injects
+                raise
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -332,20 +257,30 @@ class VisualTuner(BaseTuner):
     def _tuner_layers(self) -> list[VisualTunerLayer]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
 
-    def _attach_hooks(self) -> None:
-        layers = self._tuner_layers()
-        if layers:
-            Tap.on(self.vlm)  # first: hooks run in the order they were put on, and some of ours read what it notes
-        for layer in layers:
-            layer.attach_hooks()
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter of this type, and choose another one to act.
+
+        Raises:
+            ValueError: There is none of that name. Adapters of other types share one table of names with ours.
+        """
+        own = {name for layer in self._tuner_layers() for name in layer.configs}
+        if adapter_name not in own:
+            raise ValueError(
+                f"This tuner has no adapter {quoted(adapter_name)}. Its adapters: {sorted(own)}. Delete adapters of "
+                "another type with the PeftModel of that type."
+            )
+        super().delete_adapter(adapter_name)
 
     def remove_adapter(self, adapter_name: str) -> None:
-        """Take one adapter off, with the layers that hold no other. Unlike `delete_adapter`, it chooses no successor.
+        """Take one adapter off, with the layers and wrappers that hold no other.
+
+        Unlike `delete_adapter`, it chooses no successor.
 
         Args:
             adapter_name: Its name.
         """
         self.peft_config.pop(adapter_name, None)
+        unwrap_what_is_left(self.model, [adapter_name])
         layers = self._tuner_layers()
         for layer in layers:
             if adapter_name in layer.configs:
@@ -361,11 +296,18 @@ class VisualTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: Collection[str],
     ) -> dict[str, torch.Tensor]:
-        # PEFT would save the tensors of every tuner layer, also another tuner's that is nested below.
-        layers = (name for name, module in model.named_modules() if isinstance(module, cls.tuner_layer_cls))
-        own = tuple(f"{plain_name(name)}." for name in layers)
-        plain = {plain_name(key): tensor for key, tensor in state_dict.items()}
-        return {key: tensor for key, tensor in plain.items() if key.startswith(own)}
+        # PEFT would save the tensors of every tuner layer, also another tuner's that is nested below. And it has left
+        # out all whose names have another adapter's name as a part.
+        plain, own = {plain_name(key): tensor for key, tensor in state_dict.items()}, {}
+        for name, layer in model.named_modules():
+            if not isinstance(layer, cls.tuner_layer_cls):
+                continue
+            for key, tensor in layer.state_dict().items():
+                place = f"{plain_name(name)}.{key}"
+                was_left_out = not set(unwanted_adapter_names).isdisjoint(place.split("."))
+                if key.split(".")[1] == adapter_name and (place in plain or was_left_out):
+                    own[place] = plain.get(place, tensor)
+        return own
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -392,13 +334,7 @@ class VisualTuner(BaseTuner):
         layers = self._tuner_layers()
         own = {adapter_name for layer in layers for adapter_name in layer.configs}
         take_off(self.model, layers)
-        for name, module in list(self.model.named_modules()):
-            # Only what these adapters wrapped: another tuner's layers and wrappers, nested below, stay.
-            if not isinstance(module, AuxiliaryTrainingWrapper):
-                continue
-            if held_by(module) <= own:
-                parent, _, child_name = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child_name, module.original_module)
+        unwrap_what_is_left(self.model, own)  # another tuner's layers and wrappers, nested below, stay
         configs = getattr(self.model, "peft_config", {})  # of all tuners on the model, where several are nested
         for adapter_name in own & set(configs):
             del configs[adapter_name]

@@ -18,6 +18,7 @@ from ..folders.companions import NOTED, Companion, fields_of, hash_of, method_of
 from ..utils.text import listed, plain, quoted
 from ..utils.wrapping import plain_name
 from .active import acting_adapters, base_of
+from .layers import tensors_of_others
 from .names import FORM
 
 
@@ -97,7 +98,10 @@ def _as_companion(model: Any, name: str, state_dict: Mapping[str, torch.Tensor] 
     file = source.at_hand() if source is not None and config.inference_mode else None
     marker = f".{PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)}"
     weights = {}
+    others = tensors_of_others(model, name)
     for key, tensor in (model.state_dict() if state_dict is None else state_dict).items():
+        if plain_name(key) in others:
+            continue
         before, _, after = f"{plain_name(key)}.".rpartition(f".{name}.")  # PEFT puts the name behind the weight's
         own = f"{before}.{after}".removesuffix(".").removesuffix(".weight")
         if marker in own:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
+from ..tokens.context import VisualContext
 from ..tokens.families import VisionLanguageModel
 from ..tokens.positions import placeholder_mask
 from ..utils.packages import CACHE_NAMES, cache_in, modalities_in
@@ -204,6 +205,7 @@ class Run:
         self.vlm, self.config, self.given = vlm, config, given
         self.has_begun = False
         self.found: Any = None
+        self._cache: Any = None
 
     def begin(self, settings: GenerationConfig, inputs: Mapping[str, Any]) -> list[LogitsProcessor]:
         """What has to change the scores: nothing where no row has an image.
@@ -215,7 +217,7 @@ class Run:
         Raises:
             NotImplementedError: The method cannot act in such a call.
         """
-        self.has_begun = True
+        self.has_begun, self._cache = True, cache_in(inputs)
         self.config.check_settings(settings, self.given.get("assistant_model"))
         prompt = self._prompt(settings, inputs)
         if not bool(prompt.visual.any()):
@@ -225,6 +227,10 @@ class Run:
             return self.config.begin(self, prompt, settings)
         finally:
             _RUN.reset(outer)
+
+    def has(self, context: VisualContext) -> bool:
+        """Whether a forward is one of this call, and not of what else runs meanwhile, such as a logits processor."""
+        return context.cache is self._cache
 
     def _prompt(self, settings: GenerationConfig, inputs: Mapping[str, Any]) -> Prompt:
         given = {name: value for name, value in self.given.items() if name not in OWN and not hasattr(settings, name)}

@@ -1,4 +1,4 @@
-"""Refuses ways to generate in which the tokens of an answer do not come one by one on a KV cache."""
+"""Refuses ways to generate in which forwards on a KV cache do not tell the tokens of an answer from the prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ATTRIBUTE = "_one_by_one"  # of the model, on which what stands in the place of 
 
 
 class OneByOne:
-    """Has assisted decoding, prompt lookup and `use_cache=False` refused as long as an adapter acts.
+    """Has other ways to generate refused as long as an adapter acts: those of `_Ways`.
 
     Args:
         vlm: The model's parts.
@@ -39,7 +39,10 @@ class OneByOne:
 
 
 class _Ways:
-    """Stands in the place of a model's own methods, for all adapters on it."""
+    """Stands in the place of a model's own methods, for all adapters on it.
+
+    It refuses assisted decoding and prompt lookup, `use_cache=False`, and prompts that are read in pieces.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -63,6 +66,8 @@ class _Ways:
     def _prepare_cache(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         if not generation_config.use_cache:
             self._refuse("but use_cache=False leaves no KV cache to keep it with. Call generate with use_cache=True.")
+        if generation_config.prefill_chunk_size is not None:
+            self._refuse("but prefill_chunk_size lets a piece of the prompt pass for an answer. Leave it out.")
         return self._own_cache(generation_config, *args, **kwargs)
 
     def _refuse(self, why: str) -> None:

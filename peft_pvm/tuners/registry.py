@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -14,7 +15,9 @@ import peft.peft_model
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, PeftType, register_peft_method, save_and_load
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
@@ -24,10 +27,11 @@ from ..folders.data_file import OF_ADAPTERS, read_json
 from ..folders.incoming import INCOMING, NOTHING, Incoming, fitted, loading
 from ..folders.replacing import settle
 from ..folders.writing import write_card
-from ..utils.packages import ASKS_TUNER_FOR_NAMES, add_peft_type, conversion_of, hub_arguments
+from ..utils.packages import ASKS_TUNER_FOR_NAMES, add_peft_type, conversion_of, held_by, hub_arguments
 from ..utils.text import plain, quoted
 from .base import VisualConfig, VisualTuner, with_absent_fields
 from .companions import warn_of_missing
+from .layers import unwrapped_for, without_hooks
 from .saving import has_ours, is_ours, saved_in, saving_whole
 from .without_parameters import WithoutParameters
 
@@ -75,6 +79,8 @@ def extend_peft() -> None:
     - Whoever loads an adapter waits for a save that is replacing it; one that died at this is undone.
     - Our tuners know what is being loaded, and by which names, while `PeftModel` and transformers load an adapter.
     - An adapter of any type that is loaded without those that it was trained together with gives a warning.
+    - Tuners of other types that copy, replace or unload modules leave our adapters on the same model as they are.
+    - An adapter has no part in tokens that another one trains, when either is saved or loaded.
     - A model with our adapters is saved by way of `saving_whole`, and not in a form that we do not load.
     - `push_to_hub` does not put an empty card in the place of ours.
     """
@@ -91,6 +97,10 @@ def extend_peft() -> None:
         set_state_dict = _fitting_what_it_sets(save_and_load.set_peft_model_state_dict)
         for module in (peft, peft.peft_model, peft.utils, save_and_load):
             vars(module)["set_peft_model_state_dict"] = set_state_dict
+    _replace(BaseTuner, "inject_adapter", _apart_from_our_hooks)
+    _replace(BaseTuner, "_unload_and_optionally_merge", _leaving_ours)
+    for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
+        _replace(TrainableTokensWrapper, name, _nothing_of_others)
     _replace(PeftModel, "save_pretrained", saving_whole)
     _replace(PreTrainedModel, "save_pretrained", saving_whole)
     _replace(PushToHubMixin, "_upload_modified_files", with_cards)
@@ -233,6 +243,47 @@ def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..
         return loaded
 
     return load_adapter
+
+
+def _apart_from_our_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT copies what `modules_to_save` names, with the hooks that are on it."""
+
+    @functools.wraps(original)
+    def inject_adapter(self: BaseTuner, *args: Any, **kwargs: Any) -> None:
+        with contextlib.nullcontext() if isinstance(self, VisualTuner) else without_hooks(self.model):
+            original(self, *args, **kwargs)
+
+    return inject_adapter
+
+
+def _leaving_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT takes all wrappers off a model, and the table of its adapters."""
+
+    @functools.wraps(original)
+    def unload(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        configs = getattr(model, "peft_config", {})
+        ours = {name for name, config in configs.items() if is_ours(config)}
+        if isinstance(self, VisualTuner) or not ours:
+            return original(self, *args, **kwargs)
+        with without_hooks(model), unwrapped_for(model, ours, set(configs) - ours):
+            unloaded = original(self, *args, **kwargs)
+        for name in set(configs) - ours:
+            del configs[name]
+        model.peft_config = configs
+        return unloaded
+
+    return unload
+
+
+def _nothing_of_others(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT asks every wrapper of tokens for every adapter, and this one would not ask whether it holds it."""
+
+    @functools.wraps(original)
+    def tensors_of(self: TrainableTokensWrapper, adapter_name: str, *args: Any) -> dict[str, Any]:
+        return original(self, adapter_name, *args) if adapter_name in held_by(self) else {}
+
+    return tensors_of
 
 
 def _fitting_what_it_sets(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,9 +30,9 @@ from ..folders.writing import note_companions, write_adapter, written_whole
 from ..utils.packages import loads_adapters_itself, saved_along
 from ..utils.text import listed, plain
 from ..utils.wrapping import is_wrapped, plain_name, without_wrappers
-from .active import activate, forget_configs, remembered
-from .base import VisualTunerLayer, take_off
+from .active import activate, base_of, forget_configs, remembered
 from .companions import trained_with, warn_of_missing
+from .layers import VisualTunerLayer, take_off, tensors_of_others, without_hooks
 from .names import adapter_names
 
 
@@ -121,13 +121,7 @@ def of_adapter(
     plain = {plain_name(key): tensor for key, tensor in state_dict.items()}
     if adapter_name is None:
         return plain
-    others = {
-        f"{plain_name(name)}.{key}"
-        for name, layer in model.named_modules()
-        if isinstance(layer, VisualTunerLayer)
-        for key in layer.state_dict()
-        if key.split(".")[1] != adapter_name
-    }
+    others = tensors_of_others(model, adapter_name)
     return {key: tensor for key, tensor in plain.items() if key not in others}
 
 
@@ -235,8 +229,8 @@ def add_adapters(model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
     with _all_or_none(model):
         for name, config in configs.items():
             _inject(model, name, config)
-    if configs:
-        activate(model, list(configs))
+        if configs:
+            activate(model, list(configs))
 
 
 def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
@@ -259,11 +253,12 @@ def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
         load_adapters(model, ["runs/pvm", "someone/a-lora"])
     """
     names = adapter_names(sources, model)
-    with _all_or_none(model):
+    with _all_or_none(model) as overwritten:
         for name, source in names.items():
-            _load(model, name, source)
+            _load(model, name, source, overwritten)
+        if names:
+            activate(model, list(names), trainable=False)
     if names:
-        activate(model, list(names), trainable=False)
         model.eval()
         warn_of_missing(model, {name: AdapterFile(source) for name, source in names.items()})
     return list(names)
@@ -273,7 +268,7 @@ def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike)
     """Save one adapter of a model in PEFT's format, whole or not at all.
 
     Args:
-        model: A transformers model with adapters.
+        model: A transformers model with adapters, or a PeftModel of one.
         adapter_name: The name of the adapter on the model.
         folder: Where to.
 
@@ -283,33 +278,51 @@ def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike)
     Raises:
         ValueError: The model has no adapter of that name.
     """
+    model = base_of(model)
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
         raise ValueError(f"The model has no adapter {adapter_name!r}. Its adapters: {sorted(configs)}.")
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state_dict = of_adapter(model, adapter_name, model.state_dict()) if len(configs) > 1 else None
+    tensors = get_peft_model_state_dict(_knowing_alone(model, adapter_name), state_dict, adapter_name)
     in_file = {f"{PEFT_PREFIX}{key}": tensors[key] for key in tensors}
+    if is_ours(configs[adapter_name]):
+        check_whole(model, adapter_name, in_file)
     return write_adapter(folder, configs[adapter_name], in_file, trained_with(model, adapter_name))
 
 
 @contextlib.contextmanager
-def _all_or_none(model: nn.Module) -> Iterator[None]:
-    """Take off what a block attaches, if it fails, and let act again what acted before."""
+def _all_or_none(model: nn.Module) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
+    """Take off what a block attaches, if it fails, and let act again what acted before.
+
+    Yields:
+        A place for what tensors of the base hold, by tensor, for those that the block overwrites.
+    """
     attached: Any = model
     was_there = set(getattr(model, "peft_config", {}))
+    children = {module: dict(module.named_children()) for module in model.modules()}
+    overwritten: dict[torch.Tensor, torch.Tensor] = {}
     _, put_back = remembered(model)
     try:
-        yield
+        yield overwritten
     except BaseException:
+        with without_hooks(model):
+            for module, before in children.items():  # PEFT has put layers and wrappers in the place of modules
+                for name, child in before.items():
+                    if getattr(module, name, None) is not child:
+                        setattr(module, name, child)
         for name in set(getattr(model, "peft_config", {})) - was_there:
             delete_adapter(model, name, PEFT_TYPE_TO_PREFIX_MAPPING[attached.peft_config.pop(name).peft_type])
         layers = (layer for layer in model.modules() if isinstance(layer, VisualTunerLayer))
         take_off(model, [layer for layer in layers if not layer.configs])
+        with torch.no_grad():
+            for tensor, content in overwritten.items():
+                tensor.copy_(content)
         put_back()
         forget_configs(model)
         raise
 
 
-def _load(model: nn.Module, name: str, source: str) -> None:
+def _load(model: nn.Module, name: str, source: str, overwritten: dict[torch.Tensor, torch.Tensor]) -> None:
     refusal = f"The adapter {plain(source, 100)} does not fit {type(model).__name__} or cannot be read"
     try:
         config = PeftConfig.from_pretrained(source)
@@ -318,7 +331,7 @@ def _load(model: nn.Module, name: str, source: str) -> None:
         exact_patterns: dict[str, str] = {}
         with loading(Incoming(file=file, exact_patterns=exact_patterns)):
             _inject(model, name, config)
-        missing, strays = _set_weights(model, name, dict(file.read()), exact_patterns)
+        missing, strays = _set_weights(model, name, dict(file.read()), exact_patterns, overwritten)
     except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
         raise ValueError(plain(f"{refusal}: {error}", keep="\n")) from error
     # PEFT would say nothing, and run with half an adapter.
@@ -337,7 +350,11 @@ def _inject(model: nn.Module, name: str, config: PeftConfig) -> None:
 
 
 def _set_weights(
-    model: nn.Module, name: str, tensors: dict[str, torch.Tensor], patterns: dict[str, str]
+    model: nn.Module,
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    patterns: dict[str, str],
+    overwritten: dict[torch.Tensor, torch.Tensor],
 ) -> tuple[list[str], list[str]]:
     """Give an attached adapter its weights. Returns the names of weights that are missing and of stray tensors."""
     own = {}
@@ -346,5 +363,9 @@ def _set_weights(
         for pattern, renamed in patterns.items():
             bare = re.sub(pattern, renamed, bare)
         own[bare] = tensor
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if key in own:  # of the base: a LoRA may have trained its biases
+            overwritten.setdefault(tensor, tensor.detach().clone())
     result: Any = set_peft_model_state_dict(model, own, adapter_name=name)
-    return sorted(key for key in result.missing_keys if name in key.split(".")), sorted(result.unexpected_keys)
+    missing = set(result.missing_keys) - tensors_of_others(model, name)
+    return sorted(key for key in missing if name in key.split(".")), sorted(result.unexpected_keys)

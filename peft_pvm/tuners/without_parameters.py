@@ -15,7 +15,8 @@ from torch import nn
 from ..folders.adapter_file import FORMAT_VERSION
 from ..folders.writing import written_whole
 from ..utils.checks import layer_list, setting
-from .base import VisualConfig, VisualTuner, VisualTunerLayer
+from .base import VisualConfig, VisualTuner
+from .layers import VisualTunerLayer
 
 
 Rows = Literal["text", "generated"]

@@ -99,11 +99,29 @@ def test_results_come_from_their_file(tmp_path: Path):
     ids=lambda content: content[:60],
 )
 def test_results_of_another_kind_are_refused(tmp_path: Path, content: str):
+    """Not when an adapter is saved: that is worth more than its card."""
     (tmp_path / "results.json").write_text(content)
+    with pytest.warns(UserWarning, match=r"written without results: results\.json"):
+        card = save(PVMConfig(r=32), tmp_path)
+    assert not card.data.eval_results
+    assert (tmp_path / "results.json").read_text() == content
     said = r"results\.json (is damaged or not JSON|must hold a list|is longer than)"
     with pytest.raises(ValueError, match=said) as refusal:
-        save(PVMConfig(r=32), tmp_path)
+        write_card(read_config(tmp_path), tmp_path)
     assert len(str(refusal.value)) <= LONGEST
+
+
+def test_what_is_no_text_stays_and_hinders_nothing(tmp_path: Path):
+    """Files and folders of the names of a card and of results, here and below."""
+    for folder in (tmp_path, tmp_path / "below"):
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").write_bytes(b"\xff\xfe")
+    (tmp_path / "results.json").mkdir()
+    (tmp_path / "below" / "results.json").symlink_to("nowhere")
+    model = get_peft_model(FAMILIES["llava"].build(), PVMConfig(r=32))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == (tmp_path / "below" / "README.md").read_bytes() == b"\xff\xfe"
+    PeftModel.from_pretrained(FAMILIES["llava"].build(), tmp_path)
 
 
 HOSTILE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -291,6 +292,21 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch):
         write(tmp_path, "new")
     assert contents(tmp_path)["entry"] == "new"
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_what_a_dead_process_left_on_a_read_only_file_system_hinders_nobody(tmp_path: Path, monkeypatch):
+    (tmp_path / "entry").write_text("whole")
+    (tmp_path / AREA / "dead").mkdir(parents=True)
+    opened = os.open
+
+    def read_only(path, flags, *args, **kwargs):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system", path)
+        return opened(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert settle(tmp_path, "entry")
+    assert not settle(tmp_path, "another")
 
 
 def test_old_files_that_cannot_be_put_back_at_once_are_put_back_later(tmp_path: Path, monkeypatch):

@@ -344,14 +344,21 @@ def test_what_is_not_known_is_refused(plain: TinyVLM):
         steps(plain, model, cache, CHAT, first, 3)
 
 
-def test_generate_without_a_cache_is_refused_by_name(stepwise: Stepwise):
-    """Nothing would be known of earlier tokens, so that the answer would be the base's."""
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"use_cache": False}, "use_cache=False leaves no KV cache"),
+        ({"prefill_chunk_size": 7}, "prefill_chunk_size lets a piece of the prompt pass for an answer"),
+    ],
+)
+def test_other_ways_to_generate_are_refused_by_name(stepwise: Stepwise, setting: dict[str, Any], reason: str):
+    """Without a cache, nothing would be known of earlier tokens. In pieces, a prompt would be taken for an answer."""
     llava = FAMILIES["llava"]
     base = llava.build()
-    prompt, how = llava.prompt(base, ROWS[0]), {**GENERATE, "do_sample": False, "use_cache": False}
+    prompt, how = llava.prompt(base, ROWS[0]), {**GENERATE, "do_sample": False, **setting}
     expected = torch.stack(base.generate(**prompt, **how).logits)
     model = get_peft_model(base, stepwise.config)
-    message = rf"\({stepwise.config.title} default\) go by what .* use_cache=False leaves no KV cache"
+    message = rf"\({stepwise.config.title} default\) go by what .* {reason}"
     with pytest.raises(NotImplementedError, match=message):
         model.generate(**prompt, **how)
     with model.disable_adapter():

@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model
 from stepwise import with_answer
 from test_five_properties import _hooks
 from tiny_vlms import FAMILIES, IMAGE, VIDEO, TinyVLM
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from peft_pvm import M3IDConfig, VISTAConfig, attached
 from peft_pvm.methods import vista
@@ -232,6 +233,24 @@ def test_several_turns(plain: TinyVLM):
     later = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": first.past_key_values}
     with pytest.raises(NotImplementedError, match="VISTA reads the whole conversation with and without its images"):
         model.generate(**later, **GENERATE, do_sample=False)
+
+
+def test_forwards_within_generate_are_the_bases(plain: TinyVLM):
+    """Those of a logits processor, say, which may be about another conversation."""
+    base = plain.build()
+    model, other = get_peft_model(base, CONFIG), plain.inputs(base, "t3 i t5", "t4 i t4")
+    expected, found = logits(base, other), []
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            found.append(logits(base, other))
+            return scores
+
+    undisturbed = torch.stack(generate(plain, model, ROWS[1]).logits)
+    asking = generate(plain, model, ROWS[1], logits_processor=LogitsProcessorList([Asks()]))
+    assert torch.equal(torch.stack(asking.logits), undisturbed)
+    assert len(found) == len(asking.logits)
+    assert all(torch.equal(each, expected) for each in found)
 
 
 def test_beside_others():

@@ -23,7 +23,7 @@ from peft_pvm.probe.inputs import extended, visual_grids
 from peft_pvm.probe.observers import AttentionObserver, layers_observed
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tuners.active import acting_adapters, only
-from peft_pvm.tuners.base import VisualTunerLayer
+from peft_pvm.tuners.layers import VisualTunerLayer
 from peft_pvm.utils.packages import CACHE
 
 

@@ -15,7 +15,7 @@ from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, attached
 from peft_pvm.attention.dispatch import ConfigView
 from peft_pvm.tuners.active import acting_adapters, activate, base_of, only, restored
-from peft_pvm.tuners.base import VisualTunerLayer
+from peft_pvm.tuners.layers import VisualTunerLayer
 from peft_pvm.utils.packages import adapter_layers
 
 

@@ -22,7 +22,7 @@ from peft_pvm import DIPEConfig, PVMConfig, SAVAAConfig, TDRSConfig, VCDConfig, 
 from peft_pvm.attention.dispatch import ConfigView
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.tokens.tap import Tap
-from peft_pvm.tuners.base import VisualTunerLayer
+from peft_pvm.tuners.layers import VisualTunerLayer
 
 
 ROWS = ("t4 i t3 i t6", "t7 i t5")

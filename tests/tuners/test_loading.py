@@ -20,7 +20,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, add_adapters, attached, load_adapters, save_adapter
 from peft_pvm.tuners import saving
-from peft_pvm.tuners.base import VisualTunerLayer
+from peft_pvm.tuners.layers import VisualTunerLayer
 
 
 LORA = dict(target_modules=["q_proj", "v_proj"], init_lora_weights=False)

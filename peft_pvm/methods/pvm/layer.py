@@ -11,9 +11,9 @@ from torch import nn
 
 from ...tokens.context import CONTEXT, VisualContext
 from ...tokens.families import VisionLanguageModel
-from ...tuners.base import VisualTunerLayer
 from ...tuners.block_check import BlockCheck
 from ...tuners.ffn_hooks import FFNCall, FFNHooks, ffns_missed, has_embeddings
+from ...tuners.layers import VisualTunerLayer
 from ...utils.packages import execution_device
 from .branch import Branch, fresh_weights
 from .config import WEIGHTS, BranchShape, PVMConfig, weight_name
