@@ -145,7 +145,7 @@ def export(
 def serving_load(
     rounds: Annotated[int, typer.Option(min=1, max=MANY, help="Of turns.")] = 3,
     output_tokens: Annotated[int, typer.Option(min=2, max=1024, help="Length of each answer.")] = 128,
-    layers: Annotated[int, typer.Option(min=1, max=100, help="Of the model, whose weights are random.")] = 16,
+    layers: Annotated[int, typer.Option(min=1, max=100, help="Of the model, whose weights are random.")] = 36,
     out: Annotated[Path, typer.Option(callback=new_file, help="The JSON file for the measurements.")] = (
         RECORDED / "serving" / "load.json"
     ),

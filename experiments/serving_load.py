@@ -43,7 +43,7 @@ CONCURRENT = (16, 64)  # requests at once
 TEXT_CHARACTERS = 256  # of a question; the tokens of this model are bytes
 IMAGE_SIZE = 24  # pixels a side: 9 visual tokens
 SHAPE = dict(
-    num_hidden_layers=16,
+    num_hidden_layers=36,
     hidden_size=512,
     intermediate_size=1536,
     num_attention_heads=8,
@@ -71,6 +71,8 @@ MEASURES = {
     "mean_ttft_ms": "ms to the first token",
     "mean_tpot_ms": "ms a token",
 }
+# What its processes say beside that. The CPU time does not depend on what else runs on the machine.
+OF_PROCESSES = {"cpu_ms": "CPU ms a token", "memory": "GiB in memory"}
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,18 @@ class Server:
     address: str
     process: psutil.Process
 
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """The one that was started, and those below it."""
+        return [self.process, *self.process.children(recursive=True)]
+
     def memory(self) -> int:
         """What all its processes have in memory, in bytes."""
-        return sum(process.memory_info().rss for process in (self.process, *self.process.children(recursive=True)))
+        return sum(process.memory_info().rss for process in self.processes)
+
+    def cpu_seconds(self) -> float:
+        """How long all its processes have computed so far, in all their threads."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes)
 
 
 def save_for_vllm(model: Qwen3VLForConditionalGeneration, folder: Path) -> Path:
@@ -162,7 +173,8 @@ def measure(rounds: int, output_tokens: int, out: Path, **shape: int) -> list[di
         shape: Fields of the text model's configuration that differ from `SHAPE`.
 
     Returns:
-        The measurements: contender, requests at once, round, what `MEASURES` names, and `memory` in bytes.
+        The measurements: contender, requests at once, round, what `MEASURES` names, `cpu_ms` a token that was
+        generated (reading the questions included), and `memory` in bytes.
     """
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
@@ -175,7 +187,10 @@ def measure(rounds: int, output_tokens: int, out: Path, **shape: int) -> list[di
             for concurrent in CONCURRENT if number else CONCURRENT[:1]:
                 questions = _write_questions(Path(place, "questions"), concurrent, seed=1000 * number + concurrent)
                 for name, server in servers.items():
+                    before = server.cpu_seconds()
                     numbers = _ask(server, folders[BASE], questions, concurrent, output_tokens)
+                    spent = server.cpu_seconds() - before
+                    numbers["cpu_ms"] = 1000 * spent / (concurrent * output_tokens)
                     if number:
                         found.append(dict(name=name, concurrent=concurrent, round=number, **numbers))
     settings = dict(shape={**SHAPE, **shape}, output_tokens=output_tokens, rounds=rounds)
@@ -190,14 +205,14 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
         of_base = {each["round"]: each for each in _of(measured, BASE, concurrent)}
         for name in dict.fromkeys(each["name"] for each in measured):
             row = [str(concurrent), name]
-            for measure in (*MEASURES, "memory"):
+            for measure in (*MEASURES, *OF_PROCESSES):
                 each_round = _of(measured, name, concurrent)
                 value = statistics.median(each[measure] for each in each_round)
                 ratio = statistics.median(each[measure] / of_base[each["round"]][measure] for each in each_round)
                 shown = f"{value / 2**30:.2f}" if measure == "memory" else f"{value:,.1f}"
                 row.append(shown if name == BASE else f"{shown} ({ratio:.2f} x)")
             rows.append(row)
-    return "\n".join(markdown_table(["requests at once", "", *MEASURES.values(), "GiB in memory"], rows))
+    return "\n".join(markdown_table(["requests at once", "", *MEASURES.values(), *OF_PROCESSES.values()], rows))
 
 
 def _of(measured: Sequence[dict[str, Any]], name: str, concurrent: int) -> list[dict[str, Any]]:

@@ -137,19 +137,19 @@ def test_adapters_inside_the_modules_may_come_later(name: str, config: PeftConfi
     assert difference(alone, logits(attached(config), inputs)) < TOLERANCE
 
 
-def test_adapters_in_place_of_the_modules_must_come_first():
+def test_adapters_in_place_of_the_modules_come_in_any_order():
     """PEFT's LN tuning computes with a copy of each norm."""
     family = FAMILIES["llava"]
     norms = LNTuningConfig(target_modules=["post_attention_layernorm"])
     model = get_peft_model(family.build(), norms, "norms").get_base_model()
     inputs = family.inputs(model, "t4 i t6")
     tuned = logits(model.eval(), inputs)
-    assert difference(logits(METHODS["pvm"].attach(model), inputs), tuned) > 100 * TOLERANCE
+    expected = logits(METHODS["pvm"].attach(model), inputs)
+    assert difference(expected, tuned) > 100 * TOLERANCE
 
     model = METHODS["pvm"].attach(family.build()).get_base_model()
     get_peft_model(model, norms, "norms")
-    with pytest.raises(NotImplementedError, match="Replace modules first and attach the adapter then"):
-        logits(model.eval(), inputs)
+    assert difference(logits(model.eval(), inputs), expected) <= TOLERANCE
 
 
 def replicate(model: nn.Module) -> nn.Module:

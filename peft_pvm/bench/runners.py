@@ -15,7 +15,7 @@ from ..attention.call import AttentionCall
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import find_vlm
 from ..tokens.tap import VISUAL_MASK
-from ..utils.packages import CACHE
+from ..utils.packages import CACHE, cache_in
 from ..utils.wrapping import Shadow
 from .models import METHODS, structural_copy
 
@@ -124,9 +124,9 @@ class Runner:
         """One token more."""
         self._go_on()
 
-    def _read(self) -> torch.Tensor:
+    def _read(self, cache: Cache | None = None) -> torch.Tensor:
         """What the model makes of the prompt: the logits of its last token, `(batch, 1, vocab_size)`."""
-        self.cache, self.length = self._fresh_cache(), self.context
+        self.cache, self.length = self._fresh_cache() if cache is None else cache, self.context
         return self.model(**self.prompt, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1).logits
 
     def _go_on(self) -> torch.Tensor:
@@ -219,7 +219,7 @@ class GenerateRunner(Runner):
         """Stands in the place of `generate`'s loop."""
         self.input_ids, self.processors = input_ids, logits_processor
         self.call = contextvars.copy_context()  # in which the method finds this call of generate
-        self.processors(self.input_ids, self._read()[:, -1].float())
+        self.processors(self.input_ids, self._read(cache_in(inputs))[:, -1].float())
         return input_ids
 
     def decode(self) -> None:

@@ -112,7 +112,7 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 def tensors_of_others(model: nn.Module, adapter_name: str) -> set[str]:
     """The plain names of the tensors that belong to adapters of this package, but not to one of that name.
 
-    Whether the name is a part of a tensor's name does not tell: "pvm" is a part of all of PVM's.
+    Whether the name is a part of a tensor's name does not tell: our layers and weights may be called so.
     """
     return {
         f"{plain_name(name)}.{key}"

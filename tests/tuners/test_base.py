@@ -409,6 +409,10 @@ def test_a_layer_wraps_nothing_and_merges_into_nothing(llava: TinyVLM, kind: str
     assert not hasattr(layer, "weight")
     with pytest.raises(AttributeError, match="stands beside the base's modules and wraps none"):
         layer.get_base_layer()
-    for merge in (layer.merge, layer.unmerge, model.merge_and_unload):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layer.merge()  # as PEFT does when adapters of another type are merged
+    layer.unmerge()
+    for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(NotImplementedError, match="no weight of the base model can express"):
             merge()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
