@@ -12,7 +12,9 @@ import sys
 import torch
 
 from peft_pvm.bench.models import build_random
-from peft_pvm.bench.run import Runner, Settings, seconds
+
+# Earlier versions have all three in one module, which imports them in later ones.
+from peft_pvm.bench.run import Runner, Settings, seconds  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
