@@ -155,7 +155,7 @@ def unwrapped_for(model: nn.Module, ours: Collection[str], others: Collection[st
         if not held_by(module).isdisjoint(others):
             raise NotImplementedError(
                 f"{name} is trained along by {' and '.join(map(quoted, sorted(held_by(module))))}, so that one cannot "
-                "be unloaded without the other. Delete the one that is to stay, and load it again afterwards."
+                "be unloaded without the other. Save and delete the one that is to stay, and load it again afterwards."
             )
         parent, _, child_name = name.rpartition(".")
         kept.append((model.get_submodule(parent), child_name, module))
