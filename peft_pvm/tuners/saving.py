@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -111,17 +111,22 @@ def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
 def of_adapter(
     model: nn.Module, adapter_name: str | None, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A model's tensors, by plain names, without those of other adapters of this package.
+    """A model's tensors, by plain names, without those that PEFT could mistake for an adapter's.
 
     Args:
         model: The model.
-        adapter_name: The adapter that stays; `None`: all stay.
+        adapter_name: The adapter. One of this package keeps its own tensors and modules, any other loses those of
+            adapters of this package. `None`: all stay.
         state_dict: The tensors.
     """
     plain = {plain_name(key): tensor for key, tensor in state_dict.items()}
     if adapter_name is None:
         return plain
-    others = tensors_of_others(model, adapter_name)
+    others, attached = tensors_of_others(model, adapter_name), cast(Any, model)
+    if is_ours(attached.peft_config[adapter_name]):
+        layers = (name for name, layer in model.named_modules() if isinstance(layer, VisualTunerLayer))
+        own = tuple(f"{plain_name(name)}." for name in (*layers, *saved_along(model, adapter_name)))
+        return {key: tensor for key, tensor in plain.items() if key.startswith(own) and key not in others}
     return {key: tensor for key, tensor in plain.items() if key not in others}
 
 

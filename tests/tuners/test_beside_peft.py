@@ -19,7 +19,7 @@ from transformers import StaticCache
 from peft_pvm import DIPEConfig, M3IDConfig, PVMConfig, add_adapters, attached, load_adapters, save_adapter
 from peft_pvm.tokens.context import VisualContext
 from peft_pvm.tuners.active import acting_adapters
-from peft_pvm.utils.packages import CACHE
+from peft_pvm.utils.packages import ASKS_TUNER_FOR_NAMES, CACHE
 
 
 LLAVA = FAMILIES["llava"]
@@ -62,7 +62,8 @@ def test_names_that_are_parts_of_names_lose_nothing(tmp_path: Path, other: str, 
     for each in (name, named_pvm):
         save_adapter(model, each, tmp_path / each)
     assert len(keys(tmp_path / name)) == 30
-    assert len(get_peft_model_state_dict(model, adapter_name=name)) == 30
+    if ASKS_TUNER_FOR_NAMES:
+        assert len(get_peft_model_state_dict(model, adapter_name=name)) == 30
     for order in ((name, named_pvm), (named_pvm, name)):
         again = LLAVA.build()
         load_adapters(again, [str(tmp_path / each) for each in order])
