@@ -76,8 +76,8 @@ def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
         if absent and _comes_of(error, (ConnectionError, EntryNotFoundError, HfHubHTTPError, HFValidationError)):
             missing = " or ".join([name for name in absent if name in str(error)] or absent)
             raise ValueError(
-                f"There is no folder or file {missing} here, and the Hub did not give it: {str(error).strip()}. Check "
-                "the spelling and the connection. What is private needs `hf auth login`."
+                f"There is no folder or file {missing} here, and the Hub did not give it: {str(error).strip(' .')}. "
+                "Check the spelling and the connection. What is private needs `hf auth login`."
             ) from error
         if getattr(error, "filename", None) or any(os.fspath(source) in str(error) for source in sources):
             raise
