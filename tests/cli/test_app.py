@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ import pytest
 pytest.importorskip("gradio", reason="the page needs gradio, of the extra app")
 pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
 import gradio
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from browsers import chromium, needs_chromium
+from playwright.sync_api import Browser, Locator, Page, expect
 from processors import PROCESSORS
 from tiny_vlms import FAMILIES
 
@@ -28,8 +28,7 @@ from peft_pvm.cli.work import asking
 
 
 expect.set_options(timeout=20_000)  # a machine may be busy
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+pytestmark = needs_chromium
 MARKUP = "ask ${document.title = 'run'} {{prompt}} <img src=x onerror=\"document.title = 'run'\"></iframe>"
 
 
@@ -62,10 +61,8 @@ class View:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
