@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,6 +18,15 @@ REPOSITORY = Path(__file__).parents[2]
 RECORDED = REPOSITORY / "experiments" / "results" / "bench" / "in-turns.json"
 
 
+def has_history() -> bool:
+    """Whether git is here and knows this checkout."""
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+    return shutil.which("git") is not None and not subprocess.run(command, capture_output=True).returncode
+
+
+needs_history = pytest.mark.skipif(not has_history(), reason="needs the repository's history")
+
+
 def worktrees() -> str:
     return subprocess.run(["git", "worktree", "list"], cwd=REPOSITORY, capture_output=True, text=True).stdout
 
@@ -28,7 +38,7 @@ def test_ratios_are_those_of_the_same_round():
     assert row == "| tiny | pvm | 8,000.0 | 4,000.0 | 0.50 ± 0.00 | 8,000.0 | 4,000.0 | 0.50 ± 0.00 |"
 
 
-@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="needs the repository's history")
+@needs_history
 def test_each_process_measures_its_own_code(tmp_path, monkeypatch):
     """The clock of the earlier one is another one here."""
     monkeypatch.setattr(in_turns, "METHODS", ("base", "dipe"))
@@ -52,6 +62,7 @@ def test_each_process_measures_its_own_code(tmp_path, monkeypatch):
     assert worktrees() == before
 
 
+@needs_history
 def test_a_commit_that_git_does_not_know_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no-such-commit"):
         measure("no-such-commit", ["tiny"], 2, tmp_path / "found.json")
