@@ -31,15 +31,24 @@ TOKENS = 4  # of a round, of which the median counts
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of random weights: a preset of `peft-pvm bench`, with as many of its layers."""
+    """A model of random weights.
+
+    Attributes:
+        preset: Of `peft-pvm bench`.
+        layers: How many of its decoder layers it has.
+        dtype: Of its weights, by torch's name.
+    """
 
     preset: str
     layers: int
     dtype: str
 
 
-SHAPES = {"tiny": Shape("tiny", 6, "float32"), "1b": Shape("1b-random", 4, "bfloat16")}
-SHAPES["8b"] = Shape("8b-random", 1, "bfloat16")
+SHAPES = {
+    "tiny": Shape("tiny", 6, "float32"),
+    "1b": Shape("1b-random", 4, "bfloat16"),
+    "8b": Shape("8b-random", 1, "bfloat16"),
+}
 
 
 def measure(before: str, shapes: list[str], rounds: int, out: Path) -> dict[str, Any]:
@@ -51,12 +60,12 @@ def measure(before: str, shapes: list[str], rounds: int, out: Path) -> dict[str,
         rounds: How often each method of each is measured, after a round that does not count.
         out: The JSON file.
 
-    Raises:
-        ValueError: git does not know the commit.
-
     Returns:
         What the file holds: "before", "measured" (by shape, method and "prefill" or "decode", the seconds of each
         round before and now), "settings" and "environment".
+
+    Raises:
+        ValueError: git does not know the commit.
     """
     commit = _git("rev-parse", "--verify", f"{before}^{{commit}}")
     measured: dict[str, Any] = {}

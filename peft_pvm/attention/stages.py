@@ -405,4 +405,4 @@ class LayerStages:
 def text_rows(call: AttentionCall) -> torch.Tensor | None:
     """Which rows are those of text with a visual token before them, `(batch, num_queries)`, bool. `None`: all are."""
     context = call.context
-    return None if context.only_text_behind_images else context.text_behind_images()[:, -call.query.shape[2] :]
+    return None if context.only_text_after_images else context.text_after_images()[:, -call.query.shape[2] :]

@@ -70,7 +70,7 @@ class CAIConfig(AttentionMethod):
         undecided = context.handed_on.setdefault(self._whose, {})
         if layer_idx in undecided or context.memory.is_empty:
             return
-        among = context.text_behind_images()
+        among = context.text_after_images()
         if self.rows == "generated" and context.seq_len > 1:
             among = among & (torch.arange(among.shape[1], device=among.device) == among.shape[1] - 1)
         undecided[layer_idx] = EarlyExit(vlm).undecided(hidden_states, self.threshold, among.to(hidden_states.device))

@@ -93,7 +93,7 @@ class MemVRConfig(FFNMethod):
 
     def _asked(self, step: FFNStep) -> torch.Tensor:
         """Which tokens are to have their turn, `(batch, seq_len)`, bool."""
-        text = step.context.text_behind_images()
+        text = step.context.text_after_images()
         if self.rows == "text" or text.shape[1] == 1:
             return text
         return text & (torch.arange(text.shape[1], device=text.device) == text.shape[1] - 1)

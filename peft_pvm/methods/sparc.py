@@ -119,7 +119,7 @@ class SPARCConfig(AttentionMethod):
             average, count = (noted.to(seen) for noted in self._noted(context))
             chosen = (seen > 0) & (seen - average >= self.tau * average)
             newest = torch.where(average.isnan(), seen, self.beta * seen + (1 - self.beta) * average)
-            rows = context.text_behind_images()[:, -1:, None]
+            rows = context.text_after_images()[:, -1:, None]
             noted = torch.stack([newest, count + chosen], -1)
             context.memory.notes[self._name] = torch.where(rows, noted, torch.stack([average, count], -1))
 

@@ -85,7 +85,7 @@ class VISTAConfig(InGenerate, FFNMethod):
         away = (-(F.normalize(own, dim=-1) * towards).sum(-1, keepdim=True)).clamp(min=0)
         turned = F.normalize(own, dim=-1) + self.strength * (1 + away) * towards
         turned = own.norm(dim=-1, keepdim=True) * F.normalize(turned, dim=-1)
-        rows = step.context.text_behind_images().to(output.device)
+        rows = step.context.text_after_images().to(output.device)
         return torch.where(rows.unsqueeze(-1), turned.to(output.dtype), output)
 
 

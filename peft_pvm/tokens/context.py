@@ -371,15 +371,15 @@ class VisualContext:
         return runs.images(image_gap, max_images)
 
     @property
-    def only_text_behind_images(self) -> bool:
+    def only_text_after_images(self) -> bool:
         """Whether all tokens are known to be text with a visual token before them, without waiting for the device."""
         return self.visual_mask is None and self.memory.is_dense and not self.memory.is_empty
 
-    def text_behind_images(self) -> torch.Tensor:
+    def text_after_images(self) -> torch.Tensor:
         """Which tokens of this forward are text with a visual token before them, `(batch, seq_len)`, bool."""
-        return self.derived("text after images", self._find_text_behind_images)
+        return self.derived("text after images", self._find_text_after_images)
 
-    def _find_text_behind_images(self) -> torch.Tensor:
+    def _find_text_after_images(self) -> torch.Tensor:
         if self.memory.is_empty:
             return torch.zeros(self.batch_size, self.seq_len, dtype=torch.bool, device=self.device)
         if self.visual_mask is None:  # whatever is in memory stands before these tokens

@@ -281,7 +281,7 @@ def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike)
         The folder, which `load_adapters` and `PeftModel.from_pretrained` take.
 
     Raises:
-        ValueError: The model has no adapter of that name.
+        ValueError: The model has no adapter of that name, or not all of its tensors are there.
     """
     model = base_of(model)
     configs = getattr(model, "peft_config", {})

@@ -171,26 +171,26 @@ def test_keys(seed: int, cuts: list[int], static: bool):
 @any_cache
 @however_read
 @every_batch
-def test_text_behind_images(seed: int, cuts: list[int], static: bool):
+def test_text_after_images(seed: int, cuts: list[int], static: bool):
     batch = Batch.random(seed)
     contexts = batch.read(cuts, static)
     for (start, stop), context in zip(batch.pieces(cuts), contexts):
         expected = [
             [kinds[slot] != "v" and "v" in kinds[:slot] for slot in range(start, stop)] for kinds in batch.kinds
         ]
-        assert context.text_behind_images().tolist() == expected
-        if context.only_text_behind_images:
+        assert context.text_after_images().tolist() == expected
+        if context.only_text_after_images:
             assert all(all(row) for row in expected)
         if len(batch.kinds) == 1:
-            assert context.only_text_behind_images == all(expected[0])
+            assert context.only_text_after_images == all(expected[0])
 
 
-def test_only_text_behind_images_counts_rows():
+def test_only_text_after_images_counts_rows():
     """It is said without waiting for the device, so only where the memory has as many tokens in every row."""
     for kinds, expected in {("vvtt", "vvtt"): True, ("vvtt", "ptvt"): False, ("tttt", "pttt"): False}.items():
         context = Batch.of(*kinds).read([3])[-1]
-        assert context.only_text_behind_images == expected
-    assert not Batch.of("vvtt", "vvtt").read([1])[-1].only_text_behind_images, "a visual token is not text"
+        assert context.only_text_after_images == expected
+    assert not Batch.of("vvtt", "vvtt").read([1])[-1].only_text_after_images, "a visual token is not text"
 
 
 @any_cache
@@ -395,7 +395,7 @@ def test_a_tail_is_the_context_of_the_last_tokens(seed: int, static: bool):
         for num_keys in (1, length, batch.length, batch.length + 2):
             assert torch.equal(Keys(tail, num_keys).visual, Keys(expected, num_keys).visual)
             assert torch.equal(Keys(tail, num_keys).text_before_images, Keys(expected, num_keys).text_before_images)
-        assert torch.equal(tail.text_behind_images(), expected.text_behind_images())
+        assert torch.equal(tail.text_after_images(), expected.text_after_images())
     assert context.seq_len == batch.length
 
 

@@ -14,11 +14,11 @@ from methods_under_test import METHODS, give_weight
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from tiny_vlms import FAMILIES
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from peft_pvm import DIPEConfig, M3IDConfig, PVMConfig, add_adapters, attached, load_adapters, save_adapter
 from peft_pvm.tokens.context import VisualContext
-from peft_pvm.tuners.active import acting_adapters
+from peft_pvm.tuners.active import acting_adapters, activate
 from peft_pvm.utils.packages import ASKS_TUNER_FOR_NAMES, CACHE
 
 
@@ -177,15 +177,19 @@ def test_unloading_a_lora_leaves_ours(tmp_path: Path, way: str, ours: str, ours_
 
 @pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
 def test_unloading_a_lora_leaves_what_pvm_trains_along(tmp_path: Path, way: str):
-    """The head that PVM has trained is not taken for the base's."""
+    """The head that PVM has trained acts on, and is not taken for the base's."""
     model = LLAVA.build()
     head = model.lm_head
     pvm = get_peft_model(model, PVMConfig(r=32, modules_to_save=["lm_head"]), "pvm")
     give_weight(pvm)
     with torch.no_grad():
-        pvm.get_base_model().lm_head.modules_to_save["pvm"].weight.add_(1)
-    weight = head.weight.clone()
-    getattr(get_peft_model(model, lora(), "lora"), way)()
+        model.lm_head.modules_to_save["pvm"].weight.add_(1)
+    weight, alone = head.weight.clone(), logits(model.eval(), inputs_of(model))
+    both = get_peft_model(model, lora(), "lora").eval()
+    activate(model, ["pvm", "lora"])
+    expected = logits(model, inputs_of(model)) if way == "merge_and_unload" else alone
+    getattr(both, way)()
+    assert difference(logits(model, inputs_of(model)), expected) <= 10 * TOLERANCE
     pvm.save_pretrained(tmp_path)
     assert "base_model.model.lm_head.weight" in keys(tmp_path / "pvm")
     pvm.unload()
@@ -272,6 +276,19 @@ def test_a_static_cache_that_was_reset_is_empty(method: str):
     expected = logits(model, inputs, **{CACHE: cache})
     cache.reset()
     assert difference(logits(model, inputs, **{CACHE: cache}), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_what_joins_a_conversation_late_does_not_take_its_tokens_for_known(static: bool):
+    """VAR has to have seen every token. DIPE has, so the conversation itself is known."""
+    model = LLAVA.build()
+    add_adapters(model, {"dipe": DIPEConfig()})
+    config = model.config.get_text_config()
+    cache = StaticCache(config=config, max_cache_len=32) if static else DynamicCache(config=config)
+    logits(model, LLAVA.inputs(model, "t4 i t6", stop=8), **{CACHE: cache})
+    add_adapters(model, {"var": METHODS["var"].config()})
+    with pytest.raises(RuntimeError, match="Nobody looked for sinks among all tokens"):
+        logits(model, LLAVA.inputs(model, "t4 i t6", start=8), **{CACHE: cache})
 
 
 def test_whole_attention_that_is_trained_along_is_refused():

@@ -249,7 +249,7 @@ def _make_view(context: VisualContext, visibility: str) -> MemoryView | None:
 
     # Only the tokens that are not silenced read: text with a visual token in sight.
     if visibility == "causal":
-        reads = context.text_behind_images()
+        reads = context.text_after_images()
     else:
         reads = ~context.visual_mask & filled.any(1, keepdim=True)
     positions = pack(reads, min_length=int(context.records_gradients))
