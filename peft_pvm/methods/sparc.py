@@ -14,7 +14,7 @@ from ..attention.stages import Later, Stage, Values, Watch
 from ..tokens.context import VisualContext
 from ..tokens.families import VisionLanguageModel
 from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
-from ..utils.checks import is_int, setting
+from ..utils.checks import DEEPEST, setting
 from ..utils.text import quoted
 
 
@@ -71,8 +71,10 @@ class SPARCConfig(AttentionMethod):
     choosing_layer: int | None = setting(
         None,
         "The decoder layer whose weights decide the choice, or None: the authors' part of the depth.",
-        valid=lambda value: value is None or (is_int(value) and 0 <= value < 2**31),
-        accepted="None or the index of a decoder layer",
+        least=0,
+        most=DEEPEST - 1,
+        whole=True,
+        or_none=True,
     )
 
     def fitted_to(self, vlm: VisionLanguageModel) -> SPARCConfig:

@@ -14,7 +14,7 @@ from ..attention.stages import GroupWeights, Stage
 from ..tokens.context import VisualContext
 from ..tokens.families import VisionLanguageModel
 from ..tuners.attention_method import AttentionMethod, SteeredLayer, attention_tuner
-from ..utils.checks import is_int, setting
+from ..utils.checks import is_list_of_indices, setting
 from ..utils.text import quoted
 
 
@@ -75,14 +75,7 @@ class VARConfig(AttentionMethod):
     sink_channels: list[int] | None = setting(
         None,
         "Channels of the hidden state that are large in sinks: peft-pvm sinks finds them.",
-        valid=lambda value: (
-            value is None
-            or (
-                isinstance(value, (list, tuple))
-                and 0 < len(value) <= MOST_CHANNELS
-                and all(is_int(channel) and 0 <= channel < 2**31 for channel in value)
-            )
-        ),
+        valid=lambda channels: channels is None or is_list_of_indices(channels, MOST_CHANNELS),
         accepted="None or a non-empty list of channels from 0 on",
     )
     tau: float = setting(20.0, "How large a channel is in a sink, in units of the root mean square.", above=0)
@@ -126,10 +119,8 @@ class VARConfig(AttentionMethod):
 
         def find() -> torch.Tensor:
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-            channels = hidden_states.new_zeros(hidden_states.shape[-1], dtype=dtype)
-            for channel in self.sink_channels or ():
-                channels[channel] = 1
-            return channels
+            channels = torch.tensor(self.sink_channels, device=hidden_states.device)
+            return hidden_states.new_zeros(hidden_states.shape[-1], dtype=dtype).index_fill(0, channels, 1)
 
         channels = context.derived((self._whose, "channels", hidden_states.dtype, hidden_states.device), find)
         return torch.linalg.vector_norm(sizes(hidden_states, channels), torch.inf, -1) > self.tau

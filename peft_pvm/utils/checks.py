@@ -34,6 +34,15 @@ def is_text(value: object, limit: int = 1_000) -> bool:
     return isinstance(value, str) and len(value) <= limit
 
 
+def is_list_of_indices(value: object, limit: int, most: int = 2**31 - 1) -> bool:
+    """Whether `value` is a list or tuple of 1 to `limit` integers from 0 to `most`."""
+    return (
+        isinstance(value, (list, tuple))
+        and 0 < len(value) <= limit
+        and all(is_int(index) and 0 <= index <= most for index in value)
+    )
+
+
 def layer_list(config: object, other: str) -> list[int]:
     """The field `layers_to_transform`, an index or several, as a sorted list.
 
@@ -43,8 +52,7 @@ def layer_list(config: object, other: str) -> list[int]:
     """
     layers = getattr(config, "layers_to_transform")  # noqa: B009  # configs share the field, not a class
     indices = [layers] if isinstance(layers, int) else layers
-    valid = isinstance(indices, (list, tuple)) and 0 < len(indices) <= DEEPEST
-    valid = valid and all(is_int(i) and 0 <= i < DEEPEST for i in indices)
+    valid = is_list_of_indices(indices, DEEPEST, most=DEEPEST - 1)
     check(config, "layers_to_transform", valid, f"{other} or a non-empty list of layer indices from 0 on")
     check(config, "layers_to_transform", len(set(indices)) == len(indices), "a list without repetitions")
     return sorted(indices)
@@ -58,6 +66,7 @@ def setting(
     above: float | None = None,
     most: float | None = None,
     whole: bool = False,
+    or_none: bool = False,
     among: Collection[str] | None = None,
     valid: Callable[[Any], bool] | None = None,
     accepted: str = "",
@@ -71,6 +80,7 @@ def setting(
         above: It is a number above this.
         most: With `least` or `above`: it is at most this.
         whole: With `least`: it is an integer.
+        or_none: With `least` or `above`: it may also be `None`.
         among: It is one of these.
         valid: Whether a value is valid, if none of these says it.
         accepted: What `valid` accepts, for the message.
@@ -86,11 +96,12 @@ def setting(
     """
     highest = LARGEST if most is None else most
     is_kind, kind = (is_int, "an integer") if whole else (is_number, "a number")
+    kind = f"None or {kind}" if or_none else kind
     if least is not None:
-        valid = lambda value: is_kind(value) and least <= value <= highest  # noqa: E731
+        valid = lambda value: (or_none and value is None) or (is_kind(value) and least <= value <= highest)  # noqa: E731
         accepted = f"{kind} from {least} to {highest}"
     elif above is not None:
-        valid = lambda value: is_kind(value) and above < value <= highest  # noqa: E731
+        valid = lambda value: (or_none and value is None) or (is_kind(value) and above < value <= highest)  # noqa: E731
         accepted = f"{kind} above {above}" + ("" if most is None else f", at most {most}")
     elif among is not None:
         valid, accepted = lambda value: value in among, f"one of {tuple(among)}"

@@ -17,7 +17,7 @@ from ...attention.stages import Positions, Stage
 from ...tokens.context import VisualContext
 from ...tokens.families import VisionLanguageModel
 from ...tuners.attention_method import AttentionMethod, SteeredLayer
-from ...utils.checks import is_int, setting
+from ...utils.checks import setting
 from .parts import attend_by_masks, attend_by_modality, runs_to_join, sums_are_given
 
 
@@ -73,8 +73,10 @@ class DIPEConfig(AttentionMethod):
     max_distance: int | None = setting(
         128,
         "How many positions a query moves on from where its run begins; 0 or None: not at all, as in the paper.",
-        valid=lambda value: value is None or (is_int(value) and 0 <= value <= FARTHEST),
-        accepted=f"None or an integer from 0 to {FARTHEST}",
+        least=0,
+        most=FARTHEST,
+        whole=True,
+        or_none=True,
     )
     anchor: Literal["run", "image"] = setting(
         "run",

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from ...folders.adapter_file import PEFT_PREFIX
 from ...tuners.base import VisualConfig
-from ...utils.checks import check, check_settings, is_int, is_number, is_text, layer_list, setting
+from ...utils.checks import check, check_settings, is_number, is_text, layer_list, setting
 from ...utils.text import quoted
 
 
@@ -111,8 +111,9 @@ class PVMConfig(VisualConfig):
     r: int = setting(
         512,
         "Width of the branch; must be a multiple of the base model's head size.",
-        valid=lambda r: is_int(r) and 0 < r <= WIDEST,
-        accepted=f"an integer from 1 to {WIDEST}",
+        least=1,
+        most=WIDEST,
+        whole=True,
     )
     layers_to_transform: list[int] | int | Literal["strided", "auto"] = setting(
         "strided",
@@ -140,8 +141,8 @@ class PVMConfig(VisualConfig):
     mlp_ratio: float | None = setting(
         None,
         "Width of the branch's MLP as a multiple of r; None takes the base model's ratio.",
-        valid=lambda ratio: ratio is None or (is_number(ratio) and ratio > 0),
-        accepted="a positive number or None",
+        above=0,
+        or_none=True,
     )
     modules_to_save: list[str] | None = setting(
         None,

@@ -58,7 +58,7 @@ from peft_pvm.utils.text import LONGEST
         (dict(mlp_ratio=float("inf")), "mlp_ratio is inf"),
         (dict(init_weights="no"), "init_weights is 'no', but must be True or False"),
         (dict(modules_to_save="lm_head"), "modules_to_save is 'lm_head', but must be a list of module names"),
-        (dict(mlp_ratio=0), "mlp_ratio is 0, but must be a positive number or None"),
+        (dict(mlp_ratio=0), "mlp_ratio is 0, but must be None or a number above 0"),
     ],
 )
 def test_bad_values(fields: dict, complaint: str):
