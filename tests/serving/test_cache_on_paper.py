@@ -12,7 +12,11 @@ from pages import REPOSITORY
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings it")
 
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+
+try:
+    from vllm.v1.core.kv_cache_planning import _pool_bytes_per_block, get_kv_cache_groups
+except ImportError:  # vLLM 0.32
+    from vllm.v1.core.kv_cache_utils import _pool_bytes_per_block, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec, SlidingWindowSpec
 
 
@@ -27,8 +31,7 @@ def groups_and_blocks(layers: dict[str, KVCacheSpec]) -> tuple[list[KVCacheSpec]
     config = VllmConfig()
     config.cache_config.kv_cache_layout = "LHBNC"  # one layer after the other, as on a CPU
     groups = get_kv_cache_groups(config, layers)
-    num_blocks = get_kv_cache_config_from_groups(config, groups, MEMORY).num_blocks
-    return [group.kv_cache_spec for group in groups], num_blocks
+    return [group.kv_cache_spec for group in groups], MEMORY // _pool_bytes_per_block(config, groups)
 
 
 def kib_of_a_token(tokens_in_block: int, width: int = 1, branches: int = 0) -> float:
