@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm brings
 
 from vllm.config import VllmConfig
 
+
 try:
     from vllm.v1.core.kv_cache_planning import _pool_bytes_per_block, get_kv_cache_groups
 except ImportError:  # vLLM 0.32
