@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from environment import on_a_cpu
 from forwards import (
@@ -451,7 +452,7 @@ def test_rows_packed_by_positions_are_refused(method: Method):
         logits(model, {**packed, "pixel_values": one["pixel_values"]})
 
 
-@pytest.mark.parametrize("kind", ["bool", "float", "dict"])
+@pytest.mark.parametrize("kind", ["bool", "float", "dict", "static cache"])
 def test_rows_packed_by_a_mask_are_refused(kind: str):
     """Positions may start again or not. A mask that hides padding, or an image from some text, parts no row."""
     tiny = FAMILIES["llava"]
@@ -466,6 +467,9 @@ def test_rows_packed_by_a_mask_are_refused(kind: str):
     def given(mask: torch.Tensor) -> dict[str, Any]:
         mask = mask[None, None]
         as_scores = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        if kind == "static cache":
+            cache = static_cache(model)
+            return {**inputs, "attention_mask": F.pad(mask, (0, cache.layers[0].max_cache_len - length)), CACHE: cache}
         forms = {"bool": mask, "float": as_scores, "dict": {"full_attention": mask, "sliding_attention": mask}}
         return {**inputs, "attention_mask": forms[kind]}
 

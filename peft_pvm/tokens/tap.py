@@ -221,9 +221,10 @@ class Tap:
         context.cache, num_keys = cache, 0 if cache is None else _length_of(cache)
         try:
             _refuse_copied(module)
-            _refuse_packed(inputs, num_keys, context)
             # To learn the length of a static cache is to wait for the device. Decoding a token behind others does not.
-            is_asked = inputs_embeds.shape[1] > 1 or coverage_of(cache).read_by != self._name
+            has_several = inputs_embeds.shape[1] > 1
+            _refuse_packed(inputs, has_several and int(num_keys) == 0, context)
+            is_asked = has_several or coverage_of(cache).read_by != self._name
             memory, coverage = _remembered(cache, num_keys, is_asked)
         except (NotImplementedError, ValueError) as refusal:
             context.refusal = refusal.with_traceback(None)  # whose frames hold the context
@@ -304,18 +305,17 @@ def _length_of(cache: Cache) -> int | torch.Tensor:
     return length
 
 
-def _refuse_packed(inputs: dict[str, Any], num_keys: int | torch.Tensor, context: VisualContext) -> None:
+def _refuse_packed(inputs: dict[str, Any], is_first: bool, context: VisualContext) -> None:
     packed = paged_inputs(inputs)
     positions = inputs.get("position_ids")
-    fresh = isinstance(num_keys, int) and num_keys == 0
-    if positions is not None and fresh and inputs.get("attention_mask") is None:
+    if positions is not None and is_first and inputs.get("attention_mask") is None:
         # transformers takes positions that start again, without an attention mask, for packed rows. Of several axes,
         # the first is that of text, or of time, and grows along the row as well.
         axis = positions if positions.dim() == 2 else positions[0]
         if bool((axis.diff(dim=-1) < 0).any()):
             packed.append("position_ids that start again")
     masks = context.attention_mask.values() if isinstance(context.attention_mask, dict) else [context.attention_mask]
-    if fresh and context.visual_mask is not None and any(parts_rows(mask, context.visual_mask) for mask in masks):
+    if is_first and context.visual_mask is not None and any(parts_rows(mask, context.visual_mask) for mask in masks):
         packed.append("a mask that parts rows")
     if packed:
         raise NotImplementedError(f"This forward ({', '.join(packed)} given) {PACKED_REFUSAL}")

@@ -208,12 +208,14 @@ def parts_rows(mask: Any, visual_mask: torch.Tensor) -> bool:
     """Whether a mask parts a row behind a visual token: what comes then sees nothing before. Waits for the device.
 
     Args:
-        mask: As a model is given it. Only one of four axes, for all pairs of tokens, can part rows.
+        mask: As a model is given it. Only one of four axes, for all pairs of tokens, can part rows. It may have more
+            columns, as for a static cache.
         visual_mask: Which tokens are visual, `(batch, seq_len)`, bool.
     """
     seq_len = visual_mask.shape[1]
-    if not isinstance(mask, torch.Tensor) or mask.shape[2:] != (seq_len, seq_len):
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[2] != seq_len or mask.shape[3] < seq_len:
         return False
+    mask = mask[..., :seq_len]
     sees = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any(1)
     first_seen = torch.where(sees.any(-1), sees.int().argmax(-1), seq_len)
     seen_from_here_on = first_seen.flip(1).cummin(1).values.flip(1)  # the first key

@@ -222,7 +222,7 @@ class _Steering:
             mixer = unwrapped(vlm.block.token_mixer(vlm.layers[layer_idx]))
             hook = self._without_images(layer_idx)
             stack.callback(mixer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        weakref.finalize(self, stack.close)
+        weakref.finalize(self, _take_off, stack.close)
 
     def _without_images(self, layer_idx: int) -> Callable[..., tuple[tuple, dict[str, Any]] | None]:
         """A hook for what mixes a layer's tokens by a state: visual tokens are 0, in the rows that hide images."""
@@ -241,6 +241,21 @@ class _Steering:
             return args, {**kwargs, "hidden_states": kwargs["hidden_states"].masked_fill(hidden, 0)}
 
         return zero
+
+
+class _Garbage:
+    """What only the garbage collector frees: when it next runs, and not now."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def _take_off(close: Callable[[], None]) -> None:
+    """Take what hides images off the model. Not while Dynamo traces it: it would not find what it began with."""
+    if torch.compiler.is_compiling():
+        weakref.finalize(_Garbage(), _take_off, close)
+    else:
+        close()
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from peft_pvm import PVMConfig, add_adapters
 from peft_pvm.tokens.context import VisualContext
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.training import hidden_image
+from peft_pvm.training.hidden import _Steering
 from peft_pvm.tuners.active import activate
 from peft_pvm.utils.packages import CACHE
 
@@ -296,6 +297,22 @@ def test_nothing_is_left_after_an_interruption(name: str, kind: type[BaseExcepti
     handle.remove()
     assert leftovers(model) == []
     assert torch.equal(trained_on(model, inputs), shown)
+
+
+def test_what_hides_images_is_not_taken_off_while_dynamo_traces_the_model(plain: TinyVLM):
+    """The garbage collector may free it at any time, and the model must not change between a trace and its guards."""
+    model = built(plain)
+    steering = [_Steering(find_vlm(model.get_base_model()))]
+    while_tracing = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        steering.clear()
+        while_tracing.extend(leftovers(model))
+        return graph.forward
+
+    torch.compile(lambda tensor: tensor + 1, backend=backend)(torch.ones(1))
+    assert while_tracing
+    assert not leftovers(model)
 
 
 def test_blocks_within_blocks_hide_the_rows_of_both(plain: TinyVLM):
