@@ -37,7 +37,7 @@ def build(model: ModelConfig, dipe: DIPEArguments) -> PeftModel:
     The LoRA is around the model with DIPE in it, so that a checkpoint of the trainer holds the two and not the base.
     """
     if model.load_in_4bit or model.load_in_8bit:
-        raise SystemExit("A quantised base is for examples/train_sft.py alone.")
+        raise SystemExit("A quantised base is only for examples/train_sft.py.")
     base = AutoModelForImageTextToText.from_pretrained(
         model.model_name_or_path,
         revision=model.model_revision,

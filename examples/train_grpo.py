@@ -46,7 +46,7 @@ def build(model: ModelConfig, adapter: str) -> PreTrainedModel:
     The adapters are injected rather than wrapped, so that the trainer's checkpoints hold everything that learns.
     """
     if model.load_in_4bit or model.load_in_8bit:
-        raise SystemExit("A quantised base is for examples/train_sft.py alone.")
+        raise SystemExit("A quantised base is only for examples/train_sft.py.")
     base = AutoModelForImageTextToText.from_pretrained(
         model.model_name_or_path,
         revision=model.model_revision,
@@ -59,7 +59,7 @@ def build(model: ModelConfig, adapter: str) -> PreTrainedModel:
     set_peft_model_state_dict(base, weights, "pvm")
     vlm = find_vlm(base)
     lora = get_peft_config(model)
-    if lora is not None:  # on the language model alone: not on a vision tower that has such layers too, nor on PVM
+    if lora is not None:  # only on the language model: not on a vision tower that has such layers too, nor on PVM
         lora.exclude_modules = rf"(?!{re.escape(vlm.text_model_name)}\.).*|.*\.pvm\..*"
         inject_adapter_in_model(lora, base, "lora")
     language_model = {*vlm.text_model.parameters(), *base.get_output_embeddings().parameters()}

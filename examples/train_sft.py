@@ -1,4 +1,4 @@
-"""Stage 1 of PVM's recipe: supervised fine-tuning of PVM alone, on chats with images.
+"""Stage 1 of PVM's recipe: supervised fine-tuning of only PVM, on chats with images.
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_sft.py --config examples/sft.yaml
 

@@ -182,7 +182,7 @@ def step_time(
     r: Annotated[int, typer.Option(min=1, max=MANY, help="PVM's width.")] = 64,
     seed: Seed = 0,
 ) -> None:
-    """Measure a step of training with PVM, with LoRA of its size and of the base alone, and with the image hidden."""
+    """Measure a step of training with PVM, with LoRA of its size, without both, and with the image hidden."""
     show_step_time(size, text_tokens, rows, repeats, r, seed)
 
 

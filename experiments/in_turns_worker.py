@@ -1,4 +1,4 @@
-"""A process of `in_turns`: it measures the package that it finds, whichever version that is, and stands by itself.
+"""A process of `in_turns`: it measures the package that it finds, whichever version that is, and needs nothing else.
 
 Its one argument is JSON: the arguments of `build_random` and of `Settings`. Each line of its input names a method, and
 "prefill" or "decode". It answers each with a line of JSON: the seconds that this took.

@@ -35,7 +35,7 @@ SIDE = 16  # visual tokens along a side of the image
 
 
 def middle_config() -> Qwen3VLConfig:
-    """16 decoder layers of width 1,024 behind the tiny model's vision tower, with the vocabulary of Qwen3-VL, tied."""
+    """16 decoder layers of width 1,024 after the tiny model's vision tower, with the vocabulary of Qwen3-VL, tied."""
     content = tiny_vlm_config().to_dict()
     content["text_config"] |= dict(
         hidden_size=1024,

@@ -92,7 +92,7 @@ class Results:
         write_json(self.path, {**self.about, "by tokens of text": cells, "environment": {**environment(), **bf16()}})
 
     def accuracy(self, length: int, rows: int) -> Accuracy:
-        """Of the first rows."""
+        """The accuracy over the first rows."""
         return Accuracy(tuple(self.right[length][:rows]), NUM_CELLS)
 
     def _cell(self, length: int) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _watch(model: Any, questions: Questions, plan: EvalPlan, results: Results) -
 
 
 def _hash_of_folder(folder: str) -> str:
-    """Of an adapter's configuration and weights."""
+    """A hash of an adapter's configuration and weights."""
     files = [Path(folder, name) for name in ("adapter_config.json", "adapter_model.safetensors")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 

@@ -102,7 +102,7 @@ def _dipe(max_distance: int, **fields: Any) -> Callable[[], Configs]:
 
 
 def _lora() -> Configs:
-    """Of PVM's size, on the attention of the language model."""
+    """A LoRA of PVM's size, on the attention of the language model."""
     target_modules = r".*language_model.*\.(q|k|v|o)_proj"
     return {"lora": LoraConfig(r=19, lora_alpha=38, target_modules=target_modules)}
 

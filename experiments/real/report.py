@@ -26,7 +26,7 @@ IN_PICTURE = ("base", "log-bias", "lora", "pvm", "dipe", "dipe-128", "dipe+lora"
 BESIDE = ("interfering", "transcription")  # the first of them that was tested is the right half of the picture
 ROUNDS = (1, 2, 4, 8, 16, 28)  # shown of a task with more lengths than there is room for
 MOST_LENGTHS = 8
-START = 0.5  # where no text stands on the logarithmic axis: at this part of the first length with text
+START = 0.5  # where no text is on the logarithmic axis: at this part of the first length with text
 
 
 def read_bases(folder: str | os.PathLike) -> dict[str, Results]:
@@ -157,7 +157,7 @@ def draw_real(results: Results) -> bytes:
 
 
 def _draw_line(panel: Any, entry: Entry, number: int, origin: float) -> Any:
-    """One method's curve. Its points stand a little beside the others', so that none covers another."""
+    """One method's curve. Its points are a little beside the others', so that none covers another."""
     aside = 2 ** (0.07 * (number - (len(IN_PICTURE) - 1) / 2))
     cells = [Cell.of(entry.accuracies(length)) for length in entry.lengths]
     places = [max(length, origin) * aside for length in entry.lengths]

@@ -21,7 +21,7 @@ from .methods import METHODS
 
 FINDINGS = "findings"  # a folder beside those of the tasks, which holds no answers to questions
 UNTESTED = "-"
-AS_SAVED = ", as saved"  # behind the method of files that tell of an adapter's folder and not of a training here
+AS_SAVED = ", as saved"  # after the method of files that tell of an adapter's folder and not of a training here
 
 TASKS = {  # in the order of the page; others come after them, under their keys
     "look-up": "One picture",
@@ -55,7 +55,7 @@ class Training:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Training:
-        """From what a file of results says of it."""
+        """Make it from what a file of results says of it."""
         seed, parameters, tokens = (int(content[name]) for name in ("seed", "parameters", "tokens"))
         gpu = str(content["environment"]["GPU"])
         return cls(dict(content["recipe"]), seed, parameters, tokens, float(content["seconds"]), gpu)
@@ -86,7 +86,7 @@ class Run:
 
     @classmethod
     def of(cls, file: dict[str, Any]) -> Run:
-        """From the content of the file."""
+        """Make it from the content of the file."""
         training, environment = file.get("training"), file["environment"]
         cells = {int(length): cell for length, cell in file["by tokens of text"].items()}
         accuracies = {length: _accuracy(cells[length]["right of nine"]) for length in sorted(cells)}
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        """Of the training."""
+        """The seed of the training."""
         return None if self.training is None else self.training.seed
 
 
@@ -144,11 +144,11 @@ class Entry:
         return sorted({length for run in self.runs for length in run.accuracies})
 
     def accuracies(self, length: int) -> list[Accuracy]:
-        """For each seed that was tested at this length."""
+        """The accuracies of all seeds that were tested at this length."""
         return [run.accuracies[length] for run in self.runs if length in run.accuracies]
 
     def mean(self, length: int) -> float:
-        """Over rows and seeds."""
+        """The mean accuracy over rows and seeds."""
         return Cell.of(self.accuracies(length)).mean
 
     def shown(self, length: int) -> str:
@@ -182,7 +182,7 @@ class Estimate:
     standard_error: float
 
     def __str__(self) -> str:
-        """As a difference, with its sign."""
+        """The number as a difference, with its sign."""
         return f"{self.mean:+.3f} ± {self.standard_error:.3f}"
 
 
@@ -251,7 +251,7 @@ class Results:
         self.findings = Path(folder, FINDINGS)
         questions = {run.questions for run in self.runs}
         if any(split != "test" for split, _ in questions):
-            raise ValueError(f"{folder} has results of {_listed(questions)}. The report is of split test alone.")
+            raise ValueError(f"{folder} has results of {_listed(questions)}. The report covers only split test.")
         if len(questions) > 1:
             raise ValueError(f"{folder} has results of {_listed(questions)}, which cannot be compared.")
         groups: dict[tuple[str, str], list[Run]] = {}
@@ -264,7 +264,7 @@ class Results:
 
     @property
     def tasks(self) -> list[str]:
-        """Those that were tested."""
+        """The tasks that were tested."""
         return _in_order(TASKS, {task for task, _ in self._entries})
 
     def find(self, task: str, method: str) -> Entry:

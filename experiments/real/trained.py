@@ -40,7 +40,7 @@ def save_trained(model: PeftModel, language_model: LanguageModel, recipe: RealRe
 
 
 def build_base(language_model: LanguageModel, path: str | os.PathLike) -> LlavaForConditionalGeneration:
-    """Make the base: the language model behind the trained tower and projector, the LoRA merged into it.
+    """Make the base: the language model after the trained tower and projector, the LoRA merged into it.
 
     Args:
         language_model: It stays as it is.

@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 
 
 def new_vlm(language_model: LanguageModel, seed: int = 0) -> LlavaForConditionalGeneration:
-    """The language model behind a fresh vision tower and projector, in fp32 and eval mode.
+    """The language model after a fresh vision tower and projector, in fp32 and eval mode.
 
     Args:
         language_model: Its weights are copied.

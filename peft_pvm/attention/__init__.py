@@ -1,1 +1,1 @@
-"""The attention of a text model, as adapters change it: what a call knows, what stages do to it, how it gets there."""
+"""How adapters change attention: the call of an attention function, stages that change it, and how they are run."""

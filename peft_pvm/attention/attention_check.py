@@ -1,9 +1,9 @@
 """A check, made once, that an attention module computes as adapters assume.
 
-Adapters assume that it computes what it would without them as long as none acts, and that its output is made of
-queries, keys, values, the mask, and of what else `AttentionCall` knows. Those that rotate queries and keys assume that
-the rotation is the last thing done to them, and that it is by the rotary embedding they take. All of it is tried on a
-few tokens of the first forward, the rotation at other positions too.
+Adapters assume that the module computes the same with and without them as long as none acts, and that its output
+depends only on queries, keys, values, the mask and what else `AttentionCall` knows. Adapters that rotate queries and
+keys also assume that the rotation is the last change to them, and that it comes from the rotary embedding that they
+use. All of this is tested on a few tokens of the first forward, the rotation also at other positions.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from .rotation import Tables, inverse, rotate, rotation_tables, unit
 FEW = 4  # tokens
 FURTHER = 128  # positions, so that most channels turn
 TABLES = "position_embeddings"  # the keyword by which a module is given the rotations of its tokens
-NAMED = ("hidden_states", TABLES)  # what is cut by itself
+NAMED = ("hidden_states", TABLES)  # cut separately
 
 
 class AttentionCheck:
-    """Checks an attention module when an adapter first acts on it, and is gone then: as the handle of a hook.
+    """Checks an attention module when an adapter first acts on it, and then removes itself.
+
+    It has a method `remove`, like the handle of a hook.
 
     Args:
         attention: The module.
@@ -42,7 +44,7 @@ class AttentionCheck:
         layer_type: The type of its layer, for a rotary embedding that tells types apart.
         rotates: Whether the adapters rotate them too.
         acts: Whether an adapter acts now.
-        passed: Called when it is found out that all is as it should be.
+        passed: Called when the module has passed the check.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class AttentionCheck:
         self._handle = attention.register_forward_pre_hook(self._check_once, with_kwargs=True)
 
     def remove(self) -> None:
-        """Do not check any more."""
+        """Stop checking."""
         self._handle.remove()
 
     def _check_once(self, attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -91,7 +93,7 @@ class AttentionCheck:
 
     @torch.no_grad()
     def _fault_of_rotation(self, attention: Any, kwargs: dict[str, Any]) -> str:
-        """What is not as adapters assume of queries and keys; "" if all is."""
+        """What differs from what adapters assume of queries and keys; "" if nothing does."""
         given = kwargs.get(TABLES)
         if given is None:
             return "" if self.rotary is None else f"is given no {TABLES} for its queries and keys"
@@ -150,12 +152,12 @@ def _is_as_without_adapters(attention: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _same_dropout() -> AbstractContextManager[None]:
-    """Random numbers are as they were, on every device, after a block: the next one draws the same."""
+    """Restore the random number generators of all devices at the end of a block."""
     return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
 class _Caught:
-    """Stands where the stages of a layer do, and keeps the queries and keys that it is given."""
+    """Takes the place of a layer's stages, and keeps the queries and keys that it is given."""
 
     def __init__(self) -> None:
         self.states: list[torch.Tensor] = []
@@ -209,13 +211,13 @@ def _makes_its_output(call: AttentionCall) -> bool:
 
 
 def _of_queries(value: Any, num_queries: int, part: slice) -> Any:
-    """What a kernel is given for each query, such as a bias, for some of them."""
+    """An argument of a kernel. If it has an entry for each query, as a bias does, only those of some queries."""
     is_by_query = isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[-2] == num_queries
     return value[..., part, :] if is_by_query else value
 
 
 def _for_last(kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
-    """What else a module is given, for the last tokens of the first row and without a cache."""
+    """The other arguments of a module, cut to the last tokens of the first row of the batch, without a cache."""
     arguments: dict[str, Any] = {"attention_mask": None}
     for name, value in kwargs.items():
         if name in CUT and value is not None:
@@ -226,17 +228,17 @@ def _for_last(kwargs: dict[str, Any], num_tokens: int) -> dict[str, Any]:
 
 
 def _of_few(mask: Any, num_tokens: int) -> torch.Tensor | None:
-    """The mask, where the module itself may read it; that of flash or flex attention is the kernel's alone."""
+    """The mask for a few tokens, if the module itself may read it. Other masks are read only by the kernel."""
     if not isinstance(mask, torch.Tensor):
         return None
     return mask[:1, :, -num_tokens:, -num_tokens:] if mask.dim() == 4 else mask.new_ones(1, num_tokens)
 
 
-# By the keyword: how an argument is cut to what is needed for a few tokens.
+# By keyword: how an argument is cut to a few tokens.
 CUT: dict[str, Callable[[Any, int], Any]] = {
     "attention_mask": _of_few,
     "conv_mask": _of_few,
-    # Where no keys stand before them; what turns them are the tables.
+    # No keys come before these tokens. The tables rotate them, not these positions.
     "position_ids": lambda ids, num_tokens: torch.arange(num_tokens, device=ids.device).expand(*ids.shape[:-2], 1, -1),
     # Of all queries and keys, for a bias.
     "relative_distance": lambda distances, num_tokens: distances[-num_tokens:, -num_tokens:],
@@ -250,7 +252,7 @@ CUT: dict[str, Callable[[Any, int], Any]] = {
 
 
 def _of_last_tables(tables: Tables, num_tokens: int) -> Tables:
-    """The rotations of the last tokens of the first row."""
+    """The rotations of the last tokens of the first row of the batch."""
     return _mapped(tables, lambda table: table[..., :1, -num_tokens:, :])
 
 

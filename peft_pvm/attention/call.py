@@ -38,7 +38,7 @@ class AttentionCall:
         context: What this forward knows.
         kernel: The kernel's name.
         kwargs: All other arguments.
-        widened: Queries and keys with more channels, whose products are the scores. `None`: those above make them.
+        widened: Queries and keys with more channels, whose products are the scores. `None`: of `query` and `key`.
     """
 
     module: Any
@@ -116,12 +116,12 @@ class AttentionCall:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether the kernel can be given the first tokens alone: each sees those up to itself, without a mask."""
+        """Whether the kernel can be given only the first tokens: each sees those up to itself, without a mask."""
         is_whole = self.query.shape[2] == self.key.shape[2] and self.widened is None
         return is_whole and self.kernel == "sdpa" and self.position_bias is None and self.visibility.is_plain_causal
 
     def first(self, length: int) -> AttentionCall:
-        """The call of the first tokens alone, if it `can_be_cut`: for the kernel, and no stage, to see."""
+        """The call with only its first tokens, if it `can_be_cut`. It goes to the kernel, not to further stages."""
         query, key, value = (tensor[:, :, :length] for tensor in (self.query, self.key, self.value))
         return replace(self, query=query, key=key, value=value)
 
@@ -253,7 +253,7 @@ def scaled_products(query: torch.Tensor, key: torch.Tensor, scaling: float) -> t
 
 
 def records_gradients(*tensors: Any) -> bool:
-    """Whether what is computed from these will be differentiated; what is no tensor does not count."""
+    """Whether gradients are recorded for what is computed from these values. Only tensors count."""
     return torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors)
 
 

@@ -1,9 +1,9 @@
-"""How adapters reach attention.
+"""How adapters reach attention: attention modules find a steered function in place of their kernel.
 
 While an adapter that changes attention is attached, every self-attention module of the text model looks up its kernel
-through a view of its config, whose name for it finds a steered function instead of the kernel. For whoever compares or
-prints the name it is the kernel's own, so masks are those of the kernel, and `set_attn_implementation` is followed.
-Where no adapter acts, the steered function calls the kernel with what it was given.
+through a view of its config. In this view, the name of the kernel finds a steered function. When the name is compared
+or printed, it is the kernel's own name, so masks are made for the kernel, and `set_attn_implementation` takes effect.
+If no adapter acts, the steered function calls the kernel with the arguments that it was given.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def steered_attention(
     kernel: str,
     **kwargs: Any,
 ) -> Output:
-    """An attention function as transformers calls it. Observers come after the output: they cannot change it."""
+    """The attention function that transformers calls instead of a kernel. Observers run last and change nothing."""
     context: VisualContext | None = kwargs.get(CONTEXT)
     if context is None:
         return base_kernel(kernel, module)(query, key, value, attention_mask, **kwargs)
@@ -49,7 +49,7 @@ def steered_attention(
 
 
 class SteeredName(str):
-    """A kernel's name that finds its steered form in transformers' attention interface.
+    """The name of a kernel, under which transformers' attention interface finds its steered form.
 
     It equals both names: models test for "eager" or "sdpa" before they make a mask, and must find what they would
     without adapters. Its hash is that of the steered name, so that a table is searched for this one.
@@ -78,7 +78,7 @@ class ConfigView:
     """A config in which the attention implementation has a name that finds its steered form.
 
     Args:
-        config: The config. Whatever else is read or written is its own.
+        config: The config. Everything else is read from it and written to it.
     """
 
     def __init__(self, config: Any):
@@ -110,7 +110,7 @@ _STEERED: dict[str, SteeredName] = {}
 
 
 class SteeringHandle:
-    """Lets adapters steer an attention module, until it is removed: as the handle of a hook.
+    """Lets adapters steer an attention module until `remove` is called, like the handle of a hook.
 
     Args:
         attention: The module. After the last handle on it is removed, it is as it was.
@@ -123,10 +123,10 @@ class SteeringHandle:
         attention.config.__dict__["users"] += 1
 
     def remove(self) -> None:
-        """Take this one back."""
+        """Remove this handle."""
         view = self.attention.config
         if not isinstance(view, ConfigView):
-            return  # somebody has set another config since: it is theirs
+            return  # somebody has set another config since, which stays
         view.__dict__["users"] -= 1
         if view.__dict__["users"] == 0:
             self.attention.config = view.config

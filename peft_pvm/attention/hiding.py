@@ -1,4 +1,4 @@
-"""A call of attention in which text does not see images, whatever the kernel: everything else stays."""
+"""Hides images from text in a call of attention, on any kernel. Everything else stays the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .call import AttentionCall
 def hidden_from_text(call: AttentionCall) -> AttentionCall:
     """The call with a mask that hides visual tokens from text, in those rows of the batch that hide images.
 
-    Visual tokens see what they saw. Flash attention has no masks of pairs, so its calls go to sdpa, or to eager
+    Visual tokens see the same as before. Flash attention has no masks of pairs, so its calls go to sdpa, or to eager
     attention where scores are capped, which sdpa cannot do.
 
     Args:
@@ -33,7 +33,7 @@ def hidden_from_text(call: AttentionCall) -> AttentionCall:
 
 
 def _without_pairs(call: AttentionCall, rows: torch.Tensor, kernel: str) -> Any:
-    """The mask of a call, less the pairs of text and visual tokens in some rows, in a form that a kernel takes."""
+    """The mask of a call, without pairs of text and visual tokens in some rows of the batch, as a kernel takes it."""
     mask = call.attention_mask
     text, visual = ~call.visual_queries & rows.unsqueeze(1), call.visual_keys
     if isinstance(mask, BlockMask):

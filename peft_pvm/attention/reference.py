@@ -1,4 +1,4 @@
-"""The stages of a layer in their plainest form, on whole matrices of scores: what fast forms are compared with."""
+"""The plain form of a layer's stages, on whole matrices of scores. The fast forms are compared with it."""
 
 from __future__ import annotations
 

@@ -42,14 +42,14 @@ def rotation_tables(rotary: nn.Module, position_ids: torch.Tensor, layer_type: s
 
 
 def between(tables: Tables, start: int, stop: int | None) -> Tables:
-    """The tables of some tokens."""
+    """The tables of the tokens from `start` to `stop`."""
     if isinstance(tables, torch.Tensor):
         return tables[..., start:stop, :]
     return tables[0][..., start:stop, :], tables[1][..., start:stop, :]
 
 
 def unit(tables: Tables) -> Tables:
-    """The tables without the factor that YaRN and its kin multiply attention by: they keep lengths."""
+    """The tables without the factor by which YaRN and similar methods scale attention, so that they keep lengths."""
     if isinstance(tables, torch.Tensor):
         return tables / tables.abs()
     length = (tables[0].square() + tables[1].square()).sqrt()
@@ -78,13 +78,13 @@ def rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.
     rotary_dim = getattr(attention, "qk_rope_head_dim", None)
     if rotary_dim is None:
         return _rotate(attention, states, tables)
-    # Multi-head latent attention: the last channels alone tell positions.
+    # Multi-head latent attention: only the last channels depend on positions.
     content, rotary = states.split([states.shape[-1] - rotary_dim, rotary_dim], -1)
     return torch.cat([content, _rotate(attention, rotary, tables)], -1)
 
 
 def _rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch.Tensor:
-    """`rotate`, for states of which the module's function is given all channels."""
+    """`rotate` for states whose channels are all given to the module's function."""
     wide = states if states.dtype == torch.float64 else states.float()
     if isinstance(tables, torch.Tensor):
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
@@ -106,12 +106,12 @@ def _rotate(attention: nn.Module, states: torch.Tensor, tables: Tables) -> torch
 
 
 def turned_by_matrix(call: AttentionCall, tables: Tables, key: tuple[Hashable, ...]) -> torch.Tensor:
-    """What `rotate` makes of the query of a step of decoding: by one product with a matrix, which layers share.
+    """Rotate the query of a step of decoding by one product with a matrix, which layers share.
 
     Args:
-        call: Of a single query.
-        tables: Of `(..., batch, positions, channels)`.
-        key: What names these tables in this forward.
+        call: A call with a single query.
+        tables: The rotations, `(..., batch, positions, channels)`.
+        key: Names these tables within this forward.
 
     Returns:
         Rotated by each of the positions, `(batch, heads, 1, positions * head_dim)`, in fp32 at least.
@@ -124,7 +124,7 @@ def turned_by_matrix(call: AttentionCall, tables: Tables, key: tuple[Hashable, .
         return rotate(call.module, basis.expand(len(query), -1, positions, -1), tables).flatten(2)
 
     matrix = call.context.derived(("matrix", *key, type(call.module), width, dtype), make)
-    with torch.autocast(query.device.type, enabled=False):  # which leaves a rotation of a prompt alone
+    with torch.autocast(query.device.type, enabled=False):  # autocast does not touch the rotation of a prompt
         return (query.squeeze(2).to(dtype) @ matrix).unsqueeze(2)
 
 
@@ -150,7 +150,7 @@ def _rotary_function(attention_cls: type) -> tuple[Any, tuple[str, ...]]:
 
 
 def _of_halves(function: Any) -> Any:
-    """A rotary function of neighbouring channels, for those that it has left in halves before."""
+    """A rotary function of neighbouring channels, for channels that an earlier rotation has left in halves."""
 
     def rotated(query: torch.Tensor, key: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         neighbours = (states.unflatten(-1, (2, -1)).transpose(-2, -1).flatten(-2) for states in (query, key))

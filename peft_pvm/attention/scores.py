@@ -20,19 +20,21 @@ Added = Callable[[AttentionCall, torch.Tensor, slice], torch.Tensor]
 
 @dataclass(frozen=True)
 class Scores(Stage):
-    """Something added to the scores of visual keys in some rows, from these scores; the softmax follows.
+    """Adds something to the scores of visual keys, computed from these scores themselves. The softmax follows.
 
-    In many rows, the kernel attends as it is, and one more channel of the values gives the weight that reaches the
-    visual keys. From it and from their scores follows what each of them weighs, and what the output becomes with other
-    scores. That takes a matrix of rows and visual keys, a few rows at a time. In a single row, and where somebody
-    wants weights, gradients or dropout, rows are made whole and by hand.
+    A row holds the scores of one query. If there are many rows, the kernel attends as it is, and one more channel of
+    the values gives the weight that reaches the visual keys. From this weight and the scores of visual keys follow the
+    weight of each of them, and the output with changed scores. That takes a matrix of rows and visual keys, a few rows
+    at a time. A single row is computed as a whole, without the kernel. So are rows for which weights, gradients or
+    dropout are wanted.
 
     Args:
-        added: Gives it from a call, the scores of visual keys after scaling and which queries these are: `(batch,
-            heads, rows, num_visual)` both, or what can be expanded to it, in the order of
-            `VisualContext.visual_columns`. What it says of keys that a row does not see is lost.
-        rows: "text": rows of text with a visual token before them. "generated": of these, only the last row of each
-            forward, which the next token comes from.
+        added: Computes what is added from a call, the scores of visual keys after scaling, and the slice of queries
+            that these belong to. Scores and result are `(batch, heads, rows, num_visual)`, or the result can be
+            expanded to it, in the order of `Keys.visual_columns`. Its values for keys that a row does not see are
+            ignored.
+        rows: Which queries' rows change. "text": those of text with a visual token before it. "generated": of these,
+            only the last row of each forward, from which the next token is predicted.
     """
 
     order = Weights.order
@@ -62,7 +64,7 @@ class Scores(Stage):
         )
 
     def changed_rows(self, call: AttentionCall) -> torch.Tensor | None:
-        """Which rows are changed, `(batch, num_queries)`, bool. `None`: all."""
+        """The queries whose rows are changed, `(batch, num_queries)`, bool. `None`: all."""
         rows = text_rows(call)
         if self.rows == "text" or call.query.shape[2] == 1:
             return rows
@@ -78,7 +80,7 @@ class Scores(Stage):
         return scores.masked_fill(hidden, lowest).softmax(-1)
 
     def _first(self, call: AttentionCall, rows: torch.Tensor) -> int:
-        """The first of the rows that are changed, in any conversation. Waits for the device."""
+        """The first query whose row is changed in any conversation of the batch. Waits for the device."""
         num_queries = rows.shape[1]
         if self.rows == "generated" or num_queries == 1:
             return num_queries - 1
@@ -101,7 +103,7 @@ class Scores(Stage):
     # ---- many rows
 
     def _corrected(self, call: AttentionCall, queries: slice, rows: torch.Tensor | None) -> torch.Tensor:
-        """The output of all rows, with what changed scores make of some, `(batch, num_queries, heads, value_dim)`."""
+        """The output of all rows, corrected where scores change, `(batch, num_queries, heads, value_dim)`."""
         output = _with_mass(call)
         keys, values = _visual_only(call, call.scored_by[1]), _visual_only(call, call.value)
         changed = []
@@ -115,10 +117,10 @@ class Scores(Stage):
     def _correct(
         self, call: AttentionCall, queries: slice, output: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """The output of some rows, from what the kernel gives for them: output and visual mass, in the last channel.
+        """The output of some rows with changed scores, from the kernel's output with the visual mass as last channel.
 
-        With `m` the mass, `s` the scores of visual keys and `a` what is added to them, each of these keys weighs
-        w = m softmax(s) before, and w e^a after, over what all weigh then.
+        With `m` the mass, `s` the scores of visual keys and `a` what is added to them, each of these keys has the
+        weight w = m softmax(s) before the change. Afterwards it has w e^a, divided by the sum over all keys.
         """
         scores = _scores(call, call.scored_by[0][:, :, queries], keys)
         index, is_seen = _visual(call, scores)
@@ -207,9 +209,9 @@ def _scores(call: AttentionCall, query: torch.Tensor, key: torch.Tensor) -> torc
 
 
 def _visual(call: AttentionCall, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The columns of visual keys for rows of scores, and which of them are there, as scores of visual keys are.
+    """The columns of visual keys in rows of scores, and which of these keys exist, shaped like their scores.
 
-    `None`: all are.
+    `None`: all exist.
     """
     columns, is_there = call.context.derived(("visual scores", call.key.shape[2]), lambda: _make_visual(call))
     shape = *scores.shape[:3], -1
@@ -223,7 +225,7 @@ def _make_visual(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None
 
 
 def _visual_only(call: AttentionCall, tensor: torch.Tensor) -> torch.Tensor:
-    """Keys or values of visual tokens alone, `(batch, kv_heads, num_visual, width)`, in the order of their columns."""
+    """Keys or values of only the visual tokens, `(batch, kv_heads, num_visual, width)`, in the order of columns."""
     columns = call.keys.visual_columns.clamp(max=call.keys.number - 1)
     return tensor.gather(2, columns[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
@@ -236,11 +238,11 @@ def _with_mass(call: AttentionCall) -> torch.Tensor:
 
 
 def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of `(batch, heads, rows, ...)`, one behind the other."""
+    """Rows of `(batch, heads, rows, ...)`, one after the other."""
     return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
 
 
 def _put(plain: torch.Tensor, changed: torch.Tensor, rows: torch.Tensor, axis: int, first: int) -> torch.Tensor:
-    """Changed rows in the place of plain ones, from the first on, where `rows` says so."""
+    """Put changed rows in the place of plain ones, from row `first` on, where `rows` is True."""
     before, ends = plain.tensor_split([first], axis)
     return torch.cat([before, torch.where(rows.tensor_split([first], axis)[1], changed, ends)], axis)

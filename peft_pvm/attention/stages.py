@@ -1,6 +1,6 @@
-"""What adapters do to the attention of a layer: stages of some kinds, and how several of them go together.
+"""What adapters do to the attention of a layer: the kinds of stages, and how several of them work together.
 
-With `q` and `k` rotated, a layer computes, for a row `i` and a key `j` that it sees::
+With `q` and `k` rotated, a layer computes, for a query `i` and a key `j` that it sees::
 
     q, k, v                              Watch: read, and not changed
     s_ij = q_i . k_j                     Positions: rotated by other positions, for some pairs
@@ -11,9 +11,9 @@ With `q` and `k` rotated, a layer computes, for a row `i` and a key `j` that it 
     w_ij = w_ij * f(groups of j, i)      GroupWeights
     o_i  = sum_j w_ij * c_j * v_j        Values
 
-Stages act in this order, in whatever order their adapters were attached. Several of `KeyScale`, `Bias` and `Values`
-multiply or add up. `Positions`, weights (`Scores` or `Weights`) and `GroupWeights` are done by one adapter: a second
-one is refused.
+Stages act in this order, whatever the order in which their adapters were attached. Several of `KeyScale`, `Bias` and
+`Values` multiply or add up. `Positions`, weights (`Scores` or `Weights`) and `GroupWeights` are done by one adapter: a
+second one is refused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Stage:
     """One thing that an adapter does to the attention of a layer.
 
     Attributes:
-        order: Kinds are run by it. Keys and values are scaled first: that commutes with what comes between.
+        order: Kinds run in ascending order. Keys and values are scaled first, which commutes with what comes between.
         done_by_one: What only one adapter can do in a layer, for the message. `None`: several add up.
     """
 
@@ -67,7 +67,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Watch(Stage):
-    """Nothing that changes the attention: something read of it.
+    """Reads something of the attention and changes nothing.
 
     Args:
         read: Is given the call as the model made it.
@@ -84,11 +84,11 @@ class Watch(Stage):
 
 @dataclass(frozen=True)
 class _ByKey(Stage):
-    """A number for each key.
+    """A stage with a number for each key.
 
     Args:
-        of_keys: Gives it, `(batch or 1, num_keys)`, float.
-        rows: The rows that it acts on: "all", or "text" for those of text with a visual token before them.
+        of_keys: Gives the numbers, `(batch or 1, num_keys)`, float.
+        rows: The queries whose rows it changes: "all", or "text" for those of text with a visual token before it.
     """
 
     of_keys: Callable[[AttentionCall], torch.Tensor]
@@ -100,14 +100,14 @@ class _ByKey(Stage):
         return self.attend_rows(call, later, text_rows(call) if self.rows == "text" else None)
 
     def attend_rows(self, call: AttentionCall, later: Later, rows: torch.Tensor | None) -> Output:
-        """What the attention function returns, changed in some rows, `(batch, num_queries)`; `None`: in all."""
+        """What the attention function returns, changed for some queries, `(batch, num_queries)`; `None`: for all."""
         raise NotImplementedError
 
 
 class _Scale(_ByKey):
-    """Factors of keys or values. Where rows differ, both outputs are computed and each row takes its own.
+    """Factors of keys or values. If only some queries change, both outputs are computed, and each row takes its own.
 
-    The plain one is computed up to the last row that takes it, where a kernel lets rows be cut off.
+    The unchanged output is computed only up to the last row that takes it, if the kernel lets rows be cut off.
     """
 
     def scaled(self, call: AttentionCall, factors: torch.Tensor) -> AttentionCall:
@@ -115,12 +115,12 @@ class _Scale(_ByKey):
         raise NotImplementedError
 
     def changed(self, call: AttentionCall, later: Later, factors: torch.Tensor) -> Output:
-        """What the attention function returns, with factors of `(batch or 1, num_keys)` in all rows."""
+        """What the attention function returns with factors of `(batch or 1, num_keys)` for all queries."""
         return later(self.scaled(call, factors[:, None, :, None]))
 
     def attend_rows(self, call: AttentionCall, later: Later, rows: torch.Tensor | None) -> Output:
         factors = self.of_keys(call)
-        if rows is not None and rows.shape[1] == 1:  # of a single query the factors can say themselves whose they are
+        if rows is not None and rows.shape[1] == 1:  # with a single query, a factor of 1 leaves a row as it is
             factors, rows = torch.where(rows, factors, 1), None
         output, weights = self.changed(call, later, factors)
         if rows is None:
@@ -137,9 +137,9 @@ class _Scale(_ByKey):
 
 
 def _num_to_last_plain(call: AttentionCall, rows: torch.Tensor) -> int | None:
-    """How many rows there are up to the last that is not among some, `(batch, num_queries)`. Waits for the device.
+    """How many queries there are up to the last one that is not among `rows`, `(batch, num_queries)`.
 
-    `None`: the kernel cannot be given the first rows alone.
+    `None`: the kernel cannot be given only the first queries. Waits for the device.
     """
     if not call.can_be_cut or torch.compiler.is_compiling():
         return None
@@ -181,22 +181,23 @@ class Values(_Scale):
 
 @dataclass(frozen=True)
 class GroupWeights(Stage):
-    """Weights changed by groups of keys, by what follows from how much of a row's weight groups have.
+    """Changes weights by groups of keys, depending on how much of a query's weight each group has.
 
-    With `n_jg` how much key `j` belongs to group `g`, and `a_ig` made of what all groups have, `sum_j w_ij * n_jg`::
+    Let `n_jg` be how much key `j` belongs to group `g`, and let `a_ig` be computed from the weights of all groups,
+    `sum_j w_ij * n_jg`::
 
         w_ij = w_ij * (1 + sum over groups g of a_ig * n_jg)
 
-    The layer also attends to values times how much their keys belong to each group, and to these numbers themselves,
-    whose output is what the groups have. So it runs on any kernel, and on whatever makes the weights. They are not
-    normalised again: the changes decide. A step of decoding changes its row of weights instead, so that it does not
-    copy the cache's values. Beside a stage that comes later, it does copy them.
+    The layer also attends to values times `n`, and to `n` itself, whose output is the weight of each group. So it runs
+    on any kernel, whatever makes the weights. The weights are not normalised again: the changes decide what they add
+    up to. A step of decoding changes its row of weights instead, so that it does not copy the cache's values. Beside a
+    stage that comes later, it does copy them.
 
     Args:
         of_keys: Gives how much keys belong to groups, `(batch, num_keys, num_groups)`, float.
-        changes: Makes `a` from the call and what groups have, `(batch, num_queries, heads, num_groups)`. It may have
-            the first groups alone: the others are only looked at.
-        rows: The rows that it acts on: "all", or "text" for those of text with a visual token before them.
+        changes: Makes `a` from the call and the weights of groups, `(batch, num_queries, heads, num_groups)`. It may
+            cover only the first groups; the others are read, but not changed.
+        rows: The queries whose weights it changes: "all", or "text" for those of text with a visual token before it.
         num_changed: How many groups `a` has. `None`: all.
     """
 
@@ -234,7 +235,7 @@ class GroupWeights(Stage):
         return _changed(weights, changes, belongs[..., : self.num_changed], dtype)
 
     def _acting(self, call: AttentionCall, found: torch.Tensor) -> torch.Tensor:
-        """The changes in the rows that it acts on, and 0 in others."""
+        """The changes for the queries that it acts on, and 0 for others."""
         changes = self.changes(call, found)
         rows = text_rows(call) if self.rows == "text" else None
         return changes if rows is None else torch.where(rows[:, :, None, None], changes, 0)
@@ -251,13 +252,13 @@ def _changed(
 
 
 class Positions(Stage):
-    """Scores made with other positions. Two that are equal are one."""
+    """Scores made with other positions. Two equal ones count as one."""
 
     order = 3
     done_by_one = "positions"
 
     def acts_on(self, call: AttentionCall) -> bool:
-        """Whether there is a pair of tokens whose positions are other ones."""
+        """Whether the positions of any pair of tokens differ from the model's."""
         return True
 
     def widen(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,7 +270,7 @@ class Positions(Stage):
         raise NotImplementedError
 
     def attend_alone(self, call: AttentionCall) -> Output:
-        """What the attention function returns where no stage comes later: maybe in a faster way."""
+        """What the attention function returns if no stage comes later, possibly in a faster way."""
         return replace(call, widened=self.widen(call)).run_kernel()
 
     def attend(self, call: AttentionCall, later: Later) -> Output:
@@ -277,8 +278,8 @@ class Positions(Stage):
             return later(call)
         if call.position_bias is not None:
             raise NotImplementedError(
-                f"{type(call.module).__name__} adds a bias to scores that depends on positions, which an active "
-                "adapter changes in the rotation of queries and keys alone. Take it off with unload()."
+                f"{type(call.module).__name__} adds a bias to scores that depends on positions, but an active adapter "
+                "changes positions only in the rotation of queries and keys. Take it off with unload()."
             )
         return later(replace(call, widened=self.widen(call))) if later.stages else self.attend_alone(call)
 
@@ -310,7 +311,7 @@ class Bias(_ByKey):
     def attend_rows(self, call: AttentionCall, later: Later, rows: torch.Tensor | None) -> Output:
         if call.kwargs.get("softcap") is not None:
             raise NotImplementedError(
-                f"{type(call.module).__name__} bends its scores (softcap), so that nothing can be added to them here."
+                f"{type(call.module).__name__} caps its scores (softcap), so that nothing can be added to them here."
             )
         of_queries, of_keys = self.factors(call)
         of_queries = of_queries if rows is None else torch.where(rows, of_queries, 0)
@@ -358,7 +359,7 @@ class Weights(Stage):
 
 @dataclass
 class LayerStages:
-    """What the active adapters do to the attention of one layer, for the length of a forward.
+    """What the active adapters do to the attention of one layer during one forward.
 
     Attributes:
         stages: In the order in which they run.
@@ -369,10 +370,10 @@ class LayerStages:
     adapters: list[str] = field(default_factory=list)
 
     def add(self, stage: Stage, adapter_name: str, layer_idx: int) -> None:
-        """Have an adapter do something.
+        """Add a stage of an adapter.
 
         Args:
-            stage: What it does.
+            stage: The stage.
             adapter_name: The adapter.
             layer_idx: The layer, for the message.
 
@@ -403,6 +404,6 @@ class LayerStages:
 
 
 def text_rows(call: AttentionCall) -> torch.Tensor | None:
-    """Which rows are those of text with a visual token before them, `(batch, num_queries)`, bool. `None`: all are."""
+    """Which queries are those of text with a visual token before it, `(batch, num_queries)`, bool. `None`: all are."""
     context = call.context
     return None if context.only_text_after_images else context.text_after_images()[:, -call.query.shape[2] :]

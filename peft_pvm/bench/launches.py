@@ -50,7 +50,7 @@ class Launches:
         return self.outside + sum(self.layers)
 
     def beyond(self, base: Launches) -> list[int]:
-        """How many more than another each decoder layer has that has another number."""
+        """How many more operations each decoder layer has than in another forward, for layers where this differs."""
         by_layer = (own - other for own, other in zip(self.layers, base.layers))
         return [number for number in by_layer if number]
 
@@ -172,7 +172,7 @@ def count_kernels(forward: Callable[[], object]) -> int:
 
 def _kernels_of_a_step(model: nn.Module, name: str, settings: Settings) -> int:
     runner = Runner(model, name, settings.contexts[0], replace(settings, compile=False, static_cache=True))
-    torch.compiler.reset()  # of each forward in Python, torch keeps a few compiled forms alone
+    torch.compiler.reset()  # of each forward in Python, torch keeps only a few compiled forms
     runner.step = torch.compile(runner.model, fullgraph=True, options={"cpp.enable_kernel_profile": True})
     with torch.no_grad():
         runner.prefill()
@@ -189,9 +189,9 @@ def measure_launches(model: nn.Module, settings: Settings) -> dict[str, Any]:
             takes up to a minute for each method.
 
     Returns:
-        What the JSON file holds: "machine", "settings", "not_counted", the names of the methods that act in `generate`
-        alone, not in a forward, and "methods", by name what `summary` says of "prefill" and "step", the operations of
-        a step by name, and where it was compiled, its "kernels".
+        What the JSON file holds: "machine", "settings", "not_counted" (the names of the methods that act only in
+        `generate`, not in a forward), and "methods". For each method, it has what `summary` says of "prefill" and
+        "step", the operations of a step by name and, if a step was compiled, its "kernels".
     """
     found: dict[str, dict[str, Launches]] = {}
     names = dict.fromkeys(("base", *settings.methods))

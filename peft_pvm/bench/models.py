@@ -153,9 +153,9 @@ def build_random(
 
 @torch.no_grad()
 def fill_at_random(model: nn.Module) -> None:
-    """Overwrite all weights by normal numbers, matrices of deviation 0.02: the same few million over and over.
+    """Overwrite all weights with normal numbers, matrices of deviation 0.02: the same few million over and over.
 
-    To draw billions of numbers takes minutes, and what is measured does not depend on them.
+    Drawing billions of numbers takes minutes, and what is measured does not depend on them.
     """
     weights = {parameter: name for name, parameter in model.named_parameters()}
     draws: dict[Any, torch.Tensor] = {}
@@ -187,7 +187,7 @@ def load(model: str, dtype: torch.dtype, device: str, attn_implementation: str) 
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
-    """A model with the same tensors, not copied, on which hooks and adapters do not meet the original's."""
+    """A copy of a model that shares its tensors, but not its hooks and adapters."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -283,7 +283,7 @@ class Method:
         whole_matrices: How many matrices of scores of all heads, in fp32, it holds at once.
         given: Settings by which it acts on any model and prompt.
         in_forwards: Whether it changes a forward over a whole text.
-        in_generate: Whether it acts in `generate` alone.
+        in_generate: Whether it acts only in `generate`.
     """
 
     title: str
@@ -360,7 +360,7 @@ ALL = tuple(name for name, method in METHODS.items() if method.is_alone)  # what
 
 
 def make_naive(model: nn.Module) -> None:
-    """Have the adapters on a model work naively, for good."""
+    """Switch the adapters on a model to their naive form, permanently."""
     for layer in model.modules():
         if isinstance(layer, PVMLayer):
             for name, branches in layer.pvm_branches.items():

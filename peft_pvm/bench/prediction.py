@@ -85,7 +85,7 @@ class Traffic:
 
     Attributes:
         shape: Of the model that it is counted on.
-        touched: Bytes. "cache": with keys and their width. "rows": with keys and heads. "keys": with keys alone.
+        touched: Bytes. "cache": with keys and their width. "rows": with keys and heads. "keys": only with keys.
             "images", "visual rows", "visual tokens": the same of visual tokens, the first with the hidden size.
             "head": with the vocabulary and the hidden size.
         multiplied: Products and sums of matrix products, by the same; "cache" with keys and the width of queries, and
@@ -172,7 +172,7 @@ def _counted(name: str, in_graph: bool, dtype: torch.dtype) -> Step:
 
 
 def layers_of(model: nn.Module, name: str) -> int:
-    """In how many decoder layers of a model a method acts."""
+    """The number of decoder layers of a model in which a method acts."""
     layers, number = list(range(len(find_vlm(model).layers))), 0
     for make in METHODS[name].adapters:
         config: Any = make(model)
@@ -241,11 +241,11 @@ class Prediction:
 
     @property
     def layers_ratio(self) -> float:
-        """How many decoder layers there are for one of the model that is counted."""
+        """The number of decoder layers, divided by that of the model that is counted."""
         return self.shape.layers / PRESETS[COUNTED_ON].layers
 
     def _grown(self, context: int, visual_tokens: int, batch: int) -> dict[str, float]:
-        """By what the bytes of each of `KINDS` are more than they were counted, in a layer."""
+        """The factor by which each of `KINDS` is larger here than in the model that is counted, in a layer."""
         small, large = PRESETS[COUNTED_ON], self.shape
         keys, visual = batch * context / NUM_KEYS, batch * visual_tokens / VISUAL_TOKENS
         heads, hidden_size = large.heads / small.heads, large.hidden_size / small.hidden_size

@@ -1,4 +1,4 @@
-"""What a measurement, and an estimate on paper, look like: tables and a picture."""
+"""Shows measurements and estimates as tables and a picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def ratios(result: dict[str, Any], context: int, name: str, what: str) -> list[float]:
-    """A method's times over the base's, of each round; empty if it was left out.
+    """A method's times divided by the base's, one for each round; empty if the method was left out.
 
     Args:
         result: What `measure` returns.
@@ -120,11 +120,11 @@ def print_launches(result: dict[str, Any], console: Console) -> None:
         + (" Compiled: the kernels of a token." if is_compiled else "")
     )
     if not_counted := [METHODS[name].title for name in result.get("not_counted", ())]:
-        console.print(f"Not counted, because they act in generate alone: {', '.join(not_counted)}.")
+        console.print(f"Not counted, because they act only in generate: {', '.join(not_counted)}.")
 
 
 def print_prediction(result: dict[str, Any], console: Console) -> None:
-    """Tables of what steps are to take on a device, by batch."""
+    """Tables of the times that are predicted for steps on a device, by batch."""
     device = result["device"]
     for batch, methods in result["batches"].items():
         table = Table(
@@ -145,8 +145,8 @@ def print_prediction(result: dict[str, Any], console: Console) -> None:
             )  # fmt: skip
         console.print(table)
     console.print(
-        f"A step of decoding behind {result['context']:,} tokens, {result['visual_tokens']:,} of them visual, in "
-        f"bf16, by what is launched, read and multiplied alone: {device['bandwidth'] / 1e9:,.0f} GB a second, "
+        f"A step of decoding after {result['context']:,} tokens, {result['visual_tokens']:,} of them visual, in "
+        f"bf16, only by what is launched, read and multiplied: {device['bandwidth'] / 1e9:,.0f} GB a second, "
         f"{device['flops'] / 1e12:,.0f} TFLOP a second, {device['launch'] * 1e6:g} us a call in eager mode, views "
         f"included, {device['kernel'] * 1e6:g} us an operation in a graph. GB: in a graph. Memory: weights and KV "
         "cache; the vision tower and what a step needs meanwhile are not counted."
@@ -178,7 +178,7 @@ def _middle(values: list[float]) -> str:
 
 @styled
 def draw(result: dict[str, Any]) -> Figure:
-    """Prefill and decoding by length of the prompt, over the base."""
+    """A picture of the times of prefill and decoding, relative to the base, by length of the prompt."""
     figure, axes = new_figure(2.8, columns=2)
     names = [name for name in result["contexts"][0]["methods"] if name != "base"]
     for panel, what, title in ((axes[0, 0], "prefill_s", "Prefill"), (axes[0, 1], "decode_s", "A token")):
@@ -206,7 +206,7 @@ def show_scale(
     branches: int | None = None,
     bandwidth: float | None = None,
 ) -> None:
-    """Print what conversations keep, and what steps read.
+    """Print how much memory conversations keep, and how much steps read.
 
     Args:
         preset: One of `PRESETS`.

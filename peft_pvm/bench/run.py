@@ -1,4 +1,4 @@
-"""The measurement: all methods in one process, taking turns, and the meters of time and memory."""
+"""Measures the time and memory of all methods, which take turns in one process."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def measure(
         progress: Called with what comes next.
 
     Returns:
-        What the JSON file holds: "machine", "model", "settings", "given" with what methods were told beside their
-        defaults, "loading", and "contexts", each with `Measured` by method.
+        What the JSON file holds: "machine", "model", "settings", "given" with the settings that methods were given
+        beside their defaults, "loading", and "contexts", each with `Measured` by method.
     """
     vlm, names = find_vlm(model), list(dict.fromkeys(("base", *settings.methods)))
-    # Of one forward in Python, torch keeps a few compiled forms alone: here it is that of all methods.
+    # Of one forward in Python, torch keeps only a few compiled forms. Here, all methods share one forward.
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit * len(names)):
         results = [
             {"context": context, "methods": _measure_context(model, names, context, settings, progress)}
@@ -168,7 +168,7 @@ def _attention_ratios(call: AttentionCall | None, rounds: int) -> list[float]:
 
 
 def _loading_of(model: nn.Module) -> dict[str, Any]:
-    """What `measure_loading` returns, or why PVM is not for this model as "left_out"."""
+    """What `measure_loading` returns, or as "left_out" the reason why PVM cannot act on this model."""
     try:
         return measure_loading(model)
     except ValueError as refusal:
@@ -258,7 +258,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
 
 @contextlib.contextmanager
 def _profiler_muted() -> Iterator[None]:
-    """Keep from the terminal what the profiler, in C++, says at its start and end."""
+    """Keep the messages that the profiler writes from C++ off the terminal."""
     sys.stderr.flush()
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,4 +1,4 @@
-"""What runs in a measurement: one method, a prompt, and steps of decoding behind it."""
+"""What runs in a measurement: one method, a prompt, and steps of decoding after it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Settings:
     Attributes:
         methods: Names from `METHODS`; the base is always among them.
         contexts: Lengths of the prompt, visual tokens included.
-        visual_tokens: Tokens of the one image, which stands behind a few tokens of text.
+        visual_tokens: Tokens of the one image, which comes after a few tokens of text.
         batch: Rows, all alike.
         new_tokens: Tokens decoded in a round.
         rounds: Rounds of decoding, after a token that does not count.
@@ -68,7 +68,7 @@ class Settings:
 
     @property
     def most_new_tokens(self) -> int:
-        """For how many tokens behind the prompt a static cache has room."""
+        """For how many tokens after the prompt a static cache has room."""
         return self.new_tokens * (self.rounds + 2)
 
 
@@ -130,7 +130,7 @@ class Runner:
         return self.model(**self.prompt, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1).logits
 
     def _go_on(self) -> torch.Tensor:
-        """What it makes of one token more, likewise."""
+        """The logits of one more token, likewise."""
         positions = self._positions(self.length, self.length + 1)
         output = self.step(input_ids=self._tokens(1), position_ids=positions, **{CACHE: self.cache}, use_cache=True)
         self.length += 1
@@ -143,7 +143,7 @@ class Runner:
         return torch.arange(start, stop, device=self.device).expand(self.settings.batch, -1)
 
     def overheard(self, forward: Callable[[], Result]) -> tuple[AttentionCall | None, Result]:
-        """What the attention of the first layer that is changed is called with in a forward, and what that returns."""
+        """The call of attention in the first layer that is changed, and what the forward returns."""
         calls: list[AttentionCall] = []
 
         def observe(call: AttentionCall) -> None:
@@ -164,7 +164,7 @@ class Runner:
 
 
 class GenerateRunner(Runner):
-    """A method that acts in `generate` alone, driven as `generate` drives it.
+    """Runs a method that acts only in `generate`, as `generate` runs it.
 
     A prefill is all that `generate` does before it chooses a token, such as reading the prompt once more for a second
     run. A step is a forward and what changes its scores, such as a step of the second run. The first run is the same
@@ -216,7 +216,7 @@ class GenerateRunner(Runner):
         )
 
     def _begin(self, model: Any, input_ids: torch.Tensor, logits_processor: Any, **inputs: Any) -> torch.Tensor:
-        """Stands in the place of `generate`'s loop."""
+        """Takes the place of `generate`'s loop."""
         self.input_ids, self.processors = input_ids, logits_processor
         self.call = contextvars.copy_context()  # in which the method finds this call of generate
         self.processors(self.input_ids, self._read(cache_in(inputs))[:, -1].float())
@@ -232,7 +232,7 @@ class GenerateRunner(Runner):
 
 
 def runner_of(model: nn.Module, name: str, context: int, settings: Settings) -> Runner:
-    """One method on a copy of the model, in `generate` if it acts there alone.
+    """One method on a copy of the model, in `generate` if it acts only there.
 
     Args:
         model: The model, without adapters.

@@ -1,1 +1,1 @@
-"""The command `peft-pvm`: how its commands are called. What they do is in `work`. It needs the extra `lab`."""
+"""The command line `peft-pvm`: commands and their arguments. What they do is in `work`. It needs the extra `lab`."""

@@ -52,7 +52,7 @@ Launches = Annotated[
     bool,
     typer.Option(
         help="Count operations instead of measuring times, with the first length of the prompt; with --compile, also "
-        "the kernels of a compiled step. Methods that act in generate alone are named, and not counted."
+        "the kernels of a compiled step. Methods that act only in generate are named, but not counted."
     ),
 ]
 
@@ -157,7 +157,7 @@ def scale(
     ] = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Compute, from shapes alone, the memory that PVM takes and reads, or predict decoding latency on a GPU."""
+    """Compute, only from shapes, the memory that PVM takes and reads, or predict decoding latency on a GPU."""
     names = separated("--method", method, name_among(choices.PREDICTED), f"some of {', '.join(choices.PREDICTED)}")
     if check:
         refuse_beside(typer_context, "--check", ("method", "as_json"), "It has a prompt and shapes of its own")
@@ -169,7 +169,7 @@ def scale(
     if device is None:
         refused = [option for name, option in BESIDE_DEVICE.items() if given(typer_context, name)]
         if refused:
-            raise typer.BadParameter("It has an effect with --device or --check alone.", param_hint=refused)
+            raise typer.BadParameter("It has an effect only with --device or --check.", param_hint=refused)
         from .work import bench as work
 
         return work.show_scale(preset, contexts, visual, batches, kept, branches, bandwidth)

@@ -1,6 +1,6 @@
-"""What options accept, and their defaults, where the library has them beside code that loads torch and PEFT.
+"""Accepted values and defaults of options that the library keeps beside code that imports torch and PEFT.
 
-They are repeated here so that help and errors do not wait for that. A test compares them with the library's.
+They are repeated here so that help and errors do not wait for these imports. A test compares them with the library's.
 """
 
 from __future__ import annotations

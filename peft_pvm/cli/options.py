@@ -1,4 +1,4 @@
-"""Options that several commands have, and checks of what is given, which come before any work is done."""
+"""Options that several commands share, and checks of their values before any work is done."""
 
 from __future__ import annotations
 

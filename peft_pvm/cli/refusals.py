@@ -51,14 +51,14 @@ OF_THE_REPOSITORY = ("adapters", "examples", "experiments", "runs")
 
 @contextlib.contextmanager
 def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
-    """While files of others are read by code of others, which raises whatever it trips over.
+    """Turn the errors that other packages raise while they read files into errors that say what is wrong.
 
     Args:
         what: What they should be, for the error.
         sources: Folders, files or Hub ids.
 
     Raises:
-        ValueError: One cannot be read. Errors that say so in words, and of what, stay as they are.
+        ValueError: One cannot be read. Errors that already say so in words stay as they are.
     """
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
@@ -85,14 +85,14 @@ def reading(what: str, *sources: str | os.PathLike) -> Iterator[None]:
 
 
 def check_there(what: str, source: str) -> None:
-    """Refuse a path that leads nowhere, which the Hub need not be asked for, and a folder of another kind.
+    """Refuse a path that does not exist, without asking the Hub, and a folder of another kind.
 
     Args:
         what: What it should be.
         source: A folder, a file or a Hub id.
 
     Raises:
-        FileNotFoundError: It is nowhere. The message says what to do.
+        FileNotFoundError: It does not exist. The message says what to do.
         ValueError: It is of another kind. The message says what to do.
     """
     path = Path(source)
@@ -126,7 +126,7 @@ def _comes_of(error: BaseException | None, kinds: tuple[type[BaseException], ...
 
 
 class Commands(TyperGroup):
-    """Commands that end so. All refusals go through here, those of typer and those of the library."""
+    """Commands that end in this way. All refusals go through here, those of typer and those of the library."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """Run the command line, and exit."""
@@ -157,7 +157,7 @@ class Commands(TyperGroup):
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an error tells a user what cannot be done, and is no fault of ours."""
+    """Whether an error tells a user what cannot be done, and is not a bug of this package."""
     return isinstance(error, REFUSALS) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 

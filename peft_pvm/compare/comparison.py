@@ -36,7 +36,7 @@ class Cell:
 
     @classmethod
     def of(cls, answers: Sequence[Answer], of_base: Sequence[Answer]) -> Cell:
-        """From answers in order, and the base's to the same questions."""
+        """Make it from answers in order, and the base's answers to the same questions."""
         right, tokens = (tuple(getattr(answer, name) for answer in answers) for name in ("right", "tokens"))
         seconds = tuple(float(f"{answer.seconds:.4g}") for answer in answers)
         if any(answer.token_ids is None for answer in (*answers, *of_base)):
@@ -108,7 +108,7 @@ class Comparison:
         refused: Mapping[str, str],
         idle: Mapping[str, str],
     ) -> Comparison:
-        """From single answers. A length that a contender did not finish is left out."""
+        """Make it from single answers. A length that a contender did not finish is left out."""
         lengths = sorted({one.length for one in asked})
         by_length = {length: [one.key for one in asked if one.length == length] for length in lengths}
         cells: dict[str, dict[int, Cell]] = {contender.name: {} for contender in entered}
@@ -123,12 +123,12 @@ class Comparison:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of text, of all contenders."""
+        """The lengths of text of all contenders, in tokens."""
         return sorted({length for by_length in self.cells.values() for length in by_length})
 
     @property
     def num_questions(self) -> int:
-        """Different ones: of one name under several seeds, they are one."""
+        """How many different questions there are. Those of one name under several seeds are the same question."""
         return len({name for _, name in self.asked})
 
     @property
@@ -142,7 +142,7 @@ class Comparison:
         return sum(found) if found and None not in found else None  # type: ignore[arg-type]
 
     def accuracies(self, contender: str, lengths: Sequence[int]) -> list[float]:
-        """Of each question, from 0 to 1: mean over seeds and lengths."""
+        """The accuracy of each question, from 0 to 1: the mean over seeds and lengths."""
         by_length = [self._sums(contender, length) for length in lengths]
         most = len(self.asked) / self.num_questions * self.about["asked"]
         return [fmean(sums) / most for sums in zip(*by_length)]
@@ -158,7 +158,7 @@ class Comparison:
 
     @cached_property
     def findings(self) -> dict[tuple[str, int], Finding]:
-        """By contender and length, the base included."""
+        """What can be told of each contender, by contender and length, the base included."""
         keys = [(name, length) for name, by_length in self.cells.items() for length in by_length]
         tested = [key for key in keys if key[0] != BASE]
         p_values = [sign_flip_p(self._differences(*key)) for key in tested]
@@ -173,7 +173,7 @@ class Comparison:
         return Finding(Estimate.of(mine), difference, p, corrected, said, slowdown, changed)
 
     def _differences(self, name: str, length: int) -> list[int]:
-        """Of each question, how much more is right than with the base, over all seeds together."""
+        """How much more of each question is right than with the base, over all seeds together."""
         return [mine - base for mine, base in zip(self._sums(name, length), self._sums(BASE, length))]
 
     def _sums(self, name: str, length: int) -> list[int]:

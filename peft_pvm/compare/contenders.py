@@ -65,7 +65,7 @@ class Contender:
 
     @contextlib.contextmanager
     def acting(self, model: nn.Module) -> Iterator[None]:
-        """Have it act on a model, and nothing else, for the length of a block. Loaded adapters stay on it, off."""
+        """Have only it act on a model, for the length of a block. Loaded adapters stay on the model, switched off."""
         if self.config is not None:
             with attached(model, self.config):
                 yield

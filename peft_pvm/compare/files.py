@@ -58,11 +58,11 @@ def questions_of(rows: Iterable[tuple[str, Mapping[str, Any]]], most: int, name:
     """The first questions of a data set.
 
     Args:
-        rows: Each with where it stands, for messages. A row has `images` or one `image`, and either `question` with
-            `answer`, or `answers` of which each is accepted, or a chat as `read_chats` takes it, whose last message is
-            the answer.
+        rows: Each with where it comes from, for messages. A row has `images` or one `image`, and either `question`
+            with `answer`, or `answers` of which each is accepted, or a chat as `read_chats` takes it, whose last
+            message is the answer.
         most: So many at most.
-        name: Where they all stand, for messages.
+        name: Where they all come from, for messages.
 
     Raises:
         ValueError: There are none, or a row has no image, question or answer; the message says which.

@@ -14,7 +14,7 @@ Point = tuple[float, float]  # the time of an answer, accuracy
 
 
 def front(points: Mapping[str, Point]) -> list[str]:
-    """Those that no other beats: none is faster without being less accurate. By time.
+    """The names that no other beats: none is faster without being less accurate. They are sorted by time.
 
     Example:
         >>> front({"base": (1.0, 0.5), "slow": (2.0, 0.9), "slower": (3.0, 0.9)})

@@ -93,7 +93,7 @@ def as_markdown(comparison: Comparison, picture: str) -> list[str]:
 
 
 def in_markdown(section: Section, picture: str) -> list[str]:
-    """What stands below a section's heading, as lines of Markdown."""
+    """What comes below a section's heading, as lines of Markdown."""
     lines = []
     for part in section.parts:
         if isinstance(part, str):
@@ -122,7 +122,7 @@ def title(comparison: Comparison) -> str:
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """The report, whatever it is written as."""
+    """The sections of the report, in whatever format it is written."""
     return [
         Section("What came out", outcome(comparison)),
         Section("Accuracy", [_how(comparison), overview(comparison), _caution(comparison)]),

@@ -33,7 +33,7 @@ class Estimate:
         return cls(fmean(values), error)
 
     def shown(self, form: str = ".3f") -> str:
-        """As tables show it: `form` is the format of the mean."""
+        """The mean and its error as tables show them: `form` is the format of the mean."""
         error = "?" if self.standard_error is None else f"{self.standard_error:.3f}"
         return f"{self.mean:{form}} ± {error}"
 
@@ -65,7 +65,8 @@ def sign_flip_p(differences: Sequence[int]) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for their number by Holm's method.
 
-    Taking those up to a level for real is wrong about any of them with at most this probability.
+    If all differences with a corrected p-value up to a level are taken for real, the probability that any of them is
+    not real is at most this level.
 
     Args:
         p_values: Of all tests.

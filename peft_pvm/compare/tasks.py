@@ -44,7 +44,7 @@ class Task:
         score: How much of an answer is right, from 0 to `asked`, given what the model wrote and the question.
         scored: How, in a sentence.
         asked: What `score` is out of.
-        ending: What stands between the text and the question.
+        ending: What comes between the text and the question.
         paragraphs: What the text is made of; `None`: Python's help topics.
         max_new_tokens: Length of an answer at most; `None`: that of the longest right one, and some more.
     """

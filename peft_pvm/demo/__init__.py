@@ -1,1 +1,1 @@
-"""The demo: a task on which visual memory can be measured, a tiny model that fades, and the training of adapters."""
+"""The demo: a task that measures visual memory, a tiny model that forgets its image, and the training of adapters."""

@@ -59,7 +59,7 @@ def ask_in_tokens(transcription: bool, rows: int, seed: int, split: Split = "tes
 
 
 def ask_in_turn(seed: int, split: Split = "test") -> CellQuestion:
-    """A question after all cells of a mosaic in the tokens of the tiny model, for `generate` with `CellsInTurn`.
+    """A question about all cells of a mosaic in the tokens of the tiny model, for `generate` with `CellsInTurn`.
 
     Args:
         seed: Decides the mosaic.
@@ -74,10 +74,10 @@ def ask_in_turn(seed: int, split: Split = "test") -> CellQuestion:
 
 
 class CellsInTurn(LogitsProcessor):
-    """Has the tiny model be asked after the next cell, in the order of reading, as soon as it has answered.
+    """Asks the tiny model for the next cell, in the order of reading, as soon as it has answered.
 
     Args:
-        prompt_length: Tokens of the prompt, which asks after the first cell.
+        prompt_length: Tokens of the prompt, which asks for the first cell.
     """
 
     def __init__(self, prompt_length: int):
@@ -137,7 +137,7 @@ def _question(row: int, seed: int, split: Split, write: Write) -> CellQuestion:
 
 
 def cells_right(written: str, expected: str) -> int:
-    """How many cells have the right digit behind them, be it their turn or not: who loses count can still look.
+    """How many cells are followed by the right digit, also out of turn: a model that loses count can still look.
 
     Args:
         written: Question and answer, in the tiny model's tokens.

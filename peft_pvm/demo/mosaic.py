@@ -52,8 +52,8 @@ class Batch:
     """Rows of mosaics, text and dialogue.
 
     Attributes:
-        inputs: Keyword arguments of a Qwen3-VL forward, with `logits_to_keep`: the model returns logits at the
-            tokens before the targets alone, `(rows, targets, vocab_size)`.
+        inputs: Keyword arguments of a Qwen3-VL forward, with `logits_to_keep`: the model returns logits only at the
+            tokens before the targets, `(rows, targets, vocab_size)`.
         targets: The tokens that are right there, `(rows, targets)`, int64.
     """
 
@@ -89,7 +89,7 @@ class Batch:
 def split_of(content: bytes) -> Split:
     """The split that a piece of material belongs to: about one in five to "test", one in ten to "validation".
 
-    It depends on the content alone, so that no image and no text can be in two, and a topic that a later Python adds
+    It depends only on the content, so that no image and no text can be in two, and a topic that a later Python adds
     does not move the others.
     """
     remainder = zlib.crc32(content) % 10
@@ -111,7 +111,7 @@ def load_material(split: Split) -> Material:
     if split not in get_args(Split):
         raise ValueError(f"The split is {split!r}, but must be one of {get_args(Split)}.")
     require("lab", "sklearn")
-    from sklearn.datasets import load_digits  # here: training scripts import this module for its token ids alone
+    from sklearn.datasets import load_digits  # here: training scripts import this module only for its token ids
 
     digits = load_digits()
     chosen = [split_of(image.tobytes()) == split for image in digits.images]
@@ -127,7 +127,7 @@ def load_material(split: Split) -> Material:
 def patchify(mosaics: torch.Tensor) -> torch.Tensor:
     """Cut images into the flat patches that Qwen3-VL takes, as `Qwen2VLImageProcessor` orders them.
 
-    Patches come one merge block after the other; inside a patch, channels come first and every frame stands twice,
+    Patches come one merge block after the other; inside a patch, channels come first and every frame comes twice,
     since the model takes frames in pairs.
 
     Args:
@@ -191,7 +191,7 @@ def make_transcriptions(
         split: Where digits and text come from.
         rows: Number of rows.
         distractor_length: Bytes of text between the mosaic and the first query.
-        written_cells: Cells a row, at least 1. From the tenth on, the answer stands in the text before.
+        written_cells: Cells a row, at least 1. From the tenth on, the answer is in the text before.
         generator: All that is drawn comes from it.
 
     Raises:

@@ -24,7 +24,7 @@ PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)  # of th
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a chat: pictures, text, and a question after cells of a picture of this turn or an earlier one.
+    """One turn of a chat: pictures, text, and a question about cells of a picture of this turn or an earlier one.
 
     Attributes:
         shown: Number of new pictures.
@@ -102,7 +102,7 @@ class Questions:
         augmented: bool = False,
         on_text: bool = False,
     ) -> Batch:
-        """Draw rows of chats. With one generator, chats that differ in their text alone show and ask the same.
+        """Draw rows of chats. With one generator, chats that differ only in their text show and ask the same.
 
         Args:
             split: Where digits and text come from.
@@ -155,7 +155,7 @@ class Questions:
         return text[starts + torch.arange(length)]
 
     def only_digits(self, batch: Batch) -> Batch:
-        """The same rows with the digits alone as targets, `(rows, cells asked for)`."""
+        """The same rows with only the digits as targets, `(rows, cells asked for)`."""
         digits = torch.isin(batch.targets[0], self.digits)
         inputs = {**batch.inputs, "logits_to_keep": batch.inputs["logits_to_keep"][digits]}
         return Batch(inputs, batch.targets[:, digits])
@@ -225,7 +225,7 @@ def converse(turns: Sequence[Turn], pictures: Pictures, row: int, generator: tor
 
 
 def ask(places: Sequence[str]) -> str:
-    """The question after the digits at some places, like "top left", or "red top left" where there are several."""
+    """The question about the digits at some places, like "top left", or "red top left" where there are several."""
     return f"Which digits are at {', '.join(places)}?"
 
 

@@ -53,12 +53,12 @@ class Accuracy:
 
     @property
     def value(self) -> float:
-        """From 0 to 1."""
+        """The accuracy, from 0 to 1."""
         return sum(self.right) / (self.asked * len(self.right))
 
     @property
     def standard_error(self) -> float:
-        """Of `value`. Answers in one row are about one mosaic and one text, so that rows are the independent draws."""
+        """The standard error of `value`. Rows are the independent draws: each has one mosaic and one text."""
         if len(self.right) == 1:
             return math.nan
         shares = [right / self.asked for right in self.right]
@@ -120,7 +120,7 @@ def look_up(
         model: The lab's real base, with or without adapters, in eval mode.
         questions: The task as the base writes it.
         text_tokens: Tokens of text between the mosaic and the question.
-        rows: Rows of a mosaic, text and a question after nine cells.
+        rows: Rows of a mosaic, text and a question about nine cells.
         split: Where digits and text come from.
         seed: Decides them: two models tested with the same one are asked the same.
         description: What the progress bar says.
@@ -149,8 +149,8 @@ def transcription(
     """Test a model that writes out its mosaic over and over, while the image is never repeated.
 
     The model is given the first query and generates the rest greedily, so that what it once wrote wrong stays in its
-    context. A round of 18 tokens has room for nine cells. A cell counts if its query appears in the round with the
-    right digit behind it, even out of turn: a model that loses count can still look.
+    context. A round of 18 tokens has room for nine cells. A cell counts if its query appears in the round, followed by
+    the right digit, even out of turn: a model that loses count can still look.
 
     Args:
         model: The tiny model, with or without an adapter, in eval mode.

@@ -183,7 +183,7 @@ class AdapterFile:
         names = {key: rename(key) for key in header}
         problems = misfits({names[key]: tensor for key, tensor in header.items()}, expected, base)
         if twice := len(names) - len(set(names.values())):
-            problems.append(f"{twice} of its keys stand for what another key stands for")
+            problems.append(f"{twice} of its keys name the same tensor as another key")
         if problems := problems or flaws(self.read()):
             raise ValueError(
                 f"{plain(self.locate(), 150)} does not fit this model ({len(problems)} of its tensors), so nothing "
@@ -195,7 +195,7 @@ class AdapterFile:
 
 @dataclass
 class SavedConfig(PeftConfig):
-    """What is asked of the configuration of an adapter of ours that is a folder or becomes one."""
+    """What saving and loading need of the configuration of an adapter of this package."""
 
     method: ClassVar[str]  # its name in lower case
     title: ClassVar[str]
@@ -213,15 +213,15 @@ class SavedConfig(PeftConfig):
         setattr(self, SOURCE, AdapterFile(path, subfolder, hub_kwargs))
 
     def misfits(self, header: Mapping[str, torch.Tensor]) -> list[str]:
-        """What does not go together in this configuration and the names and shapes in a file, a sentence for each.
+        """What does not fit between this configuration and the names and shapes in a file, a sentence for each.
 
         Args:
-            header: As `AdapterFile.header` returns it. What only a base model could tell is left open.
+            header: As `AdapterFile.header` returns it. What depends on the base model is not checked.
         """
         return []
 
     def gates(self, tensors: Mapping[str, torch.Tensor]) -> list[dict[int, float]]:
-        """Of each branch that the adapter adds beside the base's modules, its gate by layer index.
+        """The gates of each branch that the adapter adds beside the base's modules, by layer index.
 
         Args:
             tensors: By their keys in the adapter's file.
@@ -339,7 +339,7 @@ class Inspection:
         parameters: How many numbers it holds.
         num_bytes: Of its tensors.
         dtypes: Of its tensors.
-        gates: Of each branch that it adds beside the base's modules, its gate by layer index.
+        gates: The gates of each branch that it adds beside the base's modules, by layer index.
         config: The fields of its configuration.
         base: The base model that it was compared with; `None`: none.
         misfit: Why it does not fit that; `None`: it does, or was not compared.

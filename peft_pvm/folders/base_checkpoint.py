@@ -71,7 +71,7 @@ class BaseCheckpoint:
 
         Args:
             out: Folder of the copy, which holds the old files or the new ones, whenever the process dies.
-            config: What its `config.json` shall hold.
+            config: The content of its `config.json`.
             further: More weights, by name; none: no more shards.
             beside: Writes other files, given the folder where the copy is made before it takes its place. Those in
                 sub-folders take their places after the rest.
@@ -105,7 +105,7 @@ class BaseCheckpoint:
 
         Args:
             out: Folder of the copy, which holds the old files or the new ones, whenever the process dies.
-            config: What its `config.json` shall hold.
+            config: The content of its `config.json`.
             part: What the names of these weights have in them.
 
         Returns:

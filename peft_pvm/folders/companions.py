@@ -1,8 +1,8 @@
 """What an adapter was trained together with, as it is noted in the metadata of its weights file.
 
-Adapters that act while another learns belong to what it computes afterwards. The note stands with the weights because
-it is about them: whoever writes other weights into the folder replaces it, and reading it asks the Hub for nothing
-more. Other programs do not look there, whereas stock PEFT answers a field of the configuration that it does not know
+An adapter that learns beside others computes the same later only if they act too. The note is kept with the weights
+because it is about them: whoever writes other weights into the folder replaces it, and reading it needs no further
+request to the Hub. Other programs do not read it, whereas stock PEFT answers an unknown field of the configuration
 with the advice to upgrade.
 """
 
@@ -81,7 +81,7 @@ def method_of(config: PeftConfig) -> str:
 
 
 def fields_of(config: PeftConfig) -> dict[str, Any]:
-    """Those of the fields of a configuration that say what its adapter computes, as JSON holds them."""
+    """The fields of a configuration that say what its adapter computes, as JSON holds them."""
     fields = as_json(config).items()
     return {name: value for name, value in fields if name not in OF_ORIGIN and not name.startswith("init_")}
 
@@ -130,7 +130,7 @@ def read_note(note: str, where: str) -> tuple[Companion, ...]:
     """The companions that a note speaks of.
 
     Args:
-        note: As it stands in the file.
+        note: As it is in the file.
         where: The file, for the message.
 
     Raises:

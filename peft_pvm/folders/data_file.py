@@ -47,7 +47,7 @@ def read_image(path: str | os.PathLike) -> Image:
 
     Raises:
         ValueError: There is no such file, or it is no image, a damaged one, or one so large that it may be an attack.
-            The message goes on behind the name that the user gave.
+            The message continues a sentence that begins with the name that the user gave.
     """
     import PIL.Image
 
@@ -65,7 +65,7 @@ def parse_json(content: str | bytes, where: str, limit: int) -> Any:
 
     Args:
         content: The JSON; bytes are UTF-8.
-        where: Where it stood, for the message.
+        where: Where it comes from, for the message.
         limit: How long it may be.
 
     Raises:
@@ -88,7 +88,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 @contextlib.contextmanager
 def holding(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """While the content of a file is taken apart: say in words that it is not what it should be.
+    """Turn errors that come up while the content of a file is read into one that says what it should hold.
 
     Args:
         path: The file or folder.

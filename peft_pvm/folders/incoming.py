@@ -1,4 +1,4 @@
-"""What is being loaded, which PEFT and transformers do not tell the tuners, and whether a model can take it."""
+"""What is being loaded, which PEFT and transformers do not tell the tuners, and whether it fits a model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Incoming:
     """What a call of `from_pretrained` or `load_adapter` is going to load, and how it renames the keys.
 
     Attributes:
-        file: The adapter's file, or
-        tensors: its tensors by key, where the caller has them; neither: the file that its configuration came from.
+        file: The adapter's file. `None`: `tensors` or, without these, the file that its configuration came from.
+        tensors: Its tensors by key, if the caller has them.
         patterns: PEFT's `key_mapping`: of regular expressions, the first that is found in a key is replaced in it.
         conversions: transformers' `weight_mapping`. `None`: the model's own.
         exact_patterns: PEFT's `key_mapping` that is still to be filled in, with a pattern for each renamed key.
@@ -166,7 +166,7 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_modules_to_save(model: nn.Module, modules_to_save: Sequence[str], own: Collection[str]) -> None:
-    """See that what PEFT is going to copy are modules of the base, without any part of an adapter in them.
+    """Check that what PEFT is going to copy are modules of the base, without any part of an adapter in them.
 
     Args:
         model: The model.

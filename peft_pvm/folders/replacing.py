@@ -2,7 +2,7 @@
 
 New files are first completed in a hidden folder inside the target, so on its file system. Then they take their places
 under a lock. A single file does so in one step. For several, a note of what they replace is made first. If the process
-dies at this, whoever next takes the lock finds the note and puts the old files back.
+dies in between, whoever next takes the lock finds the note and puts the old files back.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class _Staged:
-    """Files that are to take their places in a folder, `target`; the rest is as `replacing` takes it.
+    """Files that are to take their places in a folder, `target`. The other fields are arguments of `replacing`.
 
     Attributes:
         own: The hidden folder of this process, for the new files, the old ones and the note.
@@ -45,7 +45,7 @@ class _Staged:
 
     @property
     def folder(self) -> Path:
-        """Where the new files are until then."""
+        """The folder of the new files until they take their places."""
         return _staged(self.own, self.target)
 
 
@@ -63,7 +63,7 @@ def replacing(
     own.
 
     Args:
-        folder: Where the files shall be; made if it is not there. A link is followed.
+        folder: Where the files are to be. It is made if it does not exist. A link is followed.
         entry: Name of the file without which nothing reads the others. It goes first and comes last, so that nobody
             takes files of two kinds for one thing.
         outdated: Names of files that the new ones make obsolete, from the folder as it is then.
@@ -73,8 +73,8 @@ def replacing(
         A folder of the same name, to write to.
 
     Raises:
-        IsADirectoryError: A folder is where a file shall be.
-        NotADirectoryError: A file is where the folder shall be.
+        IsADirectoryError: There is a folder where a file is to be.
+        NotADirectoryError: There is a file where the folder is to be.
         OSError: The folder cannot be written to. The old files are as they were.
     """
     folder = Path(os.path.realpath(folder))
@@ -129,14 +129,14 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def settle(folder: str | os.PathLike, entry: str) -> bool:
-    """Wait for those who are replacing files in a folder, and undo what one of them left half done.
+    """Wait until nobody is replacing files in a folder, and undo what a dead process left half done.
 
     Args:
         folder: The folder.
         entry: A file in it.
 
     Returns:
-        Whether the file was there in between.
+        Whether the file is there then.
     """
     folder = Path(os.path.realpath(folder))
     try:
@@ -150,7 +150,7 @@ def settle(folder: str | os.PathLike, entry: str) -> bool:
 
 @contextlib.contextmanager
 def _locked_area(folder: Path) -> Iterator[Path]:
-    """The hidden folder, held alone for a moment, without what the dead left there. It goes when nobody needs it."""
+    """Lock the hidden folder, without what dead processes left there. It is removed when nobody needs it any more."""
     area = folder / AREA
     lock = Lock(area / LOCK)
     for attempts_left in reversed(range(1000)):
@@ -158,7 +158,7 @@ def _locked_area(folder: Path) -> Iterator[Path]:
             area.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             break
-        except (FileNotFoundError, FileExistsError):  # somebody who needed it no more has just removed it
+        except (FileNotFoundError, FileExistsError):  # somebody who no longer needed it has just removed it
             if not attempts_left:
                 raise
     try:
@@ -171,13 +171,13 @@ def _locked_area(folder: Path) -> Iterator[Path]:
 
 
 def _clear(folder: Path, area: Path) -> None:
-    """Undo and remove what dead processes left. The living hold a lock."""
+    """Undo and remove what dead processes left. Running processes hold a lock."""
     for own in [path for path in area.iterdir() if path.is_dir()]:
         alive = Lock(own / ALIVE)
         try:
             if not alive.acquire(wait=False):
                 continue
-        except PermissionError:  # of another user, who may live
+        except PermissionError:  # of another user, whose process may be running
             continue
         try:
             _put_back(folder, own)
@@ -191,7 +191,7 @@ def _staged(own: Path, folder: Path) -> Path:
 
 
 def _place_all(files: _Staged) -> None:
-    """Give the staged files their places, and those in staged sub-folders theirs."""
+    """Move the staged files to their places, also those in staged sub-folders."""
     staged = files.folder
     with contextlib.ExitStack() as below:
         for part in [path for path in staged.iterdir() if path.is_dir()]:
@@ -206,7 +206,7 @@ def _place_all(files: _Staged) -> None:
 
 
 def _place(files: _Staged) -> None:
-    """Give the staged files their places, all or none."""
+    """Move the staged files to their places, all or none."""
     folder, own, staged, entry, old = files.target, files.own, files.folder, files.entry, files.own / "old"
     written = sorted(path.name for path in staged.iterdir())
     changed = [name for name in written if not _is_kept(folder / name, staged / name, files.stays)]
@@ -244,7 +244,7 @@ def _place(files: _Staged) -> None:
 
 
 def _is_kept(place: Path, new: Path, stays: Callable[[Path], bool]) -> bool:
-    """Whether a file that is there stays: it is somebody's, or the new one is the same."""
+    """Whether an existing file stays, because it belongs to somebody or the new one is the same."""
     if not place.is_file():
         return False
     is_small = place.stat().st_size == new.stat().st_size <= COMPARED_BYTES
@@ -260,7 +260,7 @@ def _keep(path: Path, kept: Path, move: bool) -> None:
 
 
 def _put_back(folder: Path, own: Path) -> None:
-    """Put the old files back, unless all new ones have their places. Done twice, it does no harm."""
+    """Put the old files back, unless all new ones are in their places. Doing it twice does no harm."""
     if not (own / PLAN).is_file():
         return
     plan = json.loads((own / PLAN).read_text(encoding="utf-8"))
@@ -277,7 +277,7 @@ def _put_back(folder: Path, own: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have what was written to a file, or what was moved in a folder, on the disk."""
+    """Flush what was written to a file, or moved in a folder, to the disk."""
     if path.is_dir() and sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Saved adapters sent to the Hub."""
+"""Uploads saved adapters to the Hub."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def push_adapter(
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
-    """Send a saved adapter to the Hub: its configuration, weights, model card and `results.json`, and no other file.
+    """Upload a saved adapter to the Hub: its configuration, weights, model card and `results.json`, and no other file.
 
     The repository is made if it is not there. The folder stays as it is.
 

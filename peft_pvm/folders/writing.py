@@ -1,4 +1,4 @@
-"""Saved adapters as they are written: whole or not at all, with a model card."""
+"""Writes adapters whole or not at all, with a model card."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     themselves. Other files in the folder are not touched, nor is a model card that a person wrote.
 
     Args:
-        folder: Where they shall be.
+        folder: The folder of the adapter.
 
     Yields:
         A folder of the same name, to write to. It holds copies of the model cards and results that are there already,

@@ -1,6 +1,6 @@
-"""For training with TRL: rewards, logs of how much the model looks and their picture, and checks of what cannot work.
+"""Training with TRL: rewards, logs of how much the model looks and their picture, and checks of what cannot work.
 
-The recipe is that of PVM, arXiv 2605.00814: supervised fine-tuning of PVM alone, then GRPO with the language model.
+The recipe is that of PVM, arXiv 2605.00814: supervised fine-tuning of only PVM, then GRPO with the language model.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def format_reward(completions: Sequence[Any], **kwargs: Any) -> list[float]:
 def accuracy_reward(completions: Sequence[Any], solution: Sequence[str], **kwargs: Any) -> list[float]:
     r"""1 for a completion whose answer is right, 0 for others.
 
-    The answer is what stands between the last `<answer>` and `</answer>`, or all of a completion without them. It is
+    The answer is what comes between the last `<answer>` and `</answer>`, or all of a completion without them. It is
     right if, in this order: it is the solution, letter case, white space, a final full stop, `$` and `\boxed{}`
     aside; or the solution is one letter and the answer begins with it as a choice, such as "(B) a dog" for "B"; or
     the solution is a number or formula and math-verify finds the answer equal.
@@ -124,7 +124,7 @@ class GazeCallback(TrainerCallback):
 
 
 def last_answer(example: Mapping[str, Any]) -> dict[str, Any]:
-    """A chat as prompt and completion, which TRL trains on the completion alone. For `datasets.Dataset.map`.
+    """A chat as prompt and completion, so that TRL trains only on the completion. For `datasets.Dataset.map`.
 
     Args:
         example: `messages`, of which the last is the assistant's.

@@ -74,8 +74,8 @@ class Method:
         tuner: Its tuner, if the configuration is not all of it.
         full_name: What else it is called.
         parameters: How many it has.
-        text_alone: What a row without images is to it: "untouched", to the bit, also beside rows with images;
-            "equal", where another kernel may compute the same; or "changed".
+        text_alone: What becomes of a row of the batch without images: "untouched", to the bit, also beside rows with
+            images; "equal", where another kernel may compute the same; or "changed".
         of_the_model: Settings that have to be found for each model, here so that the method runs on any.
         plain_matrices: How many matrices of scores of all heads, in fp32, its plain form holds at once. `None`: it has
             no plain form.

@@ -40,8 +40,8 @@ class CAIConfig(AttentionMethod):
     Args:
         threshold: How undecided the model has to be, from 0 to 1.
         slope: How sharply keys like the token are separated from the key least like it, 0 or more.
-        rows: "text": all text after an image. "generated": the last token of each forward alone, as the authors' code
-            does; in a forward of several tokens, `x` is then the mean over its text. Then a step of decoding does not
+        rows: "text": all text after an image. "generated": only the last token of each forward, as in the authors'
+            code; in a forward of several tokens, `x` is then the mean over its text. Then a step of decoding does not
             give what a forward over the whole text gives.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the second half.
         format_version: The format of the saved adapter. Do not change it.
@@ -59,7 +59,7 @@ class CAIConfig(AttentionMethod):
 
     @classmethod
     def layers_on(cls, vlm: VisionLanguageModel) -> list[int]:
-        """Those of any method that changes attention, if something can be read off between layers."""
+        """The layers of any method that changes attention. Raises if nothing can be read off between them."""
         EarlyExit(vlm)
         return super().layers_on(vlm)
 
@@ -91,12 +91,12 @@ class CAIConfig(AttentionMethod):
         return scores.abs() * (alike * undecided.unsqueeze(-1)).unsqueeze(1)
 
     def _alike(self, call: AttentionCall, dtype: torch.dtype, queries: slice) -> torch.Tensor:
-        """How much the token of each row is like each visual token, from 0.5 to 1, `(batch, rows, num_visual)`."""
+        """How much the token of each query is like each visual token, from 0.5 to 1, `(batch, rows, num_visual)`."""
         return torch.sigmoid(self.slope * self._above_least(call, dtype, queries))
 
     def _above_least(self, call: AttentionCall, dtype: torch.dtype, queries: slice) -> torch.Tensor:
-        """By how much the cosine of each row and each visual token is above the row's least, `(batch, rows,
-        num_visual)`."""
+        """How far the cosine of each query's token and each visual token is above the query's least one, `(batch,
+        rows, num_visual)`."""
         context, memory, num_queries = call.context, call.context.memory, call.query.shape[2]
         visual = context.derived(("directions", dtype), lambda: F.normalize(memory.embeddings.to(dtype), dim=-1))
         # Some models leave all but the last tokens out of their last layers.
@@ -109,7 +109,7 @@ class CAIConfig(AttentionMethod):
         return cosines - cosines.masked_fill(~sees, torch.inf).amin(-1, keepdim=True).clamp(max=1)
 
     def _asking(self, context: VisualContext) -> torch.Tensor:
-        """What each row compares visual tokens with, `(batch, seq_len, hidden_size)`."""
+        """What each query compares visual tokens with, `(batch, seq_len, hidden_size)`."""
         embeddings = context.inputs_embeds
         if embeddings is None:
             raise NotImplementedError(

@@ -29,8 +29,8 @@ class HGAIConfig(AttentionMethod):
 
     Args:
         alpha: The share, 0 or more.
-        rows: "text": all text after an image. "generated": the last token of each forward alone, as the authors' code
-            does. Then a step of decoding does not give what a forward over the whole text gives.
+        rows: "text": all text after an image. "generated": only the last token of each forward, as in the authors'
+            code. Then a step of decoding does not give what a forward over the whole text gives.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the authors' 5 to 17 of 32
             layers, and the same part of other depths.
         format_version: The format of the saved adapter. Do not change it.

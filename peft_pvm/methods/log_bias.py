@@ -18,7 +18,7 @@ class LogBiasConfig(AttentionMethod):
     """Raises the scores of visual keys by log(1 + t / t0), where t is the number of text tokens after the last image.
     It is ours and unpublished: a null model to compare other methods with.
 
-    With `s_ij` the score of query `i` and key `j` after scaling, in rows of text with an image before them::
+    With `s_ij` the score of query `i` and key `j` after scaling, for queries of text with an image before them::
 
         s_ij = s_ij + log(1 + t_i / t0)      for visual keys
 
@@ -42,17 +42,17 @@ class LogBiasConfig(AttentionMethod):
     t0: float = setting(128.0, "How many tokens of text double the weight of the image, above 0.", above=0)
 
     def stages(self, layer: SteeredLayer) -> Stage:
-        """A bias of visual keys, by row."""
+        """A bias of visual keys, by query."""
         return Bias(lambda call: call.visual_keys.float(), rows="text", of_queries=self.of_queries)
 
     def of_queries(self, call: AttentionCall) -> torch.Tensor:
-        """What the scores of visual keys are raised by in each row, `(batch, num_queries)`."""
+        """What the scores of visual keys are raised by for each query, `(batch, num_queries)`."""
         num_queries = call.query.shape[2]
 
         def make() -> torch.Tensor:
             positions, anchors = call.context.noted()
             text = positions[:, -num_queries:, 0] - anchors[:, -num_queries:] + 1
-            return (text.clamp(min=0).float() / self.t0).log1p()  # padding must not become NaN, wherever it stands
+            return (text.clamp(min=0).float() / self.t0).log1p()  # padding must not become NaN, wherever it is
 
         return call.context.derived(("log-bias", self.t0, num_queries), make)
 

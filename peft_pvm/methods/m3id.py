@@ -26,7 +26,7 @@ class M3IDConfig(LogitsMethod):
         l = l_c + (exp(rate * t) - 1) * (l_c - l_u)      where the likeliest token has less than `threshold`
         l = l_c                                          elsewhere
 
-    It acts in `generate` alone, greedy or sampling: the model reads the text without its images as well, and runs
+    It acts only in `generate`, greedy or sampling: the model reads the text without its images as well, and runs
     twice for each token. A plain forward is that of the base. It has no parameters.
 
     Args:
@@ -44,7 +44,7 @@ class M3IDConfig(LogitsMethod):
     )
 
     def second_prompt(self, prompt: Prompt) -> dict[str, Any]:
-        """The text alone."""
+        """The prompt without its images."""
         return text_alone(prompt, self.title)
 
     def scores(self, logits: torch.Tensor, other: torch.Tensor, num_generated: int) -> torch.Tensor:

@@ -38,8 +38,8 @@ class MemVRConfig(FFNMethod):
     Args:
         ratio: The share of the lookup in the output, from 0 to 1.
         threshold: How undecided the model has to be, from 0 to 1.
-        rows: "text": all text after an image, each token judged by itself. "generated": the last token of each
-            forward alone. Then a step of decoding does not give what a forward over the whole text gives.
+        rows: "text": all text after an image, each token judged by itself. "generated": only the last token of each
+            forward. Then a step of decoding does not give what a forward over the whole text gives.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the authors' 7 to 16 of 32
             layers, and the same part of other depths.
         format_version: The format of the saved adapter. Do not change it.
@@ -60,10 +60,10 @@ class MemVRConfig(FFNMethod):
         EarlyExit(vlm)
 
     def changed(self, step: FFNStep) -> torch.Tensor | None:
-        """The formula, for tokens whose turn it is."""
+        """The formula, for the tokens that are changed in this layer."""
         turns, memory = self._turns(step)[0], step.context.memory
         batch_size, seq_len = turns.shape
-        if seq_len == 1:  # behind all there is, if its turn comes
+        if seq_len == 1:  # it comes after all visual tokens, if it is changed at all
             mixed = self._mixed(
                 step, step.ffn_input, step.output, None if memory.is_dense else (memory.slots >= 0).unsqueeze(1)
             )
@@ -79,7 +79,7 @@ class MemVRConfig(FFNMethod):
         return torch.where(turns.unsqueeze(-1), scatter_rows(mixed, positions, seq_len), step.output)
 
     def _turns(self, step: FFNStep) -> tuple[torch.Tensor, torch.Tensor]:
-        """For which tokens this is the layer, and which still wait for theirs, `(batch, seq_len)` each, bool."""
+        """Which tokens are changed in this layer, and which were not changed before it, `(batch, seq_len)`, bool."""
         if step.layer_idx not in step.handed_on:
             if step.handed_on:
                 _, waiting = step.handed_on[max(step.handed_on)]
@@ -92,14 +92,14 @@ class MemVRConfig(FFNMethod):
         return step.handed_on[step.layer_idx]
 
     def _asked(self, step: FFNStep) -> torch.Tensor:
-        """Which tokens are to have their turn, `(batch, seq_len)`, bool."""
+        """Which tokens may be changed at all, `(batch, seq_len)`, bool."""
         text = step.context.text_after_images()
         if self.rows == "text" or text.shape[1] == 1:
             return text
         return text & (torch.arange(text.shape[1], device=text.device) == text.shape[1] - 1)
 
     def _mixed_at(self, step: FFNStep, positions: torch.Tensor) -> torch.Tensor:
-        """`_mixed` of tokens that stand at `positions` in this forward, `(batch, length)`, as `pack` gives them."""
+        """`_mixed` of the tokens at `positions` in this forward, `(batch, length)`, as `pack` gives them."""
         sees = causally_visible(step.context.memory.slots, positions + step.context.past_length)
         return self._mixed(step, gather_rows(step.ffn_input, positions), gather_rows(step.output, positions), sees)
 
@@ -112,7 +112,7 @@ class MemVRConfig(FFNMethod):
             step: The FFN.
             ffn_input: What it read of these tokens, likewise.
             output: What it returned for them, likewise.
-            sees: Which visual tokens stand before each, `(batch, length, num_visual)`, bool. `None`: all do.
+            sees: Which visual tokens come before each, `(batch, length, num_visual)`, bool. `None`: all do.
         """
         precise = torch.promote_types(output.dtype, torch.float32)  # sums of products are large
         embeddings = step.context.derived(("embeddings", precise), lambda: step.context.memory.embeddings.to(precise))

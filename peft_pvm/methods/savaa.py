@@ -19,7 +19,7 @@ class SAVAAConfig(AttentionMethod):
     """Raises the scores of visual keys while an answer is written, more so after a risky token, and lowers those of
     the prompt's text (arXiv 2602.13600, "Step-wise Adaptive Visual Attention Amplification").
 
-    With `s_j` the score of key `j` in the row of a decoded token::
+    With `s_j` the score of key `j` for the query of a decoded token::
 
         s_j = s_j * (1 + (visual - 1) * r)      for visual keys
         s_j = s_j / text                        for keys of the prompt's text
@@ -54,7 +54,7 @@ class SAVAAConfig(AttentionMethod):
     risk_scale: float = setting(0.6, "The sum of both shares from which on the risk is 1, above 0.", above=0)
 
     def acts_in(self, context: VisualContext) -> bool:
-        """In a step of decoding, behind a forward that left its logits.
+        """Whether this is a step of decoding after a forward that left its logits.
 
         Raises:
             NotImplementedError: The logits at visual tokens are not known.
@@ -64,8 +64,8 @@ class SAVAAConfig(AttentionMethod):
         if "grounding" not in context.notes:
             raise NotImplementedError(
                 "SAVAA needs the logits at all image tokens of a conversation, but some of these were read before it "
-                "was active, or a crop of the KV cache went through an image, or the model computes its last layers "
-                "for the last token alone. Start with a new cache, or take the adapter off with unload()."
+                "was active, or the KV cache was cropped within an image, or the model computes its last layers "
+                "only for the last token. Start with a new cache, or take the adapter off with unload()."
             )
         return True
 

@@ -36,7 +36,7 @@ class SPARCConfig(AttentionMethod):
     """Raises the weights of visual tokens from the moment that the answer looks at them more than before
     (arXiv 2502.01419, "Selective Progressive Attention ReCalibration").
 
-    With `a_j` the attention weight of visual token `j` in the last row of a forward, averaged over the heads of
+    With `a_j` the attention weight of visual token `j` for the last query of a forward, averaged over the heads of
     `choosing_layer`, and `m_j` its moving average::
 
         chosen:     a_j > 0  and  a_j - m_j >= tau * m_j
@@ -78,7 +78,7 @@ class SPARCConfig(AttentionMethod):
     )
 
     def fitted_to(self, vlm: VisionLanguageModel) -> SPARCConfig:
-        """With a layer to choose by: of those that see all keys, the nearest to the paper's part of the depth."""
+        """The configuration with a `choosing_layer`: of those that see all keys, the nearest to the authors'."""
         layers = self.layers_on(vlm)
         if self.choosing_layer is None:
             wide = [layer_idx for layer_idx in layers if vlm.layer_type(layer_idx) not in NARROW] or layers
@@ -106,12 +106,12 @@ class SPARCConfig(AttentionMethod):
 
     @classmethod
     def start_forward(cls, context: VisualContext) -> None:
-        """What was chosen stays known, also through forwards in which no adapter is active."""
+        """Keep what was chosen, also through forwards in which no adapter is active."""
         kept = {name: noted for name, noted in context.notes.items() if name.startswith(cls.method)}
         context.memory.notes.update(kept)
 
     def choose(self, call: AttentionCall) -> None:
-        """Choose by the last row, and note it on the KV cache for the forwards that follow."""
+        """Choose by the last query's weights, and note the choice on the KV cache for the forwards that follow."""
         context = call.context
         if context.memory.is_empty:
             return
@@ -137,7 +137,7 @@ class SPARCConfig(AttentionMethod):
         return context.derived((self._name, self.alpha, num_keys), make)
 
     def _noted(self, context: VisualContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """The moving average, NaN of visual tokens that no row has looked at, and how often each was chosen, before
+        """The moving average, NaN of visual tokens that no query has seen, and how often each was chosen, before
         this forward: `(batch, num_visual)` both."""
         batch, num_visual = context.memory.slots.shape
         noted = context.notes.get(self._name, torch.zeros(batch, 0, 2)).to(context.device)

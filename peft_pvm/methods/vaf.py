@@ -18,14 +18,14 @@ class VAFConfig(AttentionMethod):
     """Raises scores of visual keys and lowers scores of text before the image, in the text after the image
     (arXiv 2503.13107, "ClearSight").
 
-    With `s_ij` the score of query `i` and key `j`, in rows of text with an image before them::
+    With `s_ij` the score of query `i` and key `j`, for queries of text with an image before them::
 
         s_ij = s_ij * visual      for visual keys
         s_ij = s_ij * before      for keys of text before the first image, which the paper takes for the system prompt
 
     The softmax follows. A factor above 1 pushes a score below 0 further down. Keys are multiplied instead of scores,
     so it runs on any kernel. In a forward with image tokens, each layer attends twice: once for text, and once for the
-    other rows (on sdpa, only up to the last of these). It has no parameters.
+    other tokens (on sdpa, only up to the last of these). It has no parameters.
 
     Args:
         visual: What scores of visual keys are multiplied by, above 0.

@@ -42,16 +42,17 @@ class VARConfig(AttentionMethod):
 
         max over sink_channels c of |h_jc| / RMS(h_j) > tau
 
-    With `w_ij` the attention weight of key `j` in row `i` of a head, `S` the sum of a row's weights over all sinks,
-    `Sv` over visual sinks and `V` over all visual tokens, in rows of text after an image with::
+    With `w_ij` the attention weight of query `i` and key `j` in a head, `S` the sum of a query's weights over all
+    sinks, `Sv` over visual sinks and `V` over all visual tokens, for queries of text after an image with::
 
         0 < Sv <= rho * V,      Sv < V      and      V >= least_visual
 
         w_ij = w_ij * p                               for sinks, of text and image
         w_ij = w_ij * (1 + (1 - p) * S / (V - Sv))    for other visual tokens
 
-    Other rows and heads stay as they are, and so does the sum of each row. In a forward with an image a layer attends
-    to values three times as wide; a step of decoding makes its row of weights by hand. It has no parameters.
+    Other queries and heads stay as they are, and so does the sum of each query's weights. In a forward with an image,
+    a layer attends to values three times as wide. A step of decoding computes its single row of weights itself. It has
+    no parameters.
 
     Args:
         sink_channels: Channels of the hidden state that are large in sinks. They differ from model to model, and
@@ -86,12 +87,12 @@ class VARConfig(AttentionMethod):
     p: float = setting(0.6, "What part of their weight sinks keep.", least=0, most=1)
 
     def fitted_to(self, vlm: VisionLanguageModel) -> VARConfig:
-        """Itself, if there are channels and the model has them."""
+        """This configuration. Raises if it has no channels, or if the model does not have them."""
         model = type(vlm.model).__name__
         if self.sink_channels is None:
             raise ValueError(
-                f"VARConfig.sink_channels is None, but the channels by which sinks are known are those of {model} "
-                "alone. Find them with `peft-pvm sinks --model MODEL --data DATA`, or with propose_sinks from "
+                "VARConfig.sink_channels is None, but each model has channels of its own that are large in sinks. "
+                f"Find those of {model} with `peft-pvm sinks --model MODEL --data DATA`, or with propose_sinks from "
                 "peft_pvm.probe.sinks, and give them: VARConfig(sink_channels=[...])."
             )
         hidden_size = vlm.text_config.hidden_size
@@ -105,7 +106,7 @@ class VARConfig(AttentionMethod):
     def enter(
         self, vlm: VisionLanguageModel, layer_idx: int, context: VisualContext, hidden_states: torch.Tensor
     ) -> None:
-        """Note of tokens on the KV cache what depends on whether they are sinks: how much they belong to groups."""
+        """Note on the KV cache how much each token belongs to the groups of keys, some of which are sinks."""
         sinks, visual = self.are_sinks(hidden_states, context), context.visual_mask
         if visual is None:
             others, text_sinks = context.derived((self._whose, "text", sinks.device), lambda: self._of_text(sinks))
@@ -126,24 +127,24 @@ class VARConfig(AttentionMethod):
         return torch.linalg.vector_norm(sizes(hidden_states, channels), torch.inf, -1) > self.tau
 
     def _groups(self, sinks: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-        """How much tokens belong to the groups that decide, `(batch, seq_len, 6)`, fp32, by what they are.
+        """How much tokens belong to each group of keys, `(batch, seq_len, 6)`, fp32.
 
-        The first two are changed: what sinks lose, below 0, and other visual tokens. These come again as what gets
-        something, and what is got. The last three are visual sinks, what is missing to their largest share of the
-        image, and the image. `_least` says what a row must have of them.
+        The weights of the first two groups are changed: what sinks lose, below 0, and other visual tokens, which get
+        it. The third is what sinks lose, above 0. The last three are visual sinks, what these have less than their
+        largest share of the image, and the image. `_least` says what a query must have of them.
         """
         lost, visual_sinks, image = (1 - self.p) * sinks.float(), (visual & sinks).float(), visual.float()
         groups = [-lost, image - visual_sinks, lost, visual_sinks, self.rho * image - visual_sinks, image]
         return torch.stack(groups, -1)
 
     def _of_text(self, sinks: torch.Tensor) -> torch.Tensor:
-        """`_groups` of a token of text that is no sink, and of one that is: `(2, 6)`, where `sinks` are."""
+        """`_groups` of a token of text that is no sink, and of one that is: `(2, 6)`, on the device of `sinks`."""
         sinks = torch.arange(2, device=sinks.device) > 0
         return self._groups(sinks, torch.zeros_like(sinks))
 
     @property
     def _whose(self) -> Hashable:
-        """What of the settings decides what is noted."""
+        """The settings that decide what is noted."""
         return self.method, self.tau, self.rho, self.p, *sorted(set(self.sink_channels or ()))
 
     def stages(self, layer: SteeredLayer) -> Stage:
@@ -165,10 +166,10 @@ class VARConfig(AttentionMethod):
         return of_keys
 
     def changes(self, call: AttentionCall, found: torch.Tensor) -> torch.Tensor:
-        """By what the weights of sinks and of other visual tokens change, from the weight that groups have.
+        """The changes of the weights of sinks and of other visual tokens, from the weights of groups.
 
         Args:
-            call: Not looked at.
+            call: Not used.
             found: `(batch, num_queries, heads, 6)`.
 
         Returns:
@@ -181,7 +182,7 @@ class VARConfig(AttentionMethod):
         return others_and_lost / others_and_lost[..., :1].masked_fill(stays, torch.inf)
 
     def _least(self, found: torch.Tensor) -> torch.Tensor:
-        """What a row must at least have of all groups but the first, `(5,)`: of most of them, anything."""
+        """The least weight that a query must have of each group but the first, `(5,)`: of most groups, any above 0."""
         of_last = F.pad(found.new_full((1,), self.least_visual), (1, 0))
         return F.pad(of_last, (3, 0), value=torch.finfo(found.dtype).tiny)
 

@@ -30,7 +30,7 @@ class VCDConfig(LogitsMethod):
         l = -inf                               for all others
 
     The noise is that of step `noise_steps` of a diffusion: `sqrt(a) * x + sqrt(1 - a) * eps` for pixels `x` as the
-    processor gives them. It acts in `generate` alone, greedy or sampling, and runs the model twice for each
+    processor gives them. It acts only in `generate`, greedy or sampling, and runs the model twice for each
     token. A plain forward is that of the base. It has no parameters.
 
     Args:
@@ -126,7 +126,7 @@ class VCDConfig(LogitsMethod):
 
 
 def _refuse_padded(pixels: torch.Tensor, inputs: Mapping[str, Any]) -> None:
-    """Refuse images that a batch has padded to the size of the largest: alone, they would get other noise."""
+    """Refuse images that a batch has padded to the size of the largest: by themselves, they would get other noise."""
     mask, sizes = inputs.get("pixel_attention_mask"), inputs.get("image_sizes")
     padded = False
     if mask is not None and mask.shape[-2:] == pixels.shape[-2:]:

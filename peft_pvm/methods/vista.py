@@ -33,7 +33,7 @@ class VISTAConfig(InGenerate, FFNMethod):
 
         y = |y| * unit(unit(y) + strength * (1 + max(0, cos(y, -v))) * unit(v))
 
-    It acts in `generate` alone, in the prompt and in the answer. Before that, the model reads the prompt twice, with
+    It acts only in `generate`, in the prompt and in the answer. Before that, the model reads the prompt twice, with
     and without its images, while this method is off. A plain forward is that of the base. The paper's second part,
     which adds logits of earlier layers, is left out. It has no parameters.
 
@@ -54,7 +54,7 @@ class VISTAConfig(InGenerate, FFNMethod):
         cls.check_generates(vlm, cls.tuner_name())
         if reason := WITHOUT_EXIT.get(vlm.text_config.model_type):
             raise ValueError(
-                f"VISTA cannot say what the image changes behind a layer of {type(vlm.model).__name__}: {reason}."
+                f"VISTA cannot say what the image changes after a layer of {type(vlm.model).__name__}: {reason}."
             )
 
     def begin(self, run: Run, prompt: Prompt, settings: GenerationConfig) -> list[LogitsProcessor]:
@@ -112,7 +112,7 @@ def _last_outputs(
 
 @contextlib.contextmanager
 def _watching(vlm: VisionLanguageModel, found: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Take down what each decoder layer returns in this thread: another may be answering somebody else."""
+    """Record what each decoder layer returns in this thread: another may be answering somebody else."""
     thread = this_thread()
 
     def note(layer_idx: int, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which limit of DIPE's distance suits a model: how well it answers on chats of the user's own, by text in between."""
+"""Proposes a limit for DIPE: how well a model answers on chats of the user's own, by the length of text in between."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Measure with which limit of DIPE's distance a model answers best when text stands between image and question.
+    """Measure with which limit of DIPE's distance a model answers best when text comes between image and question.
 
-    Each answer is read behind its question, not generated. The model, with the adapters that it has, is left as it
+    Each answer is read after its question, not generated. The model, with the adapters that it has, is left as it
     was. The proposal is the limit with the least loss, mean over lengths. Of limits that differ from it by less than a
     standard error, taken over rows, or by less than a hundredth of a nat, it is the one that changes the model least:
     no DIPE if that is among them, else the largest.
@@ -189,7 +189,7 @@ def _answer(vlm: VisionLanguageModel, lesson: Lesson) -> tuple[float, bool]:
 
 
 def calibrated(answers: Mapping[int | None, Mapping[int, Answers]]) -> Calibration:
-    """The limit that measured answers speak for.
+    """The limit that follows from measured answers.
 
     Args:
         answers: What `measure` returns, of two or more rows.

@@ -68,7 +68,7 @@ class ForwardRecord:
     """One forward over prompt and answer.
 
     Attributes:
-        name: "base", "adapters" (as the model stands), or "only" and an adapter's name.
+        name: "base", "adapters" (all active ones), or "only" and an adapter's name.
         adapters: The adapters that were active.
         attention: Where each layer with softmax attention looked.
         mean_decay: The power law of `mean_mass` over the `text_tokens` of the layer that sees most.
@@ -119,7 +119,7 @@ class AdapterRecord:
     Attributes:
         name: Its name.
         method: PEFT's name of its type.
-        active: Whether it acts as the model stands.
+        active: Whether it is among the active ones.
         kl_alone: KL(it alone || base) of the prediction of each generated token, in nats. `None`: it does not act.
     """
 
@@ -131,7 +131,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class BranchRecord:
-    """The PVM branch of one adapter in one layer, with all adapters as they stand.
+    """The PVM branch of one adapter in one layer, with all active adapters.
 
     Attributes:
         adapter: The adapter.

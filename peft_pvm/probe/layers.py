@@ -17,7 +17,7 @@ from .rows import Chat, Lesson, teach
 
 
 # In the first layers attention is spread over all tokens, so that an image of many tokens gets most of it whatever is
-# asked (arXiv 2403.06764, section 3). The peak is sought behind this part of the depth.
+# asked (arXiv 2403.06764, section 3). The peak is sought after this part of the depth.
 FIRST_LAYERS = 1 / 3
 STEP = 1 / 10  # of the depth, from one proposed layer to the next
 FLAT = 1.5  # a peak that is not so many times the mean is none
@@ -31,7 +31,7 @@ class LayerProposal:
 
     Attributes:
         layers: Their indices, ascending: for `PVMConfig(layers_to_transform=...)`.
-        peak: The layer, behind the first third of the depth, in which most attention reaches the image.
+        peak: The layer, after the first third of the depth, in which most attention reaches the image.
         shares: For each layer with softmax attention, the share of it that reaches visual tokens.
         reason: Why these layers, in a sentence or two.
     """
@@ -101,9 +101,9 @@ def visual_shares(
 
 
 def proposed(shares: Mapping[int, float], depth: int, count: int = 3) -> LayerProposal:
-    """The layers that shares of attention speak for: one before the peak, one at it, the others behind it.
+    """The layers that follow from shares of attention: one before the peak, one at it, the others after it.
 
-    They stand a tenth of the depth apart. Where the depth ends before, they move towards its beginning together.
+    They are a tenth of the depth apart. If the depth ends before that, all of them move towards its beginning.
 
     Args:
         shares: What `visual_shares` returns.

@@ -57,7 +57,7 @@ class Overlay:
 
 @dataclass(frozen=True)
 class Map:
-    """Where somebody looks at one token, or over the whole answer.
+    """Where a forward or a branch looks at one token, or over the whole answer.
 
     Attributes:
         share: What reaches all visual tokens together.
@@ -74,7 +74,7 @@ class Maps:
 
     Attributes:
         titles: What a row has a map for.
-        rows: By whose they are, the maps for each title.
+        rows: By the name of what looks, the maps for each title.
         scales: For each title, the weight of one visual token at which the colour is strongest, in all rows.
     """
 
@@ -181,7 +181,7 @@ def panel(picture: bytes, grids: Sequence[tuple[int, int]], seen: Mapping[str, S
     Args:
         picture: The image, a PNG file.
         grids: Rows and columns of visual tokens, if they are known: one pair.
-        seen: By whose answer it is.
+        seen: The looks of each answer, by its name.
 
     Raises:
         ImportError: jinja2 or matplotlib is not installed.

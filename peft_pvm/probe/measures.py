@@ -161,7 +161,7 @@ def logit_lens(hidden_states: list[torch.Tensor], norm: nn.Module, head: nn.Modu
 
 
 def rounded(value: float) -> float:
-    """To six significant digits, as all numbers of a result are: what is saved is what was shown."""
+    """Round to six significant digits, like all numbers of a result, so that what is saved is what was shown."""
     return float(f"{value:.6g}")
 
 

@@ -279,7 +279,7 @@ def layers_observed(vlm: VisionLanguageModel, num_queries: int) -> Iterator[list
 
 @contextlib.contextmanager
 def undisturbed(vlm: VisionLanguageModel) -> Iterator[None]:
-    """Eval mode; afterwards the model is in the mode it was in, and a conversation of somebody else can go on."""
+    """Put the model into eval mode for a block. Afterwards its mode is restored, and other conversations can go on."""
     training = [module for module in vlm.model.modules() if module.training]
     # Qwen's models keep from a prompt by how much the positions of its answer are shifted.
     rope_deltas = {module: module.rope_deltas for module in vlm.model.modules() if "rope_deltas" in vars(module)}

@@ -155,7 +155,7 @@ def _by_layer(result: Findings) -> Picture:
 
 
 def _places(forward: ForwardRecord, number: int) -> np.ndarray:
-    """Where the layers of a forward stand on the axis, a little beside those of the others."""
+    """Where the layers of a forward are on the axis, a little beside those of the others."""
     return np.array([layer.layer_idx for layer in forward.attention]) + 0.12 * number
 
 

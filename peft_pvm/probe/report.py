@@ -119,7 +119,7 @@ class Answer:
 
 
 def answers(result: Findings) -> list[Answer]:
-    """The base's answer and that of the model as it stands; one of them if they are the same."""
+    """The base's answer and that with the active adapters; one of them if they are the same."""
     of_base, of_model = result.base.label, result.forwards[:2][-1].label
     if result.base_token_ids == result.token_ids:
         both = of_base if of_base == of_model else f"{of_base} and {of_model}, the same"
@@ -144,7 +144,7 @@ class Table:
 
     Attributes:
         title: Its heading.
-        explanation: What stands in it.
+        explanation: What it shows.
         header: The names of its columns.
         rows: Its rows.
     """

@@ -58,7 +58,7 @@ def read_chats(rows: Iterable[Mapping[str, Any]], most: int) -> list[Chat]:
 
     Args:
         rows: With `images` or one `image`, and either `messages` or `prompt` and `completion`. Messages are dicts of
-            `role` and `content`, a text or a list of parts. If no part is an image, all images stand before the first
+            `role` and `content`, a text or a list of parts. If no part is an image, all images come before the first
             message of the user, as TRL does it.
         most: So many chats at most. Rows without images are passed over.
 

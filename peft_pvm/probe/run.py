@@ -1,4 +1,4 @@
-"""`probe`: generate with a model as it stands, then look at what it did, with its adapters and without."""
+"""`probe`: generate with a model as it is, then look at what it did, with its adapters and without."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def probe(
 ) -> ProbeResult:
     """Measure how much a model looks at its image while it answers, and what its adapters change.
 
-    The probe generates twice: with the adapters as they stand, and with every adapter off. Then it reads the prompt
-    and the first of the two answers in one forward with every adapter off, one with the active adapters, and one with
-    each active adapter alone. The model is left as it was, also after an exception.
+    The probe generates twice: with the active adapters, and with every adapter off. Then it reads the prompt and the
+    first of the two answers in one forward with every adapter off, one with the active adapters, and one with each
+    active adapter by itself. The model is left as it was, also after an exception.
 
     Args:
         model: A vision-language model from transformers, or a PeftModel of one. It may have adapters of any of PEFT's
@@ -117,7 +117,7 @@ def probe(
 def _observe(
     vlm: VisionLanguageModel, inputs: Mapping[str, Any], acting: list[str], settings: _Settings, progress: Progress
 ) -> dict[str, Any]:
-    """Of a result, what is found by generating and by looking at the answer."""
+    """The part of a result that is found by generating and by looking at the answer."""
     forwards: list[ForwardRecord] = []
     traces: dict[tuple[str, int], BranchTrace] = {}
     with undisturbed(vlm):
@@ -164,7 +164,7 @@ def _alone(name: str) -> str:
 
 
 def _describe(vlm: VisionLanguageModel, inputs: Mapping[str, Any], settings: _Settings) -> dict[str, Any]:
-    """Of a result, what is known before anything is run."""
+    """The part of a result that is known before anything is run."""
     num_visual = int(visual_mask(vlm, inputs).sum())
     return dict(
         model_name=getattr(vlm.model.config, "_name_or_path", "") or type(vlm.model).__name__,
@@ -199,7 +199,7 @@ def _adapters(model: nn.Module, acting: list[str], forwards: list[ForwardRecord]
 
 
 def _warn_of_signs(model: Any, acting: list[str], base: ForwardRecord) -> None:
-    """Say in how far adapters that multiply scores take attention from the image: where a score is below 0."""
+    """Say how far adapters that multiply scores take attention from the image, which they do at scores below 0."""
     below = {layer.layer_idx: layer.share_below_zero for layer in base.attention}
     for name in acting:
         config = model.peft_config[name]

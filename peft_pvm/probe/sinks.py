@@ -118,7 +118,7 @@ def _read_where_layers_begin(
 ) -> Iterator[None]:
     def read(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         states = layer_input(args, kwargs, 1, vlm.text_config.hidden_size)[0]
-        if len(states) != len(is_visual):  # a layer of the last tokens alone, on which VAR cannot act
+        if len(states) != len(is_visual):  # a layer of only the last tokens, on which VAR cannot act
             return
         of_tokens = sizes(states).abs()
         beyond = (of_tokens[is_visual.to(of_tokens.device)] > tau).nonzero()
@@ -131,7 +131,7 @@ def _read_where_layers_begin(
 
 
 def proposed(found: Sequence[Outliers], tau: float) -> SinkProposal:
-    """The channels that outliers speak for.
+    """The channels that follow from outliers.
 
     Args:
         found: What `outliers` returns.

@@ -1,4 +1,4 @@
-"""What a probe found in words: the verdict on its page and on the terminal, and numbers as a reader takes them in."""
+"""What a probe found, in words: the verdict on its page and on the terminal, and numbers that are easy to read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def verdict(result: Findings) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """A share as a reader takes it in.
+    """A share in a form that is easy to read.
 
     Example:
         >>> [percent(share) for share in (0.1139, 0.0418, 0.0004, 0.0, 1.0)]

@@ -25,7 +25,7 @@ class AdaptersByRow:
 
     @contextlib.contextmanager
     def chosen(self, adapter_names: Sequence[str]) -> Iterator[None]:
-        """Have each row its own adapter, in the forwards of this thread, for the length of a block.
+        """Give each row of a batch its own adapter, in the forwards of this thread, for the length of a block.
 
         Args:
             adapter_names: Of each row that the user gave. `generate` repeats rows, for beams and several answers.
@@ -63,7 +63,7 @@ class AdaptersByRow:
         return [name for name in adapter_names for _ in range(batch_size // len(adapter_names))]
 
     def choose_in(self, wrapper: AuxiliaryTrainingWrapper) -> None:
-        """Have a module that PEFT keeps several of (`modules_to_save`) choose among them row by row as well."""
+        """Let a module that PEFT keeps several copies of (`modules_to_save`) choose among them row by row as well."""
         if "_visual_choice" not in wrapper.__dict__:
             wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(self._name_rows, with_kwargs=True)
 

@@ -13,7 +13,7 @@ from ..utils.packages import is_tuner_child
 from ..utils.wrapping import unwrapped
 
 
-NEEDS_NO_BLOCK = "Adapters that change attention alone do not need to know the FFN"
+NEEDS_NO_BLOCK = "Adapters that change only attention do not need to know the FFN"
 
 
 @dataclass(frozen=True)

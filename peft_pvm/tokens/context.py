@@ -47,17 +47,17 @@ class VisualContext:
         attention_mask: The mask the model was given, in any of its forms.
 
     Attributes:
-        visual_positions: Where the visual tokens stand in this forward, as `pack` gives them. `None`: nowhere.
+        visual_positions: Where the visual tokens are in this forward, as `pack` gives them. `None`: nowhere.
         memory: The tokens known up to here, this forward's included.
         inputs_embeds: What the text model was given, `(batch, seq_len, hidden_size)`, without gradients. `None` where
             it was given token ids.
         cache: The KV cache that the text model was given. `None`: none.
         notes: What adapters noted at the end of the forward before, by name, `(batch, ...)`.
         past_length: Number of tokens read before this forward; a tensor for a static cache.
-        slots: Where the tokens stand in the cache, `(batch, seq_len)`, int64, `EMPTY_SLOT` for padding. `None`: one
-            behind the other, from `past_length` on.
-        whole_length: How many tokens the rows have of which `slots` are some.
-        is_evicted: Whether the cache has lost keys of some of them.
+        slots: Where the tokens are in the cache, `(batch, seq_len)`, int64, `EMPTY_SLOT` for padding. `None`: one
+            after the other, from `past_length` on.
+        whole_length: The length of the whole rows of the batch, if `slots` are only a part of them.
+        is_evicted: Whether the cache has lost keys of some tokens.
         keys_before: How many keys each layer of the cache held before this forward.
         num_fixed_keys: How many keys, from the first, layers with a sliding window keep for good.
         capacity: How many tokens a static cache has room for. `None`: as many as come.
@@ -68,13 +68,14 @@ class VisualContext:
         marks_before: What was noted of the tokens before this forward, as `VisualMemory.marks`.
         stages: By layer index, what adapters do to the attention there.
         observers: Each is called with every `AttentionCall` of this forward, once its output is made.
-        hidden_rows: The rows in which text does not attend to visual tokens, `(batch,)`, bool. `None`: none.
-        steering: What keeps these hidden from text, for as long as this forward is not forgotten.
-        text_alone: What decoder layers are given instead, where they are to compute the text alone.
-        handed_on: What a method hands from layer to layer, by layer index, by whose it is. A layer that gradient
+        hidden_rows: The rows of the batch in which text does not attend to visual tokens, `(batch,)`, bool. `None`:
+            none.
+        steering: What keeps these hidden from text, for as long as this forward is kept.
+        text_alone: The context that decoder layers are given instead, if they are to compute only the text.
+        handed_on: What a method hands from layer to layer, by its owner and then by layer index. A layer that gradient
             checkpointing runs again finds what it made.
-        awaited: The layers that this forward has still to reach, by what makes the error if it does not.
-        adapter_names: Of each row, the adapter that acts on it. `None`: the active ones on all.
+        awaited: The layers that this forward still has to reach, by the function that makes the error if it does not.
+        adapter_names: The adapter that acts on each row of the batch. `None`: the active ones act on all.
         refusal: Why nobody can know what is visual here.
     """
 
@@ -119,7 +120,7 @@ class VisualContext:
         Args:
             inputs_embeds: `(batch, seq_len, hidden_size)`.
             memory: What the cache remembered so far.
-            coverage: Of which tokens.
+            coverage: The tokens that it covers.
         """
         self.notes = memory.notes
         memory = replace(memory, notes={})  # a dictionary of its own, which layers may write into
@@ -178,10 +179,10 @@ class VisualContext:
         self.memory = replace(self.memory, kept=kept)
 
     def mark(self, name: Hashable, of_tokens: torch.Tensor) -> None:
-        """Note something of this forward's tokens, behind what was noted of those before. To do it twice is no harm.
+        """Note something of this forward's tokens, after what was noted of earlier ones. Doing it twice does no harm.
 
         Args:
-            name: What it is called. Where nobody noted it of earlier tokens, nobody will know it.
+            name: The name of the note. If it is missing for earlier tokens, nothing is noted.
             of_tokens: `(batch, seq_len, ...)`.
         """
         before, past_length = self.marks_before.get(name, of_tokens[:, :0]), self.past_length
@@ -203,7 +204,7 @@ class VisualContext:
         return filled_up(before, self.capacity).index_copy(1, self.own_slots()[0].to(of_tokens.device), of_tokens)
 
     def own_slots(self) -> torch.Tensor:
-        """Where this forward's tokens stand in the cache, `(batch, seq_len)`, int64."""
+        """Where this forward's tokens are in the cache, `(batch, seq_len)`, int64."""
         return self.derived("own slots", self._find_own_slots)
 
     def _find_own_slots(self) -> torch.Tensor:
@@ -277,14 +278,14 @@ class VisualContext:
         return moved
 
     def _take_positions(self, other: VisualContext) -> None:
-        """Have what another context of this forward knows by now of positions, on this device."""
+        """Take over what another context of this forward knows by now about positions, on this device."""
         self.memory = other.memory.to(self.device)
         for name in ("position_ids", "anchors"):
             value = getattr(other, name)
             setattr(self, name, None if value is None else value.to(self.device))
 
     def tail(self, length: int) -> VisualContext:
-        """The context of the last `length` tokens alone. Some models leave the others out of their last layers.
+        """The context of only the last `length` tokens. Some models leave the others out of their last layers.
 
         Gemma 4 does so in layers that share the keys and values of earlier ones, if only the last logits are wanted.
         """
@@ -317,7 +318,7 @@ class VisualContext:
         return text if real is None else text & real.to(self.device)
 
     def leave_out_images(self) -> None:
-        """Have decoder layers compute the text alone. The forward begins a conversation and needs nothing else."""
+        """Have decoder layers compute only the text. The forward begins a conversation and needs nothing else."""
         text = copy.copy(self)
         text._derived, text._moved = {}, []
         text.slots = pack(self.real_text())
@@ -327,11 +328,11 @@ class VisualContext:
         self.text_alone = text
 
     def hide_images(self, rows: torch.Tensor, steering: Any) -> None:
-        """Have text not attend to visual tokens in some rows, beside those that already hide them.
+        """Hide visual tokens from text in some rows of the batch, beside those that already hide them.
 
         Args:
             rows: `(batch,)`, bool.
-            steering: What sees to it, to be kept until layers cannot run again.
+            steering: What hides them. It is kept until no layer can run again.
         """
         rows = rows.to(self.device)
         self.hidden_rows = rows if self.hidden_rows is None else self.hidden_rows | rows
@@ -347,12 +348,12 @@ class VisualContext:
         self.awaited.setdefault(not_reached, set()).add(layer_idx)
 
     def reached(self, layer_idx: int, not_reached: NotReached) -> None:
-        """Say that a layer which may have been awaited is reached."""
+        """Note that a layer is reached, which may have been awaited."""
         if not_reached in self.awaited:
             self.awaited[not_reached].discard(layer_idx)
 
     def missed(self, model: str) -> NotImplementedError | None:
-        """The error for a forward that has ended in which an adapter did not act where it was to act."""
+        """The error for a forward that has ended, if an adapter did not act in a layer in which it should have."""
         for not_reached, layers in self.awaited.items():
             if layers:
                 return not_reached(sorted(layers), model)
@@ -365,7 +366,7 @@ class VisualContext:
         return self._derived[key]
 
     def images(self, image_gap: int, max_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where images begin, and where the text behind them does: see `Runs.images`."""
+        """Where images begin, and where the text after them begins: see `Runs.images`."""
         self.noted()
         runs = cast(Runs, self.memory.runs)  # there are some once positions are noted
         return runs.images(image_gap, max_images)
@@ -382,7 +383,7 @@ class VisualContext:
     def _find_text_after_images(self) -> torch.Tensor:
         if self.memory.is_empty:
             return torch.zeros(self.batch_size, self.seq_len, dtype=torch.bool, device=self.device)
-        if self.visual_mask is None:  # whatever is in memory stands before these tokens
+        if self.visual_mask is None:  # whatever is in memory comes before these tokens
             return (self.memory.slots >= 0).any(1, keepdim=True).expand(self.batch_size, self.seq_len)
         return ~self.visual_mask & (self.own_slots() > self.first_visual_slots())
 

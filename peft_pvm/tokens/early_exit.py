@@ -18,12 +18,12 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", 
 # By the text model's `model_type`: why nothing can be read off between its layers.
 WITHOUT_EXIT: dict[str, str] = dict.fromkeys(
     ("gemma3n_text", "glm5_next_text", "hy_v4_vl_text", "inkling2_text", "inkling2_loop_text", "qwen4_exp_text"),
-    "its residual is several streams, which become one behind the last layer alone",
+    "its residual is several streams, which become one only after the last layer",
 )
 
 
 class EarlyExit:
-    """Reads the residual stream between decoder layers as if it were that behind the last.
+    """Reads the residual stream between decoder layers as if it were the one after the last layer.
 
     Args:
         vlm: The model's parts.
@@ -56,7 +56,7 @@ class EarlyExit:
         return self.vlm.logits(normed)
 
     def entropies(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """How undecided the model is: the entropy over the likeliest tokens alone, from 0 to log `TOP`.
+        """How undecided the model is: the entropy over only the likeliest tokens, from 0 to log `TOP`.
 
         Args:
             hidden_states: The residual stream, `(..., hidden_size)`.
@@ -100,10 +100,10 @@ def _is_plain(norm: nn.Module) -> bool:
 
 
 def all_at_once(tokens: torch.Tensor) -> bool:
-    """Whether all tokens are computed, so that which are marked decides no shape and nobody waits for the device."""
+    """Whether to compute all tokens, so that no shape depends on which are marked and nothing waits for the device."""
     return tokens.shape[1] == 1 or torch.compiler.is_compiling()
 
 
 def _entropies(logits: torch.Tensor) -> torch.Tensor:
-    """Of some rows of logits over their likeliest tokens, `(rows, vocab_size)` to `(rows,)`."""
+    """The entropies of some rows of logits over their likeliest tokens, `(rows, vocab_size)` to `(rows,)`."""
     return torch.special.entr(logits.topk(TOP, -1).values.float().softmax(-1)).sum(-1)

@@ -89,7 +89,7 @@ class VLMFamily:
         placeholders: For each modality, the config fields that hold the ids of its placeholder tokens.
         image_mask: The keyword of a mask that says where images are, of a text model that puts their features
             (`image_embeds`) in itself. `None`: placeholder tokens say so.
-        images_first: Whether images count in the first forward of a conversation alone, as the model has it.
+        images_first: Whether images count only in the first forward of a conversation, as in the model itself.
     """
 
     placeholders: Mapping[str, tuple[str, ...]] = field(
@@ -245,8 +245,8 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
     """Find the parts of a vision-language model.
 
     A model without a row in `FAMILIES` is taken if it has the common shape: a config with an image placeholder id, one
-    module that takes pixel values, below it one text model. What is inside the decoder layers is asked for by what
-    needs it.
+    module that takes pixel values, below it one text model. What is inside the decoder layers is only looked up by
+    what needs it.
 
     Args:
         model: A transformers model, not wrapped by PEFT.
@@ -262,9 +262,7 @@ def find_vlm(model: nn.Module) -> VisionLanguageModel:
     modules = dict(model.named_modules())
     text_models = _find_text_models(modules)
     if reason := _why_unsuited(model, modules, text_models):
-        raise ValueError(
-            f"{_named(model)} {reason}. Adapters act on images whose tokens stand among those of the text."
-        )
+        raise ValueError(f"{_named(model)} {reason}. Adapters act on images whose tokens are among those of the text.")
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), VLMFamily())
     placeholder_ids = _find_placeholder_ids(model, family)
     if len(text_models) != 1:
@@ -303,7 +301,7 @@ def _why_unsuited(model: Any, modules: Mapping[str, nn.Module], text_models: Col
     stacks = tuple(text_models) or ("",)
     if crossing := next((name for name in modules if name.startswith(stacks) and CROSS_ATTENTION.search(name)), None):
         return (
-            f"looks at images by cross-attention ({crossing}), so that no image token stands among the text tokens "
+            f"looks at images by cross-attention ({crossing}), so that no image token is among the text tokens "
             "whose distance could grow"
         )
     return None

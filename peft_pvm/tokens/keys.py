@@ -30,19 +30,19 @@ class Keys:
 
     @property
     def dropped(self) -> int | torch.Tensor:
-        """How many tokens have no key here; a tensor for a static cache. They stand behind the first that stay."""
+        """How many tokens have no key here; a tensor for a static cache. They come after the first, which stay."""
         dropped = self.context.past_length + self.context.seq_len - self.number
         return max(dropped, 0) if isinstance(dropped, int) else dropped.clamp(min=0)
 
     @property
     def slots(self) -> torch.Tensor:
-        """Where they stand in the cache, `(number,)`, int64."""
+        """Where the tokens of the keys are in the cache, `(number,)`, int64."""
         keys = torch.arange(self.number, device=self.context.device)
         return keys + self.dropped * (keys >= self.context.num_fixed_keys)
 
     @property
     def visual(self) -> torch.Tensor:
-        """Which belong to visual tokens, `(batch, number)`, bool."""
+        """Which keys belong to visual tokens, `(batch, number)`, bool."""
         return self.context.derived(("visual keys", self.number), self._find_visual)
 
     def _find_visual(self) -> torch.Tensor:
@@ -54,7 +54,7 @@ class Keys:
 
     @property
     def visual_columns(self) -> torch.Tensor:
-        """Where among them the visual tokens of the memory stand, `(batch, num_visual)`, int64.
+        """Which of the keys belong to the visual tokens of the memory, `(batch, num_visual)`, int64.
 
         `number` where there is none, or where it fell out of a sliding window.
         """
@@ -62,7 +62,7 @@ class Keys:
 
     @property
     def has_all_visual(self) -> bool:
-        """Whether each visual token is known to have its key where it stands in the cache, and all rows as many."""
+        """Whether each visual token is known to have its key at its place in the cache, and all rows have as many."""
         dropped = self.dropped
         return self.context.memory.is_dense and isinstance(dropped, int) and dropped == 0
 
@@ -75,7 +75,7 @@ class Keys:
 
     @property
     def text_before_images(self) -> torch.Tensor:
-        """Which belong to text before a row's first visual token, `(batch, number)`, bool: none in a row without."""
+        """Which keys belong to text before a row's first visual token, `(batch, number)`, bool: none without one."""
         return self.context.derived(("text before images", self.number), self._find_text_before_images)
 
     def _find_text_before_images(self) -> torch.Tensor:
@@ -85,7 +85,7 @@ class Keys:
         return (self.slots < context.first_visual_slots()) & (context.memory.slots >= 0).any(1, keepdim=True)
 
     def images(self, image_gap: int, max_images: int) -> torch.Tensor:
-        """Which image each belongs to, if it is of a visual token: `(batch, number)`, int64. Else anything.
+        """Which image each key belongs to, if it is of a visual token: `(batch, number)`, int64. Else anything.
 
         Args:
             image_gap: See `Runs.images`.
@@ -96,12 +96,12 @@ class Keys:
         return (torch.searchsorted(starts, slots, right=True) - 1).clamp(min=0)
 
     def kept(self, name: str) -> torch.Tensor | None:
-        """What is kept of their tokens, `(batch, number, axes)`, int64. `None` if it is not kept of every token."""
+        """What is kept of the keys' tokens, `(batch, number, axes)`, int64. `None` if it was not kept of all."""
         kept = self.context.memory.kept.get(name)
         return None if kept is None else self.context.derived(("kept", name, self.number), lambda: self._of(kept))
 
     def marks(self, name: Hashable) -> torch.Tensor | None:
-        """What layers noted of their tokens, `(batch, number, ...)`. `None` if it was not noted of every token."""
+        """What layers noted of the keys' tokens, `(batch, number, ...)`. `None` if it was not noted of all tokens."""
         marks = self.context.memory.marks.get(name)
         return None if marks is None else self._of(marks.to(self.context.device))
 
@@ -111,7 +111,7 @@ class Keys:
         return filled_up(of_tokens, self.number).index_select(1, self.slots)
 
     def padding(self, num_queries: int) -> Visibility | None:
-        """Which are padding, by the mask that the model was given. `None` if that mask does not say.
+        """Which keys are padding, by the mask that the model was given. `None` if that mask does not say.
 
         Args:
             num_queries: How many queries there are.

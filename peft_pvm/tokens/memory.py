@@ -1,4 +1,4 @@
-"""What a batch of conversations remembers of its tokens from one forward to the next. It rides on the KV cache."""
+"""What a batch of conversations remembers of its tokens from one forward to the next. It is kept on the KV cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Runs:
     """The contiguous runs of tokens of one modality in every conversation. Never changed, only replaced.
 
     Attributes:
-        starts: Where each run's first token stands in the KV cache, `(batch, num_runs)`, int64, `EMPTY_SLOT` where a
+        starts: Where each run's first token is in the KV cache, `(batch, num_runs)`, int64, `EMPTY_SLOT` where a
             row has fewer runs. Padding belongs to no run.
         anchors: That token's position, as the rotary embedding is given it, on the first axis, as `starts`.
         modalities: The run's modality, as `starts`.
@@ -242,7 +242,7 @@ class VisualMemory:
 
 @dataclass(frozen=True, eq=False)
 class Coverage:
-    """What of a KV cache its memory covers.
+    """The part of a KV cache that its memory covers.
 
     Attributes:
         num_tokens: How many tokens were read, an int or, for a static cache, a tensor.
@@ -258,7 +258,7 @@ class Coverage:
 
 
 class _FollowedByMemory(Cache):
-    """Mixed into a cache's class: what the cache does to its rows happens to the memory that rides on it."""
+    """Mixed into a cache's class, so that what the cache does to its rows also happens to the memory on it."""
 
     visual_memory: VisualMemory
     visual_coverage: Coverage
@@ -318,12 +318,12 @@ def attach_memory(cache: Cache, memory: VisualMemory, coverage: Coverage) -> Non
 
 
 def memory_of(cache: Cache | None) -> VisualMemory | None:
-    """The memory riding on `cache`, `None` if there is none."""
+    """The memory on `cache`, `None` if there is none."""
     return getattr(cache, "visual_memory", None)
 
 
 def coverage_of(cache: Cache | None) -> Coverage:
-    """What of `cache` its memory covers."""
+    """The part of `cache` that its memory covers."""
     return getattr(cache, "visual_coverage", Coverage())
 
 
@@ -335,7 +335,7 @@ def keys_by_layer(cache: Cache | None) -> list[int | None]:
 def num_fixed_keys(cache: Cache | None) -> int:
     """How many keys, from the first, stay in layers that drop others: those of the prompt, or none.
 
-    In reference sliding-window attention (Unlimited-OCR), a window slides over what is decoded alone.
+    In reference sliding-window attention (Unlimited-OCR), a window slides only over what is decoded.
     """
     return max([0, *[_num_fixed(layer) for layer in getattr(cache, "layers", ())]])
 

@@ -1,4 +1,4 @@
-"""Where tokens stand in a batch, and which are visual: pure functions on tensors, with no model in sight."""
+"""Where tokens are in a batch, and which are visual: pure functions on tensors, without any model."""
 
 from __future__ import annotations
 
@@ -118,12 +118,12 @@ def scatter_rows(values: torch.Tensor, positions: torch.Tensor, seq_len: int) ->
     """
     kept = values.masked_fill((positions < 0).unsqueeze(-1), 0)
     index = positions.clamp(min=0).unsqueeze(-1).expand_as(values)
-    # Dropped entries add their zero at position 0, which leaves whatever stands there as it is.
+    # Dropped entries add their zero at position 0, which leaves whatever is there unchanged.
     return values.new_zeros(values.shape[0], seq_len, values.shape[2]).scatter_add(1, index, kept)
 
 
 def causally_visible(slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Which visual tokens stand before each query.
+    """Which visual tokens come before each query.
 
     Args:
         slots: Positions of the visual tokens, `(batch, num_visual)`, int64, `EMPTY_SLOT` where there is none.
@@ -214,8 +214,8 @@ def images_of_runs(
         max_images: How many images are told apart in a row, 1 or more. Later ones belong to the last of them.
 
     Returns:
-        Where the first token of each image stands, counted like `starts`, and the position at which the text behind
-        its last run begins: `(batch, num_images)` both, int64, `BEYOND` where there is none.
+        Where the first token of each image is, counted like `starts`, and the position at which the text after its
+        last run begins: `(batch, num_images)` both, int64, `BEYOND` where there is none.
 
     Example:
         >>> starts, anchors = torch.tensor([[0, 4, 5, 9, 40, 44]]), torch.tensor([[0, 2, 3, 5, 36, 38]])
@@ -253,7 +253,7 @@ def on_same_axes(*positions: torch.Tensor) -> list[torch.Tensor]:
 
 
 def filled_up(of_tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """The same with zeros behind it, up to a length.
+    """The same with zeros after it, up to a length.
 
     Args:
         of_tokens: `(batch, number of tokens, ...)`.

@@ -55,7 +55,7 @@ from .visibility import parts_rows
 
 VISUAL_MASK = "visual_mask"  # the keyword by which a user says which of their own `inputs_embeds` are visual
 FEATURES = "image_embeds"  # the keyword by which a text model that puts features in itself is given them
-ATTRIBUTE = "_visual_tap"  # of the text model, on which its tap stands
+ATTRIBUTE = "_visual_tap"  # the attribute of the text model that holds its tap
 
 
 class Tap:
@@ -132,7 +132,7 @@ class Tap:
 
     # The name `inputs_embeds` tells generate that they may be given.
     def _prepare_inputs(self, input_ids: torch.Tensor, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Say which of the embeddings are visual that an inner model is to generate from."""
+        """Say which of the embeddings are visual from which an inner model is to generate."""
         inputs = self._own_prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         is_on = self.vlm.text_model.__dict__.get(ATTRIBUTE) is self  # else whoever patched the method still calls this
         if is_on and inputs.get("inputs_embeds") is not None:
@@ -153,14 +153,14 @@ class Tap:
         return args, {**kwargs, CONTEXT: context}
 
     def _context_of_mask(self, inputs: dict[str, Any]) -> VisualContext:
-        """For a text model that puts the features in itself: it is told where."""
+        """The context for a text model that puts the features in by itself: its inputs say where they are."""
         family, cache = self.vlm.family, cache_in(inputs)
         mask = inputs.get(cast(str, family.image_mask))
         is_later = family.images_first and cache is not None and bool(cache.get_seq_length() > 0)
         return VisualContext(None if mask is None or inputs.get(FEATURES) is None or is_later else mask.bool())
 
     def _context_of_ids(self, inputs: dict[str, Any]) -> VisualContext:
-        """The usual case: `input_ids`, and features for the placeholders among them."""
+        """The context in the usual case: `input_ids`, and features for the placeholders among them."""
         context = VisualContext(None)
         for modality in modalities_in(inputs):  # a placeholder id without features is text: a model may sample one
             token_ids = self.vlm.placeholder_ids[modality]
@@ -208,7 +208,7 @@ class Tap:
         if self.vlm.family.image_mask and context is not None and context.visual_mask is not None:
             where, features = context.visual_mask.unsqueeze(-1), inputs[FEATURES]
             inputs_embeds = features.new_zeros(*where.shape[:2], features.shape[-1]).masked_scatter(where, features)
-        elif inputs_embeds is None:  # text alone: nothing to read but the shape
+        elif inputs_embeds is None:  # only text: nothing to read but the shape
             context = context or VisualContext(None)
             inputs_embeds = torch.empty(*inputs["input_ids"].shape, 0, device=inputs["input_ids"].device)
         else:
@@ -221,7 +221,7 @@ class Tap:
         context.cache, num_keys = cache, 0 if cache is None else _length_of(cache)
         try:
             _refuse_copied(module)
-            # To learn the length of a static cache is to wait for the device. Decoding a token behind others does not.
+            # To learn the length of a static cache is to wait for the device. Decoding a token after others does not.
             has_several = inputs_embeds.shape[1] > 1
             _refuse_packed(inputs, has_several and int(num_keys) == 0, context)
             is_asked = has_several or coverage_of(cache).read_by != self._name
@@ -284,8 +284,8 @@ def _context_of_own_embeds(visual_mask: torch.Tensor | None, inputs_embeds: torc
     if visual_mask is None:
         context.refusal = ValueError(
             "With inputs_embeds instead of input_ids, the adapter cannot know which tokens are visual. Pass "
-            f"{VISUAL_MASK}, a bool tensor of shape {shape} that is True at the positions where image or video "
-            "features stand (all False for text alone)."
+            f"{VISUAL_MASK}, a bool tensor of shape {shape} that is True at the positions of image or video features "
+            "(all False if there is only text)."
         )
     elif not isinstance(visual_mask, torch.Tensor) or visual_mask.dtype != torch.bool or visual_mask.shape != shape:
         given = getattr(visual_mask, "dtype", type(visual_mask).__name__)

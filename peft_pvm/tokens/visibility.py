@@ -1,4 +1,4 @@
-"""Which keys a query may attend to, read off the masks of every attention kernel: pure, with no model in sight."""
+"""Which keys a query may attend to, read off the masks of every attention kernel, without any model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Visibility:
         is_causal: Whether a query sees only keys up to its own, where the mask does not say.
         sliding_window: How many keys up to its own a query sees, where the mask does not say. `None`: all.
         device: Where to build masks.
-        gap: Behind how many keys how many others are left out, none of them padding.
+        gap: After how many keys how many others are left out, none of them padding.
         ranked_by: Gives where padding is looked up, if this mask hides other tokens as well; `None`: here. It is asked
             when somebody wants to know, which few do.
     """
@@ -112,7 +112,7 @@ class Visibility:
 
     @property
     def mask_decides(self) -> bool:
-        """Whether the mask alone says what is visible: not one that only marks padding."""
+        """Whether the mask by itself says what is visible, unlike one that only marks padding."""
         mask = self.attention_mask
         return isinstance(mask, BlockMask) or (mask is not None and mask.dim() == 4)
 
@@ -122,7 +122,7 @@ class Visibility:
         return isinstance(self.attention_mask, torch.Tensor) and self.mask_decides and self.attention_mask.shape[1] > 1
 
     def ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many real tokens stand before each key and before each query's own key.
+        """How many real tokens come before each key and before each query's own key.
 
         A key that no query sees is taken for padding.
 
@@ -205,10 +205,12 @@ def real_tokens(
 
 
 def parts_rows(mask: Any, visual_mask: torch.Tensor) -> bool:
-    """Whether a mask parts a row behind a visual token: what comes then sees nothing before. Waits for the device.
+    """Whether a mask divides a row of the batch after a visual token, so that what follows sees nothing before it.
+
+    Waits for the device.
 
     Args:
-        mask: As a model is given it. Only one of four axes, for all pairs of tokens, can part rows. It may have more
+        mask: As a model is given it. Only one of four axes, for all pairs of tokens, can divide rows. It may have more
             columns, as for a static cache.
         visual_mask: Which tokens are visual, `(batch, seq_len)`, bool.
     """

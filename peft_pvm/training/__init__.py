@@ -1,4 +1,4 @@
-"""What makes adapters learn to look: parts of a recipe, for any trainer and for loops of one's own."""
+"""Parts of a recipe by which adapters learn to look at the image, for any trainer and for your own loop."""
 
 from .distance import TextBetween
 from .gates import parameter_groups, speed_up_gates

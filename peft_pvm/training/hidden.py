@@ -1,4 +1,4 @@
-"""Training steps in which the image is hidden from attention, so that an adapter beside it is the only way to it.
+"""Training steps in which the image is hidden from attention, so that only an adapter beside it can look at it.
 
 Where the base still answers right, PVM has nothing to learn. Hiding the image goes to the limit of fading: no text
 token can attend to a visual token, and the answer has to come through PVM. The recipe is ours, not a paper's.
@@ -37,7 +37,7 @@ def _all_rows(batch_size: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = None) -> Iterator[None]:
-    """Hide images from text in the training forwards of a block, so that PVM alone can bring them to the answer.
+    """Hide images from text in the training forwards of a block, so that only PVM can bring them to the answer.
 
     In these forwards, no text token attends to a visual token. The attention of visual tokens, positions, padding and
     PVM do not change. This works on every attention kernel; flash attention is replaced by sdpa for such a forward.
@@ -49,7 +49,7 @@ def hidden_image(model: nn.Module, rows: torch.Tensor | Sequence[bool] | None = 
     checkpointing.
 
     If all rows hide their images, and `model` is called with labels none of which is right after an image, decoder
-    layers and the head compute the text alone. Loss and gradients are the same. The logits at visual tokens are then
+    layers and the head compute only the text. Loss and gradients are the same. The logits at visual tokens are then
     meaningless.
 
     Args:
@@ -201,7 +201,7 @@ def _learning_vlm(model: nn.Module) -> VisionLanguageModel:
 
 
 class _Steering:
-    """Keeps on a model what hides images, as long as anything refers to it: a block, or a forward that began there.
+    """Keeps on a model what hides images, as long as a block or a forward that began in it still needs it.
 
     Layers that are checkpointed run once more in the backward pass, and that may come after the block.
 
@@ -225,7 +225,7 @@ class _Steering:
         weakref.finalize(self, _take_off, stack.close)
 
     def _without_images(self, layer_idx: int) -> Callable[..., tuple[tuple, dict[str, Any]] | None]:
-        """A hook for what mixes a layer's tokens by a state: visual tokens are 0, in the rows that hide images."""
+        """A hook for modules that mix tokens by a state. It sets visual tokens to 0 in the rows that hide images."""
         this = weakref.ref(self)
 
         def zero(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -262,14 +262,14 @@ def _take_off(close: Callable[[], None]) -> None:
 def images_hidden(
     vlm: VisionLanguageModel, rows_of: RowsOf = _all_rows, model: nn.Module | None = None
 ) -> Iterator[None]:
-    """As `hidden_image`, whatever could learn from it.
+    """Like `hidden_image`, without a check that anything can learn from it.
 
     Args:
         vlm: The model's parts.
-        rows_of: Is asked at the start of each forward of training, with the size of its batch, which rows hide their
-            images. `None`: none does.
-        model: What is called with labels, the model or a wrapper of it. By these it is known where decoder layers and
-            the head can do without visual tokens. `None`: they compute them.
+        rows_of: Called at the start of each training forward with the size of its batch. It returns the rows that hide
+            their images, or `None` if none does.
+        model: What is called with labels, the model or a wrapper of it. The labels tell whether decoder layers and the
+            head can leave out visual tokens. `None`: they compute them.
     """
     steering = _Steering(vlm)
     head = TextAloneAtHead(vlm)
@@ -309,7 +309,7 @@ def images_hidden(
 
 
 def _training_loop() -> FrameType | None:
-    """Whoever runs the training: what called the callback, or the handler that calls all callbacks."""
+    """The frame of the function that runs the training: it called the callback, or the handler of all callbacks."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") == trainer_callback.__name__:
         frame = frame.f_back
@@ -317,7 +317,7 @@ def _training_loop() -> FrameType | None:
 
 
 def _is_running(loop: FrameType | None) -> bool:
-    """Whether a function has been called from within it and has not returned: whether it is on this thread's stack."""
+    """Whether a function is still running: whether its frame is on this thread's stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not loop:
         frame = frame.f_back

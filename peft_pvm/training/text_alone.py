@@ -1,9 +1,10 @@
-"""Decoder layers and a head that compute the text alone, in training steps in which nothing depends on visual tokens.
+"""Decoder layers and a head that compute only the text, in training steps in which nothing depends on visual tokens.
 
 Where all images are hidden, no text token attends to a visual token, in any layer. So the hidden states of visual
-tokens reach the loss in one way only: by labels of the tokens behind them. Without such labels, each decoder layer is
+tokens reach the loss in one way only: by labels of the tokens after them. Without such labels, each decoder layer is
 given the tokens of text, without padding, and its output is put back among zeros. What lies between the layers stays
-as it is: masks, rotations and features that enter at later layers are those of the whole rows. The head does the same.
+as it is: masks, rotations and features that enter at later layers are those of whole rows of the batch. The head does
+the same.
 
 A layer that is called with something of each token that is not known here computes all tokens, as in any other step.
 """
@@ -31,7 +32,7 @@ from ..utils.packages import attn_implementation
 
 IGNORED = -100  # the label of a token without a loss
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
-# What else layers are called with for each token, by how many axes stand behind that of the tokens.
+# Other arguments of layers with an entry for each token, and how many axes come after that of the tokens.
 BY_TOKEN = {"position_embeddings": 1, "position_ids": 0}
 HIDDEN_STATES = "hidden_states"
 MASK = "attention_mask"
@@ -50,7 +51,7 @@ def labels_of(kwargs: dict[str, Any]) -> torch.Tensor | None:
 
 
 def needs_text_alone(vlm: VisionLanguageModel, context: VisualContext, labels: torch.Tensor | None) -> bool:
-    """Whether nobody reads what visual tokens and padding become in a forward of training. Waits for the device.
+    """Whether nothing reads what visual tokens and padding become in a training forward. Waits for the device.
 
     Args:
         vlm: The model's parts.
@@ -81,7 +82,7 @@ def _reads_embeddings(layer: nn.Module) -> bool:
 
 
 def layers_for_text(vlm: VisionLanguageModel) -> list[nn.Module]:
-    """The decoder layers that can compute the text alone.
+    """The decoder layers that can compute only the text.
 
     Attention with more inside than projections and norms may choose among the keys of all tokens, and a convolution
     looks at neighbours: both read visual tokens that are hidden, and then none can. Attention that does not rotate may
@@ -106,7 +107,9 @@ def _convolves(layer: nn.Module) -> bool:
 
 
 class TextAlone:
-    """Has a decoder layer compute the text alone, where its context has a `text_alone`: as the handle of a hook.
+    """Has a decoder layer compute only the text if its context has a `text_alone`.
+
+    It has a method `remove`, like the handle of a hook.
 
     Args:
         vlm: The model's parts.
@@ -115,7 +118,7 @@ class TextAlone:
 
     def __init__(self, vlm: VisionLanguageModel, layer: nn.Module):
         self.config = vlm.text_config
-        self._handles = [  # within these, other hooks see the text alone
+        self._handles = [  # within these, other hooks see only the text
             layer.register_forward_pre_hook(self._take_out, with_kwargs=True, prepend=True),
             layer.register_forward_hook(self._put_back, with_kwargs=True),
         ]
@@ -125,7 +128,7 @@ class TextAlone:
         for handle in self._handles:
             handle.remove()
 
-    # The garbage collector may remove these hooks while torch goes through a module's hooks. Without kwargs, it has.
+    # The garbage collector may remove these hooks while torch goes through a module's hooks. They then get no kwargs.
 
     def _take_out(self, module: nn.Module, args: tuple, kwargs: Any = None) -> tuple[tuple, dict[str, Any]] | None:
         context: VisualContext | None = None if kwargs is None else kwargs.get(CONTEXT)
@@ -154,7 +157,7 @@ class TextAlone:
         return "flash" in attn_implementation(self.config)
 
     def _are_known(self, inputs: dict[str, Any], context: VisualContext, text: VisualContext) -> bool:
-        """Whether all that a layer is called with can be had of the text alone."""
+        """Whether all arguments of a layer can be cut to the text."""
         if inputs.get("position_embeddings") is None or MASK not in inputs:
             return False
         rest = {name: value for name, value in inputs.items() if name not in (*BY_TOKEN, HIDDEN_STATES, MASK, CONTEXT)}
@@ -189,7 +192,9 @@ class TextAlone:
 
 
 class TextAloneAtHead:
-    """Has the head compute the logits of the text alone, and the others be 0: as the handle of a hook.
+    """Has the head compute the logits of only the text, and sets the others to 0.
+
+    It has a method `remove`, like the handle of a hook.
 
     Args:
         vlm: The model's parts.
@@ -209,7 +214,7 @@ class TextAloneAtHead:
             handle.remove()
 
     def expect(self, text: VisualContext | None) -> None:
-        """Say what the forward that is beginning in this thread leaves of its tokens. `None`: all."""
+        """Say which tokens the forward that is beginning in this thread computes. `None`: all."""
         self._awaited.pop(this_thread(), None)  # of a forward that did not come so far
         if text is not None:
             self._awaited[this_thread()] = text
@@ -258,6 +263,6 @@ def _whole(rows: torch.Tensor, text: VisualContext) -> torch.Tensor:
 
 
 def _index(text: VisualContext) -> torch.Tensor:
-    """Where the text stands, `(batch, seq_len)`: behind the end of a shorter row, its first token once more."""
+    """Where the text is, `(batch, seq_len)`. After the end of a shorter row, its first token is repeated."""
     slots = text.own_slots()
     return text.derived("index", lambda: torch.where(slots >= 0, slots, slots[:, :1]).clamp(min=0))

@@ -20,14 +20,14 @@ from .names import adapter_names
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model in which the adapters stand, however often PEFT wrapped it."""
+    """The transformers model that holds the adapters, however often PEFT wrapped it."""
     while isinstance(model, PeftModel):
         model = model.get_base_model()
     return model
 
 
 def acting_adapters(model: nn.Module) -> list[str]:
-    """The adapters that take part in a forward as the model stands, in the order in which they were attached.
+    """The adapters that would act in a forward now, in the order in which they were attached.
 
     Args:
         model: A transformers model with adapters of any of PEFT's types that live in layers.
@@ -63,7 +63,7 @@ def remembered(model: nn.Module) -> tuple[dict[Any, list[str]], Callable[[], Non
 
     Returns:
         By layer that holds adapters, those that are active there and not disabled; and a function. Layers that are new
-        when it is called are left alone.
+        when it is called are not changed.
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     before = {layer: (list(layer.active_adapters), layer.disable_adapters) for layer in adapter_layers(model)}
@@ -96,7 +96,7 @@ def restored(model: nn.Module) -> Iterator[dict[Any, list[str]]]:
 
 @contextlib.contextmanager
 def only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Of the adapters that act, let only some act for the length of a block. Nothing begins to act.
+    """Let only some of the adapters that act do so, for the length of a block. No other adapter begins to act.
 
     Args:
         model: A transformers model with adapters of any of PEFT's types that live in layers.
@@ -170,6 +170,6 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
 
 
 def forget_configs(base: nn.Module) -> None:
-    """Leave no sign of adapters on a model that has none left."""
+    """Remove PEFT's table of configurations from a model that has no adapters left."""
     if not getattr(base, "peft_config", True):
         del base.peft_config

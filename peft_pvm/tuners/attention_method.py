@@ -70,7 +70,7 @@ class AttentionMethod(LayerMethod):
         raise NotImplementedError
 
     def fitted_to(self, vlm: VisionLanguageModel) -> AttentionMethod:
-        """Itself, with what follows from the model filled in. Raises a ValueError if a setting does not fit it."""
+        """This configuration with what depends on the model filled in. Raises a ValueError if it does not fit it."""
         return self
 
     def enter(

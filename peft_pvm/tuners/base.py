@@ -94,7 +94,7 @@ class VisualTuner(BaseTuner):
     """Base of our tuners. A subclass names its layer class, its child's name and what it needs of a file."""
 
     tuner_layer_cls: type[VisualTunerLayer]
-    child_name: str  # the attribute of a base module under which the tuner layer stands
+    child_name: str  # the attribute of a base module that holds the tuner layer
     _found: VisionLanguageModel
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any):
@@ -125,7 +125,7 @@ class VisualTuner(BaseTuner):
         raise NotImplementedError
 
     def new_layer(self, target: nn.Module) -> VisualTunerLayer:
-        """A tuner layer without adapters, to stand beside a base module."""
+        """A tuner layer without adapters, to be added beside a base module."""
         raise NotImplementedError
 
     def add_adapter_to(self, layer: Any, adapter_name: str, config: Any) -> None:
@@ -187,7 +187,7 @@ class VisualTuner(BaseTuner):
             )
         if incoming.tensors is not None:
             refuse_unless_fit("this model", bare(incoming.tensors), bare(self._expected(resolved)))
-        # A folder with a configuration alone is a fine start for training, but nothing to run or load.
+        # A folder with only a configuration is a fine start for training, but nothing to run or load.
         elif file is not None and (incoming is not NOTHING or resolved.inference_mode or not file.is_config_only()):
             self._refuse_wrappers(resolved)
             self.check_file(file, resolved)
@@ -207,7 +207,7 @@ class VisualTuner(BaseTuner):
             )
 
     def check_file(self, file: AdapterFile, config: VisualConfig) -> None:
-        """See that an adapter's file fits the model.
+        """Check that an adapter's file fits the model.
 
         Args:
             file: The file.

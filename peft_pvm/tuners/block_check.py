@@ -25,13 +25,15 @@ SMALL = 0.02  # of what the FFN adds
 
 
 class BlockCheck:
-    """Checks a decoder layer when an adapter first acts on its FFN, and is gone then: as the handle of a hook.
+    """Checks a decoder layer when an adapter first acts on its FFN, and then removes itself.
+
+    It has a method `remove`, like the handle of a hook.
 
     Args:
         layer: The decoder layer.
         block: Its shape.
         acts: Whether an adapter acts now.
-        passed: Called when it is found out that all is as it should be.
+        passed: Called when the layer has passed the check.
     """
 
     def __init__(self, layer: nn.Module, block: DecoderBlock, acts: Callable[[], Any], passed: Callable[[], None]):
@@ -53,7 +55,7 @@ class BlockCheck:
             self._handles.append(block.token_mixer(layer).register_forward_hook(self._note))
 
     def remove(self) -> None:
-        """Do not check any more."""
+        """Stop checking."""
         for handle in (self._ffn_handle, *self._handles):
             handle.remove()
 
@@ -87,7 +89,7 @@ class BlockCheck:
                 raise NotImplementedError(
                     f"{type(layer).__name__} does not return the sum of its residual stream after attention and of "
                     "what its FFN returns, so that an adapter there would not be added to what it reads. Take it "
-                    "off with unload(); the methods that change attention alone work. A row in "
+                    "off with unload(); the methods that change only attention work. A row in "
                     "peft_pvm/tokens/blocks.py can say where the two are in these layers."
                 )
             self._pass()

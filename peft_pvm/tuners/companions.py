@@ -102,7 +102,7 @@ def _as_companion(model: Any, name: str, state_dict: Mapping[str, torch.Tensor] 
     for key, tensor in (model.state_dict() if state_dict is None else state_dict).items():
         if plain_name(key) in others:
             continue
-        before, _, after = f"{plain_name(key)}.".rpartition(f".{name}.")  # PEFT puts the name behind the weight's
+        before, _, after = f"{plain_name(key)}.".rpartition(f".{name}.")  # PEFT puts the name after the weight's
         own = f"{before}.{after}".removesuffix(".").removesuffix(".weight")
         if marker in own:
             weights[own.removeprefix(PEFT_PREFIX)] = tensor

@@ -59,7 +59,7 @@ class FFNCall:
 
 
 class FFNHooks:
-    """Has an adapter act on the FFN of one decoder layer: as the handle of a hook.
+    """Has an adapter act on the FFN of one decoder layer, until `remove` is called, like the handle of a hook.
 
     Args:
         vlm: The model's parts.

@@ -144,7 +144,7 @@ class FFNMethodTuner(TunerWithoutParameters):
         if vlm.block.ends_with_sum:  # the block, too, may raise
             raise ValueError(
                 f"The FFNs of {type(vlm.model).__name__} return the residual stream with their output in it, so that "
-                f"{name} cannot change that alone."
+                f"{name} cannot change only that."
             )
         self.method_cls.check_model(vlm)
         depth = len(vlm.layers)

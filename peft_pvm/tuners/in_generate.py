@@ -19,7 +19,7 @@ from ..utils.text import quoted
 from ..utils.wrapping import Shadow
 
 
-ATTRIBUTE = "_second_runs"  # of the model, on which those of its `generate` stand
+ATTRIBUTE = "_second_runs"  # the attribute of the model that holds its `GenerateRuns`
 # Arguments of `generate` that do not reach the model, beside settings; and the cache, of which each run has its own.
 OWN = {*inspect.signature(GenerationMixin.generate).parameters, *CACHE_NAMES, "tokenizer", "assistant_tokenizer"}
 
@@ -71,7 +71,7 @@ def text_alone(prompt: Prompt, title: str) -> dict[str, Any]:
 
 
 class InGenerate:
-    """Base of the methods that act in `generate` alone, and prepare for it. A plain forward is that of the base."""
+    """Base of the methods that act only in `generate`, and prepare for it. A plain forward is that of the base."""
 
     acts_in_forwards: ClassVar[bool] = False
     title: ClassVar[str]
@@ -111,7 +111,7 @@ class InGenerate:
 
 
 class GenerateHandle:
-    """Has `generate` of a model ask a layer whether its adapters act, until it is removed.
+    """Has `generate` of a model ask a layer whether its adapters act, until `remove` is called.
 
     Args:
         layer: The layer, whose method is an `InGenerate`.
@@ -131,7 +131,7 @@ class GenerateHandle:
 
 
 class GenerateRuns:
-    """Stands in the place of a model's `generate`, and of what makes its logits processors.
+    """Takes the place of a model's `generate`, and of the method that makes its logits processors.
 
     The first sees what the user gave, pixels included. The second has the scores changed before any other processor.
 
@@ -175,7 +175,7 @@ class GenerateRuns:
             _RUN.reset(outer)
         if not run.has_begun:
             raise NotImplementedError(
-                f"generate of {type(model).__name__} went another way than token by token with this model, so that "
+                f"generate of {type(model).__name__} did not go token by token with this model, so that "
                 f"{config.title} did not act. Take the adapter off with unload(), or use other settings."
             )
         return result
@@ -208,7 +208,7 @@ class Run:
         self._cache: Any = None
 
     def begin(self, settings: GenerationConfig, inputs: Mapping[str, Any]) -> list[LogitsProcessor]:
-        """What has to change the scores: nothing where no row has an image.
+        """The processors that have to change the scores: none if no row of the batch has an image.
 
         Args:
             settings: As `generate` has completed them.

@@ -26,12 +26,12 @@ class LastLogits:
     """Has each forward that ends on a KV cache note there what the next one may ask for, in `VisualContext.notes`.
 
     - `"entropy"`: that of the next token's distribution, over the logarithm of the vocabulary's size, `(batch,)`.
-    - `"grounding"`: with which probability some visual token gives the likeliest next token, `(batch,)`. It lacks
+    - `"grounding"`: with which probability some visual token gives the likeliest next token, `(batch,)`. It is missing
       where that is not known: the logits of some visual tokens were not seen.
     - `"prompt_length"`: how many tokens there were after the last forward of several tokens, `(batch,)`, int64.
 
     The logits at visual tokens are computed from the final hidden states, a few tokens at a time, since `generate` has
-    the model compute the last ones alone. A forward in which no adapter acts notes nothing.
+    the model compute only the last ones. A forward in which no adapter acts notes nothing.
 
     Args:
         vlm: The model's parts.

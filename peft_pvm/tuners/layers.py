@@ -1,4 +1,4 @@
-"""Our layers on a model: joined to its modules by hooks, told from others', taken off. And PEFT's wrappers there."""
+"""Our tuner layers on a model: how hooks join them to its modules, and how they are removed. Also PEFT's wrappers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..utils.wrapping import plain_name
 
 
 class VisualTunerLayer(nn.Module, BaseTunerLayer):
-    """Base of our layers: a child that stands beside the base's modules and is joined to them by hooks.
+    """Base of our layers: a child that is added beside the base's modules and joined to them by hooks.
 
     Args:
-        vlm: The parts of the model that it stands in.
+        vlm: The parts of the model that it belongs to.
 
     Attributes:
         configs: The configuration of each of its adapters, by name.
@@ -40,11 +40,11 @@ class VisualTunerLayer(nn.Module, BaseTunerLayer):
 
     @property
     def vlm(self) -> VisionLanguageModel:
-        """The parts of the model that it stands in."""
+        """The parts of the model that it belongs to."""
         return self._vlm[0]
 
     def new_hooks(self) -> list[Any]:
-        """Put hooks on the modules as they stand now, and return their handles."""
+        """Put hooks on the modules that are there now, and return their handles."""
         raise NotImplementedError
 
     def attach_hooks(self) -> None:
@@ -65,7 +65,7 @@ class VisualTunerLayer(nn.Module, BaseTunerLayer):
 
     def get_base_layer(self) -> nn.Module:
         # An AttributeError, so that hasattr(layer, "weight") is False rather than an error.
-        raise AttributeError(f"{type(self).__name__} stands beside the base's modules and wraps none.")
+        raise AttributeError(f"{type(self).__name__} is beside the base's modules and wraps none.")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing: PEFT asks all layers when adapters of another type are merged. To merge ours, tuners refuse."""
@@ -89,8 +89,8 @@ def take_off(model: nn.Module, layers: Collection[VisualTunerLayer]) -> None:
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """Take the hooks of our layers off a model for a block in which modules may be copied or replaced.
 
-    A copy must not carry them: they would copy the model along. They come back on whatever stands in the modules'
-    places then.
+    A copy must not carry them: they would copy the model along. They come back on whatever is in the modules' places
+    then.
 
     Args:
         model: The model.

@@ -31,8 +31,8 @@ TOKEN_BY_TOKEN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 class LogitsMethod(InGenerate, WithoutParameters):
     """Base of the methods that contrast the logits of two runs in `generate`: a subclass is a whole method.
 
-    A subclass has a name, `method`, fields made by `setting`, `second_prompt` and `scores`. Rows without an image are
-    left alone, to the bit. See `WithoutParameters` for what its docstring says.
+    A subclass has a name, `method`, fields made by `setting`, `second_prompt` and `scores`. Rows of the batch without
+    an image do not change by a bit. See `WithoutParameters` for what its docstring says.
 
     Args:
         init_weights: Without effect: there are no weights. PEFT expects the field.
@@ -65,7 +65,7 @@ class LogitsMethod(InGenerate, WithoutParameters):
         raise NotImplementedError
 
     def check_settings(self, settings: GenerationConfig, assistant: Any) -> None:
-        """See that it goes token by token."""
+        """Check that `generate` goes token by token."""
         mode = settings.get_generation_mode(assistant)
         if mode not in TOKEN_BY_TOKEN:
             raise NotImplementedError(
@@ -74,7 +74,7 @@ class LogitsMethod(InGenerate, WithoutParameters):
             )
 
     def begin(self, run: Run, prompt: Prompt, settings: GenerationConfig) -> list[LogitsProcessor]:
-        """Have the second run read its prompt. Rows without an image are left alone."""
+        """Have the second run read its prompt. Rows of the batch without an image are not changed."""
         branch = Branch(run.vlm.model, self.second_prompt(prompt), settings)
         has_image = prompt.visual.any(1).repeat_interleave(settings.num_return_sequences)
         return [SecondRunProcessor(self, branch, has_image, prompt.visual.shape[1])]
@@ -114,7 +114,7 @@ class SecondRunProcessor(LogitsProcessor):
     Args:
         config: The method.
         branch: The second run, which has read its prompt.
-        has_image: Which rows have an image, `(batch,)`, bool: the others are left alone.
+        has_image: Which rows of the batch have an image, `(batch,)`, bool. The others are not changed.
         prompt_length: How many tokens the first run has read.
     """
 

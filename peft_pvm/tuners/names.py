@@ -22,7 +22,7 @@ RESERVED = {*dir(nn.ModuleDict()), "base_model", "modules_to_save", "original_mo
 
 
 def check_adapter_name(name: Any, model: nn.Module) -> None:
-    """See that an adapter can be called so: its weights are kept and its file is written under its name.
+    """Check that an adapter can have this name: its weights are kept and its file is written under it.
 
     Args:
         name: The name.

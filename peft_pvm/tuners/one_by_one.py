@@ -12,11 +12,11 @@ from ..tokens.families import VisionLanguageModel
 from ..utils.wrapping import Shadow
 
 
-ATTRIBUTE = "_one_by_one"  # of the model, on which what stands in the place of its methods is found
+ATTRIBUTE = "_one_by_one"  # the attribute of the model that holds its `_Ways`
 
 
 class OneByOne:
-    """Has other ways to generate refused as long as an adapter acts: those of `_Ways`.
+    """Refuses other ways to generate as long as an adapter acts: those of `_Ways`.
 
     Args:
         vlm: The model's parts.
@@ -31,7 +31,7 @@ class OneByOne:
             ways.guards.append(self)
 
     def remove(self) -> None:
-        """Have them work again, unless others refuse them."""
+        """Allow these ways again, unless others refuse them."""
         for ways in self._ways:
             ways.guards.remove(self)
             if not ways.guards:
@@ -39,7 +39,7 @@ class OneByOne:
 
 
 class _Ways:
-    """Stands in the place of a model's own methods, for all adapters on it.
+    """Takes the place of a model's own methods, for all adapters on it.
 
     It refuses assisted decoding and prompt lookup, `use_cache=False`, and prompts that are read in pieces.
     """
@@ -65,14 +65,14 @@ class _Ways:
 
     def _prepare_cache(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         if not generation_config.use_cache:
-            self._refuse("but use_cache=False leaves no KV cache to keep it with. Call generate with use_cache=True.")
+            self._refuse("but use_cache=False leaves no KV cache to keep it on. Call generate with use_cache=True.")
         if generation_config.prefill_chunk_size is not None:
-            self._refuse("but prefill_chunk_size lets a piece of the prompt pass for an answer. Leave it out.")
+            self._refuse("but prefill_chunk_size makes a piece of the prompt look like an answer. Leave it out.")
         return self._own_cache(generation_config, *args, **kwargs)
 
     def _refuse(self, why: str) -> None:
         names = [f"{guard.title} {name}" for guard in self.guards for name in guard.acting()]
         if names:
             raise NotImplementedError(
-                f"The active adapters ({', '.join(names)}) go by what the token before was or did, {why}"
+                f"The active adapters ({', '.join(names)}) depend on what they saw in the forward before, {why}"
             )

@@ -69,14 +69,14 @@ def register(config_cls: type[VisualConfig], tuner_cls: type[VisualTuner] | None
 
 
 def extend_peft() -> None:
-    """Change what PEFT and transformers do with saved adapters, where no hook of theirs lets us. Again: nothing.
+    """Change what PEFT and transformers do with saved adapters, where they have no hook. A second call does nothing.
 
     - A config that is loaded knows where it was loaded from. Our tuners check an adapter's file against the model
       before they touch the model. PEFT injects the layers first and reads the file later, and transformers'
       `load_adapter` calls `PeftConfig.from_pretrained` on the base class, so a subclass's own `from_pretrained` would
       not be asked.
     - What is no adapter's configuration is refused with its name and the reason.
-    - Whoever loads an adapter waits for a save that is replacing it; one that died at this is undone.
+    - Whoever loads an adapter waits for a save that is replacing it, and undoes one whose process died.
     - Our tuners know what is being loaded, and by which names, while `PeftModel` and transformers load an adapter.
     - An adapter of any type that is loaded without those that it was trained together with gives a warning.
     - Tuners of other types that copy, replace or unload modules leave our adapters on the same model as they are.
@@ -212,7 +212,7 @@ def _refuse_other_settings(tuner: Any, attached: VisualConfig, file: AdapterFile
         if own[name] != other[name]:
             raise ValueError(
                 f"{plain(file.path, 200)} was saved with {name} = {quoted(other[name])}, but the adapter of that name "
-                f"has {quoted(own[name])}. Loading would take the weights alone. Load it under another name, or "
+                f"has {quoted(own[name])}. Loading would take only the weights. Load it under another name, or "
                 "delete the adapter first."
             )
 

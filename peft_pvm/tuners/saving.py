@@ -1,6 +1,6 @@
-"""The adapters on a model, saved and loaded: each by itself, by its plain names, whole or not at all.
+"""Saves and loads the adapters of a model: each by itself, by its plain names, whole or not at all.
 
-`add_adapters`, `load_adapters` and `save_adapter` work through PEFT alone. A `PeftModel` takes one type. transformers'
+`add_adapters`, `load_adapters` and `save_adapter` work only through PEFT. A `PeftModel` takes one type. transformers'
 own adapter methods take several, but transformers 5.24 refuses every PEFT that is released with them (it wants 0.22).
 """
 
@@ -131,7 +131,7 @@ def of_adapter(
 
 
 def check_whole(model: nn.Module, adapter_name: str, keys: Collection[str]) -> None:
-    """See that what is about to be written is all of an adapter.
+    """Check that what is about to be written is all of an adapter.
 
     Args:
         model: The model that it is attached to.
@@ -186,7 +186,7 @@ def _knowing_alone(model: Any, name: str) -> Any:
 
 
 def _shallow_copy(model: Any) -> Any:
-    """A copy of an object alone. `copy.copy` would ask its class, which FSDP 2 has changed."""
+    """A copy of an object with the same attributes. `copy.copy` would ask its class, which FSDP 2 has changed."""
     copied = object.__new__(type(model))
     vars(copied).update(vars(model))
     return copied
@@ -297,10 +297,10 @@ def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike)
 
 @contextlib.contextmanager
 def _all_or_none(model: nn.Module) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
-    """Take off what a block attaches, if it fails, and let act again what acted before.
+    """If a block fails, take off what it attached, and restore which adapters act.
 
     Yields:
-        A place for what tensors of the base hold, by tensor, for those that the block overwrites.
+        A dict for the old contents of tensors of the base that the block overwrites, by tensor.
     """
     attached: Any = model
     was_there = set(getattr(model, "peft_config", {}))

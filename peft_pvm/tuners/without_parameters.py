@@ -20,11 +20,11 @@ from .layers import VisualTunerLayer
 
 
 Rows = Literal["text", "generated"]
-ROWS = "All text after an image, or the last token of each forward alone, as the authors' code does."
+ROWS = "All text after an image, or only the last token of each forward, as in the authors' code."
 
 
 def no_weights() -> Any:
-    """The field `init_weights`, which each kind of method has behind its own fields."""
+    """The field `init_weights`, which each kind of method has after its own fields."""
     return setting(
         True,
         "Without effect: there are no weights.",
@@ -184,7 +184,7 @@ def make_tuner(
     if method_cls not in _TUNERS:
         name = method_cls.__name__.removesuffix("Config")
         common = {"__module__": method_cls.__module__, "method_cls": method_cls}
-        layer_doc = f"Stands beside the text model and has {name} {does}."
+        layer_doc = f"A child of the text model that has {name} {does}."
         tuner = {
             **common,
             "__doc__": _TUNER_DOC.format(name=name, method=method_cls.method),

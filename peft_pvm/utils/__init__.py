@@ -1,1 +1,1 @@
-"""What every room uses: checks, text for messages, the terminal, pictures, the privates of other packages."""
+"""What all rooms use: checks, text for messages, the terminal, pictures, private names of other packages."""

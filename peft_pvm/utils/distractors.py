@@ -81,7 +81,7 @@ class Distractors:
 
         Args:
             document: What names the document, such as task, split and number.
-            answers: What must not stand in the text, as words of their own, letter case and line breaks aside;
+            answers: What must not be in the text, as words of their own, letter case and line breaks aside;
                 anywhere in it, if they are of a script that puts no spaces between words. The letter of a choice,
                 such as "B" or "(b)", gives nothing away, and no text would be without it.
             tokens: How many tokens the text has. `None`: `tokens` of the class.
@@ -94,7 +94,7 @@ class Distractors:
         given_away = _any_of(answers)
         ids = self._enough(document, tokens, given_away)
         if len(ids) < tokens:
-            without = f" in which none of {sorted(answers)} stands" if answers else ""
+            without = f" in which none of {sorted(answers)} occurs" if answers else ""
             raise ValueError(
                 f"A distractor of {tokens} tokens is asked for, but the text has only {len(ids)}{without}. Give a "
                 "longer one (distractor_file, paragraphs)."
@@ -146,7 +146,7 @@ def has_visuals(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def parts_of(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The parts of a message; one that is a text alone has none."""
+    """The parts of a message; one that is only a text has none."""
     content = message["content"]
     return [] if isinstance(content, str) else content
 
@@ -157,7 +157,7 @@ def into_messages(messages: Sequence[Mapping[str, Any]], text: str, ending: str 
     Args:
         messages: Each with `role` and `content`, a list of parts with `type`. At least one part is visual.
         text: The distractor.
-        ending: What stands behind it.
+        ending: What comes after it.
 
     Returns:
         New messages.

@@ -1,8 +1,8 @@
-"""What there is to know of other packages: which versions are supported, which are optional, what is private in them.
+"""What the package needs to know of others: supported versions, optional packages, and private names.
 
-Every name that differs between versions stands here, and every private name of PEFT, transformers and accelerate that
-is read, called or set, each in a function of its own. A new version may change any of them, and this is then the place
-to mend. Methods of PEFT's base classes that our tuners and layers override are not here: overriding is what PEFT
+Every name that differs between versions is here, and every private name of PEFT, transformers and accelerate that is
+read, called or set, each in a function of its own. A new version may change any of them. This is then the place to
+repair. Methods of PEFT's base classes that our tuners and layers override are not here: overriding is what PEFT
 offers. What is replaced in PEFT and transformers for good is in `tuners/registry.py`, and a model's methods are named
 where a `Shadow` takes their place.
 """
@@ -141,7 +141,7 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of a `from_pretrained` that PEFT hands to the Hub. PEFT has no public list of them."""
+    """The arguments of a `from_pretrained` that PEFT passes to the Hub. PEFT has no public list of them."""
     return PeftConfig._split_kwargs(dict(kwargs))[0]
 
 
@@ -283,7 +283,7 @@ def next_inputs(model: Any, inputs: dict[str, Any], output: Any = None) -> dict[
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate runs a module whose weights it keeps elsewhere. It notes this on the module alone."""
+    """Where accelerate runs a module whose weights it keeps elsewhere. It notes this only on the module."""
     return getattr(getattr(module, "_hf_hook", None), "execution_device", None)
 
 

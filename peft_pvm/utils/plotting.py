@@ -88,7 +88,7 @@ def as_png(figure: Figure) -> bytes:
 def as_svg(figure: Figure) -> str:
     """An SVG element for an HTML page, which decides its font and background.
 
-    It is also a whole SVG file. Several can stand in one page: an id that occurs twice names the same thing.
+    It is also a whole SVG file. Several can be in one page: an id that occurs twice names the same thing.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""What reaches the terminal: text of others as it stands, without effect on the terminal."""
+"""Prints to the terminal. Text of others appears as it is, without any effect on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands around a model's modules and methods: wrappers of others, looked through, and functions of ours."""
+"""What wraps a model's modules and methods: wrappers of others, which are looked through, and functions of ours."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def without_wrappers(model: nn.Module) -> Iterator[None]:
 
 
 class Shadow:
-    """Has something else stand in the place of a module's method, until it is removed.
+    """Puts something else in the place of a module's method, until `remove` is called.
 
     Args:
         module: The module.
@@ -75,13 +75,13 @@ class Shadow:
         vars(module)[name] = stand_in
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what it stands in the place of: the module's own, or that of its class."""
+        """Call the method that it replaces: the module's own, or that of its class."""
         if self.earlier is not None:
             return self.earlier(*args, **kwargs)
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
     def remove(self) -> None:
-        """Put back what stood there before, unless somebody has changed that since: it is theirs."""
+        """Put back what was there before, unless somebody has put something else there since."""
         own = vars(self.module)
         if own.get(self.name) != self.stand_in:
             return

@@ -128,7 +128,7 @@ def test_the_length_of_the_context_does_not_count(tiny: dict[str, nn.Module], dt
 def test_what_is_not_counted_is_named():
     arguments = ["bench", "--launches", "--method", "vista,m3id,vcd", "--context", "90", "--visual-tokens", "40"]
     done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
-    assert "Not counted, because they act in generate alone: VISTA, M3ID, VCD." in done.output
+    assert "Not counted, because they act only in generate: VISTA, M3ID, VCD." in done.output
     written = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert written["not_counted"] == ["vista", "m3id", "vcd"]
     assert list(written["methods"]) == ["base"]

@@ -268,7 +268,7 @@ def test_the_check(monkeypatch: pytest.MonkeyPatch):
         (["--device", "h100", "--method", "vista"], "--method"),
         (["--device", "h100", "--context", "100"], "256 visual tokens are no part of 100"),
         (["--check", "--batch", "3"], "It has a prompt and shapes of its own, so --batch cannot be given"),
-        (["--method", "pvm"], "'--method': It has an effect with --device or --check alone"),
+        (["--method", "pvm"], "'--method': It has an effect only with --device or --check"),
     ],
 )
 def test_refusals(arguments: list[str], message: str):

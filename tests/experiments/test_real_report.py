@@ -453,7 +453,10 @@ def cell(**fields: Any) -> Any:
         (cell(**{"right of nine": [99]}), "base.json does not hold"),
         (cell(**{"CPU seconds": None}), "base.json does not hold"),
         (change(base="another"), r"different bases, \['another', 'real-base'\]"),
-        (change(split="validation"), "split test, seed 0 and split validation, seed 0. The report is of split test"),
+        (
+            change(split="validation"),
+            "split test, seed 0 and split validation, seed 0. The report covers only split test",
+        ),
         (change(seed=1), "split test, seed 0 and split test, seed 1, which cannot be compared"),
         (
             lambda folder: write_result(folder, "look-up", "pvm", {0: FULL}),

@@ -46,7 +46,7 @@ def test_a_model_that_bends_its_scores_is_refused():
     config.text_config.attn_logit_softcapping = 50.0
     model = replace(family, config=lambda: config).build(attn_implementation="eager")
     inputs = family.inputs(model, *BATCH)
-    with attached(model, LogBiasConfig()), pytest.raises(NotImplementedError, match="bends its scores"):
+    with attached(model, LogBiasConfig()), pytest.raises(NotImplementedError, match="caps its scores"):
         logits(model, inputs)
 
 

@@ -348,7 +348,7 @@ def test_what_is_not_known_is_refused(plain: TinyVLM):
     ("setting", "reason"),
     [
         ({"use_cache": False}, "use_cache=False leaves no KV cache"),
-        ({"prefill_chunk_size": 7}, "prefill_chunk_size lets a piece of the prompt pass for an answer"),
+        ({"prefill_chunk_size": 7}, "prefill_chunk_size makes a piece of the prompt look like an answer"),
     ],
 )
 def test_other_ways_to_generate_are_refused_by_name(stepwise: Stepwise, setting: dict[str, Any], reason: str):
@@ -358,7 +358,7 @@ def test_other_ways_to_generate_are_refused_by_name(stepwise: Stepwise, setting:
     prompt, how = llava.prompt(base, ROWS[0]), {**GENERATE, "do_sample": False, **setting}
     expected = torch.stack(base.generate(**prompt, **how).logits)
     model = get_peft_model(base, stepwise.config)
-    message = rf"\({stepwise.config.title} default\) go by what .* {reason}"
+    message = rf"\({stepwise.config.title} default\) depend on what .* {reason}"
     with pytest.raises(NotImplementedError, match=message):
         model.generate(**prompt, **how)
     with model.disable_adapter():
@@ -370,7 +370,9 @@ def test_other_ways_to_generate_are_refused_by_name(stepwise: Stepwise, setting:
 def test_models_and_ways_to_generate_that_are_refused(monkeypatch: pytest.MonkeyPatch):
     llava = FAMILIES["llava"]
     model = get_peft_model(llava.build(), SAVAA.config)
-    with pytest.raises(NotImplementedError, match="go by what the token before was or did, but assisted decoding"):
+    with pytest.raises(
+        NotImplementedError, match="depend on what they saw in the forward before, but assisted decoding"
+    ):
         generate(llava, model, ROWS[0], prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="LlavaModel has no head that makes logits, which SAVAAModel reads"):
         get_peft_model(llava.build().model, SAVAA.config)

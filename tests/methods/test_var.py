@@ -65,7 +65,7 @@ def test_sinks_of_tokens_that_it_did_not_see_are_not_guessed():
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
-        (None, "VARConfig.sink_channels is None, but the channels by which sinks are known are those of Llava"),
+        (None, "VARConfig.sink_channels is None, but each model has channels of its own that are large in sinks"),
         ([3, 64], "names channels [64], but the hidden states of LlavaForConditionalGeneration have 64 (0 to 63)"),
     ],
 )

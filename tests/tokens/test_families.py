@@ -108,7 +108,7 @@ UNKNOWN_FFNS = {
     "unknown block": (
         lambda: T.Olmo2Config(**tiny_vlms.TEXT),
         r"\(text model type 'olmo2'\): decoder layer 0 \(Olmo2DecoderLayer\) holds .*post_feedforward_layernorm.*"
-        "no other norm. Adapters that change attention alone do not need",
+        "no other norm. Adapters that change only attention do not need",
     ),
 }
 

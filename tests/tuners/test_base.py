@@ -407,7 +407,7 @@ def test_a_layer_wraps_nothing_and_merges_into_nothing(llava: TinyVLM, kind: str
     model = get_peft_model(llava.build(), CONFIGS[kind]())
     (layer, *_) = layers_of(model)
     assert not hasattr(layer, "weight")
-    with pytest.raises(AttributeError, match="stands beside the base's modules and wraps none"):
+    with pytest.raises(AttributeError, match="is beside the base's modules and wraps none"):
         layer.get_base_layer()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layer.merge()  # as PEFT does when adapters of another type are merged

@@ -77,7 +77,7 @@ def test_nothing_in_a_text_opens_an_image(tokenizer):
 def test_what_cannot_be_drawn_is_refused(tokenizer, paragraphs: list[str], tmp_path):
     with pytest.raises(ValueError, match=r"has only \d+\. Give a longer"):
         Distractors(tokenizer, 10**6, paragraphs).draw("a")
-    with pytest.raises(ValueError, match=r"in which none of \['words'\] stands"):
+    with pytest.raises(ValueError, match=r"in which none of \['words'\] occurs"):
         Distractors(tokenizer, 10, ["Some words. " * 30]).draw("a", ["words"])
     for tokens in (-1, 0, 1.5, "many"):
         with pytest.raises(ValueError, match="but must be a whole number of tokens"):

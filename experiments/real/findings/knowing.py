@@ -107,7 +107,7 @@ def streams(study: Study, split: Split, rows: int, text_tokens: int, hidden: boo
 def image_hidden(model: nn.Module) -> Iterator[None]:
     """Hide images from text in the forwards of a block, without gradients.
 
-    Images are hidden in training alone, so the model trains, but nothing of it requires gradients. The real base has
+    Images are hidden only in training, so the model trains, but nothing of it requires gradients. The real base has
     no dropout.
 
     Args:
@@ -124,7 +124,7 @@ def image_hidden(model: nn.Module) -> Iterator[None]:
 def text(study: Study) -> None:
     """The loss of held-out text, alone and after an image, with methods and adapters. Rows are windows of text.
 
-    With the GGUF file, also that of the language model which the base was made from, on text alone.
+    With the GGUF file, also that of the language model which the base was made from, only on text.
     """
     for name, config in READERS.items():
         with attached(study.model, *([] if config is None else [config])):
@@ -158,7 +158,7 @@ def text_losses(model: nn.Module, study: Study, behind_image: bool) -> list[floa
     Args:
         model: The model, with adapters or without.
         study: Has the text.
-        behind_image: Whether a mosaic stands before each window. The same tokens are predicted with it and without.
+        behind_image: Whether a mosaic comes before each window. The same tokens are predicted with it and without.
 
     Returns:
         For each window, the mean of -log p over its tokens from the second on, in nats, not rounded.

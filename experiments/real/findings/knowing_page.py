@@ -116,7 +116,7 @@ def _about_text(cells: Cells) -> Iterator[Claim]:
     costs = {case: paired(by[BEHIND_IMAGE]["loss"], base[BEHIND_IMAGE]["loss"])[0] for case, by in others.items()}
     dear = [case for case, cost in costs.items() if 100 * math.expm1(cost) > LARGEST_LOSS]
     yield (
-        f"Behind an image, none of them costs text more than {LARGEST_LOSS} % of perplexity",
+        f"After an image, none of them costs text more than {LARGEST_LOSS} % of perplexity",
         not dear,
         "all but " + ", ".join(f"{_name(case)} ({100 * math.expm1(costs[case]):+.1f} %)" for case in dear)
         if dear

@@ -41,7 +41,7 @@ def attention(study: Study) -> None:
 
 
 def dipe_layers(study: Study) -> None:
-    """DIPE as published in each group of decoder layers alone, and in all others."""
+    """DIPE as published, only in one group of decoder layers, and in all others."""
     depth = len(find_vlm(study.model).layers)
     _look_at(study, BASE, None, GROUP_LENGTHS)
     _look_at(study, ALL_LAYERS, DIPEConfig(max_distance=0), GROUP_LENGTHS)

@@ -184,7 +184,7 @@ def dipe_section(found: Recorded) -> Iterator[str]:
     yield (
         f"The table has two things for each group of layers. The first is its attention after {near} tokens of text, "
         "in the base → with DIPE as published in all layers. The second is the accuracy after "
-        f"{near} and after {int(far):,} tokens, with DIPE in these layers alone, and in all others. Heads were not "
+        f"{near} and after {int(far):,} tokens, with DIPE only in these layers, and in all others. Heads were not "
         "tested one by one, because DIPE's configuration chooses layers only. With a limit, a query keeps its own "
         "distance up to that many tokens after the image."
     )

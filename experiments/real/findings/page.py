@@ -37,7 +37,7 @@ def render_findings(folder: str | os.PathLike) -> str:
         "## What is behind it",
         "",
         "`python -m experiments real-findings` looks for the reasons behind these numbers. The tables of each finding "
-        "are made from a JSON file in `experiments/results/real/findings/`. All findings are about this base alone. "
+        "are made from a JSON file in `experiments/results/real/findings/`. All findings are only about this base. "
         "Errors of accuracy are standard errors over rows.",
     ]
     environments = []

@@ -1,4 +1,4 @@
-"""The page of `peft-pvm app`, in Gradio. What it shows, `asking` computes."""
+"""The page of `peft-pvm app`, in Gradio. `asking` computes what it shows."""
 
 from __future__ import annotations
 

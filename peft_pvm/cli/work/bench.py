@@ -108,7 +108,7 @@ def predict(
 
 
 def _with_progress(run: Callable[[Callable[[str], None]], dict[str, Any]]) -> dict[str, Any]:
-    """What `run` returns, which is given what it calls with what comes next."""
+    """Call `run` with a function that shows what it does next, and return its result."""
     with Bars() as bars:
         task = bars.add_task("", total=None)
         return run(lambda text: bars.update(task, description=text))

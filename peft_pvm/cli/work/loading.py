@@ -1,6 +1,6 @@
-"""What commands load: models, processors, rows of data; and the bars meanwhile.
+"""Loads models, processors and rows of data for commands, with progress bars.
 
-Models and adapters are first checked by their configurations alone: loading weights can take minutes.
+Models and adapters are first checked only by their configurations, because loading weights can take minutes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The work of `peft-pvm methods`: what there is, and the same as tables of the docs."""
+"""The work of `peft-pvm methods`: a table of the methods, also for the docs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ HEADINGS = {
     "models": "Types of models",
     "paper": "Source",
 }
-SHOWN = ("method", "changes", "parameters", "kernels", "models", "paper")  # what it does stands with what it changes
+# What a method does is shown together with what it changes.
+SHOWN = ("method", "changes", "parameters", "kernels", "models", "paper")
 
 
 def methods(as_json: bool) -> None:
@@ -37,7 +38,7 @@ def methods(as_json: bool) -> None:
 
 
 def rows() -> list[dict[str, str]]:
-    """What there is to say of each method, by the keys of `HEADINGS`."""
+    """What tables say of each method, by the keys of `HEADINGS`."""
     types = {row["type"] for row in architectures()}
 
     def works_on(method: str) -> str:

@@ -1,4 +1,4 @@
-"""The work of `peft-pvm models`, and of `peft-pvm inspect --base` alone: what works on which models."""
+"""The work of `peft-pvm models`, and of `peft-pvm inspect` with only `--base`: what works on which models."""
 
 from __future__ import annotations
 

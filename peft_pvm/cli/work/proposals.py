@@ -95,7 +95,7 @@ def sinks(of_model: ModelOptions, rows: Rows, tau: float, as_json: bool) -> None
 
 
 def _without_weights(of_model: ModelOptions) -> VisionLanguageModel:
-    """The parts of a model, of which only the configuration is read; refused where its attention is out of reach."""
+    """The parts of a model, of which only the configuration is read. Raises if its attention cannot be observed."""
     check_device(of_model.device)
     vlm = find_vlm(without_weights(of_model.model, of_model.attn_implementation))
     steerable_attentions(vlm, "This command")

@@ -1,4 +1,4 @@
-"""What lmms-eval's tasks need to have text between image and question: where it goes, and what it must not say."""
+"""Text between image and question in lmms-eval's tasks: where it is put, and what it must not contain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
 
 
 def into_context(context: str, text: str) -> str:
-    """Put a text behind the last placeholder of an image in a prompt, at its start if there is none.
+    """Put a text after the last placeholder of an image in a prompt, or at its start if there is none.
 
     Args:
         context: The prompt. Images without placeholders come before it.

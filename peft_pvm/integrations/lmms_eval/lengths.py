@@ -1,4 +1,4 @@
-"""Tasks of lmms-eval by how much text stands between image and question, for the base and for adapters."""
+"""Runs tasks of lmms-eval with more and more text between image and question, for the base and for adapters."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ PREFIX = "peft_pvm_"
 SIMPLE = "_simple"
 
 
-Base: Any = object  # for mypy: at run time one of lmms-eval's models stands behind the class in the order of methods
+Base: Any = object  # for mypy: at run time, one of lmms-eval's models comes after this class in the order of methods
 
 
 class WithAdapters(Base):
@@ -109,7 +109,7 @@ class WithAdapters(Base):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Weigh given answers. Raises NotImplementedError if text is to be put into requests."""
+        """Score given answers. Raises NotImplementedError if text is to be put into requests."""
         self._refuse_distractors("loglikelihood")
         return super().loglikelihood(requests)
 

@@ -1,11 +1,11 @@
-"""Adapters by choice of a request: vLLM's LoRA requests carry the choice, and a LoRA says which adapters are on.
+"""Lets each request choose its adapters: vLLM's LoRA requests carry the choice, and a LoRA switches adapters on.
 
 The text model has a linear layer from the number 1 to one number for each adapter, whose weight is 0. A choice is a
-folder with a LoRA of this layer alone, which adds 1 for the adapters that it switches on. So vLLM does the rest as for
-any LoRA: it names the choices to its clients, knows each token's in a batch, and keeps their cached prefixes apart.
+folder with a LoRA of only this layer, which adds 1 for the adapters that it switches on. vLLM does the rest as for any
+LoRA: it names the choices to its clients, knows the choice of each token in a batch, and keeps cached prefixes apart.
 
-The layer's name is another one in each export. So vLLM refuses choices of one export beside the adapters of another,
-where the same numbers would mean other adapters.
+The layer has another name in each export. So vLLM refuses choices of one export beside the adapters of another, where
+the same numbers would mean other adapters.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def write_choices(folder: Path, choices: Sequence[Choice], switch: str, num_adap
 
 
 def serve_arguments(folder: str | os.PathLike) -> list[str]:
-    """What `vllm serve` wants for a folder of `export_vllm`: for one without choices, the folder alone.
+    """The arguments of `vllm serve` for a folder of `export_vllm`. Without choices, this is only the folder.
 
     It makes a place for each choice and an empty one, which vLLM needs on a CPU. Where no choice holds a LoRA of the
     base's layers, only the switch is made ready for one.
@@ -120,5 +120,5 @@ def serve_arguments(folder: str | os.PathLike) -> list[str]:
 
 
 def _choices_in(folder: Path) -> list[Path]:
-    """The folders of choices, in order, without what a writer that died has left."""
+    """The folders of choices, in order, without what a dead process has left."""
     return sorted(path for path in (folder / FOLDER).glob("*") if path.is_dir() and path.name != AREA)

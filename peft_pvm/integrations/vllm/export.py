@@ -27,7 +27,7 @@ from .choices import IN_CHECKPOINT, Choice, name_of_switch, refuse_others, switc
 from .families import FAMILIES, TEXT_MODELS
 
 
-FIELD = "peft_pvm"  # of the text config, where the adapters and choices stand
+FIELD = "peft_pvm"  # the field of the text config that holds the adapters and choices
 # A model whose config has this field makes the positions of a prompt itself, which is where labels are attached. The
 # field belongs to mRoPE; vLLM takes it for that beside a text model without mRoPE as well, which ignores it.
 MAKES_POSITIONS = "mrope_section"
@@ -85,7 +85,7 @@ def export_vllm(
     combinations = [separate(adapter) for adapter in dict.fromkeys(adapters)]
     sources = list(dict.fromkeys(chain(*combinations)))
     if not sources:
-        raise ValueError("No adapter is given. To serve the base alone, vLLM takes it as it is.")
+        raise ValueError("No adapter is given. To serve only the base, give it to vLLM as it is.")
     configs = {source: _config(source, base, base_config) for source in sources}
     by_request = by_request or len(combinations) > 1
     for combination in combinations:
@@ -207,7 +207,7 @@ def _lora(adapter: str) -> tuple[LoraConfig, Tensors]:
 
 
 def _pvm_weights(adapter: str, base: BaseCheckpoint, number: int, accept_causal: bool) -> Tensors:
-    """By their names in the model, where the adapter has this number."""
+    """The tensors of an adapter by their names in the model, where the adapter has this number."""
     config, tensors = read_adapter(adapter)
     if config.modules_to_save:
         raise NotImplementedError(
@@ -217,7 +217,7 @@ def _pvm_weights(adapter: str, base: BaseCheckpoint, number: int, accept_causal:
     if not accept_causal and any(part.memory_visibility == "sample" for part in config.parts()):
         raise ValueError(
             f"{adapter} lets a token see all images of its sample, also later ones. In vLLM it sees those before it, "
-            "which is the same where images stand in front of the text. If yours do: --accept-causal."
+            "which is the same if images come before the text. If yours do, pass --accept-causal."
         )
     check_shapes(adapter, tensors, [], config, base.config)
     return {

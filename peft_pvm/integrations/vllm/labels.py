@@ -1,4 +1,4 @@
-"""What travels with the positions of tokens: which are visual, which stand after an image, and anchors."""
+"""What travels with the positions of tokens: which are visual, which come after an image, and anchors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in vLLM's decoder layers: PVM's branches in the paged cache, and attention with wider heads."""
+"""What is added to vLLM's decoder layers: PVM's branches in the paged cache, and attention with wider heads."""
 
 from __future__ import annotations
 
@@ -60,21 +60,21 @@ class Tokens(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """That of the positions, for which vLLM's layers may ask."""
+        """The shape of the positions. vLLM's layers may ask for it."""
         return self.positions.shape
 
     def on(self, adapters: Sequence[Acting]) -> torch.Tensor:
-        """For which tokens one of some adapters is on, `(num_tokens,)`, bool."""
+        """The tokens for which one of some adapters is on, `(num_tokens,)`, bool."""
         return torch.stack([self.switches[:, adapter.number] for adapter in adapters]).any(0)
 
     def setting(self, adapters: Sequence[Acting], name: str) -> torch.Tensor:
-        """What a setting is in the adapter that is on, one of some, `(num_tokens,)`, fp32; 0 where none is."""
+        """The value of a setting in the one of some adapters that is on, `(num_tokens,)`, fp32; 0 where none is."""
         values = [getattr(adapter.config, name) * self.switches[:, adapter.number] for adapter in adapters]
         return torch.stack(values).sum(0)
 
 
 class WideAttention(Attention):
-    """An attention layer whose queries and keys have more channels than values and what comes out.
+    """An attention layer whose queries and keys have more channels than its values and its output.
 
     Args:
         least: How many channels queries and keys have at least; `head_size` is how many they must have.
@@ -236,12 +236,12 @@ class SteeredRotary(nn.Module):
         return query.unflatten(-1, (-1, self.head_dim)), key.unflatten(-1, (-1, self.head_dim))
 
     def _reached(self, tokens: Tokens) -> torch.Tensor:
-        """Where tokens stand for those of the other modality, with DIPE."""
+        """The positions that tokens have for those of the other modality, with DIPE."""
         reached = tokens.anchors + tokens.setting(self.dipe, "max_distance").long()
         return torch.minimum(tokens.positions, reached.expand_as(tokens.positions))
 
     def _raised(self, tokens: Tokens, rows: torch.Tensor) -> torch.Tensor:
-        """What Log-bias adds to the scores of visual keys in some rows."""
+        """What Log-bias adds to the scores of visual keys for some queries."""
         first = tokens.positions if tokens.positions.dim() == 1 else tokens.positions[0]
         text = (first - tokens.anchors + 1).float()
         raised = (text / tokens.setting(self.log_bias, "t0")).log1p()

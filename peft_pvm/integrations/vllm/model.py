@@ -1,4 +1,4 @@
-"""vLLM's models with our adapters: our classes are made from its own, whichever they are.
+"""vLLM's models with our adapters: our classes are derived from vLLM's own, whichever they are.
 
 - A model (`served`) labels the positions of a prompt: which tokens are visual, and their anchors. vLLM carries them
   along and continues them for generated tokens.
@@ -63,7 +63,7 @@ def layer_with_adapters(native: type[nn.Module]) -> type[nn.Module]:
         def forward(
             self, positions: Tokens, hidden_states: torch.Tensor, residual: torch.Tensor | None, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            """As vLLM's, which returns what its FFN adds, and the residual stream after self-attention."""
+            """Like vLLM's: it returns what its FFN adds, and the residual stream after self-attention."""
             of_native = positions if self.is_steered else positions.positions
             hidden_states, residual = super().forward(
                 positions=of_native, hidden_states=hidden_states, residual=residual, **kwargs
@@ -116,7 +116,7 @@ def with_adapters(native: type[nn.Module]) -> type[nn.Module]:
             inputs_embeds: torch.Tensor | None = None,
             deepstack_input_embeds: Any = None,
         ) -> Any:
-            """As vLLM's, of which only Qwen3-VL's have the last argument.
+            """Like vLLM's, of which only that of Qwen3-VL has the last argument.
 
             vLLM's compilation finds arguments by these names.
             """
@@ -139,7 +139,7 @@ def with_adapters(native: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def _text_model_with_adapters(text_type: str) -> Iterator[type[nn.Module]]:
-    """vLLM has no other place to say which class a model's text model is of."""
+    """Replace the class of a model's text model for a block: vLLM has no other place to choose it."""
     module, name = TEXT_MODELS[text_type]
     builder = import_module(f"vllm.model_executor.models.{module}")
     native = getattr(builder, name)
@@ -152,7 +152,7 @@ def _text_model_with_adapters(text_type: str) -> Iterator[type[nn.Module]]:
 
 @contextmanager
 def _base_without_lora(vllm_config: VllmConfig, switch: str | None) -> Iterator[None]:
-    """Where the switch alone takes a LoRA, vLLM builds the base as without: it has other experts for LoRA."""
+    """Have vLLM build the base without LoRA if only the switch takes one: it has other experts for LoRA."""
     config = vllm_config.lora_config
     if config is not None and config.target_modules == [switch]:
         vllm_config.lora_config = None
@@ -168,10 +168,11 @@ def served(family: Family) -> type[nn.Module]:
     native = ModelRegistry.models[family.native].load_model_cls()
 
     class Model(native, SupportsLoRA):  # type: ignore[valid-type,misc]
-        """A model of vLLM's with adapters. Requests choose by LoRA, also where vLLM's has none of its own.
+        """A model of vLLM's with adapters. Requests choose by LoRA, also if vLLM's own class takes none.
 
         Raises:
-            NotImplementedError: vLLM's internal classes are others, or it was started with what breaks this.
+            NotImplementedError: vLLM's internal classes differ from those that the adapters need, or it was started
+                with options that do not work with them.
         """
 
         supports_mrope: ClassVar[Literal[True]] = True
@@ -199,7 +200,7 @@ def served(family: Family) -> type[nn.Module]:
             inputs_embeds: torch.Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            """As vLLM's."""
+            """Like vLLM's."""
             of_native = positions if family.makes_positions else positions[0]  # the three rows are the same
             return super().forward(input_ids, of_native, intermediate_tensors, inputs_embeds, **kwargs)
 

@@ -110,15 +110,15 @@ def refuse_other_lora(vllm_config: VllmConfig, native: Any, switch: str | None, 
     least = max(len(choices), 1) + 1
     if current_platform.is_cpu() and config.max_loras < least:
         raise NotImplementedError(
-            "On a CPU, vLLM gives requests without a LoRA that of its last place, which has to stay empty: start it "
-            f"with --max-loras {least} or more."
+            "On a CPU, vLLM runs requests without a LoRA with the last place for one, which has to stay empty: start "
+            f"it with --max-loras {least} or more."
         )
     if choices:
         _tells_loras_apart(kv_cache_utils._gen_lora_extra_hash_keys)
 
 
 def refuse_other_model(native: Any, family: Family) -> None:
-    """Raise NotImplementedError if vLLM's class of a model, or what we call for each, is another than we stand on."""
+    """Raise NotImplementedError if vLLM's class of a model, or what we call for each, differs from what we rely on."""
     for function, names in CALLED.items():
         _takes(function, names, alone=True)
     for function, names in READ.items():
@@ -131,7 +131,7 @@ def refuse_other_model(native: Any, family: Family) -> None:
 
 
 def refuse_other_text_model(model: Any, text_model: type) -> None:
-    """Raise NotImplementedError if a model was built without the text model that our class put in its way."""
+    """Raise NotImplementedError if a model was built without the text model that our class put in its place."""
     _has(model, ("language_model",))
     _has(model.language_model, ("model",))
     _has(model.language_model.model, ("embed_input_ids",))
@@ -140,7 +140,7 @@ def refuse_other_text_model(model: Any, text_model: type) -> None:
 
 
 def refuse_other_layer(layer: Any, attends: bool) -> None:
-    """Raise NotImplementedError if a decoder layer, which attends or not, is another than we stand on."""
+    """Raise NotImplementedError if a decoder layer, with attention or without, differs from what we rely on."""
     _takes(type(layer).forward, LAYER_FORWARD, by_name=True)
     if not attends:
         return
@@ -154,7 +154,7 @@ def refuse_other_layer(layer: Any, attends: bool) -> None:
 
 
 def _tells_loras_apart(make_keys: Callable) -> None:
-    """By what vLLM adds to the key of a cached block."""
+    """Check that vLLM tells LoRAs apart, by what it adds to the key of a cached block."""
     _takes(make_keys, ("request",))
     asked = None, LoRARequest("a", 1, "/a"), LoRARequest("b", 2, "/b")
     keys = [make_keys(SimpleNamespace(lora_request=lora)) for lora in asked]
@@ -163,7 +163,10 @@ def _tells_loras_apart(make_keys: Callable) -> None:
 
 
 def _takes(function: Callable, names: tuple[str, ...], by_name: bool = False, alone: bool = False) -> None:
-    """By name: the order does not count. Alone: nothing else has to be given."""
+    """Check that a function has some parameters.
+
+    With `by_name`, their order does not count. With `alone`, nothing else has to be given.
+    """
     parameters = inspect.signature(function).parameters
     found = tuple(name for name in parameters if name in names)
     if found != names and not (by_name and set(found) == set(names)):

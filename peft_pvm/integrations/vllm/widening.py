@@ -1,4 +1,4 @@
-"""Wider heads, whose scores are those that a method wants: for kernels that show no scores and take no masks.
+"""Wider heads whose scores are those that a method wants, for kernels that show no scores and take no masks.
 
 Shapes are those of vLLM: a query is `(num_tokens, heads, head_dim)`, a key `(num_tokens, kv_heads, head_dim)`, and
 what is said of tokens is `(num_tokens,)`. For several methods, each widens what the one before returned.
@@ -40,13 +40,13 @@ def supported_width(least: int, supports: Callable[[int], bool]) -> int:
 def visual_keys_only(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visual_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention to visual tokens alone, with keys and values for all: one more channel hides the others.
+    """Attention to visual tokens only, with keys and values for all tokens: one more channel hides the others.
 
     A query with no visual token in sight reads the values of the hidden ones, which are 0.
 
     Args:
-        query: What asks.
-        key: What is asked.
+        query: The queries.
+        key: The keys.
         value: The same shape as `key`.
         visual_mask: Which tokens are visual, bool.
 
@@ -92,8 +92,8 @@ def scaled_for_some(
     Keys are there twice, `[as they are, scaled]`; a query meets one of both.
 
     Args:
-        query: What asks.
-        key: What is asked.
+        query: The queries.
+        key: The keys.
         factors: What scores of each key are multiplied by, float.
         acting: For which queries, bool.
 
@@ -113,8 +113,8 @@ def with_bias(
     Both are split in two, what their dtype holds and what it rounds away: each part of one meets both of the other.
 
     Args:
-        query: What asks.
-        key: What is asked.
+        query: The queries.
+        key: The keys.
         of_queries: fp32.
         of_keys: fp32.
         scaling: Of scores.

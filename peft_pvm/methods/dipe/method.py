@@ -29,16 +29,16 @@ MOST_IMAGES = 64  # told apart: each takes a row of scores, or the width of a he
 class DIPEConfig(AttentionMethod):
     """Configuration of DIPE, arXiv 2603.10863. It has no parameters.
 
-    Scores between tokens of different modality are computed as if the query stood at most `max_distance` positions
+    Scores between tokens of different modality are computed as if the query were at most `max_distance` positions
     after the place where its contiguous run of text, or of visual tokens, begins. Up to that distance the model is the
     base's. Beyond it, the image stays as far away from generated text as the model has learned to read. Pairs of one
     modality, and keys, keep their positions.
 
-    The limit is ours. In the paper, the query stands where its run begins (`max_distance=0`), and models are trained
+    The limit is ours. In the paper, the query is where its run begins (`max_distance=0`), and models are trained
     this way from pretraining on. On a model that was trained without DIPE, this may ruin the answers.
 
     In a conversation of several turns, each run of text begins farther away from the images of earlier turns. With
-    `anchor="image"`, which is not the paper's either, text stands at most `max_distance` after each image.
+    `anchor="image"`, which is not the paper's either, text is at most `max_distance` after each image.
 
     Args:
         max_distance: How many positions a query moves on from where its run begins, 0 or more. 0 or `None`: not at
@@ -61,7 +61,7 @@ class DIPEConfig(AttentionMethod):
     method: ClassVar[str] = "dipe"
     title: ClassVar[str] = "DIPE: the distance between text and image does not grow"
     summary: ClassVar[str] = (
-        "Scores between text and image are computed as if the query stood at most `max_distance` positions behind "
+        "Scores between text and image are computed as if the query were at most `max_distance` positions after "
         "where its run of tokens began. With `max_distance` 0, this is the paper's form. The paper trains with it "
         "from pretraining on; on a model that was trained without it, it is a zero-shot change of positions."
     )
@@ -139,7 +139,8 @@ class AnchoredPositions(Positions):
         score(i, j) = R(p_i) q_i . R(p_j) k_j * scaling     if i and j are of one modality
                       R(a_i) q_i . R(p_j) k_j * scaling     otherwise
 
-    By image, a text token `i` meets a visual token `j` of an image behind whose last run text begins at `end` with::
+    By image, let `end_j` be the position at which the text after the last run of the image of `j` begins. A text token
+    `i` then meets a visual token `j` with::
 
         a_ij = min(p_i, min(anchor_i, end_j) + max_distance)
 
@@ -159,21 +160,21 @@ class AnchoredPositions(Positions):
 
     def acts_on(self, call: AttentionCall) -> bool:
         context = call.context
-        if context.memory.is_empty:  # with text alone there is one modality
+        if context.memory.is_empty:  # without an image there is one modality
             return False
-        # A step of decoding does not wait for the device, and comes out as the base's to rounding alone.
+        # A step of decoding does not wait for the device. Within the limit, it equals the base's only up to rounding.
         if not self.max_distance or context.seq_len == 1:
             return True
         key = ("dipe reaches", self.max_distance, self.by_image, self.axes)
         return context.derived(key, lambda: self._is_reached(context))
 
     def _is_reached(self, context: VisualContext) -> bool:
-        """Whether a token of this forward is farther from an anchor. Waits for the device."""
+        """Whether any token of this forward is farther than the limit from an anchor. Waits for the device."""
         position_ids, _ = context.noted()
         return bool((position_ids.unsqueeze(1) > self.reached(context, context.seq_len)).any())
 
     def reached(self, context: VisualContext, num_queries: int) -> torch.Tensor:
-        """Where the last tokens of a forward stand for the other modality: text for each image, visual tokens for all.
+        """The positions that the last tokens of a forward have for the other modality: text one for each image.
 
         Returns:
             `(batch, num_images, num_queries, axes or 1)`, int64.
@@ -193,7 +194,7 @@ class AnchoredPositions(Positions):
         if num_axes == 1:
             if self.axes == "space":
                 raise NotImplementedError(
-                    "DIPEConfig.axes is 'space', but the positions of this model have one axis alone, the time. Take "
+                    "DIPEConfig.axes is 'space', but the positions of this model have only one axis, the time. Take "
                     "the adapter off with unload(), or attach one with axes='all'."
                 )
             return reached
@@ -201,7 +202,7 @@ class AnchoredPositions(Positions):
         return torch.where(is_time == (self.axes == "time"), reached, position_ids)
 
     def anchored_queries(self, call: AttentionCall) -> list[torch.Tensor]:
-        """The rotated queries, turned on from their own position to where they stand for each image."""
+        """The rotated queries, rotated further from their own position to the one that they have for each image."""
         num_queries = call.query.shape[2]
         if num_queries == 1:
             return list(self.own_and_anchored(call)[:, :, 1:].split(1, 2))
@@ -209,7 +210,7 @@ class AnchoredPositions(Positions):
         return list(rotate(call.module, call.query.repeat(1, 1, num_images, 1), tables).split(num_queries, 2))
 
     def own_and_anchored(self, call: AttentionCall) -> torch.Tensor:
-        """The query of a step of decoding, as it is and turned on for each image, by one product.
+        """The query of a step of decoding, as it is and rotated further for each image, by one product.
 
         Returns:
             `(batch, heads, 1 + num_images, head_dim)`.
@@ -218,7 +219,7 @@ class AnchoredPositions(Positions):
         return turned_by_matrix(call, tables, key).to(call.query.dtype).unflatten(-1, (number, -1)).squeeze(2)
 
     def _moved(self, call: AttentionCall) -> tuple[Tables, int, tuple[Hashable, ...]]:
-        """What turns queries on for each image, for how many, and its name. A single query first stays as it is."""
+        """The rotations of queries for each image, their number and their key. A single query also stays as it is."""
         context, num_queries = call.context, call.query.shape[2]
 
         def turn() -> tuple[Tables, int]:

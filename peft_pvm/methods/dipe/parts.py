@@ -24,7 +24,7 @@ class Run:
 
     Attributes:
         start: The first of them.
-        stop: The first behind them.
+        stop: The first after them.
         is_visual: Their modality.
         image: The image that they belong to, if they are visual.
     """

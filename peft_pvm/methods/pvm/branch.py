@@ -21,7 +21,7 @@ LOWEST = torch.finfo(torch.float32).min / 2
 
 
 class Gate(nn.Module):
-    """One learnable scalar. A module of its own, so that what moves weights about (offloading) finds it like any.
+    """One learnable scalar. It is a module, so that offloading finds its weight as it finds any other.
 
     Args:
         value: Its initial value.
@@ -67,9 +67,9 @@ def fresh_weights(config: PVMConfig, shape: BranchShape) -> dict[str, Any]:
 
 @dataclass(eq=False)  # not frozen: torch.compile would hash it by its fields
 class Branch:
-    """One branch at one decoder layer. Its weights are submodules of the layer, which holds them as PEFT wants it.
+    """One branch at one decoder layer. Its weights are submodules of the layer, where PEFT wants them.
 
-    What it projects is kept by the branch itself: with other weights it is another branch.
+    Keys and values are kept under the branch that projected them. With other weights, it is another branch.
 
     Attributes:
         config: What it was made with.
@@ -103,11 +103,11 @@ class Branch:
 
         Args:
             hidden_states: The residual stream after self-attention, `(batch, seq_len, hidden_size)`.
-            context: What is known about visual tokens in a forward of these tokens alone.
+            context: What is known about visual tokens in a forward of only these tokens.
 
         Returns:
             `(batch, seq_len, hidden_size)` in the dtype of `hidden_states`, exactly 0 at visual tokens and in rows
-            without images; `None` if nobody reads.
+            without images; `None` if no token reads.
         """
         bank = self._bank(hidden_states, context)
         view = view_of_memory(context, self.config.memory_visibility)
@@ -125,18 +125,18 @@ class Branch:
         return update if view.has_memory is None else torch.where(view.has_memory, update, 0)
 
     def queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What readers ask with: `(..., hidden_size)` to `(..., num_heads, head_dim)`."""
+        """The queries of hidden states: `(..., hidden_size)` to `(..., num_heads, head_dim)`."""
         text = self.input_norm(self.text_reducer(self.cast(hidden_states, self.text_reducer.weight.dtype)))
         return self.q_norm(self.q_proj(text).unflatten(-1, (-1, self.shape.head_dim)))
 
     def keys_and_values(self, bank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is read: `(..., hidden_size)` to `(..., num_key_value_heads, head_dim)` each."""
+        """Keys and values of visual tokens: `(..., hidden_size)` to `(..., num_key_value_heads, head_dim)` each."""
         memory = self.vision_reducer(self.cast(bank, self.vision_reducer.weight.dtype))
         keys = self.k_norm(self.k_proj(memory).unflatten(-1, (-1, self.shape.head_dim)))
         return keys, self.v_proj(memory).unflatten(-1, (-1, self.shape.head_dim))
 
     def complete(self, attended: torch.Tensor) -> torch.Tensor:
-        """What was read, made into the update: `(..., num_heads * head_dim)` to `(..., hidden_size)`; 0 to 0."""
+        """The update made of what attention read: `(..., num_heads * head_dim)` to `(..., hidden_size)`; 0 to 0."""
         attended = self.o_proj(attended)
         normed = self.post_attn_norm(attended)
         latent = attended + self.down_proj(
@@ -150,7 +150,7 @@ class Branch:
 
         Args:
             hidden_states: The residual stream after self-attention, `(batch, seq_len, hidden_size)`.
-            context: What is known about visual tokens in a forward of these tokens alone.
+            context: What is known about visual tokens in a forward of only these tokens.
 
         Returns:
             `(batch, num_heads, seq_len, num_visual)`, fp32, each row adding up to 1, or 0 everywhere for a token that
@@ -173,15 +173,15 @@ class Branch:
         return weights if view.has_memory is None else torch.where(view.has_memory.unsqueeze(1), weights, 0)
 
     def _bank(self, hidden_states: torch.Tensor, context: VisualContext) -> torch.Tensor:
-        """What is read, `(batch, num_visual, hidden_size)`."""
-        if context.memory.is_empty:  # read by nobody, or in training by padding
+        """The states of visual tokens that keys and values are made from, `(batch, num_visual, hidden_size)`."""
+        if context.memory.is_empty:  # no token reads it or, in training, only padding
             return hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[2])
         if self.config.memory_source == "hidden_states":
             return bank_of_hidden_states(context, self.layer_idx, hidden_states)
         return context.memory.embeddings
 
     def _queries(self, hidden_states: torch.Tensor, view: MemoryView) -> torch.Tensor:
-        """Of the tokens that read, `(batch, num_heads, num_queries, head_dim)`."""
+        """The queries of the tokens that read, `(batch, num_heads, num_queries, head_dim)`."""
         readers = hidden_states if view.positions is None else gather_rows(hidden_states, view.positions)
         return self.queries(readers).transpose(1, 2)
 
@@ -221,14 +221,14 @@ class MemoryView:
 
 
 def view_of_memory(context: VisualContext, visibility: str) -> MemoryView | None:
-    """Who reads the memory in a forward, for one rule of visibility; `None` if nobody does.
+    """Which tokens read the memory in a forward, for one rule of visibility; `None` if none does.
 
-    Where gradients are recorded somebody always reads, if only a padding token (whose output is dropped): a rank of a
+    If gradients are recorded, some token always reads, even if it is padding whose output is dropped: a rank of a
     sharded model that skipped the branch would leave the others waiting in their collectives.
 
     Args:
         context: Of the forward.
-        visibility: "causal": a token sees the visual tokens before it. "sample": all of its row that are known.
+        visibility: "causal": a token sees the visual tokens before it. "sample": all known ones in its row of a batch.
     """
     return context.derived(("view", visibility), lambda: _make_view(context, visibility))
 
@@ -240,7 +240,7 @@ def _make_view(context: VisualContext, visibility: str) -> MemoryView | None:
             return None
         nobody = torch.full((context.batch_size, 1), EMPTY_SLOT, device=context.device)
         return MemoryView(nobody, None, None)
-    if context.visual_mask is None and memory.is_dense:  # the decode path: all of it stands before every token
+    if context.visual_mask is None and memory.is_dense:  # the decode path: all of it comes before every token
         return MemoryView(None, None, None)
     filled = memory.slots >= 0
     if context.visual_mask is None:
@@ -275,7 +275,7 @@ def bank_of_hidden_states(context: VisualContext, layer_idx: int, hidden_states:
         `(batch, num_visual, hidden_size)`, detached.
 
     Raises:
-        RuntimeError: The memory holds tokens that were read while nobody kept their hidden states.
+        RuntimeError: The memory holds tokens whose hidden states were not kept.
     """
     memory = context.memory
     bank = memory.hidden_states.get(layer_idx)

@@ -100,8 +100,8 @@ def export_reference_checkpoint(
     """Export an adapter and its base model as a checkpoint for the PVM authors' code.
 
     In their code, every token of a sample sees every image of that sample. An adapter with
-    `memory_visibility="causal"` gives the same results there if one image stands in front of the text, and other
-    results if images come later.
+    `memory_visibility="causal"` gives the same results there if one image comes before the text, and other results
+    if images come later.
 
     Args:
         adapter: Folder or Hub id of the adapter.

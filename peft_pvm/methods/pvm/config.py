@@ -47,7 +47,7 @@ WEIGHTS = tuple(SIZES)
 
 
 def weight_name(name: str, number: int = 0) -> str:
-    """What a weight of an adapter's branch of this number is called in the layer and in the adapter's file."""
+    """The name of a weight in the layer and in the adapter's file, for the adapter's branch of this number."""
     return f"pvm_{name}_{number}" if number else f"pvm_{name}"
 
 

@@ -32,7 +32,7 @@ class PVMLayer(VisualTunerLayer):
 
     Args:
         vlm: The model's parts.
-        layer_idx: Index of the decoder layer to stand beside.
+        layer_idx: Index of the decoder layer that it belongs to.
     """
 
     adapter_layer_names = tuple(weight_name(name) for name in WEIGHTS)
@@ -103,7 +103,7 @@ class PVMLayer(VisualTunerLayer):
 
     @property
     def decoder_layer(self) -> nn.Module:
-        """The layer that it stands beside."""
+        """The decoder layer that it belongs to."""
         return self._decoder_layer[0]
 
     def new_hooks(self) -> list[Any]:
@@ -126,7 +126,7 @@ class PVMLayer(VisualTunerLayer):
             self._check_memory(context)
 
     def _check_memory(self, context: VisualContext) -> None:
-        """Once for this layer, see that there are embeddings to read. Waits for the device."""
+        """Check, once for this layer, that there are embeddings to read. Waits for the device."""
         if self._has_memory:
             return
         names = self.acting(context.adapter_names)
@@ -171,7 +171,7 @@ class PVMLayer(VisualTunerLayer):
 
 
 def rows_of(adapter_name: str, context: VisualContext) -> torch.Tensor:
-    """The rows on which an adapter acts, where each has its own, `(batch, 1, 1)`, bool."""
+    """The rows of the batch on which an adapter acts, if each has its own adapter, `(batch, 1, 1)`, bool."""
 
     def compare() -> torch.Tensor:
         chosen = [name == adapter_name for name in context.adapter_names or ()]

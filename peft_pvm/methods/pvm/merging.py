@@ -1,4 +1,4 @@
-"""One PVM adapter made from several, on their configurations and tensors alone: no base model is needed."""
+"""Combines several PVM adapters into one, from their configurations and tensors. No base model is needed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def combine(
 def _check_given(
     adapters: Sequence[tuple[PVMConfig, Tensors]], weights: Sequence[float], combination_type: CombinationType
 ) -> None:
-    """See that there is something to combine, in whatever way."""
+    """Check what every way of combining adapters needs."""
     if combination_type not in get_args(CombinationType):
         raise ValueError(
             f"combination_type is {quoted(combination_type)}, but must be one of {get_args(CombinationType)}."
@@ -104,11 +104,11 @@ def _check_given(
 
 
 def _check_weights(weights: Sequence[float], combination_type: CombinationType, density: float | None) -> None:
-    """See that the numbers given are such that a combination other than "cat" can be made with them."""
+    """Check the numbers given to a way of combining other than "cat"."""
     if combination_type == "linear" and abs(sum(weights) - 1) > 1e-6:
         raise ValueError(
-            f"The weights {quoted(list(weights))} add up to {sum(weights):g}, but must to 1: they average. To "
-            'scale what the adapters add, use combination_type="cat".'
+            f"The weights {quoted(list(weights))} add up to {sum(weights):g}, but must add up to 1, because they "
+            'average. To scale what the adapters add, use combination_type="cat".'
         )
     if combination_type != "linear" and (density is None or not 0 <= density <= 1):
         raise ValueError(f"density is {quoted(density)}, but {combination_type!r} needs one from 0 to 1.")
@@ -135,12 +135,14 @@ def _merged(
 
 def _finite(config: PVMConfig, tensors: Tensors) -> tuple[PVMConfig, Tensors]:
     if problems := flaws(tensors.items()):
-        raise ValueError(f"The weights and the adapters make none that could be loaded: {listed(problems)}")
+        raise ValueError(
+            f"An adapter combined from these adapters and weights could not be loaded: {listed(problems)}"
+        )
     return config, tensors
 
 
 def check_alike(configs: Sequence[PVMConfig]) -> None:
-    """See that a weight of one adapter stands where it stands in the others.
+    """Check that each weight has the same place in all adapters.
 
     Raises:
         ValueError: They differ in a field that decides it.

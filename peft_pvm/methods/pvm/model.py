@@ -83,9 +83,7 @@ class PVMModel(VisualTuner):
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
         if self.training:
-            raise ValueError(
-                "adapter_names chooses adapters row by row in inference alone, but the model is training."
-            )
+            raise ValueError("adapter_names chooses adapters row by row only in inference, but the model is training.")
         known = self._adapter_names()
         unknown = sorted(set(adapter_names) - known - {BASE})
         if unknown:

@@ -318,7 +318,7 @@ class _Block:
     def exponentials(
         self, scores: torch.Tensor, needs_least: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What softmax divides by its sum, and if needed each row's least logarithm of it. The scores are lost."""
+        """What softmax divides by its sum, and if needed each row's least logarithm of it. Overwrites the scores."""
         if self.visible is not None:
             scores[..., self.always :].masked_fill_(~self.visible, _lowest(scores))
         scores = torch.sub(scores, scores.detach().amax(-1, keepdim=True), **over(scores))
@@ -326,7 +326,7 @@ class _Block:
         return torch.exp2(scores, **over(scores)), least
 
     def boost(self, semantic: torch.Tensor, config: Steps, log_least: torch.Tensor | None) -> torch.Tensor:
-        """`distance_boost` by sem_pos, which is lost, given the log of each query's least weight, if needed."""
+        """`distance_boost` from sem_pos, which it overwrites, and the log of each query's least weight, if needed."""
         dc_floor, re_floor = config.floors
         dc_exponent = dc_floor.exponent(log_least)
         re_exponent = dc_exponent if re_floor == dc_floor else re_floor.exponent(log_least)

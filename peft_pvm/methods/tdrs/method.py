@@ -106,7 +106,7 @@ class TDRSConfig(AttentionMethod):
 
     @classmethod
     def start_forward(cls, context: VisualContext) -> None:
-        """Have the positions of all tokens kept, which its keys are compared without."""
+        """Keep the positions of all tokens, so that the rotation of keys can be undone."""
         keep_positions(context)
 
     def stages(self, layer: SteeredLayer) -> Stage | Sequence[Stage]:
@@ -116,7 +116,7 @@ class TDRSConfig(AttentionMethod):
 
     @property
     def floors(self) -> tuple[Floor, Floor]:
-        """Of both steps that look at the distance. A step that is off must not cost a look at the least weight."""
+        """The floors of both steps that look at the distance. A step that is off must not need the least weight."""
         return Floor.of(self.dc_floor), Floor.of(self.re_floor if self.re_strength else 0.5)
 
     @property
@@ -141,7 +141,7 @@ def _has_triton() -> bool:
 
 
 def keep_positions(context: VisualContext) -> None:
-    """Have the position of every token kept in the memory, as the rotary embedding is given it."""
+    """Keep the position of every token in the memory, as the rotary embedding is given it."""
     context.keeps[POSITIONS] = lambda context: context.noted()[0]
 
 

@@ -163,9 +163,9 @@ def fall_to(farthest: torch.Tensor) -> torch.Tensor:
 
 
 def over(tensor: torch.Tensor) -> dict[str, Any]:
-    """Has an operation write its result over a tensor that nobody needs any more: less leaves a CPU's cache.
+    """Lets an operation overwrite a tensor that is no longer needed, so that less leaves a CPU's cache.
 
-    Not where gradients may need it.
+    It does not do so if gradients may need the tensor.
     """
     return {} if torch.is_grad_enabled() else {"out": tensor}
 
@@ -179,7 +179,7 @@ def boost_that_falls(
     dc_strength: float,
     re_strength: float,
 ) -> torch.Tensor:
-    """`distance_boost`, for 1 + sem_pos, which is lost, and `fall_to` of the farthest, which layers share."""
+    """`distance_boost` from 1 + sem_pos, which it overwrites, and `fall_to` of the farthest, which layers share."""
     # Few steps over all pairs, and powers of two, which torch raises faster than those of e.
     part = torch.div(distance, scale, **over(scale))
     part = torch.square(part, **over(part))
@@ -233,7 +233,7 @@ def reweighted(
 
     dc_floor, re_floor = (floor(one.value, one.is_multiple) for one in steps.floors)
     far = distance.abs().expand_as(scores).masked_fill(hidden, 0).amax(-1, keepdim=True)
-    far = torch.where(far > 0, far, 1)  # a query that sees but itself: every distance is 0
+    far = torch.where(far > 0, far, 1)  # a query that sees only itself: every distance is 0
     sigma = far / (-2 * dc_floor.log()).sqrt()
     gaussian = torch.exp(-((distance / scale / sigma) ** 2) / 2)
     alpha = -re_floor.log() / torch.log1p(far**2 / (2 * sigma**2))

@@ -70,7 +70,7 @@ def test_models_of_one_axis_have_time_alone():
     assert torch.equal(time, whole)
     space = get_peft_model(family.build(), DIPEConfig(max_distance=0, axes="space"))
     with pytest.raises(
-        NotImplementedError, match=r"DIPEConfig.axes is 'space', but the positions of this model have one"
+        NotImplementedError, match=r"DIPEConfig.axes is 'space', but the positions of this model have only one axis"
     ):
         logits(space, inputs)
 

@@ -115,7 +115,7 @@ def test_names_that_do_not_fit_are_refused(tiny: TinyVLM, model: PeftModel, name
 
 
 def test_training_is_refused(tiny: TinyVLM, model: PeftModel):
-    with pytest.raises(ValueError, match="in inference alone"):
+    with pytest.raises(ValueError, match="only in inference"):
         logits(model.train(), tiny.inputs(model.get_base_model(), *ROWS), adapter_names=NAMES)
 
 

@@ -184,7 +184,7 @@ def test_cat_trains_and_decodes(tiny: TinyVLM, strangers: PeftModel):
     ("arguments", "message"),
     [
         ((["a", "other"], [0.5, 0.5], "new"), "not known to have started from the same initial weights"),
-        ((["a", "b"], [0.5, 0.6], "new"), "add up to 1.1, but must to 1"),
+        ((["a", "b"], [0.5, 0.6], "new"), "add up to 1.1, but must add up to 1"),
         ((["a", "b"], [1.0], "new"), "2 adapters and 1 weights"),
         (([], [], "new"), "0 adapters"),
         ((["a", "wrong"], [0.5, 0.5], "new"), r"no PVM adapters \['wrong'\]; it has \['a', 'b', 'other'\]"),
