@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
-from experiments.serving_load import BASE, MEASURES, table
+import psutil
+
+from experiments.serving_load import BASE, MEASURES, Server, table
 
 
+# A process and one below it, which computes for half a second. Both wait then until their input ends.
+COMPUTES = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint('done', flush=True)\nsys.stdin.read()"
+STARTS = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {COMPUTES!r}])"
 REPOSITORY = Path(__file__).parents[2]
 RECORDED = REPOSITORY / "experiments" / "results" / "serving" / "load.json"
 
@@ -27,6 +34,16 @@ def test_ratios_are_those_of_the_same_round():
     *_, of_base, of_pvm = table(rounds).splitlines()
     assert of_base == "| 16 | base | 400.0 | 400.0 | 400.0 | 4.0 | 4.00 |"
     assert of_pvm == "| 16 | PVM | 800.0 (2.00 x) | 800.0 (2.00 x) | 800.0 (2.00 x) | 8.0 (2.00 x) | 8.00 (2.00 x) |"
+
+
+def test_the_processes_below_a_server_count_as_well():
+    with subprocess.Popen([sys.executable, "-c", STARTS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
+        assert started.stdout.readline() == b"done\n"
+        server = Server("", psutil.Process(started.pid))
+        computed, in_memory = server.cpu_seconds(), server.memory()
+        of_the_first = server.process.memory_info().rss
+    assert 0.5 <= computed < 1.5
+    assert in_memory > 1.5 * of_the_first
 
 
 def test_the_documentation_shows_the_recorded_table():
