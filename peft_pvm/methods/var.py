@@ -120,8 +120,10 @@ class VARConfig(AttentionMethod):
 
         def find() -> torch.Tensor:
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-            channels = torch.tensor(self.sink_channels, device=hidden_states.device)
-            return hidden_states.new_zeros(hidden_states.shape[-1], dtype=dtype).index_fill(0, channels, 1)
+            channels = hidden_states.new_zeros(hidden_states.shape[-1], dtype=dtype)
+            for channel in self.sink_channels or ():
+                channels[channel] = 1
+            return channels
 
         channels = context.derived((self._whose, "channels", hidden_states.dtype, hidden_states.device), find)
         return torch.linalg.vector_norm(sizes(hidden_states, channels), torch.inf, -1) > self.tau
