@@ -82,8 +82,8 @@ topics. Tests use other digits and texts, split by a hash of their content.
 
 **Training**: the base is frozen.
 {used}.
-AdamW, learning rate {used.learning_rate} (the gates ten times that). Half of the steps ask about one mosaic, a
-quarter about two or three, a quarter have one transcribed. Command:
+AdamW, learning rate {used.learning_rate} (the gates ten times that). Half of the steps ask about one mosaic, and a
+quarter about two or three. In the remaining quarter, the model writes out all cells of one. Command:
 `python -m experiments train --method pvm --recipe {recipe} --seed {seed}`.
 
 **Results**: accuracy on held-out digits, ± standard error over {tested} rows of {NUM_CELLS} questions.
@@ -92,7 +92,7 @@ quarter about two or three, a quarter have one transcribed. Command:
 |---:|---:|---:|
 {NEWLINE.join(rows)}
 
-The same while the model writes out its mosaic over and over, the image never repeated:
+The same while the model writes out its mosaic again and again. The image is given only once:
 
 | Round | Base | With this adapter |
 |---:|---:|---:|

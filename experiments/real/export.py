@@ -61,7 +61,7 @@ def _card(folders: Sequence[Path], folder: Path, trained_by: str, results: Resul
     data = ModelCardData(library_name="peft", license="apache-2.0", tags=["peft-pvm", folder.name, "vision-language"])
     names = [str(other) for other in folders]
     others = [str(other) for other in folders if other != folder]
-    beside = f" It belongs together with {', '.join(others)}." if others else ""
+    beside = f" It has to be loaded together with {', '.join(others)}." if others else ""
     trained = "+".join(other.name for other in folders)
     is_saved = any(results.find(task, trained + AS_SAVED).runs for task in results.tasks)
     method = trained + AS_SAVED if is_saved else trained

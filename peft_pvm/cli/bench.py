@@ -76,7 +76,7 @@ def bench(
     ] = ",".join(choices.BENCHED_BY_DEFAULT),
     lengths: Lengths = "2048",
     visual_tokens: Annotated[int, counted("Visual tokens of the one image in each row.")] = 1024,
-    batch: Annotated[int, counted("Rows.")] = 1,
+    batch: Annotated[int, counted("Rows of the batch.")] = 1,
     new_tokens: Annotated[int, counted("Tokens to decode in a round.")] = 8,
     rounds: Annotated[int, counted("Rounds of decoding.")] = 5,
     prefills: Annotated[int, counted("Rounds of prefilling.")] = 3,
@@ -134,11 +134,13 @@ def _methods(text: str) -> tuple[str, ...]:
 
 def scale(
     typer_context: typer.Context,
-    preset: Annotated[choices.Preset, typer.Option(help="A shape.")] = "8b-random",
+    preset: Annotated[choices.Preset, typer.Option(help="The shape of the model.")] = "8b-random",
     context: Annotated[
         str, typer.Option(help="Lengths of the context, visual tokens included, separated by commas.")
     ] = "4096,32768",
-    visual_tokens: Annotated[str, typer.Option(help="How many of them are visual.")] = "256,1024,4095",
+    visual_tokens: Annotated[
+        str, typer.Option(help="How many tokens of the context are visual, separated by commas.")
+    ] = "256,1024,4095",
     batch: Annotated[str, typer.Option(help="Conversations decoded in one step.")] = "1,64",
     sequences: Annotated[str, typer.Option(help="Conversations kept at once.")] = "1,1000,1000000",
     branches: Annotated[int | None, counted("Decoder layers with PVM; by default the paper's.")] = None,

@@ -46,8 +46,8 @@ Out = Annotated[
 TaskName = Annotated[
     str,
     typer.Option(
-        help="`mosaic` or `transcription`, the lab's; a JSON Lines file of `image`, `question` and `answer`; or the "
-        "folder or Hub id of a data set with these columns, or with chats as for training."
+        help="`mosaic` or `transcription`, the lab's tasks; a JSON Lines file of `image`, `question` and `answer`; or "
+        "the folder or Hub id of a data set with these columns, or with chats as for training."
     ),
 ]
 Methods = Annotated[str, typer.Option(help=f"`{ALL}`, or some of {', '.join(UNTRAINED)}, separated by commas.")]

@@ -67,7 +67,7 @@ def recall_command(
 
 
 @app.command("save-base")
-def save_base(out: Annotated[Path, typer.Argument(callback=new_folder, help="The folder.")]) -> None:
+def save_base(out: Annotated[Path, typer.Argument(callback=new_folder, help="The folder to write to.")]) -> None:
     """Write the tiny model to a folder, with tokenizer, image processor and chat template, for use in trainers."""
     from .work import lab as work
 

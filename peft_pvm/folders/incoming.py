@@ -1,4 +1,4 @@
-"""What is being loaded, which PEFT and transformers do not tell the tuners, and whether it fits a model."""
+"""What is being loaded, and whether it fits a model. PEFT and transformers do not tell the tuners what they load."""
 
 from __future__ import annotations
 

@@ -32,13 +32,13 @@ def push_adapter(
 ) -> str:
     """Upload a saved adapter to the Hub: its configuration, weights, model card and `results.json`, and no other file.
 
-    The repository is made if it is not there. The folder stays as it is.
+    The repository is created if it does not exist. The folder stays as it is.
 
     Args:
         folder: Where the adapter is saved.
         repo_id: The repository, as in "you/my-adapter".
         base: Hub id of the base model, in place of the one that the adapter's configuration names.
-        revision: The branch, which is made if it is not there; `None`: the main one.
+        revision: The branch, which is created if it does not exist; `None`: the main one.
         private: Whether a new repository is private; `None`: the default of the account.
         token: The account's token; `None`: the one from `hf auth login` or `HF_TOKEN`.
 

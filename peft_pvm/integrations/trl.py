@@ -62,10 +62,11 @@ def format_reward(completions: Sequence[Any], **kwargs: Any) -> list[float]:
 def accuracy_reward(completions: Sequence[Any], solution: Sequence[str], **kwargs: Any) -> list[float]:
     r"""1 for a completion whose answer is right, 0 for others.
 
-    The answer is what comes between the last `<answer>` and `</answer>`, or all of a completion without them. It is
-    right if, in this order: it is the solution, letter case, white space, a final full stop, `$` and `\boxed{}`
-    aside; or the solution is one letter and the answer begins with it as a choice, such as "(B) a dog" for "B"; or
-    the solution is a number or formula and math-verify finds the answer equal.
+    The answer is what comes between the last `<answer>` and `</answer>`, or all of a completion without them. Three
+    rules are tried in this order, and the answer is right if one of them holds. It equals the solution, apart from
+    letter case, white space, a final full stop, `$` and `\boxed{}`. Or the solution is one letter, and the answer
+    begins with it as a choice, such as "(B) a dog" for "B". Or the solution is a number or formula, and math-verify
+    finds the answer equal to it.
 
     Args:
         completions: Texts, or chats of one message.
@@ -97,7 +98,7 @@ def is_right(answer: str, solution: str) -> bool:
 
 
 class GazeCallback(TrainerCallback):
-    """Logs, whenever the loss is logged, how much the model looks at an image, and what PVM does: see `gaze`.
+    """Logs how much the model looks at an image, and what PVM does, whenever the loss is logged: see `gaze`.
 
     The model runs once more for it, without gradients, over the same chat every time.
 
@@ -130,7 +131,7 @@ def last_answer(example: Mapping[str, Any]) -> dict[str, Any]:
         example: `messages`, of which the last is the assistant's.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The last message is not the assistant's.
     """
     *prompt, last = example["messages"]
     if not prompt or last["role"] != "assistant":
@@ -142,7 +143,7 @@ def chat_inputs(processor: ProcessorMixin, data: Iterable[Mapping[str, Any]]) ->
     """What a model takes for the first row of a data set that has an image.
 
     Args:
-        processor: The model's.
+        processor: The model's processor.
         data: Rows with `images` or one `image`, and `messages` or `prompt` (with `completion` or without).
 
     Raises:
@@ -259,7 +260,7 @@ def refuse_vllm(use_vllm: bool) -> None:
     """TRL generates with vLLM by merging adapters into the base, and PVM cannot be merged.
 
     Raises:
-        ValueError: It is asked for.
+        ValueError: `use_vllm` is True.
     """
     if use_vllm:
         raise ValueError(

@@ -31,7 +31,7 @@ class M3IDConfig(LogitsMethod):
 
     Args:
         rate: How fast the contrast grows with each token, 0 or more.
-        threshold: If the likeliest token has at least this probability, nothing changes, above 0.
+        threshold: Nothing changes if the likeliest token has at least this probability. Above 0.
         format_version: The format of the saved adapter. Do not change it.
         init_weights: Without effect: there are no weights. PEFT expects the field.
     """
@@ -40,7 +40,7 @@ class M3IDConfig(LogitsMethod):
 
     rate: float = setting(0.02, "How fast the contrast grows with each token, 0 or more.", least=0)
     threshold: float = setting(
-        0.3, "If the likeliest token has at least this probability, nothing changes, above 0.", above=0
+        0.3, "Nothing changes if the likeliest token has at least this probability. Above 0.", above=0
     )
 
     def second_prompt(self, prompt: Prompt) -> dict[str, Any]:

@@ -27,15 +27,15 @@ class SAVAAConfig(AttentionMethod):
         r = clip((alpha * H + (1 - alpha) * (1 - G)) / risk_scale, 0, 1)
 
     The softmax follows. `r` is the risk. `H` is the entropy of the last logits of the forward before, divided by the
-    logarithm of the vocabulary's size. `G` belongs to the likeliest token of these logits: it is the largest
-    probability that the logits at any visual token gave to it. So it acts when a forward continues a KV cache by one
-    token, as in `generate`. **A forward of several tokens is that of the base.** It has no parameters.
+    logarithm of the vocabulary's size. `G` is the largest probability that the logits at any
+    visual token gave to the token that is the likeliest by these last logits. So it acts when a forward continues a KV
+    cache by one token, as in `generate`. **A forward of several tokens is that of the base.** It has no parameters.
 
     Args:
         visual: What scores of visual keys are multiplied by at the highest risk, above 0.
         text: What scores of the prompt's text are divided by, above 0.
         alpha: The share of `H` in the risk, 0 to 1. The rest is the share of `1 - G`.
-        risk_scale: The sum of both shares from which on the risk is 1, above 0.
+        risk_scale: The weighted sum of `H` and `1 - G` at which the risk reaches 1, above 0.
         layers_to_transform: Indices of the decoder layers it acts on (or one). `None`: the authors' 4 to 14 of 36
             layers, and the same part of other depths.
         format_version: The format of the saved adapter. Do not change it.
@@ -51,7 +51,7 @@ class SAVAAConfig(AttentionMethod):
     visual: float = setting(1.3, "What scores of visual keys are multiplied by at the highest risk, above 0.", above=0)
     text: float = setting(1.3, "What scores of the prompt's text are divided by, above 0.", above=0)
     alpha: float = setting(0.6, "The share of entropy in the risk, 0 to 1.", least=0, most=1)
-    risk_scale: float = setting(0.6, "The sum of both shares from which on the risk is 1, above 0.", above=0)
+    risk_scale: float = setting(0.6, "The weighted sum of H and 1 - G at which the risk reaches 1, above 0.", above=0)
 
     def acts_in(self, context: VisualContext) -> bool:
         """Whether this is a step of decoding after a forward that left its logits.

@@ -35,7 +35,7 @@ class VCDConfig(LogitsMethod):
 
     Args:
         alpha: How much is subtracted, 0 or more.
-        beta: Tokens with less than this share of the likeliest token's probability are excluded, above 0, up to 1.
+        beta: Tokens with less than this share of the likeliest token's probability are excluded. Above 0, at most 1.
         noise_steps: At which step of the diffusion the noise is, 0 to 999.
         seed: The seed of the noise. Noise is drawn for each image by itself, so an image gets the same noise
             in any batch.
@@ -48,7 +48,7 @@ class VCDConfig(LogitsMethod):
     alpha: float = setting(1.0, "How much is subtracted, 0 or more.", least=0)
     beta: float = setting(
         0.1,
-        "Tokens with less than this share of the likeliest token's probability are excluded, above 0, up to 1.",
+        "Tokens with less than this share of the likeliest token's probability are excluded. Above 0, at most 1.",
         above=0,
         most=1,
     )

@@ -57,7 +57,7 @@ class Calibration:
     Attributes:
         max_distance: The proposed limit; `None`: leave DIPE off.
         reason: Why, in a sentence.
-        answers: By limit, `None` standing for the model without DIPE, and by length of the text in tokens.
+        answers: By limit, where `None` stands for the model without DIPE, and by length of the text in tokens.
     """
 
     max_distance: int | None
@@ -89,10 +89,11 @@ def calibrate(
 ) -> Calibration:
     """Measure with which limit of DIPE's distance a model answers best when text comes between image and question.
 
-    Each answer is read after its question, not generated. The model, with the adapters that it has, is left as it
-    was. The proposal is the limit with the least loss, mean over lengths. Of limits that differ from it by less than a
-    standard error, taken over rows, or by less than a hundredth of a nat, it is the one that changes the model least:
-    no DIPE if that is among them, else the largest.
+    Each answer is given to the model after its question, and not generated. The model, with the adapters that it has,
+    is left as it was. The best limit is the one with the least loss, averaged over lengths. Other limits count as just
+    as good if their loss differs from this by less than a standard error, taken over rows, or by less than a hundredth
+    of a nat. Among these, the proposal is what changes the model least: no DIPE if that is among them, otherwise the
+    largest limit.
 
     Args:
         model: A vision-language model whose text model has rotary positions.
@@ -105,7 +106,8 @@ def calibrate(
         progress: Called with what is being done, how many steps of it are done and how many there are.
 
     Raises:
-        ValueError: There are fewer than two chats, a length leaves the model's positions, or DIPE cannot be attached.
+        ValueError: There are fewer than two chats, a length needs more positions than the model has, or DIPE cannot be
+            attached.
     """
     if len(chats) < 2:
         raise ValueError(
@@ -160,7 +162,7 @@ def measure(
         progress: As in `calibrate`.
 
     Returns:
-        By limit, `None` standing for the model as it is, and by length.
+        By limit, where `None` stands for the model as it is, and by length.
     """
     vlm = find_vlm(base_of(model))
     limits: list[int | None] = [None, *sorted(set(max_distances), reverse=True)]

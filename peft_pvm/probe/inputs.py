@@ -58,7 +58,7 @@ def picture_of(processor: Any, image: Image, longest_side: int = LONGEST_SIDE) -
     Args:
         processor: The model's processor. If it crops, it keeps the middle.
         image: The image.
-        longest_side: In pixels, of the file.
+        longest_side: The longest side of the file, in pixels.
     """
     picture = image.convert("RGB")
     image_processor: Any = getattr(processor, "image_processor", None)

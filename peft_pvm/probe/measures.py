@@ -36,10 +36,10 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class Dilution:
-    """`mass = a / (a + text_tokens)`: the share of the image if attention does not tell tokens apart but by modality.
+    """`mass = a / (a + text_tokens)`: the share of the image if attention distinguishes tokens only by their modality.
 
-    A softmax over scores that are equal within a modality gives it, with `a` = number of visual tokens times how many
-    text tokens one of them is worth.
+    A softmax gives this share if all scores within a modality are equal. `a` is then the number of visual tokens,
+    times the number of text tokens that weigh as much as one of them.
 
     Attributes:
         a: The number of text tokens after which half of the attention is left.
@@ -113,7 +113,7 @@ def find_sinks(per_token: torch.Tensor, sink_factor: float, sink_share: float) -
 
     Args:
         per_token: The attention that reaches each visual token, `(num_queries, num_visual)`.
-        sink_factor: A sink has more than so many times the mean over all visual tokens ...
+        sink_factor: A sink has more than this many times the mean over all visual tokens ...
         sink_share: ... for at least this share of the queries.
 
     Returns:
@@ -146,12 +146,13 @@ def kl_divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 
 
 def logit_lens(hidden_states: list[torch.Tensor], norm: nn.Module, head: nn.Module) -> list[torch.Tensor]:
-    """How far the prediction of each layer, read out as the last layer is, is from the final one.
+    """How far each layer's prediction, read out like that of the last layer, is from the final prediction.
 
     Args:
         hidden_states: What each decoder layer gave, `(1, num_tokens, hidden_size)`.
         norm: The text model's final norm.
-        head: What makes logits of its output. A soft cap or scale that the model applies afterwards is left out.
+        head: What makes logits of the norm's output. A soft cap or scale that the model applies afterwards is left
+            out.
 
     Returns:
         For each layer, KL(last layer's prediction || this layer's) in nats, `(num_tokens,)`; the last one is 0.

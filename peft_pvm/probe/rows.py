@@ -1,4 +1,4 @@
-"""Rows of a data set as a model is taught them: a chat with images, and after it the answer that is to come."""
+"""Rows of a data set as a model is trained on them: a chat with images, followed by its answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Lesson:
 
     Attributes:
         inputs: What the model's processor gives for both, `input_ids` as `(1, seq_len)`.
-        num_answer_tokens: So many tokens at the end are the answer.
+        num_answer_tokens: How many tokens at the end are the answer.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -59,12 +59,12 @@ def read_chats(rows: Iterable[Mapping[str, Any]], most: int) -> list[Chat]:
     Args:
         rows: With `images` or one `image`, and either `messages` or `prompt` and `completion`. Messages are dicts of
             `role` and `content`, a text or a list of parts. If no part is an image, all images come before the first
-            message of the user, as TRL does it.
-        most: So many chats at most. Rows without images are passed over.
+            message of the user, as in TRL.
+        most: The largest number of chats. Rows without images are skipped.
 
     Raises:
-        ValueError: No row has an image, or one that has does not end with an answer of the assistant, or has another
-            number of images than its messages.
+        ValueError: No row has an image. Or a row with images does not end with an answer of the assistant, or its
+            messages have another number of images.
     """
     if most < 1:
         raise ValueError(f"The number of rows is {most}, but must be at least 1.")

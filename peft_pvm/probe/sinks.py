@@ -42,7 +42,7 @@ class Outliers:
 
 @dataclass(frozen=True)
 class SinkProposal:
-    """Channels by which VAR is to know sinks.
+    """Channels by which VAR is to recognize sinks.
 
     Attributes:
         channels: Ascending, for `VARConfig(sink_channels=...)`; may be empty.
@@ -61,11 +61,12 @@ class SinkProposal:
 def propose_sinks(
     model: nn.Module, processor: Any, chats: Sequence[Chat], tau: float = 20.0, progress: Progress | None = None
 ) -> SinkProposal:
-    """Propose the channels by which VAR is to know sinks: those above `tau` at the first token of a text.
+    """Propose the channels by which VAR is to recognize sinks: those above `tau` at the first token of a text.
 
     The first token is a sink in language models, whatever it is, and sinks among visual tokens stand out in the same
     channels (arXiv 2503.03321, section 3). The model reads each chat with its answer, one forward each, with all
-    adapters off, and is left as it was. It is looked at where the layers begin on which VAR acts by default.
+    adapters off, and is left as it was. Its hidden states are taken at the input of each layer on which VAR acts by
+    default.
 
     Args:
         model: A vision-language model, with adapters or without.

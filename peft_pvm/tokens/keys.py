@@ -1,4 +1,4 @@
-"""`Keys`: which tokens the keys belong to that a layer hands to its attention."""
+"""`Keys`: for each key that a layer hands to its attention, the token that it belongs to."""
 
 from __future__ import annotations
 

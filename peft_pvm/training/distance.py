@@ -32,7 +32,7 @@ class TextBetween:
         seed: Together with the number of the row, it decides length and text.
 
     Raises:
-        ValueError: A number out of its range, or another way to draw.
+        ValueError: A number is out of its range, or `lengths` is neither of the two.
 
     Example:
         data = TextBetween(processor, 1024).put_into(data)

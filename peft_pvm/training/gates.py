@@ -30,7 +30,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, faster: float = FAS
     Args:
         model: The model. Only parameters that require gradients are in the groups.
         learning_rate: The learning rate of everything but the gates.
-        faster: The learning rate of the gates, divided by this.
+        faster: The learning rate of the gates, as a multiple of `learning_rate`.
 
     Returns:
         The groups that have a parameter: the rest, then the gates.

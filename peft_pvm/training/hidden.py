@@ -1,7 +1,7 @@
 """Training steps in which the image is hidden from attention, so that only an adapter beside it can look at it.
 
-Where the base still answers right, PVM has nothing to learn. Hiding the image goes to the limit of fading: no text
-token can attend to a visual token, and the answer has to come through PVM. The recipe is ours, not a paper's.
+Where the base still answers right, PVM has nothing to learn. Hiding the image is the extreme case of fading: no text
+token can attend to a visual token, so the answer has to come through PVM. The recipe is ours, not a paper's.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class HiddenImage(TrainerCallback):
 
     Args:
         steps: In this many optimizer steps at the beginning, all rows hide their images.
-        share: After these steps, this share of all rows does, drawn at random: from 0 to 1. If `steps` and `share` are
-            0, no row does.
+        share: After these steps, this share of all rows hides its images, from 0 to 1. The rows are drawn at random.
+            If `steps` and `share` are 0, no row hides them.
         seed: Decides the draws.
 
     Raises:

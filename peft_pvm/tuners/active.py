@@ -1,4 +1,4 @@
-"""Which adapters of a model act, whatever their type, and having others act for the length of a block."""
+"""Which adapters of a model act, whatever their type, and how to have others act during a `with` block."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def acting_adapters(model: nn.Module) -> list[str]:
         model: A transformers model with adapters of any of PEFT's types that live in layers.
 
     Returns:
-        Names: those active in some layer that holds them and is not disabled.
+        Names of the adapters that are active in a layer that holds them and is not disabled.
     """
     acting = set()
     for layer in adapter_layers(model):

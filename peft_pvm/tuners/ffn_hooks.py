@@ -1,4 +1,4 @@
-"""Hooks on the FFN of a decoder layer: what an adapter puts beside it or makes of its output, however it is built."""
+"""Hooks on the FFN of a decoder layer: an adapter adds a branch beside it or changes its output, in any model."""
 
 from __future__ import annotations
 

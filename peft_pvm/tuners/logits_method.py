@@ -1,5 +1,5 @@
 """A method that changes the scores of `generate` is one class: its configuration, which says what a second run of the
-model is given, and what the logits of the two runs make.
+model reads, and how scores are made from the logits of both runs.
 
 While an adapter acts, `generate` runs the model twice for each token. A plain forward is that of the base.
 """

@@ -1,4 +1,4 @@
-"""Refuses ways to generate in which forwards on a KV cache do not tell the tokens of an answer from the prompt."""
+"""Refuses ways to generate that do not go one token at a time on a KV cache, for methods that depend on it."""
 
 from __future__ import annotations
 

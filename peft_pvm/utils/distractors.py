@@ -28,8 +28,8 @@ def read_paragraphs(path: str | os.PathLike | None = None) -> list[str]:
     """What distractors are made of: the paragraphs of a text file, or of Python's help topics.
 
     Args:
-        path: A text file in UTF-8, paragraphs apart by blank lines; `None`: the help topics, English prose of about
-            460,000 characters. Another version of Python may word them otherwise.
+        path: A text file in UTF-8, with blank lines between paragraphs; `None`: the help topics, English prose of
+            about 460,000 characters. Another version of Python may word them otherwise.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -49,7 +49,7 @@ def read_paragraphs(path: str | os.PathLike | None = None) -> list[str]:
 
 
 def check_tokens(tokens: Any, name: str = "distractor_tokens") -> None:
-    """Raise ValueError unless a text can have so many tokens; `name` is the argument's, for the message."""
+    """Raise ValueError unless a text can have this many tokens; `name` is the argument's, for the message."""
     if not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"{name} is {tokens!r}, but must be a whole number of tokens, 0 for none.")
 
@@ -77,13 +77,13 @@ class Distractors:
     def draw(self, document: str, answers: Collection[str] = (), tokens: int | None = None) -> str:
         """The text for a document: always the same, and for a greater length the same and more.
 
-        It is exactly as many tokens long as asked for, or, where no cut gives that, as near to it as a cut does.
+        It has exactly the number of tokens asked for. If no cut of the text gives this number, it has the nearest one.
 
         Args:
             document: What names the document, such as task, split and number.
-            answers: What must not be in the text, as words of their own, letter case and line breaks aside;
-                anywhere in it, if they are of a script that puts no spaces between words. The letter of a choice,
-                such as "B" or "(b)", gives nothing away, and no text would be without it.
+            answers: What must not be in the text as separate words, whatever their letter case and line breaks. In a
+                script that puts no spaces between words, it must not be anywhere in the text. The letter of a choice,
+                such as "B" or "(b)", is ignored: it gives nothing away, and no text would be without it.
             tokens: How many tokens the text has. `None`: `tokens` of the class.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What the package needs to know of others: supported versions, optional packages, and private names.
+"""What this package needs to know of other packages: supported versions, optional packages, and private names.
 
 Every name that differs between versions is here, and every private name of PEFT, transformers and accelerate that is
 read, called or set, each in a function of its own. A new version may change any of them. This is then the place to

@@ -30,10 +30,11 @@ def into_context(context: str, text: str) -> str:
 def answers_of(task: Any, doc: Mapping[str, Any]) -> list[str]:
     """What a distractor for a document must not contain: its targets, as far as text can give them away.
 
-    Of a list each member counts, of a dict each value. A list that is written as a string, such as "['cat', 'dog']",
-    counts as it is and by its members. If the task has choices, a target that is a number among them stands for that
-    choice, counted from 0; so does a string of digits, unless it is itself one of the choices; so does a letter,
-    counted from A. A letter itself, such as "B" or "(B)", gives nothing away and is left out.
+    If a target is a list, each member counts, and if it is a dict, each value. A list that is written as a string,
+    such as "['cat', 'dog']", counts both as this string and by its members. If the task has choices, a number stands
+    for the choice with this index, from 0. So does a string of digits, unless it is itself one of the choices. A
+    letter stands for the choice with this place, from A. The letter itself, such as "B" or "(B)", gives nothing away
+    and is left out.
 
     Args:
         task: One of lmms-eval's. Without a `doc_to_target` it has no targets.

@@ -41,7 +41,7 @@ class Settings:
         lengths: Tokens of text between image and question; 0 for none.
         adapters: What is compared with the base: each a folder, a Hub id, or several with `+` between, which act
             together.
-        seeds: Seeds of sampling. Each is a run; a task with greedy answers needs one.
+        seeds: Seeds of sampling, with one run for each. A task with greedy answers needs only one.
         include_path: Folder of further tasks.
         limit: Documents of each task; `None`: all.
         batch_size: Documents at a time.

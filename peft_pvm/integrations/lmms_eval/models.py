@@ -40,8 +40,8 @@ class WithAdapters(Base):
 
     Args:
         adapter: Folders or Hub ids of adapters, of any of PEFT's types: a sequence, or one string with `+` between.
-            All act. A folder with a `+` in its name goes into a sequence only.
-        distractor_tokens: Put text of so many tokens after the last image of each document; 0 for none.
+            All of them act together. A folder with a `+` in its name goes into a sequence only.
+        distractor_tokens: Put text of this many tokens after the last image of each document; 0 for none.
         distractor_file: Text file that it is made of; by default Python's help topics.
         distractor_seed: Together with the document, it decides which paragraphs come in which order.
 

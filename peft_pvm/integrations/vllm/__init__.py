@@ -9,7 +9,7 @@ __all__ = ["export_vllm", "register", "serve_arguments", "serve_environment"]
 
 
 def register() -> None:
-    """Make our architectures known to vLLM. It calls this in each of its processes."""
+    """Make our architectures known to vLLM, which calls this function in each of its processes."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

@@ -1,8 +1,9 @@
 """Lets each request choose its adapters: vLLM's LoRA requests carry the choice, and a LoRA switches adapters on.
 
-The text model has a linear layer from the number 1 to one number for each adapter, whose weight is 0. A choice is a
-folder with a LoRA of only this layer, which adds 1 for the adapters that it switches on. vLLM does the rest as for any
-LoRA: it names the choices to its clients, knows the choice of each token in a batch, and keeps cached prefixes apart.
+The text model has a linear layer whose input is the number 1 and whose output is one number for each adapter. Its
+weight is 0. A choice is a folder with a LoRA of only this layer, which adds 1 for the adapters that it switches on.
+vLLM does the rest as for any LoRA: it names the choices to its clients, knows the choice of each token in a batch, and
+keeps cached prefixes apart.
 
 The layer has another name in each export. So vLLM refuses choices of one export beside the adapters of another, where
 the same numbers would mean other adapters.
@@ -103,8 +104,8 @@ def write_choices(folder: Path, choices: Sequence[Choice], switch: str, num_adap
 def serve_arguments(folder: str | os.PathLike) -> list[str]:
     """The arguments of `vllm serve` for a folder of `export_vllm`. Without choices, this is only the folder.
 
-    It makes a place for each choice and an empty one, which vLLM needs on a CPU. Where no choice holds a LoRA of the
-    base's layers, only the switch is made ready for one.
+    They give vLLM a LoRA slot for each choice and an empty one, which it needs on a CPU. If no choice holds a LoRA of
+    the base's layers, vLLM prepares only the linear layer that switches adapters on for LoRA.
     """
     choices = _choices_in(Path(folder))
     arguments = [os.fspath(folder)]

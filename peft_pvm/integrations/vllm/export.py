@@ -58,17 +58,18 @@ def export_vllm(
 ) -> Path:
     """Make a folder that `vllm serve` takes, where this package is installed beside vLLM.
 
-    It holds a copy of the base's weights as they are, one more file with the adapters', and a config that names our
-    class. With several adapters, a request chooses one by its name, or none, in vLLM's way of LoRA: each is a folder
-    for `--lora-modules`, in the sub-folder `choices`. A single one is on in every request.
+    It holds a copy of the base's weights as they are, one more file with the weights of the adapters, and a config
+    that names our class. With several adapters, a request chooses one by its name, or none, as it would choose a LoRA
+    in vLLM: for each, the sub-folder `choices` holds a folder for `--lora-modules`. A single adapter is on in every
+    request.
 
     Args:
         base: Folder or Hub id of a model of one of the `FAMILIES`.
         adapters: Folders or Hub ids, or several with `+` between, which are on at once: one of each method at most.
         output_dir: The folder.
-        accept_causal: Take an adapter with `memory_visibility="sample"` as well. In vLLM a token sees the images
-            before it, which is the same for images in front of the text.
-        by_request: Have requests choose between a single adapter and none too.
+        accept_causal: Accept an adapter with `memory_visibility="sample"` as well. In vLLM, a token sees only the
+            images before it. This makes no difference if all images come before the text.
+        by_request: Also let requests choose if there is a single adapter: between it and none.
 
     Returns:
         The folder.

@@ -132,8 +132,9 @@ class DIPEConfig(AttentionMethod):
 class AnchoredPositions(Positions):
     """The positions by which one layer makes its scores (arXiv 2603.10863).
 
-    With `R` the rotation by position, `p` the positions, and the anchor of a token the position of the first token of
-    the contiguous run of one modality that holds it, or up to `max_distance` more on each axis::
+    `R` is the rotation by position, and `p` are the positions. A token's anchor is the position of the first token of
+    its run, the contiguous stretch of tokens of one modality that holds it. A query meets keys of the other modality
+    at its anchor, or up to `max_distance` beyond it on each axis::
 
         a_i = min(p_i, anchor_i + max_distance)
         score(i, j) = R(p_i) q_i . R(p_j) k_j * scaling     if i and j are of one modality

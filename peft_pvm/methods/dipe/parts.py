@@ -1,4 +1,4 @@
-"""Attention in parts that are put together: queries meet keys of their own modality as they are, others anchored."""
+"""Attention in parts: queries meet keys of their own modality unchanged, and those of the other modality anchored."""
 
 from __future__ import annotations
 

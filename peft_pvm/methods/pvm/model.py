@@ -59,8 +59,8 @@ class PVMModel(VisualTuner):
         **kwargs: PEFT's own; `low_cpu_mem_usage=True` leaves the weights on the meta device until they are loaded.
 
     Raises:
-        ValueError: The model is not one that fits, the configuration does not fit the model, or the file that the
-            configuration was loaded with does not. The model is then as it was.
+        ValueError: PVM cannot be attached to the model. Or the configuration, or the file of the adapter that it was
+            loaded with, does not fit the model. The model is then as it was.
 
     Example:
         model = get_peft_model(model, PVMConfig(r=512, layers_to_transform="strided"))
@@ -107,11 +107,11 @@ class PVMModel(VisualTuner):
         Args:
             adapters: Their names.
             weights: One for each.
-            adapter_name: The new one's name.
+            adapter_name: The name of the new adapter.
             combination_type: "linear", "ties", "dare_linear" or "cat": see `peft_pvm.methods.pvm.merging.combine`.
-            density: Of "ties" and "dare_linear".
-            majority_sign_method: Of "ties".
-            force: Average adapters that are not known to be of one lineage all the same.
+            density: The share of values to keep, for "ties" and "dare_linear".
+            majority_sign_method: How the sign of a value is chosen, for "ties".
+            force: Average the adapters even if they are not known to be of one lineage.
 
         Raises:
             ValueError: There is no such adapter, the name is taken, or they cannot be combined this way. The model is

@@ -41,8 +41,8 @@ class TDRSConfig(AttentionMethod):
 
     Args:
         form: What distance multiplies. "weights": attention weights, which are then renormalised. "logits": scores.
-            "literal": also scores, which then count twice, as in a literal reading of the paper's sum: the score
-            itself, and the step SD-DRS, which contains it.
+            "literal": also scores, as in a literal reading of the paper's sum. The score then counts twice: by itself,
+            and within the step SD-DRS, which contains it.
         sd_strength: How much is added to the score of a key of the same direction as the query. The paper has 1.
         dc_strength: Weight of the step that favours near keys (lambda_dc), 0 or more. The paper's best is 1.
         re_strength: Weight of the step that keeps distant keys in view (lambda_re), 0 or more. The paper's best is 0.8
