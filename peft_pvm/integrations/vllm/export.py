@@ -58,10 +58,9 @@ def export_vllm(
 ) -> Path:
     """Make a folder that `vllm serve` takes, where this package is installed beside vLLM.
 
-    It holds a copy of the base's weights as they are, one more file with the weights of the adapters, and a config
-    that names our class. With several adapters, a request chooses one by its name, or none, as it would choose a LoRA
-    in vLLM: for each, the sub-folder `choices` holds a folder for `--lora-modules`. A single adapter is on in every
-    request.
+    It holds a copy of the base's weights, one more file with the weights of the adapters, and a config that names our
+    class. A single adapter is on in every request. With several, a request chooses one by its name, or none, as it
+    would choose a LoRA: for each, the sub-folder `choices` holds a folder for `--lora-modules`.
 
     Args:
         base: Folder or Hub id of a model of one of the `FAMILIES`.
