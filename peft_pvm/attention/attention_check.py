@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Cache
 
@@ -69,7 +70,7 @@ class AttentionCheck:
 
     def _check_once(self, attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         context: VisualContext | None = kwargs.get(CONTEXT)
-        if torch.compiler.is_compiling() or context is None or not self.acts():
+        if torch.compiler.is_compiling() or context is None or not self.acts() or _is_told_of_rows(attention):
             return
         context.check()
         named = by_name(attention, args, kwargs)
@@ -120,6 +121,14 @@ class AttentionCheck:
         if agrees(*queries) and (torch.equal(*keys) or agrees(*keys)):  # another layer's keys are checked there
             return ""
         return "changes queries or keys after their rotation, or does not rotate them by its rotary embedding"
+
+
+def _is_told_of_rows(attention: nn.Module) -> bool:
+    """Whether PEFT's layers in a module have hooks that give them something of every row, or token, of this batch.
+
+    PEFT puts these on for the length of a forward with `adapter_names`, or with an aLoRA.
+    """
+    return any(isinstance(module, BaseTunerLayer) and module._forward_pre_hooks for module in attention.modules())
 
 
 def _refusal(attention: Any, fault: str, consequence: str, others: str) -> NotImplementedError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,6 +49,15 @@ class AdaptersByRow:
             ValueError: As many rows cannot come from as many names.
             NotImplementedError: The forward is being compiled.
         """
+        adapter_names = self._given()
+        if adapter_names is None:
+            return None
+        if not adapter_names or batch_size % len(adapter_names):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {batch_size} rows.")
+        return [name for name in adapter_names for _ in range(batch_size // len(adapter_names))]
+
+    def _given(self) -> Sequence[str] | None:
+        """The names that were given in this thread, `None` without any."""
         if torch.compiler.is_compiling():
             if self._by_thread:  # a compiled forward cannot ask which thread runs it
                 raise NotImplementedError(
@@ -55,21 +65,35 @@ class AdaptersByRow:
                     "not compiled, or use set_adapter."
                 )
             return None
-        adapter_names = self._by_thread.get(threading.get_ident())
-        if adapter_names is None:
-            return None
-        if not adapter_names or batch_size % len(adapter_names):
-            raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {batch_size} rows.")
-        return [name for name in adapter_names for _ in range(batch_size // len(adapter_names))]
+        return self._by_thread.get(threading.get_ident())
 
-    def choose_in(self, wrapper: AuxiliaryTrainingWrapper) -> None:
-        """Let a module that PEFT keeps several copies of (`modules_to_save`) choose among them row by row as well."""
+    def choose_in(self, wrapper: AuxiliaryTrainingWrapper, name: str, sees_rows: bool) -> None:
+        """Let a module that PEFT keeps several copies of (`modules_to_save`) choose among them row by row as well.
+
+        Args:
+            wrapper: The module.
+            name: Its name, for the message.
+            sees_rows: Whether its input has the rows of the batch. That of a vision tower has images or patches.
+        """
         if "_visual_choice" not in wrapper.__dict__:
-            wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(self._name_rows, with_kwargs=True)
+            hook = functools.partial(self._name_rows, name, sees_rows)
+            wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def _name_rows(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        names = self.names(len(args[0]))
-        if names is None:
+    def _name_rows(
+        self, name: str, sees_rows: bool, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        length, given = len(args[0]), self._given()
+        if given is None:
             return args, kwargs
         own = held_by(module)
-        return args, {**kwargs, "adapter_names": [name if name in own else BASE for name in names]}
+        copies = {adapter if adapter in own else BASE for adapter in given}
+        if len(copies) == 1:
+            names = [*copies] * length
+        elif sees_rows:
+            names = [adapter if adapter in own else BASE for adapter in self.names(length) or ()]
+        else:
+            raise NotImplementedError(
+                f"adapter_names chooses adapters row by row, but {name}, which an adapter has trained along, reads "
+                "images, and which row an image belongs to is not known there. Use one adapter a call (set_adapter)."
+            )
+        return args, {**kwargs, "adapter_names": names}

@@ -123,6 +123,8 @@ class VisualContext:
             coverage: The tokens that it covers.
         """
         self.notes = memory.notes
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and memory.slots.is_inference():
+            memory = memory.mapped(torch.clone)  # autograd does not keep tensors of inference mode
         memory = replace(memory, notes={})  # a dictionary of its own, which layers may write into
         self.memory, self.is_evicted, self._is_first = memory, coverage.is_evicted, memory.runs is None
         self.marks_before = memory.marks

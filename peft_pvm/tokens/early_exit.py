@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .families import VisionLanguageModel
+from .positions import gather_rows, pack
 
 
 TOP = 10  # tokens that the entropy is over
@@ -59,17 +60,16 @@ class EarlyExit:
         """How undecided the model is: the entropy over only the likeliest tokens, from 0 to log `TOP`.
 
         Args:
-            hidden_states: The residual stream, `(..., hidden_size)`.
+            hidden_states: The residual stream, `(batch, length, hidden_size)`: the head may differ from row to row.
 
         Returns:
-            `(...)`, fp32, without gradients.
+            `(batch, length)`, fp32, without gradients.
         """
-        rows = hidden_states.detach().flatten(0, -2)
-        at_once = max(LOGITS_AT_ONCE // self.vlm.text_config.vocab_size, 1)
+        at_once = max(LOGITS_AT_ONCE // (self.vlm.text_config.vocab_size * len(hidden_states)), 1)
         with torch.no_grad():
-            found = [_entropies(self.logits(block)) for block in rows.split(at_once)]
-        whole = torch.cat(found) if len(found) > 1 else found[0]
-        return whole.to(hidden_states.device).view(hidden_states.shape[:-1])
+            found = [_entropies(self.logits(block)) for block in hidden_states.detach().split(at_once, 1)]
+        whole = torch.cat(found, 1) if len(found) > 1 else found[0]
+        return whole.to(hidden_states.device)
 
     def undecided(self, hidden_states: torch.Tensor, threshold: float, among: torch.Tensor) -> torch.Tensor:
         """Which of some tokens have an entropy above a threshold, `(batch, seq_len)` both, bool.
@@ -82,7 +82,11 @@ class EarlyExit:
         least = threshold * math.log(TOP)
         if all_at_once(among):
             return among & (self.entropies(hidden_states) > least)
-        return among.masked_scatter(among, self.entropies(hidden_states[among]) > least)
+        positions = pack(among)
+        if positions.shape[1] == 0:
+            return among
+        found = self.entropies(gather_rows(hidden_states, positions)) > least
+        return among.masked_scatter(among, found[positions >= 0])
 
     def _norm_name(self) -> str:
         names = (name for name in FINAL_NORMS if isinstance(getattr(self.vlm.text_model, name, None), nn.Module))

@@ -150,7 +150,7 @@ def attached(model: Model, *configs: VisualConfig) -> Iterator[Model]:
     base = base_of(model)
     trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
     with contextlib.ExitStack() as stack:
-        if not hasattr(base, "peft_config"):
+        if getattr(base, "peft_config", None) != {}:  # another block that is open may end before this one
             stack.callback(forget_configs, base)
         acting = stack.enter_context(restored(base))
         names = list(adapter_names([config.method for config in configs], base))

@@ -287,3 +287,17 @@ def test_a_model_without_a_head_is_refused():
     model = FAMILIES["llava"].build().model
     with pytest.raises(ValueError, match="it has no head"):
         get_peft_model(model, MemVRConfig())
+
+
+def test_large_features_do_not_overflow_under_autocast():
+    """Features of real models are hundreds large. Their products are sums of thousands of them."""
+    family = FAMILIES["llava"]
+    model = family.build()
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(100)
+    inputs = family.inputs(model, "t4 i i i i t6")
+    with attached(model, MemVRConfig(threshold=0, ratio=0.5)):
+        expected = logits(model, inputs)
+        with torch.autocast("cpu", dtype=torch.float16):
+            found = logits(model, inputs)
+    assert difference(found, expected) < 0.02

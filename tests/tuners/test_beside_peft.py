@@ -30,7 +30,8 @@ BESIDE: dict[str, PeftConfig] = {
 
 
 def lora(**fields) -> LoraConfig:
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **fields)
+    fields = {"target_modules": ["q_proj", "v_proj"], **fields}
+    return LoraConfig(r=4, init_lora_weights=False, **fields)
 
 
 def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -295,6 +296,55 @@ def test_what_joins_a_conversation_late_does_not_take_its_tokens_for_known(stati
     add_adapters(model, {"var": METHODS["var"].config()})
     with pytest.raises(RuntimeError, match="Nobody looked for sinks among all tokens"):
         logits(model, LLAVA.inputs(model, "t4 i t6", start=8), **{CACHE: cache})
+
+
+def test_blocks_that_end_as_they_began_leave_nothing():
+    """The first to begin ends first, while the other still has its adapter on the model."""
+    model = LLAVA.build()
+    before = set(vars(model))
+    one, other = attached(model, DIPEConfig()), attached(model, METHODS["vaf"].config())
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    other.__exit__(None, None, None)
+    assert set(vars(model)) == before
+
+
+@pytest.mark.parametrize("method", ["pvm", "pai", "cai", "memvr", "dipe"])
+def test_a_cache_from_inference_mode_can_be_trained_on(method: str):
+    model = LLAVA.build()
+    get_peft_model(model, METHODS[method].config())
+    get_peft_model(model, lora(), "lora")
+    with torch.inference_mode():
+        cache = model(**LLAVA.inputs(model, "t4 i t6", stop=8), use_cache=True)[CACHE]
+    model(**LLAVA.inputs(model, "t4 i t6", start=8), **{CACHE: cache}).logits.sum().backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["dipe", "vaf", "tdrs", "cai"])
+def test_the_first_forward_may_name_loras_by_row(method: str):
+    """What is tried out in a first forward does not have the rows that the names are for."""
+    model = LLAVA.build()
+    get_peft_model(model, METHODS[method].config())
+    both = get_peft_model(model, lora(target_modules=r".*language_model.*(q_proj|v_proj)"), "lora").eval()
+    inputs = LLAVA.inputs(model, "t4 i t6", "t7 i t3", "t9")
+    names = ["lora", "__base__", "lora"]
+    first = logits(both, inputs, adapter_names=names)
+    assert torch.equal(first[:2], logits(both, inputs, adapter_names=names)[:2])
+    logits(both, inputs)  # the first forward in which all is tried out
+    assert difference(logits(both, inputs, adapter_names=names), first) <= TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["cai", "memvr"])
+def test_a_head_by_row_reads_early_exits_by_row(method: str):
+    """Tokens of all rows must not be put into one: the head is another one for each."""
+    model = LLAVA.build()
+    get_peft_model(model, METHODS[method].config())
+    both = get_peft_model(model, lora(target_modules=["lm_head"]), "lora").eval()
+    inputs = LLAVA.inputs(model, "t4 i t6", "t7 i t3")
+    found = logits(both, inputs, adapter_names=["lora", "__base__"])
+    assert difference(found[0], logits(both, inputs, adapter_names=["lora", "lora"])[0]) <= TOLERANCE
+    assert difference(found[1], logits(both, inputs, adapter_names=["__base__", "__base__"])[1]) <= TOLERANCE
 
 
 def test_whole_attention_that_is_trained_along_is_refused():

@@ -196,4 +196,6 @@ def _fused(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `scaled_dot_product_attention` runs on a CPU, which also knows the logarithm of each row's sum."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, 0.0, is_causal, scale=scaling)
+    # Autocast knows the function that runs this kernel, but not the kernel.
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
+    return kernel(query.to(dtype), key.to(dtype), value.to(dtype), 0.0, is_causal, scale=scaling)

@@ -133,8 +133,9 @@ class PVMModel(VisualTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for module in saved_along(self.model, adapter_name).values():
-            Tap.on(self.vlm).by_row.choose_in(module)
+        in_text_model = {*self.vlm.text_model.modules(), self.vlm.head}
+        for name, module in saved_along(self.model, adapter_name).items():
+            Tap.on(self.vlm).by_row.choose_in(module, name, sees_rows=module in in_text_model)
         config = self.peft_config[adapter_name]
         if _starts_fresh(config):
             config.lineage = hash_of(own_tensors(self.model, adapter_name))

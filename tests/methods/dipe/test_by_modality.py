@@ -114,3 +114,20 @@ def test_where_it_does_not_apply(calls: list[int]):
         model.set_attn_implementation("eager")
         logits(model, family.inputs(model, "t4 i t6"))
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_under_autocast_it_runs_as_the_kernel_does(name: str, dtype: torch.dtype, calls: list[int]):
+    family = FAMILIES[name]
+    model = METHODS["dipe"].attach(family.build(attn_implementation="sdpa"))
+    inputs = family.inputs(model.get_base_model(), "t4 i t30")
+    expected = logits(model, inputs)
+    with torch.autocast("cpu", dtype=dtype):
+        found = logits(model, inputs)
+        with model.disable_adapter():
+            of_base = logits(model, inputs)
+    assert len(calls) == 6
+    with model.disable_adapter():
+        allowed = 3 * difference(of_base, logits(model, inputs))
+    assert difference(found, expected) < allowed < difference(expected, of_base)

@@ -98,6 +98,20 @@ def test_modules_to_save_go_by_row_as_well(tiny: TinyVLM):
         assert difference(mixed[row], with_adapter(model, name, inputs)[row]) < TOLERANCE
 
 
+def test_which_row_an_image_belongs_to_is_not_known_in_the_projector():
+    """Two images in one row and none in the other look like an image in each."""
+    family = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(family.build(), "first", modules_to_save=["linear_2"])
+    base = model.get_base_model()
+    with torch.no_grad():
+        base.model.multi_modal_projector.linear_2.modules_to_save["first"].weight.mul_(2)
+    inputs = family.inputs(base, "t4 i t3 i t6", "t9")
+    with pytest.raises(NotImplementedError, match="linear_2, which an adapter has trained along, reads images"):
+        logits(model, inputs, adapter_names=["first", BASE])
+    for name in ("first", BASE):
+        assert torch.equal(logits(model, inputs, adapter_names=[name] * 2), with_adapter(model, name, inputs))
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
