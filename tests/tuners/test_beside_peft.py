@@ -298,6 +298,13 @@ def test_what_joins_a_conversation_late_does_not_take_its_tokens_for_known(stati
         logits(model, LLAVA.inputs(model, "t4 i t6", start=8), **{CACHE: cache})
 
 
+def test_an_overflow_of_the_base_is_not_taken_for_another_architecture():
+    model = get_peft_model(LLAVA.build(), PVMConfig(r=32)).eval()
+    inputs = inputs_of(model.get_base_model())
+    assert logits(model, {**inputs, "pixel_values": inputs["pixel_values"] * torch.inf}).isnan().any()
+    assert logits(model, inputs).isfinite().all()
+
+
 def test_blocks_that_end_as_they_began_leave_nothing():
     """The first to begin ends first, while the other still has its adapter on the model."""
     model = LLAVA.build()
