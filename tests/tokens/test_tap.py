@@ -370,11 +370,13 @@ def test_modules_to_save_are_told_of_the_rows():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peft_pvm.tokens.adapters_by_row.held_by", lambda module: {"a", "c"})
         for _ in range(2):
-            by_row.choose_in(wrapper)
+            by_row.choose_in(wrapper, "wrapper", sees_rows=True)
         assert len(wrapper._forward_pre_hooks) == 1
         assert wrapper(torch.zeros(2, 1)) is None
         with by_row.chosen(["a", "b"]):
             assert wrapper(torch.zeros(4, 1)) == ["a", "a", BASE, BASE]
+        with by_row.chosen(["c", "c"]):  # whichever row something belongs to
+            assert wrapper(torch.zeros(3, 1)) == ["c"] * 3
 
 
 # ---- placeholders without pixels: it surprises that they are text, so it is said, once
