@@ -128,7 +128,8 @@ def _is_told_of_rows(attention: nn.Module) -> bool:
 
     PEFT puts these on for the length of a forward with `adapter_names`, or with an aLoRA.
     """
-    return any(isinstance(module, BaseTunerLayer) and module._forward_pre_hooks for module in attention.modules())
+    layers = (module for module in attention.modules() if isinstance(module, BaseTunerLayer))
+    return any(layer._forward_pre_hooks_with_kwargs for layer in layers)
 
 
 def _refusal(attention: Any, fault: str, consequence: str, others: str) -> NotImplementedError:
