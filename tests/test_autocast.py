@@ -11,7 +11,7 @@ from tiny_vlms import FAMILIES
 
 @pytest.mark.parametrize("rows", [["t4 i t3 i t20"], ["t4 i t3 i t20", "i t9"]], ids=["one row", "padded"])
 @pytest.mark.parametrize("name", METHODS)
-def test_it_acts_and_off_is_off(name: str, rows: list[str]):
+def test_it_differs_by_rounding_and_off_is_off(name: str, rows: list[str]):
     family = FAMILIES["llava"]
     model = METHODS[name].attach(family.build())
     inputs = family.inputs(model.get_base_model(), *rows)
@@ -19,11 +19,11 @@ def test_it_acts_and_off_is_off(name: str, rows: list[str]):
     with model.disable_adapter():
         plain = logits(model, inputs)
     exact = logits(model, inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.float16):
         on = logits(model, inputs)
         with model.disable_adapter():
             off = logits(model, inputs)
         base = logits(model.unload(), inputs)
     assert torch.equal(off, base)
-    rounding, wrong = (off - plain)[real].abs().mean(), (on - exact)[real].abs().mean()
-    assert wrong < 4 * rounding
+    rounding, wrong, effect = (each[real].abs().mean() for each in (off - plain, on - exact, exact - plain))
+    assert wrong < 3 * rounding < effect

@@ -52,9 +52,7 @@ class AdaptersByRow:
         adapter_names = self._given()
         if adapter_names is None:
             return None
-        if not adapter_names or batch_size % len(adapter_names):
-            raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {batch_size} rows.")
-        return [name for name in adapter_names for _ in range(batch_size // len(adapter_names))]
+        return _spread(adapter_names, batch_size)
 
     def _given(self) -> Sequence[str] | None:
         """The names that were given in this thread, `None` without any."""
@@ -86,14 +84,25 @@ class AdaptersByRow:
         if given is None:
             return args, kwargs
         own = held_by(module)
-        copies = {adapter if adapter in own else BASE for adapter in given}
-        if len(copies) == 1:
-            names = [*copies] * length
+        copies = [adapter if adapter in own else BASE for adapter in given]
+        if len(set(copies)) == 1:
+            names = copies[:1] * length
         elif sees_rows:
-            names = [adapter if adapter in own else BASE for adapter in self.names(length) or ()]
+            names = _spread(copies, length)
         else:
             raise NotImplementedError(
                 f"adapter_names chooses adapters row by row, but {name}, which an adapter has trained along, reads "
                 "images, and which row an image belongs to is not known there. Use one adapter a call (set_adapter)."
             )
         return args, {**kwargs, "adapter_names": names}
+
+
+def _spread(names: Sequence[str], batch_size: int) -> list[str]:
+    """The name of each row, if `generate` has repeated the rows that the names were given for.
+
+    Raises:
+        ValueError: As many rows cannot come from as many names.
+    """
+    if not names or batch_size % len(names):
+        raise ValueError(f"adapter_names has {len(names)} names, but the batch has {batch_size} rows.")
+    return [name for name in names for _ in range(batch_size // len(names))]

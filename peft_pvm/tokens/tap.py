@@ -221,10 +221,10 @@ class Tap:
         context.cache, num_keys = cache, 0 if cache is None else _length_of(cache)
         try:
             _refuse_copied(module)
+            is_first = num_keys == 0 if isinstance(num_keys, int) else memory_of(cache) is None
+            _refuse_packed(inputs, is_first, context)
             # To learn the length of a static cache is to wait for the device. Decoding a token after others does not.
-            has_several = inputs_embeds.shape[1] > 1
-            _refuse_packed(inputs, has_several and int(num_keys) == 0, context)
-            is_asked = has_several or coverage_of(cache).read_by != self._name
+            is_asked = inputs_embeds.shape[1] > 1 or coverage_of(cache).read_by != self._name
             memory, coverage = _remembered(cache, num_keys, is_asked)
         except (NotImplementedError, ValueError) as refusal:
             context.refusal = refusal.with_traceback(None)  # whose frames hold the context

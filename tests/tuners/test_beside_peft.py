@@ -344,14 +344,33 @@ def test_the_first_forward_may_name_loras_by_row(method: str):
 
 @pytest.mark.parametrize("method", ["cai", "memvr"])
 def test_a_head_by_row_reads_early_exits_by_row(method: str):
-    """Tokens of all rows must not be put into one: the head is another one for each."""
+    """The head is another one for each row, so it decides otherwise which tokens are undecided, at some threshold."""
     model = LLAVA.build()
-    get_peft_model(model, METHODS[method].config())
     both = get_peft_model(model, lora(target_modules=["lm_head"]), "lora").eval()
+    inputs, matters = LLAVA.inputs(model, "t4 i t6", "t7 i t3"), False
+    config = type(METHODS[method].config())
+    for threshold in torch.linspace(0.5, 1, 21).tolist():
+        with attached(model, config(threshold=threshold)):
+            of_lora, of_base = (logits(both, inputs, adapter_names=[name] * 2) for name in ("lora", "__base__"))
+            found = logits(both, inputs, adapter_names=["lora", "__base__"])
+        assert difference(found[0], of_lora[0]) <= TOLERANCE
+        assert difference(found[1], of_base[1]) <= TOLERANCE
+        matters |= difference(found, logits(both, inputs, adapter_names=["lora", "__base__"])) > TOLERANCE
+    assert matters
+
+
+@pytest.mark.parametrize("method", ["dipe", "vaf", "pvm"])
+def test_an_alora_may_act_in_the_first_forward(method: str):
+    """PEFT tells its layers from which token on it acts, for every row of the batch."""
+    config = lora(
+        target_modules=r".*language_model.*(q_proj|v_proj)", alora_invocation_tokens=[50, 51], task_type="CAUSAL_LM"
+    )
+    both = get_peft_model(LLAVA.build(), config, "lora").eval()
+    model = both.get_base_model()
     inputs = LLAVA.inputs(model, "t4 i t6", "t7 i t3")
-    found = logits(both, inputs, adapter_names=["lora", "__base__"])
-    assert difference(found[0], logits(both, inputs, adapter_names=["lora", "lora"])[0]) <= TOLERANCE
-    assert difference(found[1], logits(both, inputs, adapter_names=["__base__", "__base__"])[1]) <= TOLERANCE
+    inputs["input_ids"][:, -3:-1] = torch.tensor([50, 51])
+    with attached(model, METHODS[method].config()):
+        assert logits(both, inputs).isfinite().all()
 
 
 def test_whole_attention_that_is_trained_along_is_refused():
