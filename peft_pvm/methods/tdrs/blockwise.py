@@ -16,10 +16,10 @@ from ...tokens.visibility import Visibility
 from .weights import LOG2_E, SEMANTIC_POSITION, Steps, boost_that_falls, fall_to, over
 
 
-BLOCK_ELEMENTS = 2**19  # scores in a block: larger ones leave a CPU's cache, at any width of heads
+BLOCK_ELEMENTS = 2**19  # scores in a block: larger ones leave a CPU's cache
 BLOCK_ELEMENTS_OF_A_GPU = 2**24  # smaller ones leave it waiting
 ELEMENTS_IN_CACHE = 2**18  # of keys that are taken at once
-LEAST_QUERIES = 32  # in a block, however long its rows
+LEAST_QUERIES, MOST_QUERIES = 32, 128  # in a block: too many would see much of what comes after them
 
 
 ContentKey = torch.Tensor | Callable[[slice], torch.Tensor]
@@ -115,15 +115,13 @@ class _Rows:
         self.query = self._by_pair(inputs.query.to(inputs.dtype))
         self.content_query = self._by_pair(inputs.content_query.to(inputs.dtype))
         num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
-        per_query = self.query.shape[1] * num_keys
-        at_once = num_keys
+        per_query, at_once = self.query.shape[1] * num_keys, num_keys
         if _streams(inputs):
             at_once = max(ELEMENTS_IN_CACHE * num_keys // inputs.key.numel(), 16)
-            self.num_queries, self.num_pairs = 1, len(self.query)
+            self.elements, self.num_queries = per_query * len(self.query), 1
         else:
-            elements = BLOCK_ELEMENTS if inputs.query.device.type == "cpu" else BLOCK_ELEMENTS_OF_A_GPU
-            self.num_queries = min(max(elements // per_query, LEAST_QUERIES), num_queries)
-            self.num_pairs = max(elements // (per_query * self.num_queries), 1)
+            self.elements = BLOCK_ELEMENTS if inputs.query.device.type == "cpu" else BLOCK_ELEMENTS_OF_A_GPU
+            self.num_queries = min(max(self.elements // per_query, LEAST_QUERIES), MOST_QUERIES, num_queries)
         self.key, self.content_key, self.value = (
             _Keys(of_keys, num_keys, at_once, inputs.dtype)
             for of_keys in (
@@ -141,8 +139,9 @@ class _Rows:
             keys = slice(0, min(visibility.num_keys, visibility.first_column + queries.stop))
             always = visibility.first_column + queries.start + 1
         visible, bias = visibility.mask(queries, slice(always, keys.stop)), visibility.bias(queries, keys)
-        if bias is not None and visible is not None:
-            bias = (bias * LOG2_E).masked_fill(~visible, 0)  # not -inf, of which gradients would be undefined
+        hidden = None if visible is None else ~visible
+        if bias is not None and hidden is not None:
+            bias = (bias * LOG2_E).masked_fill(hidden, 0)  # not -inf, of which gradients would be undefined
         if inputs.bias is not None:
             own = inputs.bias[:, :, queries, keys].to(inputs.dtype) * LOG2_E
             bias = own if bias is None else bias + own
@@ -152,12 +151,14 @@ class _Rows:
             applies = (of_queries[:, queries, None] != of_keys[:, None, keys]).unsqueeze(1)
         distance, fall = self._distances(queries, keys, visible)
         block = _Block(always, self._by_pair(distance), self._by_pair(fall))
-        block.visible, block.bias, block.applies = (
-            None if tensor is None else self._by_pair(tensor) for tensor in (visible, bias, applies)
+        block.hidden, block.bias, block.applies = (
+            None if tensor is None else self._by_pair(tensor) for tensor in (hidden, bias, applies)
         )
         outputs, all_weights = [], []
-        for start in range(0, len(self.query), self.num_pairs):
-            pairs = slice(start, start + self.num_pairs)
+        per_pair = self.query.shape[1] * (queries.stop - queries.start) * keys.stop
+        num_pairs = max(self.elements // per_pair, 1)
+        for start in range(0, len(self.query), num_pairs):
+            pairs = slice(start, start + num_pairs)
             output, weights = self._attend_pairs(pairs, queries, keys, block.of(pairs))
             outputs.append(output)
             all_weights.append(weights)
@@ -192,15 +193,16 @@ class _Rows:
             scores = inputs.softcap * LOG2_E * torch.tanh(scores / (inputs.softcap * LOG2_E))
         if block.bias is not None:
             scores = scores + block.bias
-        semantic = self._semantic_position(pairs, queries, keys)
-        step = semantic if block.applies is None else torch.where(block.applies, semantic, 0)
+        scale = self._scale(pairs, queries, keys)
+        # It raises scores by sem_pos + 1, as a softmax does not change if all scores are raised alike.
+        step = scale if block.applies is None else torch.where(block.applies, scale, 1)
         is_literal = config.form != "weights" and (config.knows_distance or config.counts_twice)  # needs them again
         raised = torch.add(scores, step, alpha=config.sd_strength * LOG2_E, **({} if is_literal else over(scores)))
         needs_least = config.knows_distance and any(floor.is_multiple for floor in config.floors)
         weights, least = block.exponentials(raised.clone() if is_literal else raised, needs_least)
         if config.knows_distance:
             log_least = None if least is None else least - weights.sum(-1, keepdim=True).log2()
-            boost = block.boost(semantic, config, log_least)
+            boost = block.boost(scale, config, log_least)
             boost = boost + 1 if config.counts_twice else boost
         elif config.counts_twice:
             boost = torch.ones_like(scores)
@@ -215,11 +217,11 @@ class _Rows:
         weights = F.dropout(weights, inputs.dropout)
         return self.value.weighted(weights, pairs, keys) / total, weights / total if self.wants_weights else weights
 
-    def _semantic_position(self, pairs: slice, queries: slice, keys: slice) -> torch.Tensor:
-        """sem_pos, `(pairs, heads, queries, keys)`."""
+    def _scale(self, pairs: slice, queries: slice, keys: slice) -> torch.Tensor:
+        """1 + sem_pos, `(pairs, heads, queries, keys)`."""
         query, (factor, shift) = self.content_query[pairs, :, queries], SEMANTIC_POSITION
-        make = functools.partial(query.new_full, (1, 1, 1), shift)
-        start = self.inputs.visibility.derived(("sem_pos", query.dtype, query.device), make)
+        make = functools.partial(query.new_full, (1, 1, 1), 1 + shift)
+        start = self.inputs.visibility.derived(("scale", query.dtype, query.device), make)
         return self.content_key.products(query, pairs, keys, factor, start)
 
     def _by_pair(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -296,7 +298,7 @@ class _Block:
         always: So many keys, from the first on, are seen by every query.
         distance: Number of real tokens between query and key, `(.., .., queries, keys)`.
         fall: What `fall_to` makes of the largest distance to a key that a query sees, `(.., .., queries, 1)`.
-        visible: Which of the other keys a query sees, `(.., .., queries, keys - always)`. `None`: all.
+        hidden: Which of the other keys a query does not see, `(.., .., queries, keys - always)`. `None`: it sees all.
         bias: What a mask adds to the scores, shaped like `distance`, or `None`.
         applies: Which pairs are reweighted, shaped like `distance`. `None`: all.
     """
@@ -304,7 +306,7 @@ class _Block:
     always: int
     distance: torch.Tensor
     fall: torch.Tensor
-    visible: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     applies: torch.Tensor | None = None
 
@@ -319,26 +321,25 @@ class _Block:
         self, scores: torch.Tensor, needs_least: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What softmax divides by its sum, and if needed each row's least logarithm of it. Overwrites the scores."""
-        if self.visible is not None:
-            scores[..., self.always :].masked_fill_(~self.visible, _lowest(scores))
+        if self.hidden is not None:
+            scores[..., self.always :].masked_fill_(self.hidden, _lowest(scores))
         scores = torch.sub(scores, scores.detach().amax(-1, keepdim=True), **over(scores))
         least = self.least(scores) if needs_least else None
         return torch.exp2(scores, **over(scores)), least
 
-    def boost(self, semantic: torch.Tensor, config: Steps, log_least: torch.Tensor | None) -> torch.Tensor:
-        """`distance_boost` from sem_pos, which it overwrites, and the log of each query's least weight, if needed."""
+    def boost(self, scale: torch.Tensor, config: Steps, log_least: torch.Tensor | None) -> torch.Tensor:
+        """`distance_boost` from 1 + sem_pos, which it overwrites, and the log of a query's least weight, if needed."""
         dc_floor, re_floor = config.floors
         dc_exponent = dc_floor.exponent(log_least)
         re_exponent = dc_exponent if re_floor == dc_floor else re_floor.exponent(log_least)
         strengths = config.dc_strength, config.re_strength
-        scale = torch.add(semantic, 1, **over(semantic))
         return boost_that_falls(scale, self.distance, self.fall, dc_exponent, re_exponent, *strengths)
 
     def least(self, scores: torch.Tensor) -> torch.Tensor:
         """The least score that each query sees, `(.., .., queries, 1)`."""
-        if self.visible is None:
+        if self.hidden is None:
             return scores.amin(-1, keepdim=True)
-        least = scores[..., self.always :].masked_fill(~self.visible, -_lowest(scores)).amin(-1, keepdim=True)
+        least = scores[..., self.always :].masked_fill(self.hidden, -_lowest(scores)).amin(-1, keepdim=True)
         return torch.minimum(least, scores[..., : self.always].amin(-1, keepdim=True)) if self.always else least
 
 
