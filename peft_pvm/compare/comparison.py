@@ -24,7 +24,7 @@ class Cell:
     Attributes:
         right: How much of each answer is right.
         tokens: How many each has.
-        seconds: What each took.
+        seconds: What the first of them took, taken in turns with the other contenders.
         changed: Whether its tokens differ from those of the base's answer. `None`: that was not recorded, as in files
             of earlier versions.
     """
@@ -35,10 +35,10 @@ class Cell:
     changed: tuple[bool, ...] | None = None
 
     @classmethod
-    def of(cls, answers: Sequence[Answer], of_base: Sequence[Answer]) -> Cell:
-        """Make it from answers in order, and the base's answers to the same questions."""
+    def of(cls, answers: Sequence[Answer], of_base: Sequence[Answer], times: Sequence[float]) -> Cell:
+        """Make it from answers in order, the base's answers to the same questions, and the times of the first."""
         right, tokens = (tuple(getattr(answer, name) for answer in answers) for name in ("right", "tokens"))
-        seconds = tuple(float(f"{answer.seconds:.4g}") for answer in answers)
+        seconds = tuple(float(f"{one:.4g}") for one in times)
         if any(answer.token_ids is None for answer in (*answers, *of_base)):
             return cls(right, tokens, seconds)
         changed = tuple(mine.token_ids != base.token_ids for mine, base in zip(answers, of_base))
@@ -105,6 +105,7 @@ class Comparison:
         entered: Sequence[Contender],
         asked: Sequence[Asked],
         answers: Mapping[tuple[str, int, int, str], Answer],
+        times: Mapping[tuple[int, int, str], Mapping[str, float]],
         refused: Mapping[str, str],
         idle: Mapping[str, str],
     ) -> Comparison:
@@ -116,7 +117,7 @@ class Comparison:
             of_base = _found(answers, BASE, keys)
             for name, of_contender in cells.items():
                 if len(mine := _found(answers, name, keys)) == len(keys):
-                    of_contender[length] = Cell.of(mine, of_base)
+                    of_contender[length] = Cell.of(mine, of_base, [times[key][name] for key in keys if key in times])
         questions = [(seed, name) for _, seed, name in by_length[lengths[0]]]
         settings = {contender.name: contender.settings() for contender in entered}
         return cls(about, settings, questions, cells, refused, idle)
@@ -252,7 +253,7 @@ def _cell(content: Mapping[str, Any], answers: int) -> Cell:
     right, tokens = (tuple(map(int, content[name])) for name in ("right", "tokens"))
     changed = None if content.get("changed") is None else tuple(map(bool, content["changed"]))
     cell = Cell(right, tokens, tuple(map(float, content["seconds"])), changed)
-    lists = [cell.right, cell.tokens, cell.seconds, *([] if changed is None else [changed])]
-    if {len(values) for values in lists} != {answers}:
+    lists = [cell.right, cell.tokens, *([] if changed is None else [changed])]
+    if {len(values) for values in lists} != {answers} or not 0 < len(cell.seconds) <= answers:
         raise ValueError("a list has another length than the questions")
     return cell

@@ -64,14 +64,22 @@ class Contender:
         return said
 
     @contextlib.contextmanager
-    def acting(self, model: nn.Module) -> Iterator[None]:
-        """Have only it act on a model, for the length of a block. Loaded adapters stay on the model, switched off."""
+    def acting(self, model: nn.Module, loaded: dict[str, list[str]]) -> Iterator[None]:
+        """Have only it act on a model, for the length of a block.
+
+        Args:
+            model: The model.
+            loaded: The adapters that contenders have loaded onto it so far, switched off, by contender. This one's
+                are added.
+        """
         if self.config is not None:
             with attached(model, self.config):
                 yield
         elif self.adapters:
             base = base_of(model)
-            load_adapters(base, self.adapters)
+            if self.name not in loaded:
+                loaded[self.name] = load_adapters(base, self.adapters)
+            activate(base, loaded[self.name], trainable=False)
             try:
                 yield
             finally:

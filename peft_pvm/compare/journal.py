@@ -28,7 +28,6 @@ class Answer:
         answer: What the model wrote.
         right: How much of it is right.
         tokens: How many tokens it wrote.
-        seconds: The time from the prompt, as tensors, to the last token; on a CPU, the CPU time of all threads.
         token_ids: These tokens. `None`: they were not recorded, as in files of earlier versions.
     """
 
@@ -40,12 +39,11 @@ class Answer:
     answer: str
     right: int
     tokens: int
-    seconds: float
     token_ids: Sequence[int] | None = None
 
 
 class Journal:
-    """A JSON Lines file: what is compared, then what each contender is, and its answers, in the order of writing.
+    """A JSON Lines file: what is compared, what each contender is, its answers and times, in the order of writing.
 
     Args:
         path: The file, read if it is there. A last line that was not finished is dropped.
@@ -53,6 +51,8 @@ class Journal:
 
     Attributes:
         answers: By contender, length, seed and question.
+        times: By length, seed and question: how many seconds each contender took, from the prompt, as tensors, to the
+            last token; on a CPU, the CPU time of all threads.
         settings: By contender, what it was when it last entered.
 
     Raises:
@@ -62,6 +62,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike, about: Mapping[str, Any]):
         self.path = Path(path)
         self.answers: dict[tuple[str, int, int, str], Answer] = {}
+        self.times: dict[tuple[int, int, str], Mapping[str, float]] = {}
         self.settings: dict[str, Any] = {}
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]
@@ -74,6 +75,8 @@ class Journal:
                 entry = json.loads(line)
                 if "settings" in entry:
                     self.settings[str(entry["contender"])] = entry["settings"]
+                elif "times" in entry:
+                    self.times[entry["length"], entry["seed"], entry["question"]] = entry["times"]
                 else:
                     self._take(Answer(**entry))
         if len(whole) < len(lines):
@@ -102,6 +105,12 @@ class Journal:
         """Keep an answer, at once."""
         self._take(answer)
         self._append(asdict(answer))
+
+    def add_times(self, asked: Asked, seconds: Mapping[str, float]) -> None:
+        """Keep how many seconds all contenders took for one question, at once."""
+        self.times[asked.key] = seconds
+        length, seed, question = asked.key
+        self._append({"length": length, "seed": seed, "question": question, "times": seconds})
 
     def _take(self, answer: Answer) -> None:
         self.answers[answer.contender, answer.length, answer.seed, answer.question] = answer

@@ -217,10 +217,18 @@ def _latency(comparison: Comparison) -> list[str]:
     points = {name: (comparison.slowdown(name, lengths), sum(comparison.accuracies(name, lengths))) for name in whole}
     return [
         "Higher is more accurate, and farther right is slower. Bars are standard errors over questions. The dotted "
-        "line joins the contenders that no other beats in both accuracy and time, judged by their means. On a CPU, "
-        "the time is the CPU time of all threads; on other devices, it is wall-clock time.",
+        "line joins the contenders that no other beats in both accuracy and time. The accuracy is the mean over all "
+        f"answers, and the time is the median over {_timed(comparison)}. On a CPU, the time is the CPU time of all "
+        "threads; on other devices, it is wall-clock time.",
         f"Over all lengths together, these contenders are: {', '.join(front(points))}.",
     ]
+
+
+def _timed(comparison: Comparison) -> str:
+    timed = {len(cell.seconds) for cells in comparison.cells.values() for cell in cells.values()}
+    if max(timed) == len(comparison.asked):
+        return "all answers"
+    return f"the answers to {' or '.join(map(str, sorted(timed)))} questions of each length, which all took in turns"
 
 
 def _details(comparison: Comparison) -> Table:

@@ -7,7 +7,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from .tasks import Asked, Task
 
 ANSWERS = "answers.jsonl"
 SPARE = 16  # tokens that an answer may be longer than the longest right one
+TIMED = 3  # questions of each length
+TIMES = "times"  # as progress calls them
 REFUSALS = (ImportError, NotImplementedError, ValueError)  # how methods say that a model is not for them
 GREEDY = {"do_sample": False, "num_beams": 1}
 
@@ -66,7 +68,8 @@ def compare(
 
     Questions are asked one at a time, and each answer is kept at once, in `out/answers.jsonl`. A contender that
     refuses the model, or has nothing to do on it, is noted with its reason, and the others go on. VAR without sink
-    channels gets those that the first questions show.
+    channels gets those that the first questions show. Times are taken last: all contenders answer the first questions
+    of each length once more, in turns.
 
     Args:
         model: A vision-language model from transformers, without adapters. Adapters that contenders load stay on it,
@@ -77,7 +80,8 @@ def compare(
         plan: Lengths and seeds.
         out: Folder of the answers.
         name: What the model is called; by default what its configuration says.
-        progress: Called with the contender, how many questions are answered and how many there are.
+        progress: Called with the contender, how many questions are answered and how many there are; of the times, with
+            "times".
 
     Returns:
         The comparison, whose `save` writes a report.
@@ -106,7 +110,8 @@ def compare(
                     raise ValueError(f"The base cannot answer: {error}") from error
                 refused[contender.name] = str(error)
             prepared.append(contender)
-    return Comparison.of(about, prepared, asked, asker.journal.answers, refused, idle)
+        asker.take_times(prepared, asked, progress or (lambda *_: None))
+    return Comparison.of(about, prepared, asked, asker.journal.answers, asker.journal.times, refused, idle)
 
 
 class Refusal(Exception):
@@ -130,6 +135,7 @@ class _Asker:
     task: Task
     limit: int
     journal: Journal
+    loaded: dict[str, list[str]] = field(default_factory=dict)  # adapters, by contender
 
     def prepare(self, contender: Contender, asked: Sequence[Asked]) -> Contender:
         """A contender with what it has to know of the model. More questions than last time do not change it."""
@@ -145,26 +151,42 @@ class _Asker:
         left = [one for one in asked if self.journal.find(contender.name, one) is None]
         if not left:
             return
-        with _refusing(), contender.acting(self.model):
-            length = None
+        with _refusing(), contender.acting(self.model, self.loaded):
             for number, one in enumerate(left, len(asked) - len(left)):
                 progress(contender.name, number, len(asked))
-                inputs = on_model(ask(self.processor, one.messages, one.question.images), self.model)
-                if one.length != length:  # what is tried or compiled once must not count as time of an answer
-                    self._generate(inputs, contender, one, min(2, self.limit))
-                    length = one.length
-                self.journal.add(self._answer(inputs, contender, one))
+                self.journal.add(self._answer(contender, one))
 
-    def _answer(self, inputs: dict[str, torch.Tensor], contender: Contender, asked: Asked) -> Answer:
+    def take_times(self, entered: Sequence[Contender], asked: Sequence[Asked], progress: Progress) -> None:
+        """Have those who answered the first questions of a length answer them again, in turns.
+
+        Whatever else the machine does at the time then slows all of them.
+        """
         # CPU time tells methods apart also where other programs run beside.
         clock = time.process_time if self.model.device.type == "cpu" else time.perf_counter
-        started = clock()
-        tokens = self._generate(inputs, contender, asked, self.limit)
-        seconds = clock() - started
+        timed = [one for length in {one.length: None for one in asked} for one in _of_length(asked, length)[:TIMED]]
+        for number, one in enumerate(timed):
+            able = [contender for contender in entered if self.journal.find(contender.name, one) is not None]
+            if self.journal.times.get(one.key, {}).keys() >= {contender.name for contender in able}:
+                continue
+            progress(TIMES, number, len(timed))
+            inputs, seconds = self._inputs(one), {}
+            for contender in able:
+                with contender.acting(self.model, self.loaded):
+                    # What is tried or compiled once must not count as time of an answer.
+                    self._generate(inputs, contender, one, min(2, self.limit))
+                    started = clock()
+                    self._generate(inputs, contender, one, self.limit)
+                    seconds[contender.name] = clock() - started
+            self.journal.add_times(one, seconds)
+
+    def _answer(self, contender: Contender, asked: Asked) -> Answer:
+        tokens = self._generate(self._inputs(asked), contender, asked, self.limit)
         written = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
         right = self.task.score(written, asked.question)
-        expected = asked.question.answers[0]
-        return Answer(contender.name, *asked.key, expected, written, right, len(tokens), seconds, tokens)
+        return Answer(contender.name, *asked.key, asked.question.answers[0], written, right, len(tokens), tokens)
+
+    def _inputs(self, asked: Asked) -> dict[str, torch.Tensor]:
+        return on_model(ask(self.processor, asked.messages, asked.question.images), self.model)
 
     def _generate(self, inputs: dict[str, torch.Tensor], contender: Contender, asked: Asked, limit: int) -> list[int]:
         """The tokens of an answer, on the CPU."""
@@ -189,6 +211,10 @@ def _asked(processor: Any, task: Task, plan: Plan) -> list[Asked]:
                 text = texts.draw(question.name, question.answers) if texts else ""
                 asked.append(Asked(length, seed, question, task.messages(question, text)))
     return asked
+
+
+def _of_length(asked: Sequence[Asked], length: int) -> list[Asked]:
+    return [one for one in asked if one.length == length]
 
 
 def _longest_answer(processor: Any, asked: Sequence[Asked]) -> int:

@@ -37,7 +37,7 @@ def made(
     """A comparison at 0 and 64 tokens. With `shared`, questions have one name under all seeds."""
     names = [*right, *(refused or {}), *(idle or {})]
     entered = [Contender(name, "control" if name == BASE else "method") for name in names]
-    asked, answers = [], {}
+    asked, answers, times = [], {}, {}
     for length in (0, 64):
         for number in range(len(right[BASE])):
             seed = number % seeds
@@ -46,8 +46,10 @@ def made(
             for place, name in enumerate(right):
                 key = (name, *asked[-1].key)
                 ids = token_ids(name, length, number)
-                answers[key] = Answer(*key, "x", "x", right[name][number], 2, 0.1 * (1 + place), ids)
-    return Comparison.of({**ABOUT, "environment": environment()}, entered, asked, answers, refused or {}, idle or {})
+                answers[key] = Answer(*key, "x", "x", right[name][number], 2, ids)
+                times.setdefault(asked[-1].key, {})[name] = 0.1 * (1 + place)
+    about = {**ABOUT, "environment": environment()}
+    return Comparison.of(about, entered, asked, answers, times, refused or {}, idle or {})
 
 
 def test_a_method_that_is_always_right_helps_and_one_that_is_always_wrong_hurts():

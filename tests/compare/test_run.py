@@ -20,7 +20,7 @@ from environment import DEVICE
 from peft_pvm import attached
 from peft_pvm.cli.work.comparing import lab_task
 from peft_pvm.compare.contenders import BASE, METHOD, Contender, contenders
-from peft_pvm.compare.run import ANSWERS, Plan, compare
+from peft_pvm.compare.run import ANSWERS, TIMED, TIMES, Plan, _Asker, compare
 from peft_pvm.compare.statistics import UNCHANGED
 from peft_pvm.demo.for_trainers import tiny_vlm_processor
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
@@ -45,9 +45,9 @@ def compared(model: Any, out: Path, entered: Sequence[Contender], plan: Plan = P
 
 
 def entries(out: Path) -> list[dict[str, Any]]:
-    """The answers on the disk, without their times."""
+    """The answers on the disk."""
     found = [json.loads(line) for line in (out / ANSWERS).read_text().splitlines()]
-    return [{**entry, "seconds": 0} for entry in found if "answer" in entry]
+    return [entry for entry in found if "answer" in entry]
 
 
 def test_all_answer_the_same_questions(model: Any, tmp_path: Path):
@@ -74,7 +74,7 @@ def test_methods_are_what_answers(model: Any, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("peft_pvm.compare.contenders.attached", noting)
     found = compared(model, tmp_path, contenders(["vcd"], [str(ADAPTER)]), Plan(lengths=(1024,)), rows=6)
-    assert [type(config) for config in seen] == [LogBiasConfig, VCDConfig]
+    assert [type(config) for config in seen] == [LogBiasConfig, VCDConfig] * (1 + TIMED)
     right = {name: sum(cells[1024].right) for name, cells in found.cells.items()}
     assert right["pvm-tiny-vlm"] >= 5 > 3 >= right[BASE]
 
@@ -95,7 +95,8 @@ def test_an_interrupted_comparison_goes_on(model: Any, tmp_path: Path):
     again = compared(
         model, tmp_path / "parts", entered, progress=lambda name, number, total: done.append((name, number))
     )
-    assert done == [("Log-bias", number) for number in range(3, 8)] + [("VAF", number) for number in range(8)]
+    log_bias, vaf = ([(name, number) for number in range(8)] for name in ("Log-bias", "VAF"))
+    assert done == log_bias[3:] + vaf + [(TIMES, number) for number in range(2 * TIMED)]
     assert entries(tmp_path / "parts") == entries(tmp_path / "whole")
     assert [again.findings[key].accuracy for key in again.findings] == [
         whole.findings[key].accuracy for key in whole.findings
@@ -103,6 +104,31 @@ def test_an_interrupted_comparison_goes_on(model: Any, tmp_path: Path):
     more = compared(model, tmp_path / "parts", contenders(["pai"]), Plan(lengths=(0, 40, 50), seeds=(0, 3)))
     assert more.lengths == [0, 40, 50]
     assert len(entries(tmp_path / "parts")) == 4 * 8 + 3 * 4 + 12
+
+
+def test_times_are_taken_in_turns(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the first questions of each length: of one question by all contenders, before the next; each adapter is
+    loaded once. Who comes later is timed beside the others, and what is there is not timed again."""
+    turns: list[tuple[str, int]] = []
+    generate = _Asker._generate
+
+    def noting(self: Any, inputs: Any, contender: Contender, asked: Any, limit: int) -> list[int]:
+        turns.append((contender.name, asked.length))
+        return generate(self, inputs, contender, asked, limit)
+
+    monkeypatch.setattr(_Asker, "_generate", noting)
+    entered = [contenders([])[0], contenders([], [str(ADAPTER)])[-1]]
+    adapters = set(getattr(model, "peft_config", {}))
+    found = compared(model, tmp_path, entered)
+    assert len(set(model.peft_config) - adapters) == 1
+    both = [contender.name for contender in entered for _ in range(2)]  # two tokens first, which are not timed
+    assert turns[16:] == [(name, length) for length in (0, 40) for _ in range(TIMED) for name in both]
+    assert {len(cell.seconds) for cells in found.cells.values() for cell in cells.values()} == {TIMED}
+    turns.clear()
+    again = compared(model, tmp_path, entered)
+    assert (turns, again.to_dict()) == ([], found.to_dict())
+    compared(model, tmp_path, [*entered, contenders(["vaf"])[-1]], Plan(lengths=(0,)))
+    assert [name for name, _ in turns] == ["VAF"] * 2 + [*both, "VAF", "VAF"] * 2
 
 
 def test_other_answers_are_not_mixed_in(model: Any, tmp_path: Path):

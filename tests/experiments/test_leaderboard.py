@@ -68,7 +68,7 @@ def test_who_changed_nothing_and_who_had_nothing_to_do_are_said(tmp_path: Path):
     for name, cells in content["answers"].items():
         for cell in cells.values():
             cell["changed"] = [name == "PAI", *[False] * (len(cell["right"]) - 1)]
-    content["nothing to do"] = {"VAR": content["refused"].pop("VAR")}
+    content["nothing to do"] = {"VAR": "no channels"}
     (tmp_path / path.name).write_text(json.dumps(content))
     rows = [line for line in render(read_comparisons(tmp_path)).splitlines() if line.endswith("|")]
     assert "| SAVAA (method) | changed nothing |" in rows
