@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeVar
 
 from ..folders.data_file import holding, read_json
 from .contenders import BASE, Contender
 from .journal import Answer
 from .statistics import UNCHANGED, Estimate, holm, sign_flip_p, verdict
 from .tasks import Asked
+
+
+T = TypeVar("T")
+TIMED = 3  # questions of each length whose answers are timed
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Cell:
     Attributes:
         right: How much of each answer is right.
         tokens: How many each has.
-        seconds: What the first of them took, taken in turns with the other contenders.
+        seconds: What the first of them took, in turns with the other contenders: none, if it refused only then.
         changed: Whether its tokens differ from those of the base's answer. `None`: that was not recorded, as in files
             of earlier versions.
     """
@@ -50,9 +54,10 @@ class Cell:
         return None if self.changed is None else sum(self.changed)
 
     @property
-    def seconds_of_a_token(self) -> float:
-        """The median over answers. The prompt's time is in it."""
-        return median(seconds / max(tokens, 1) for seconds, tokens in zip(self.seconds, self.tokens))
+    def milliseconds_of_a_token(self) -> float | None:
+        """The median over answers that were timed. The prompt's time is in it."""
+        times = [1000 * seconds / max(tokens, 1) for seconds, tokens in zip(self.seconds, self.tokens)]
+        return median(times) if times else None
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Finding:
         p: Of the difference, by the exact sign-flip test.
         corrected: The same by Holm's method, over all contenders and lengths.
         verdict: What follows.
-        slowdown: The time of an answer, as a multiple of the base's: the median over answers.
+        slowdown: The time of an answer, as a multiple of the base's: the median over answers that were timed.
         changed: How many answers differ from the base's; `None`: not recorded.
     """
 
@@ -74,7 +79,7 @@ class Finding:
     p: float
     corrected: float
     verdict: str
-    slowdown: float
+    slowdown: float | None
     changed: int | None
 
 
@@ -105,11 +110,11 @@ class Comparison:
         entered: Sequence[Contender],
         asked: Sequence[Asked],
         answers: Mapping[tuple[str, int, int, str], Answer],
-        times: Mapping[tuple[int, int, str], Mapping[str, float]],
+        times: Mapping[tuple[str, int, int, str], float],
         refused: Mapping[str, str],
         idle: Mapping[str, str],
     ) -> Comparison:
-        """Make it from single answers. A length that a contender did not finish is left out."""
+        """Make it from single answers and their times. A length that a contender did not finish is left out."""
         lengths = sorted({one.length for one in asked})
         by_length = {length: [one.key for one in asked if one.length == length] for length in lengths}
         cells: dict[str, dict[int, Cell]] = {contender.name: {} for contender in entered}
@@ -117,7 +122,8 @@ class Comparison:
             of_base = _found(answers, BASE, keys)
             for name, of_contender in cells.items():
                 if len(mine := _found(answers, name, keys)) == len(keys):
-                    of_contender[length] = Cell.of(mine, of_base, [times[key][name] for key in keys if key in times])
+                    timed = _found(times, name, keys[:TIMED])
+                    of_contender[length] = Cell.of(mine, of_base, timed if len(timed) == len(keys[:TIMED]) else [])
         questions = [(seed, name) for _, seed, name in by_length[lengths[0]]]
         settings = {contender.name: contender.settings() for contender in entered}
         return cls(about, settings, questions, cells, refused, idle)
@@ -148,14 +154,18 @@ class Comparison:
         most = len(self.asked) / self.num_questions * self.about["asked"]
         return [fmean(sums) / most for sums in zip(*by_length)]
 
-    def slowdown(self, contender: str, lengths: Sequence[int]) -> float:
-        """The time of an answer as a multiple of the base's to the same question: the median over answers."""
-        pairs = [
-            (mine, base)
-            for length in lengths
-            for mine, base in zip(self.cells[contender][length].seconds, self.cells[BASE][length].seconds)
-        ]
-        return median(mine / base for mine, base in pairs)
+    def slowdown(self, contender: str, lengths: Sequence[int]) -> float | None:
+        """The time of an answer as a multiple of the base's to the same question: the median over timed answers.
+
+        `None` if there are none at one of the lengths.
+        """
+        ratios: list[float] = []
+        for length in lengths:
+            mine, base = (self.cells[name][length].seconds for name in (contender, BASE))
+            if not mine:
+                return None
+            ratios += [own / of_base for own, of_base in zip(mine, base, strict=True)]
+        return median(ratios)
 
     @cached_property
     def findings(self) -> dict[tuple[str, int], Finding]:
@@ -244,9 +254,9 @@ class Comparison:
 
 
 def _found(
-    answers: Mapping[tuple[str, int, int, str], Answer], contender: str, keys: Sequence[tuple[int, int, str]]
-) -> list[Answer]:
-    return [answer for key in keys if (answer := answers.get((contender, *key))) is not None]
+    facts: Mapping[tuple[str, int, int, str], T], contender: str, keys: Sequence[tuple[int, int, str]]
+) -> list[T]:
+    return [fact for key in keys if (fact := facts.get((contender, *key))) is not None]
 
 
 def _cell(content: Mapping[str, Any], answers: int) -> Cell:
@@ -254,6 +264,6 @@ def _cell(content: Mapping[str, Any], answers: int) -> Cell:
     changed = None if content.get("changed") is None else tuple(map(bool, content["changed"]))
     cell = Cell(right, tokens, tuple(map(float, content["seconds"])), changed)
     lists = [cell.right, cell.tokens, *([] if changed is None else [changed])]
-    if {len(values) for values in lists} != {answers} or not 0 < len(cell.seconds) <= answers:
+    if {len(values) for values in lists} != {answers} or len(cell.seconds) not in {0, min(TIMED, answers), answers}:
         raise ValueError("a list has another length than the questions")
     return cell

@@ -18,10 +18,10 @@ from torch import nn
 from ..methods import METHODS, LogBiasConfig, VARConfig
 from ..probe.rows import Lesson, ask
 from ..probe.sinks import outliers, proposed
-from ..tuners.active import activate, attached, base_of
+from ..tuners.active import attached, base_of
 from ..tuners.base import VisualConfig
 from ..tuners.names import TOGETHER, adapter_names, separate
-from ..tuners.saving import load_adapters
+from ..tuners.saving import loaded
 from .tasks import Asked
 
 
@@ -64,26 +64,14 @@ class Contender:
         return said
 
     @contextlib.contextmanager
-    def acting(self, model: nn.Module, loaded: dict[str, list[str]]) -> Iterator[None]:
-        """Have only it act on a model, for the length of a block.
-
-        Args:
-            model: The model.
-            loaded: The adapters that contenders have loaded onto it so far, switched off, by contender. This one's
-                are added.
-        """
+    def acting(self, model: nn.Module) -> Iterator[None]:
+        """Have it act on a model without adapters, for the length of a block."""
         if self.config is not None:
             with attached(model, self.config):
                 yield
         elif self.adapters:
-            base = base_of(model)
-            if self.name not in loaded:
-                loaded[self.name] = load_adapters(base, self.adapters)
-            activate(base, loaded[self.name], trainable=False)
-            try:
+            with loaded(base_of(model), self.adapters):
                 yield
-            finally:
-                activate(base, [], trainable=False)
         else:
             yield
 

@@ -15,6 +15,9 @@ from ..utils.text import quoted
 from .tasks import Asked
 
 
+KEY = ("contender", "length", "seed", "question")
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a contender answered to one question.
@@ -51,8 +54,8 @@ class Journal:
 
     Attributes:
         answers: By contender, length, seed and question.
-        times: By length, seed and question: how many seconds each contender took, from the prompt, as tensors, to the
-            last token; on a CPU, the CPU time of all threads.
+        times: Of some answers, by the same: seconds from the prompt, as tensors, to the last token; on a CPU, the CPU
+            time of all threads.
         settings: By contender, what it was when it last entered.
 
     Raises:
@@ -62,7 +65,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike, about: Mapping[str, Any]):
         self.path = Path(path)
         self.answers: dict[tuple[str, int, int, str], Answer] = {}
-        self.times: dict[tuple[int, int, str], Mapping[str, float]] = {}
+        self.times: dict[tuple[str, int, int, str], float] = {}
         self.settings: dict[str, Any] = {}
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]
@@ -75,10 +78,12 @@ class Journal:
                 entry = json.loads(line)
                 if "settings" in entry:
                     self.settings[str(entry["contender"])] = entry["settings"]
-                elif "times" in entry:
-                    self.times[entry["length"], entry["seed"], entry["question"]] = entry["times"]
-                else:
+                elif "answer" in entry:
+                    entry.pop("seconds", None)  # earlier versions timed every answer, but not in turns
                     self._take(Answer(**entry))
+                else:
+                    contender, length, seed, question = (entry[name] for name in KEY)
+                    self.times[contender, length, seed, question] = float(entry["seconds"])
         if len(whole) < len(lines):
             write_file(self.path, "".join(whole))
         for name in [*about, *(name for name in found if name not in about)]:
@@ -106,11 +111,11 @@ class Journal:
         self._take(answer)
         self._append(asdict(answer))
 
-    def add_times(self, asked: Asked, seconds: Mapping[str, float]) -> None:
-        """Keep how many seconds all contenders took for one question, at once."""
-        self.times[asked.key] = seconds
-        length, seed, question = asked.key
-        self._append({"length": length, "seed": seed, "question": question, "times": seconds})
+    def add_time(self, contender: str, asked: Asked, seconds: float) -> None:
+        """Keep how long an answer took, at once."""
+        key = dict(zip(KEY, (contender, *asked.key)))
+        self.times[contender, *asked.key] = seconds
+        self._append({**key, "seconds": seconds})
 
     def _take(self, answer: Answer) -> None:
         self.answers[answer.contender, answer.length, answer.seed, answer.question] = answer

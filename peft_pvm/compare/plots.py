@@ -52,12 +52,13 @@ def _draw(panel: Any, comparison: Comparison, lengths: Sequence[int]) -> None:
     for number, (name, cells) in enumerate(comparison.cells.items()):
         colour = COLOURS[(number + number // len(MARKERS)) % len(COLOURS)]
         look = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 6, "linestyle": "none"}
-        if not cells.keys() >= set(lengths):  # it refused, but may be in the other panel
+        slowdown = comparison.slowdown(name, lengths) if cells.keys() >= set(lengths) else None
+        if slowdown is None:  # it refused, but may be in the other panel
             if cells:
                 panel.plot([], [], label=name, **look)
             continue
         accuracy = Estimate.of(comparison.accuracies(name, lengths))
-        points[name] = comparison.slowdown(name, lengths), accuracy.mean
+        points[name] = slowdown, accuracy.mean
         panel.errorbar(*points[name], yerr=accuracy.standard_error or 0, label=name, elinewidth=0.8, **look)
     best = [points[name] for name in front(points)]
     panel.plot(*zip(*best), color="grey", linewidth=1, linestyle=":", drawstyle="steps-post", zorder=0)

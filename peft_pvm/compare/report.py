@@ -11,7 +11,7 @@ from pathlib import Path
 from ..folders.replacing import replacing
 from ..utils.html import render
 from ..utils.text import markdown, markdown_table
-from .comparison import Comparison, Finding
+from .comparison import TIMED, Comparison, Finding
 from .contenders import BASE, METHOD
 from .plots import draw_pareto, front
 from .statistics import HELPS, HURTS, LEVEL, UNCHANGED, UNCLEAR, fewest_changed
@@ -184,7 +184,7 @@ def overview(comparison: Comparison) -> Table:
         shown = [
             _cell(comparison.findings[name, length]) if length in cells else missing for length in comparison.lengths
         ]
-        time = f"{comparison.slowdown(name, list(cells)):.2f}" if cells else MISSING
+        time = _number(comparison.slowdown(name, list(cells)), ".2f") if cells else MISSING
         changed = MISSING if name == BASE else _of(comparison.changed(name), len(cells) * len(comparison.asked))
         rows.append([_called(comparison, name), *shown, changed, time])
     return Table(["", *(f"{length:,}" for length in comparison.lengths), CHANGED, "Time of an answer, base = 1"], rows)
@@ -193,6 +193,10 @@ def overview(comparison: Comparison) -> Table:
 def _cell(found: Finding) -> str:
     said = f", {found.verdict}" if found.verdict in (HELPS, HURTS) else ""
     return f"{found.accuracy.shown()}{said}"
+
+
+def _number(number: float | None, form: str) -> str:
+    return MISSING if number is None else format(number, form)
 
 
 def _of(changed: int | None, answers: int) -> str:
@@ -214,21 +218,25 @@ def _caution(comparison: Comparison) -> str:
 def _latency(comparison: Comparison) -> list[str]:
     lengths = comparison.lengths
     whole = [name for name, cells in comparison.cells.items() if cells.keys() >= set(lengths)]
-    points = {name: (comparison.slowdown(name, lengths), sum(comparison.accuracies(name, lengths))) for name in whole}
+    slowdowns = {name: comparison.slowdown(name, lengths) for name in whole}
+    points = {
+        name: (slowdown, sum(comparison.accuracies(name, lengths)))
+        for name, slowdown in slowdowns.items()
+        if slowdown is not None
+    }
     return [
         "Higher is more accurate, and farther right is slower. Bars are standard errors over questions. The dotted "
         "line joins the contenders that no other beats in both accuracy and time. The accuracy is the mean over all "
-        f"answers, and the time is the median over {_timed(comparison)}. On a CPU, the time is the CPU time of all "
-        "threads; on other devices, it is wall-clock time.",
+        "answers. The time is that of an answer as a multiple of the base's, the median over "
+        f"{_timed(comparison)}. On a CPU, it is the CPU time of all threads; on other devices, it is wall-clock time.",
         f"Over all lengths together, these contenders are: {', '.join(front(points))}.",
     ]
 
 
 def _timed(comparison: Comparison) -> str:
-    timed = {len(cell.seconds) for cells in comparison.cells.values() for cell in cells.values()}
-    if max(timed) == len(comparison.asked):
+    if len(next(iter(comparison.cells[BASE].values())).seconds) == len(comparison.asked):
         return "all answers"
-    return f"the answers to {' or '.join(map(str, sorted(timed)))} questions of each length, which all took in turns"
+    return f"the first {TIMED} questions of each length, which all contenders answered in turns"
 
 
 def _details(comparison: Comparison) -> Table:
@@ -252,8 +260,8 @@ def _details(comparison: Comparison) -> Table:
             f"{found.corrected:.2g}",
             found.verdict,
             _of(found.changed, len(comparison.asked)),
-            f"{found.slowdown:.2f}",
-            f"{1000 * comparison.cells[name][length].seconds_of_a_token:.3g}",
+            _number(found.slowdown, ".2f"),
+            _number(comparison.cells[name][length].milliseconds_of_a_token, ".3g"),
         ]
         for (name, length), found in comparison.findings.items()
         if name != BASE

@@ -7,7 +7,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..tokens.families import VisionLanguageModel, find_vlm
 from ..tuners.active import base_of
 from ..utils.distractors import Distractors, read_paragraphs
 from ..utils.packages import attn_implementation
-from .comparison import Comparison
+from .comparison import TIMED, Comparison
 from .contenders import BASE, Contender, NothingToDo, needs_channels, with_channels
 from .journal import Answer, Journal
 from .tasks import Asked, Task
@@ -29,8 +29,7 @@ from .tasks import Asked, Task
 
 ANSWERS = "answers.jsonl"
 SPARE = 16  # tokens that an answer may be longer than the longest right one
-TIMED = 3  # questions of each length
-TIMES = "times"  # as progress calls them
+TIMES = "taking times"  # as progress calls it
 REFUSALS = (ImportError, NotImplementedError, ValueError)  # how methods say that a model is not for them
 GREEDY = {"do_sample": False, "num_beams": 1}
 
@@ -72,16 +71,15 @@ def compare(
     of each length once more, in turns.
 
     Args:
-        model: A vision-language model from transformers, without adapters. Adapters that contenders load stay on it,
-            off.
+        model: A vision-language model from transformers, without adapters.
         processor: Its processor, with a chat template.
         task: What is asked.
         entered: What is compared; the first is the base.
         plan: Lengths and seeds.
         out: Folder of the answers.
         name: What the model is called; by default what its configuration says.
-        progress: Called with the contender, how many questions are answered and how many there are; of the times, with
-            "times".
+        progress: Called with the contender, how many questions are answered and how many there are; while times are
+            taken, with "taking times".
 
     Returns:
         The comparison, whose `save` writes a report.
@@ -135,7 +133,6 @@ class _Asker:
     task: Task
     limit: int
     journal: Journal
-    loaded: dict[str, list[str]] = field(default_factory=dict)  # adapters, by contender
 
     def prepare(self, contender: Contender, asked: Sequence[Asked]) -> Contender:
         """A contender with what it has to know of the model. More questions than last time do not change it."""
@@ -151,7 +148,7 @@ class _Asker:
         left = [one for one in asked if self.journal.find(contender.name, one) is None]
         if not left:
             return
-        with _refusing(), contender.acting(self.model, self.loaded):
+        with _refusing(), contender.acting(self.model):
             for number, one in enumerate(left, len(asked) - len(left)):
                 progress(contender.name, number, len(asked))
                 self.journal.add(self._answer(contender, one))
@@ -161,23 +158,30 @@ class _Asker:
 
         Whatever else the machine does at the time then slows all of them.
         """
-        # CPU time tells methods apart also where other programs run beside.
-        clock = time.process_time if self.model.device.type == "cpu" else time.perf_counter
-        timed = [one for length in {one.length: None for one in asked} for one in _of_length(asked, length)[:TIMED]]
+        by_length: dict[int, list[Asked]] = {}
+        for one in asked:
+            by_length.setdefault(one.length, []).append(one)
+        timed = [one for of_length in by_length.values() for one in of_length[:TIMED]]
         for number, one in enumerate(timed):
             able = [contender for contender in entered if self.journal.find(contender.name, one) is not None]
-            if self.journal.times.get(one.key, {}).keys() >= {contender.name for contender in able}:
+            if all((contender.name, *one.key) in self.journal.times for contender in able):
                 continue
             progress(TIMES, number, len(timed))
-            inputs, seconds = self._inputs(one), {}
-            for contender in able:
-                with contender.acting(self.model, self.loaded):
-                    # What is tried or compiled once must not count as time of an answer.
-                    self._generate(inputs, contender, one, min(2, self.limit))
-                    started = clock()
-                    self._generate(inputs, contender, one, self.limit)
-                    seconds[contender.name] = clock() - started
-            self.journal.add_times(one, seconds)
+            first = number % len(able)
+            for contender in able[first:] + able[:first]:
+                with contextlib.suppress(Refusal):  # it refuses only now: then it has no time
+                    self.journal.add_time(contender.name, one, self._time(contender, one))
+
+    def _time(self, contender: Contender, asked: Asked) -> float:
+        # CPU time tells methods apart also where other programs run beside.
+        clock = time.process_time if self.model.device.type == "cpu" else time.perf_counter
+        inputs = self._inputs(asked)
+        with _refusing(), contender.acting(self.model):
+            # What is tried or compiled once must not count as time of an answer.
+            self._generate(inputs, contender, asked, min(2, self.limit))
+            started = clock()
+            self._generate(inputs, contender, asked, self.limit)
+            return clock() - started
 
     def _answer(self, contender: Contender, asked: Asked) -> Answer:
         tokens = self._generate(self._inputs(asked), contender, asked, self.limit)
@@ -211,10 +215,6 @@ def _asked(processor: Any, task: Task, plan: Plan) -> list[Asked]:
                 text = texts.draw(question.name, question.answers) if texts else ""
                 asked.append(Asked(length, seed, question, task.messages(question, text)))
     return asked
-
-
-def _of_length(asked: Sequence[Asked], length: int) -> list[Asked]:
-    return [one for one in asked if one.length == length]
 
 
 def _longest_answer(processor: Any, asked: Sequence[Asked]) -> int:

@@ -284,6 +284,8 @@ class VisualTuner(BaseTuner):
         layers = self._tuner_layers()
         for layer in layers:
             if adapter_name in layer.configs:
+                if adapter_name in layer.active_adapters:  # PEFT would choose a successor
+                    layer.set_adapter([name for name in layer.active_adapters if name != adapter_name])
                 layer.delete_adapter(adapter_name)
         take_off(self.model, [layer for layer in layers if not layer.configs])
 

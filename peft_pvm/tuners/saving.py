@@ -257,16 +257,26 @@ def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
     Example:
         load_adapters(model, ["runs/pvm", "someone/a-lora"])
     """
-    names = adapter_names(sources, model)
     with _all_or_none(model) as overwritten:
-        for name, source in names.items():
-            _load(model, name, source, overwritten)
-        if names:
-            activate(model, list(names), trainable=False)
-    if names:
-        model.eval()
-        warn_of_missing(model, {name: AdapterFile(source) for name, source in names.items()})
-    return list(names)
+        return _load_all(model, sources, overwritten)
+
+
+@contextlib.contextmanager
+def loaded(model: nn.Module, sources: Collection[str]) -> Iterator[list[str]]:
+    """`load_adapters` for the length of a block: at its end, the adapters are taken off again.
+
+    Args:
+        model: As `load_adapters` takes it; in eval mode it is left as it was.
+        sources: Folders or Hub ids.
+
+    Yields:
+        The adapters' names on the model.
+
+    Raises:
+        ValueError: As `load_adapters` does.
+    """
+    with _all_or_none(model, always_none=True) as overwritten:
+        yield _load_all(model, sources, overwritten)
 
 
 def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike) -> Path:
@@ -296,8 +306,12 @@ def save_adapter(model: nn.Module, adapter_name: str, folder: str | os.PathLike)
 
 
 @contextlib.contextmanager
-def _all_or_none(model: nn.Module) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
+def _all_or_none(model: nn.Module, always_none: bool = False) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
     """If a block fails, take off what it attached, and restore which adapters act.
+
+    Args:
+        model: The model.
+        always_none: Whether to do so at the end of the block in any case.
 
     Yields:
         A dict for the old contents of tensors of the base that the block overwrites, by tensor.
@@ -307,9 +321,8 @@ def _all_or_none(model: nn.Module) -> Iterator[dict[torch.Tensor, torch.Tensor]]
     children = {module: dict(module.named_children()) for module in model.modules()}
     overwritten: dict[torch.Tensor, torch.Tensor] = {}
     _, put_back = remembered(model)
-    try:
-        yield overwritten
-    except BaseException:
+
+    def take_all_off() -> None:
         with without_hooks(model):
             for module, before in children.items():  # PEFT has put layers and wrappers in the place of modules
                 for name, child in before.items():
@@ -324,7 +337,25 @@ def _all_or_none(model: nn.Module) -> Iterator[dict[torch.Tensor, torch.Tensor]]
                 tensor.copy_(content)
         put_back()
         forget_configs(model)
+
+    try:
+        yield overwritten
+    except BaseException:
+        take_all_off()
         raise
+    if always_none:
+        take_all_off()
+
+
+def _load_all(model: nn.Module, sources: Collection[str], overwritten: dict[torch.Tensor, torch.Tensor]) -> list[str]:
+    names = adapter_names(sources, model)
+    for name, source in names.items():
+        _load(model, name, source, overwritten)
+    if names:
+        activate(model, list(names), trainable=False)
+        model.eval()
+        warn_of_missing(model, {name: AdapterFile(source) for name, source in names.items()})
+    return list(names)
 
 
 def _load(model: nn.Module, name: str, source: str, overwritten: dict[torch.Tensor, torch.Tensor]) -> None:

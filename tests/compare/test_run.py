@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ from environment import DEVICE
 
 from peft_pvm import attached
 from peft_pvm.cli.work.comparing import lab_task
+from peft_pvm.compare.comparison import Comparison
 from peft_pvm.compare.contenders import BASE, METHOD, Contender, contenders
+from peft_pvm.compare.report import save
 from peft_pvm.compare.run import ANSWERS, TIMED, TIMES, Plan, _Asker, compare
 from peft_pvm.compare.statistics import UNCHANGED
 from peft_pvm.demo.for_trainers import tiny_vlm_processor
@@ -28,10 +32,12 @@ from peft_pvm.methods import LogBiasConfig, VAFConfig, VARConfig, VCDConfig
 from peft_pvm.probe.rows import Chat
 from peft_pvm.probe.sinks import propose_sinks
 from peft_pvm.tuners.active import acting_adapters
+from peft_pvm.utils.packages import adapter_layers
 
 
 ADAPTER = Path(__file__).parents[2] / "adapters" / "pvm-tiny-vlm"
 PROCESSOR = tiny_vlm_processor()
+Turn = tuple[str, int, int, str]  # contender, length, seed and question
 PLAN = Plan(lengths=(0, 40), seeds=(0, 3))
 
 
@@ -44,10 +50,19 @@ def compared(model: Any, out: Path, entered: Sequence[Contender], plan: Plan = P
     return compare(model, PROCESSOR, lab_task("mosaic", rows, in_tokens=True), entered, plan, out, **options)
 
 
+def lines(out: Path) -> list[dict[str, Any]]:
+    """What is on the disk."""
+    return [json.loads(line) for line in (out / ANSWERS).read_text().splitlines()]
+
+
+def keep(out: Path, kept: list[dict[str, Any]]) -> None:
+    """Have only this on the disk."""
+    (out / ANSWERS).write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
+
+
 def entries(out: Path) -> list[dict[str, Any]]:
     """The answers on the disk."""
-    found = [json.loads(line) for line in (out / ANSWERS).read_text().splitlines()]
-    return [entry for entry in found if "answer" in entry]
+    return [entry for entry in lines(out) if "answer" in entry]
 
 
 def test_all_answer_the_same_questions(model: Any, tmp_path: Path):
@@ -106,29 +121,104 @@ def test_an_interrupted_comparison_goes_on(model: Any, tmp_path: Path):
     assert len(entries(tmp_path / "parts")) == 4 * 8 + 3 * 4 + 12
 
 
-def test_times_are_taken_in_turns(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of the first questions of each length: of one question by all contenders, before the next; each adapter is
-    loaded once. Who comes later is timed beside the others, and what is there is not timed again."""
-    turns: list[tuple[str, int]] = []
-    generate = _Asker._generate
+@pytest.fixture
+def turns(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Turn]:
+    """Who generates, for which question, in order. Generating takes a second here, and attaching or loading 100."""
+    noted: list[Turn] = []
+    now = [0.0]
+    generate, acting = _Asker._generate, Contender.acting
 
     def noting(self: Any, inputs: Any, contender: Contender, asked: Any, limit: int) -> list[int]:
-        turns.append((contender.name, asked.length))
+        assert any(adapter_layers(self.model)) == (contender.name not in (BASE, "temperature"))
+        noted.append((contender.name, *asked.key))
+        now[0] += 1
         return generate(self, inputs, contender, asked, limit)
 
+    @contextlib.contextmanager
+    def slowly(self: Contender, model: Any):
+        now[0] += 100
+        with acting(self, model):
+            yield
+        now[0] += 100
+
     monkeypatch.setattr(_Asker, "_generate", noting)
-    entered = [contenders([])[0], contenders([], [str(ADAPTER)])[-1]]
-    adapters = set(getattr(model, "peft_config", {}))
-    found = compared(model, tmp_path, entered)
-    assert len(set(model.peft_config) - adapters) == 1
-    both = [contender.name for contender in entered for _ in range(2)]  # two tokens first, which are not timed
-    assert turns[16:] == [(name, length) for length in (0, 40) for _ in range(TIMED) for name in both]
-    assert {len(cell.seconds) for cells in found.cells.values() for cell in cells.values()} == {TIMED}
+    monkeypatch.setattr(Contender, "acting", slowly)
+    clock = SimpleNamespace(process_time=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr("peft_pvm.compare.run.time", clock)
+    return noted
+
+
+def test_times_are_taken_in_turns(model: Any, tmp_path: Path, turns: list[Turn]):
+    """Of the first questions of each length: of one question by all contenders, before the next. Who begins changes.
+    Adapters are on the model only while they answer. Two tokens come first, which are not timed."""
+    base, temperature, *_, adapter = contenders([], [str(ADAPTER)])
+    found = compared(model, tmp_path, [base, temperature, adapter])
+    names = [contender.name for contender in (base, temperature, adapter)]
+    expected = []
+    for number, key in enumerate((0, *key) for key in ((0, "0-0"), (0, "0-1"), (3, "3-0"))):
+        in_turn = names[number:] + names[:number]
+        expected += [(name, *key) for name in in_turn for _ in range(2)]
+    assert [turn for turn in turns[24:] if turn[1] == 0] == expected
+    assert len(turns) == 24 + 2 * len(expected)
+    assert {cell.seconds for cells in found.cells.values() for cell in cells.values()} == {(1.0,) * TIMED}
     turns.clear()
-    again = compared(model, tmp_path, entered)
+    again = compared(model, tmp_path, [base, temperature, adapter])
     assert (turns, again.to_dict()) == ([], found.to_dict())
-    compared(model, tmp_path, [*entered, contenders(["vaf"])[-1]], Plan(lengths=(0,)))
-    assert [name for name, _ in turns] == ["VAF"] * 2 + [*both, "VAF", "VAF"] * 2
+
+
+def test_who_comes_later_is_timed_beside_the_others(model: Any, tmp_path: Path, turns: list[Turn]):
+    """With more questions, others may be the first, and who was timed on fewer is not paired with the wrong ones."""
+    plan, few = Plan(lengths=(0,), seeds=(0, 3)), [contenders([])[0]]
+    compared(model, tmp_path, few, plan)
+    turns.clear()
+    found = compared(model, tmp_path, [*few, contenders(["vaf"])[-1]], plan, rows=8)
+    timed = [turn for turn in turns[-12:] if turn[0] == "VAF"]
+    assert timed == [("VAF", 0, 0, name) for name in ("0-0", "0-1", "0-2") for _ in range(2)]
+    assert len(turns) == 12 + 2 * 16 - 4
+    assert {cells[0].seconds for cells in found.cells.values()} == {(1.0,) * TIMED}
+
+
+def test_times_go_on_after_an_interruption(model: Any, tmp_path: Path, turns: list[Turn]):
+    entered = contenders([])[:2]
+
+    def stop(name: str, done: int, total: int) -> None:
+        if (name, done) == (TIMES, 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compared(model, tmp_path, entered, progress=stop)
+    turns.clear()
+    found = compared(model, tmp_path, entered)
+    assert len(turns) == 2 * 2 * 4
+    assert {len(cell.seconds) for cells in found.cells.values() for cell in cells.values()} == {TIMED}
+
+
+def test_who_refuses_while_times_are_taken_has_none(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    entered = [contenders([])[0], contenders(["vaf"])[-1]]
+    compared(model, tmp_path, entered)
+    keep(tmp_path, [entry for entry in lines(tmp_path) if "seconds" not in entry])
+
+    def refusing(*_: Any):
+        raise ValueError("not now")
+
+    monkeypatch.setattr("peft_pvm.compare.contenders.attached", refusing)
+    found = compared(model, tmp_path, entered)
+    assert {name: len(cells[0].seconds) for name, cells in found.cells.items()} == {"base": TIMED, "VAF": 0}
+    assert found.findings["VAF", 0].slowdown is None
+    save(found, tmp_path)
+    assert Comparison.load(tmp_path / "compare.json").to_dict() == found.to_dict()
+
+
+def test_an_earlier_version_timed_every_answer(model: Any, tmp_path: Path):
+    entered = contenders([])[:2]
+    found = compared(model, tmp_path, entered)
+    earlier = [{**entry, "seconds": 0.5} if "answer" in entry else entry for entry in lines(tmp_path)]
+    kept = [entry for entry in earlier if "answer" in entry or "seconds" not in entry]
+    keep(tmp_path, kept)
+    again = compared(model, tmp_path, entered)
+    assert len(entries(tmp_path)) == len(kept) - 3
+    assert {len(cell.seconds) for cells in again.cells.values() for cell in cells.values()} == {TIMED}
+    assert again.accuracies("temperature", [0, 40]) == found.accuracies("temperature", [0, 40])
 
 
 def test_other_answers_are_not_mixed_in(model: Any, tmp_path: Path):

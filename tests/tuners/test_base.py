@@ -388,6 +388,15 @@ def test_remove_adapter_takes_the_layers_that_hold_no_other(llava: TinyVLM):
     assert {**as_it_is(base), "attributes": None} == {**before, "attributes": None}
 
 
+def test_remove_adapter_chooses_no_successor(llava: TinyVLM, recwarn: pytest.WarningsRecorder):
+    model = get_peft_model(llava.build(), CONFIGS["pvm"](), "one")
+    model.add_adapter("two", CONFIGS["pvm"]())
+    model.base_model.set_adapter(["two"])
+    model.base_model.remove_adapter("two")
+    assert {tuple(layer.active_adapters) for layer in layers_of(model)} == {()}
+    assert [str(warning.message) for warning in recwarn if "active" in str(warning.message)] == []
+
+
 # ---- a layer
 
 

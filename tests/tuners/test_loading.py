@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import warnings
@@ -20,7 +21,9 @@ from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, add_adapters, attached, load_adapters, save_adapter
 from peft_pvm.tuners import saving
+from peft_pvm.tuners.active import acting_adapters
 from peft_pvm.tuners.layers import VisualTunerLayer
+from peft_pvm.tuners.saving import loaded
 
 
 LORA = dict(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -99,6 +102,37 @@ def test_those_that_were_there_stop_acting(tiny: TinyVLM, saved: list[str]):
     alone = METHODS["pvm"].attach(tiny.build())
     inputs = tiny.inputs(model, *PROMPTS)
     assert difference(logits(model, inputs), logits(alone, inputs)) < 1e-6
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["on a plain model", "beside another"])
+def test_adapters_for_a_block(tiny: TinyVLM, saved: list[str], first: bool):
+    """They leave nothing behind, and what acted before acts again: twice, and if the block fails."""
+    model = tiny.build()
+    inputs = tiny.inputs(model, *PROMPTS)
+    if first:
+        load_adapters(model, saved[1:2])
+    expected, expected_inside = logits(model, inputs), one_inside_the_other(tiny, saved)
+
+    def state() -> list[object]:
+        hooks = {
+            name: {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks")}
+            for name, module in model.named_modules()
+        }
+        learns = [parameter.requires_grad for parameter in model.parameters()]
+        return [hooks, learns, acting_adapters(model), sorted(getattr(model, "peft_config", {}))]
+
+    before = state()
+    for error in (None, None, KeyboardInterrupt):
+        with contextlib.ExitStack() as stack:
+            if error is not None:
+                stack.enter_context(pytest.raises(error))
+            names = stack.enter_context(loaded(model, saved))
+            assert acting_adapters(model) == names == ["pvm", "dipe-2" if first else "dipe", "lora"]
+            assert difference(logits(model, inputs), expected_inside) < 1e-6
+            if error is not None:
+                raise error
+        assert state() == before
+        assert torch.equal(logits(model, inputs), expected)
 
 
 def test_all_are_attached_or_none(tiny: TinyVLM, saved: list[str], tmp_path: Path):
