@@ -114,8 +114,13 @@ generate: $(VENV)/.installed
 	PYTHONPATH=. $(VENV)/bin/python docs/figures/draw.py
 	$(VENV)/bin/typer peft_pvm.cli.app utils docs --name peft-pvm --title "Command line" --output docs/api/cli.md
 
-# What steps take on a GPU, on paper, and the table of it in docs/performance.md: after a change of what a step launches.
+# What steps launch, what they take on a GPU on paper, and the tables of both in docs/performance.md: after a change of
+# what a step launches. Takes some twenty minutes, most of it to compile.
 predictions: $(VENV)/.installed
+	$(VENV)/bin/peft-pvm bench --launches --method all --context 90 --visual-tokens 40 --compile --json \
+	> experiments/results/bench/launches-fp32.json
+	$(VENV)/bin/peft-pvm bench --launches --method all --context 90 --visual-tokens 40 --dtype bfloat16 --json \
+	> experiments/results/bench/launches-bf16.json
 	for size in 2b 8b 32b; do \
 	$(VENV)/bin/peft-pvm scale --device h100 --preset $$size-random --context 4096 --visual-tokens 1024 --batch 1,64 --json \
 	> experiments/results/bench/predicted-h100-$$size.json || exit 1; done

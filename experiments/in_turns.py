@@ -61,13 +61,14 @@ def measure(before: str, shapes: list[str], rounds: int, out: Path) -> dict[str,
         out: The JSON file.
 
     Returns:
-        What the file holds: "before", "measured" (by shape, method and "prefill" or "decode", the seconds of each
-        round before and now), "settings" and "environment".
+        What the file holds: "before" and "now" (commits, "-dirty" if files had changed since), "measured" (by shape,
+        method and "prefill" or "decode", the seconds of each round before and now), "settings" and "environment".
 
     Raises:
         ValueError: git does not know the commit.
     """
     commit = _git("rev-parse", "--verify", f"{before}^{{commit}}")
+    now_commit = _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     measured: dict[str, Any] = {}
     with checked_out(commit) as earlier, Bars() as progress:
         for shape in shapes:
@@ -82,7 +83,8 @@ def measure(before: str, shapes: list[str], rounds: int, out: Path) -> dict[str,
                         progress.advance(task)
     settings = dict(context=CONTEXT, visual_tokens=VISUAL_TOKENS, tokens=TOKENS, threads=torch.get_num_threads())
     shown = {name: vars(SHAPES[name]) for name in shapes}
-    found = dict(before=commit, measured=measured, settings=dict(settings, shapes=shown), environment=environment())
+    told = dict(settings=dict(settings, shapes=shown), environment=environment())
+    found = dict(before=commit, now=now_commit, measured=measured, **told)
     write_file(out, json.dumps(found) + "\n")
     return found
 

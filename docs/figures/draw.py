@@ -59,7 +59,17 @@ ROOMS = {
     "env": (0.7, "bug reports"),
     "utils": (5.0, "for every room"),
 }
-PREDICTED = REPOSITORY / "experiments" / "results" / "bench" / "predicted-h100-8b.json"
+BENCH = REPOSITORY / "experiments" / "results" / "bench"
+PREDICTED = BENCH / "predicted-h100-8b.json"
+LAUNCHES = BENCH / "launches-fp32.json", BENCH / "launches-bf16.json"
+# At most so many operations in each layer of a step, whatever the dtype: our aims.
+AIMS = {
+    **dict(pvm=18, dipe=10, var=16),
+    **{"t-drs": 45},
+    **dict.fromkeys(("vaf", "log-bias", "savaa"), 6),
+    **dict.fromkeys(("memvr", "vista"), 10),
+}
+TABLE_OF_LAUNCHES = re.compile(r"(<!-- launches:[^>]*-->\n).*?(<!-- launches end -->)", re.DOTALL)
 TABLE_OF_PREDICTIONS = re.compile(r"(<!-- predictions:[^>]*-->\n).*?(<!-- predictions end -->)", re.DOTALL)
 TABLE_OF_FILES = re.compile(r"(<!-- files:[^>]*-->\n).*?(<!-- files end -->)", re.DOTALL)
 
@@ -364,9 +374,33 @@ def table_of_predictions() -> str:
     return "\n".join(rows)
 
 
+def table_of_launches() -> str:
+    """How many operations each method adds to a step of decoding of the tiny model, in fp32 and bf16, and compiled."""
+    in_fp32, in_bf16 = (read_json(path)["methods"] for path in LAUNCHES)
+    header = "| Method | In each layer that it changes, fp32 | bf16 | Aim, at most | | Once a step, fp32 | bf16 |"
+    rows = [f"{header} Kernels of a compiled step, in all |", "|---|---:|---:|---:|---|---:|---:|---|"]
+    for name, own in in_fp32.items():
+        if name == "base":
+            continue
+        steps = own["step"], in_bf16[name]["step"]
+        aim = AIMS.get(name)
+        verdict = "" if aim is None else "met" if max(step["a layer"] for step in steps) <= aim else "missed"
+        kernels = "not compiled"
+        if "kernels" in own:
+            layers = steps[0]["layers"]
+            beyond = own["kernels"] - in_fp32["base"]["kernels"]
+            kernels = f"{beyond}, in {layers} layer{'s' if layers > 1 else ''}"
+        a_layer, once = ([f"{step[part]}" for step in steps] for part in ("a layer", "once"))
+        cells = [METHODS[name].title, *a_layer, str(aim or "none"), verdict, *once, kernels]
+        rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    return "\n".join(rows)
+
+
 def with_predictions(page: str) -> str:
-    """docs/performance.md with the table of what is predicted, as the stored file has it."""
-    return TABLE_OF_PREDICTIONS.sub(lambda found: f"{found[1]}\n{table_of_predictions()}\n\n{found[2]}", page)
+    """docs/performance.md with the tables of what is counted and predicted, as the stored files have it."""
+    for pattern, table in ((TABLE_OF_PREDICTIONS, table_of_predictions), (TABLE_OF_LAUNCHES, table_of_launches)):
+        page = pattern.sub(lambda found, table=table: f"{found[1]}\n{table()}\n\n{found[2]}", page)
+    return page
 
 
 DRAWN: dict[str, Callable[[], str]] = {"fading": fading, "pvm": pvm, "dipe": dipe, "t-drs": t_drs, "rooms": rooms}

@@ -183,8 +183,8 @@ class AttentionCall:
         weights = (weights if change is None else change(weights)).to(value.dtype)
         if dropout := self.kwargs.get("dropout", 0.0):
             weights = F.dropout(weights, dropout, self.module.training)
-        by_kv_head = weights.reshape(len(weights), value.shape[1], -1, weights.shape[-1])
-        output = (by_kv_head @ value).reshape(len(weights), 1, -1, value.shape[-1])
+        by_kv_head = weights.reshape(len(weights) * value.shape[1], -1, weights.shape[-1])
+        output = torch.bmm(by_kv_head, value.flatten(0, 1)).view(len(weights), 1, -1, value.shape[-1])
         return output, weights if self.kernel == "eager" or self.wants_weights else None
 
     def _row_weights(self, scores: torch.Tensor, is_final: bool = False) -> torch.Tensor:

@@ -48,18 +48,29 @@ def between(tables: Tables, start: int, stop: int | None) -> Tables:
     return tables[0][..., start:stop, :], tables[1][..., start:stop, :]
 
 
-def unit(tables: Tables) -> Tables:
-    """The tables without the factor by which YaRN and similar methods scale attention, so that they keep lengths."""
+def scales(rotary: nn.Module, layer_type: str | None) -> bool:
+    """Whether `rotary` may scale what it rotates, as YaRN and similar methods do."""
+    name = "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling"
+    factor = getattr(rotary, name, getattr(rotary, "attention_scaling", None))
+    return factor is None or factor != 1
+
+
+def unit(tables: Tables, is_scaled: bool = True) -> Tables:
+    """The tables without the factor by which they scale, if they do, so that they keep lengths."""
+    if not is_scaled:
+        return tables
     if isinstance(tables, torch.Tensor):
         return tables / tables.abs()
     length = (tables[0].square() + tables[1].square()).sqrt()
     return tables[0] / length, tables[1] / length
 
 
-def inverse(tables: Tables) -> Tables:
-    """The tables that undo these, the factor included."""
+def inverse(tables: Tables, is_scaled: bool = True) -> Tables:
+    """The tables that undo these, the factor by which they scale included, if they do."""
     if isinstance(tables, torch.Tensor):
-        return tables.reciprocal()
+        return tables.reciprocal() if is_scaled else tables.conj()
+    if not is_scaled:
+        return tables[0], -tables[1]
     length = tables[0].square() + tables[1].square()
     return tables[0] / length, -tables[1] / length
 
@@ -125,7 +136,7 @@ def turned_by_matrix(call: AttentionCall, tables: Tables, key: tuple[Hashable, .
 
     matrix = call.context.derived(("matrix", *key, type(call.module), width, dtype), make)
     with torch.autocast(query.device.type, enabled=False):  # autocast does not touch the rotation of a prompt
-        return (query.squeeze(2).to(dtype) @ matrix).unsqueeze(2)
+        return torch.bmm(query.squeeze(2).to(dtype), matrix).unsqueeze(2)
 
 
 def has_rotary_function(attention: nn.Module) -> bool:

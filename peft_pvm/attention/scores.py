@@ -181,8 +181,8 @@ class Scores(Stage):
         weights = scores.softmax(-1).to(call.value.dtype)
         if dropout := call.kwargs.get("dropout", 0.0):
             weights = F.dropout(weights, dropout, call.module.training)
-        grouped = weights.unflatten(1, (call.value.shape[1], -1)).flatten(2, 3)
-        return (grouped @ call.value).view(*weights.shape[:3], -1), weights
+        grouped = weights.reshape(len(weights) * call.value.shape[1], -1, weights.shape[-1])
+        return torch.bmm(grouped, call.value.flatten(0, 1)).view(*weights.shape[:3], -1), weights
 
 
 def _records(call: AttentionCall) -> bool:

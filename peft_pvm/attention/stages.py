@@ -230,7 +230,7 @@ class GroupWeights(Stage):
         if self.rows == "text" and call.context.memory.is_empty:
             return weights
         belongs = self.of_keys(call).to(weights.dtype)
-        found = (weights.flatten(1, 2) @ belongs).view(*weights.shape[:3], -1)
+        found = torch.bmm(weights.flatten(1, 2), belongs).view(*weights.shape[:3], -1)
         changes = self._acting(call, found.transpose(1, 2)).transpose(1, 2)
         return _changed(weights, changes, belongs[..., : self.num_changed], dtype)
 
@@ -245,7 +245,8 @@ def _changed(
     weights: torch.Tensor, changes: torch.Tensor, belongs: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Weights, `(batch, heads, num_queries, num_keys)`, as `GroupWeights` has them, given `a` and `n`."""
-    by_key = (changes.flatten(1, 2).to(weights.dtype) @ belongs.transpose(1, 2).to(weights.dtype)).view_as(weights)
+    of_groups, of_keys = changes.flatten(1, 2).to(weights.dtype), belongs.transpose(1, 2).to(weights.dtype)
+    by_key = torch.bmm(of_groups, of_keys).view_as(weights)
     if dtype is None or torch.is_grad_enabled():
         return torch.addcmul(weights, weights, by_key)
     return torch.addcmul(weights, weights, by_key, out=torch.empty_like(weights, dtype=dtype))  # rounded at once
@@ -317,7 +318,9 @@ class Bias(_ByKey):
         of_queries = of_queries if rows is None else torch.where(rows, of_queries, 0)
         if call.query.shape[2] == 1 and call.widened is None and not later.stages:
             (scores,) = call.row_scores(call.query)
-            return call.attend_row(scores + (of_queries * of_keys)[:, None, None])
+            shared = "bias", self.of_keys, self.of_queries, self.rows, call.key.shape[2], of_keys.dtype
+            bias = call.context.derived(shared, lambda: of_queries * of_keys)  # by all layers of an adapter
+            return call.attend_row(scores + bias[:, None, None])
         query, key = call.scored_by
         asks, answers = in_two(of_queries, query.dtype), in_two(of_keys / call.scaling, key.dtype)
         # Each part of one meets both parts of the other.

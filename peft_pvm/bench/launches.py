@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from ..tokens.families import find_vlm
 from .models import METHODS
 from .run import describe_machine
-from .runners import Runner, Settings
+from .runners import Runner, Settings, runner_of
 
 
 # Operations that compute nothing, beside views: they make room, give what is there another shape, or are about dtypes.
@@ -189,15 +189,13 @@ def measure_launches(model: nn.Module, settings: Settings) -> dict[str, Any]:
             takes up to a minute for each method.
 
     Returns:
-        What the JSON file holds: "machine", "settings", "not_counted" (the names of the methods that act only in
-        `generate`, not in a forward), and "methods". For each method, it has what `summary` says of "prefill" and
-        "step", the operations of a step by name and, if a step was compiled, its "kernels".
+        What the JSON file holds: "machine", "settings", and "methods". For each method, it has what `summary` says of
+        "prefill" and "step", the operations of a step by name and, if a step was compiled, its "kernels". Methods that
+        act only in `generate` are counted there, and have no kernels.
     """
     found: dict[str, dict[str, Launches]] = {}
-    names = dict.fromkeys(("base", *settings.methods))
-    not_counted = [name for name in names if METHODS[name].in_generate]
-    for name in [name for name in names if name not in not_counted]:
-        runner = Runner(model, name, settings.contexts[0], replace(settings, compile=False))
+    for name in dict.fromkeys(("base", *settings.methods)):
+        runner = runner_of(model, name, settings.contexts[0], replace(settings, compile=False))
         with torch.no_grad():  # what is made once, in the first forward after attaching, does not count
             runner.prefill()
             runner.decode()
@@ -206,16 +204,16 @@ def measure_launches(model: nn.Module, settings: Settings) -> dict[str, Any]:
             runner.decode()
         found[name]["step"] = count_launches(runner.model, runner.decode)
     base = found["base"]
-    kernels = {name: _kernels_of_a_step(model, name, settings) for name in found if settings.compile}
+    compiled = [name for name in found if settings.compile and not METHODS[name].in_generate]
+    kernels = {name: _kernels_of_a_step(model, name, settings) for name in compiled}
     return {
         "machine": describe_machine(next(model.parameters()).device),
         "settings": asdict(settings),
-        "not_counted": not_counted,
         "methods": {
             name: {
                 **{part: summary(launches, base[part]) for part, launches in own.items()},
                 "operations of a step": dict(sorted(own["step"].names.items())),
-                **({"kernels": kernels[name]} if settings.compile else {}),
+                **({"kernels": kernels[name]} if name in kernels else {}),
             }
             for name, own in found.items()
         },

@@ -110,7 +110,7 @@ def print_launches(result: dict[str, Any], console: Console) -> None:
     for name, own in result["methods"].items():
         prefill, step = own["prefill"], own["step"]
         numbers = [prefill["in all"], prefill["beyond the base"], *step.values()]
-        if is_compiled:
+        if "kernels" in own:
             numbers += [own["kernels"], own["kernels"] - result["methods"]["base"]["kernels"]]
         table.add_row(METHODS[name].title, *map("{:,}".format, numbers))
     console.print(table)
@@ -119,8 +119,6 @@ def print_launches(result: dict[str, Any], console: Console) -> None:
         "that the method changes. Once: what these share."
         + (" Compiled: the kernels of a token." if is_compiled else "")
     )
-    if not_counted := [METHODS[name].title for name in result.get("not_counted", ())]:
-        console.print(f"Not counted, because they act only in generate: {', '.join(not_counted)}.")
 
 
 def print_prediction(result: dict[str, Any], console: Console) -> None:

@@ -52,7 +52,7 @@ Launches = Annotated[
     bool,
     typer.Option(
         help="Count operations instead of measuring times, with the first length of the prompt; with --compile, also "
-        "the kernels of a compiled step. Methods that act only in generate are named, but not counted."
+        "the kernels of a compiled step, except for methods that act only in generate."
     ),
 ]
 

@@ -43,7 +43,11 @@ class LogBiasConfig(AttentionMethod):
 
     def stages(self, layer: SteeredLayer) -> Stage:
         """A bias of visual keys, by query."""
-        return Bias(lambda call: call.visual_keys.float(), rows="text", of_queries=self.of_queries)
+        return Bias(self.of_keys, rows="text", of_queries=self.of_queries)
+
+    def of_keys(self, call: AttentionCall) -> torch.Tensor:
+        """1 for visual keys and 0 for others, `(batch, num_keys)`."""
+        return call.context.derived(("log-bias", call.key.shape[2]), call.visual_keys.float)
 
     def of_queries(self, call: AttentionCall) -> torch.Tensor:
         """What the scores of visual keys are raised by for each query, `(batch, num_queries)`."""

@@ -117,8 +117,8 @@ class MemVRConfig(FFNMethod):
         precise = torch.promote_types(output.dtype, torch.float32)  # sums of products are large
         embeddings = step.context.derived(("embeddings", precise), lambda: step.context.memory.embeddings.to(precise))
         with torch.autocast(output.device.type, enabled=False):
-            products = ffn_input.to(precise) @ embeddings.transpose(1, 2)
-            image = (products if sees is None else products.masked_fill(~sees, 0)) @ embeddings
+            products = torch.bmm(ffn_input.to(precise), embeddings.transpose(1, 2))
+            image = torch.bmm(products if sees is None else products.masked_fill(~sees, 0), embeddings)
         own = output.to(precise)
         of_output, of_image = (torch.linalg.vector_norm(states, 1, -1, keepdim=True) for states in (own, image))
         image = of_output / of_image.clamp(min=torch.finfo(precise).tiny) * image

@@ -75,19 +75,18 @@ class SAVAAConfig(AttentionMethod):
 
     def of_keys(self, call: AttentionCall) -> torch.Tensor:
         """What the scores of each key are multiplied by, `(batch, num_keys)`."""
-        context, num_keys = call.context, call.key.shape[2]
+        context, num_keys, dtype = call.context, call.key.shape[2], call.key.dtype
 
         def make() -> torch.Tensor:
             notes = context.notes
             risk = self.alpha * notes["entropy"] + (1 - self.alpha) * (1 - notes["grounding"])
             visual = 1 + (self.visual - 1) * (risk / self.risk_scale).clamp(0, 1)
             is_prompt = call.keys.slots < notes["prompt_length"].unsqueeze(1)
-            return torch.where(
-                call.visual_keys, visual.unsqueeze(1), torch.where(is_prompt, 1 / self.text, 1.0).to(visual.dtype)
-            )
+            factors = torch.where(is_prompt, 1 / self.text, 1.0).to(visual.dtype)
+            return torch.where(call.visual_keys, visual.unsqueeze(1), factors).to(dtype)
 
         settings = self.visual, self.text, self.alpha, self.risk_scale
-        return context.derived(("savaa", settings, num_keys), make)
+        return context.derived(("savaa", settings, num_keys, dtype), make)
 
 
 SAVAAModel = attention_tuner(SAVAAConfig)

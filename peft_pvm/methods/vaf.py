@@ -49,12 +49,13 @@ class VAFConfig(AttentionMethod):
 
     def of_keys(self, call: AttentionCall) -> torch.Tensor:
         """What the scores of each key are multiplied by, `(batch, num_keys)`."""
+        dtype = call.key.dtype
 
         def make() -> torch.Tensor:
             factors = torch.where(call.keys.text_before_images, self.before, 1.0)
-            return torch.where(call.visual_keys, self.visual, factors)
+            return torch.where(call.visual_keys, self.visual, factors).to(dtype)
 
-        return call.context.derived(("vaf", self.visual, self.before, call.key.shape[2]), make)
+        return call.context.derived(("vaf", self.visual, self.before, call.key.shape[2], dtype), make)
 
 
 VAFModel = attention_tuner(VAFConfig)

@@ -20,6 +20,7 @@ from ..tuners.in_generate import InGenerate, Prompt, Run, running, text_alone
 from ..utils.checks import setting
 
 
+SHORTEST = 1e-12  # what vectors are divided by at least, to be of length 1
 LEAST, ROUNDING = 1e-4, 4  # shares of the length, the second in units of the dtype's: less says nothing of the image
 
 
@@ -82,9 +83,11 @@ class VISTAConfig(InGenerate, FFNMethod):
         output = step.output
         own = output.to(torch.promote_types(output.dtype, torch.float32))
         towards = run.found[step.layer_idx].to(own).unsqueeze(1)
-        away = (-(F.normalize(own, dim=-1) * towards).sum(-1, keepdim=True)).clamp(min=0)
-        turned = F.normalize(own, dim=-1) + self.strength * (1 + away) * towards
-        turned = own.norm(dim=-1, keepdim=True) * F.normalize(turned, dim=-1)
+        length = own.norm(dim=-1, keepdim=True)
+        unit = own / length.clamp(min=SHORTEST)
+        similarity = (unit * towards).sum(-1, keepdim=True)
+        weight = torch.rsub(similarity.clamp(max=0), self.strength, alpha=self.strength)
+        turned = length * F.normalize(torch.addcmul(unit, weight, towards), dim=-1, eps=SHORTEST)
         rows = step.context.text_after_images().to(output.device)
         return torch.where(rows.unsqueeze(-1), turned.to(output.dtype), output)
 

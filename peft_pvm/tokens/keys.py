@@ -37,8 +37,10 @@ class Keys:
     @property
     def slots(self) -> torch.Tensor:
         """Where the tokens of the keys are in the cache, `(number,)`, int64."""
-        keys = torch.arange(self.number, device=self.context.device)
-        return keys + self.dropped * (keys >= self.context.num_fixed_keys)
+        keys, dropped = torch.arange(self.number, device=self.context.device), self.dropped
+        if isinstance(dropped, int) and dropped == 0:
+            return keys
+        return keys + dropped * (keys >= self.context.num_fixed_keys)
 
     @property
     def visual(self) -> torch.Tensor:

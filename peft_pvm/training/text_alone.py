@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -185,10 +186,14 @@ class TextAlone:
             return is_real
         if mask is None:
             return None
-        index = _index(text).to(mask.device)
-        pairs = mask.take_along_dim(index[:, None, :, None], 2).take_along_dim(index[:, None, None], 3)
-        hidden = ~is_real[:, None, None].to(mask.device)
-        return pairs.masked_fill(hidden, 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+        def make(mask: torch.Tensor) -> torch.Tensor:
+            index = _index(text).to(mask.device)
+            pairs = mask.take_along_dim(index[:, None, :, None], 2).take_along_dim(index[:, None, None], 3)
+            hidden = ~is_real[:, None, None].to(mask.device)
+            return pairs.masked_fill(hidden, 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+        return _once(text, mask, make)
 
 
 class TextAloneAtHead:
@@ -252,9 +257,19 @@ def _text_of(hidden_states: torch.Tensor, text: VisualContext) -> torch.Tensor:
 def _rows_of(text: VisualContext, behind: int, tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None:
         return None
-    index = _index(text).to(tensor.device)
-    index = index.reshape(*[1] * (tensor.dim() - 2 - behind), *index.shape, *[1] * behind)
-    return tensor.take_along_dim(index, -1 - behind)
+
+    def make(tensor: torch.Tensor) -> torch.Tensor:
+        index = _index(text).to(tensor.device)
+        index = index.reshape(*[1] * (tensor.dim() - 2 - behind), *index.shape, *[1] * behind)
+        return tensor.take_along_dim(index, -1 - behind)
+
+    return _once(text, tensor, make)
+
+
+def _once(text: VisualContext, tensor: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What is made of a tensor, for all layers that are given the same."""
+    # The tensor is kept along, so that its id names it.
+    return text.derived(("of text", id(tensor)), lambda: (tensor, make(tensor)))[1]
 
 
 def _whole(rows: torch.Tensor, text: VisualContext) -> torch.Tensor:

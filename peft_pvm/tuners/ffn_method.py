@@ -86,10 +86,13 @@ class FFNMethodLayer(LayerWithoutParameters):
         self._unchecked = set(range(len(vlm.layers))) if not vlm.block.has_streams else set()
         self._has_embeddings = not self.method_cls.reads_embeddings
         self._missed = functools.partial(ffns_missed, self.method_cls.tuner_name())
+        self._layers_of: dict[str, list[int]] = {}
 
     def new_hooks(self) -> list[Any]:
         hooks: list[Any] = [self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True)]
-        for layer_idx in sorted({layer_idx for config in self.configs.values() for layer_idx in self._layers(config)}):
+        depths = list(range(len(self.vlm.layers)))
+        self._layers_of = {name: config.layers_among(depths) for name, config in self.configs.items()}
+        for layer_idx in sorted({layer_idx for layers in self._layers_of.values() for layer_idx in layers}):
             acts = functools.partial(self._acting_in, layer_idx)
             # First: what others put beside the FFN is added to what it becomes.
             hooks.append(FFNHooks(self.vlm, layer_idx, acts, self._change, before_others=True))
@@ -98,17 +101,14 @@ class FFNMethodLayer(LayerWithoutParameters):
                 hooks.append(BlockCheck(self.vlm.layers[layer_idx], self.vlm.block, acts, passed))
         return [*hooks, GenerateHandle(self)] if issubclass(self.method_cls, InGenerate) else hooks
 
-    def _layers(self, config: Any) -> list[int]:
-        return config.layers_among(list(range(len(self.vlm.layers))))
-
     def _acting_in(self, layer_idx: int) -> list[str]:
-        return [name for name in self.acting() if layer_idx in self._layers(self.configs[name])]
+        return [name for name in self.acting() if layer_idx in self._layers_of[name]]
 
     def _start_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context: VisualContext = kwargs[CONTEXT]
         for adapter_name in self.acting():
             context.check()
-            for layer_idx in self._layers(self.configs[adapter_name]):
+            for layer_idx in self._layers_of[adapter_name]:
                 context.await_layer(layer_idx, self._missed)
             if not self._has_embeddings:
                 model, what_works = type(self.vlm.model).__name__, "Take it off with unload()"

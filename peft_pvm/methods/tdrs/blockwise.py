@@ -19,7 +19,8 @@ from .weights import LOG2_E, SEMANTIC_POSITION, Steps, boost_that_falls, fall_to
 BLOCK_ELEMENTS = 2**19  # scores in a block: larger ones leave a CPU's cache
 BLOCK_ELEMENTS_OF_A_GPU = 2**24  # smaller ones leave it waiting
 ELEMENTS_IN_CACHE = 2**18  # of keys that are taken at once
-LEAST_QUERIES, MOST_QUERIES = 32, 128  # in a block: too many would see much of what comes after them
+LEAST_QUERIES = 32  # in a block, however long its rows
+MOST_QUERIES = 128  # in a block, on a CPU: with more, more of its scores are hidden
 
 
 ContentKey = torch.Tensor | Callable[[slice], torch.Tensor]
@@ -120,8 +121,9 @@ class _Rows:
             at_once = max(ELEMENTS_IN_CACHE * num_keys // inputs.key.numel(), 16)
             self.elements, self.num_queries = per_query * len(self.query), 1
         else:
-            self.elements = BLOCK_ELEMENTS if inputs.query.device.type == "cpu" else BLOCK_ELEMENTS_OF_A_GPU
-            self.num_queries = min(max(self.elements // per_query, LEAST_QUERIES), MOST_QUERIES, num_queries)
+            on_cpu = inputs.query.device.type == "cpu"
+            self.elements, most = (BLOCK_ELEMENTS, MOST_QUERIES) if on_cpu else (BLOCK_ELEMENTS_OF_A_GPU, num_queries)
+            self.num_queries = min(max(self.elements // per_query, LEAST_QUERIES), most, num_queries)
         self.key, self.content_key, self.value = (
             _Keys(of_keys, num_keys, at_once, inputs.dtype)
             for of_keys in (
@@ -286,7 +288,7 @@ class _Keys:
     def weighted(self, weights: torch.Tensor, pairs: slice, keys: slice) -> torch.Tensor:
         """The sums of values by their weights, `(pairs, heads, queries, value_dim)`."""
         rows = weights.flatten(1, 2)
-        sums = [rows[..., piece] @ value for piece, value in self._pieces(pairs, keys)]
+        sums = [torch.bmm(rows[..., piece], value) for piece, value in self._pieces(pairs, keys)]
         return functools.reduce(torch.add, sums).view(*weights.shape[:3], -1)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...attention.call import AttentionCall, Output, records_gradients
 from ...attention.reference import products
-from ...attention.rotation import Tables, between, inverse, rotate, rotation_tables, turned_by_matrix
+from ...attention.rotation import Tables, between, inverse, rotate, rotation_tables, scales, turned_by_matrix
 from ...attention.stages import Stage, Weights
 from ...tokens.context import VisualContext
 from ...tuners.attention_method import AttentionMethod, SteeredLayer
@@ -265,14 +265,18 @@ class Reweighting:
 
         def undo(what: str, positions: torch.Tensor) -> Tables:
             make = functools.partial(rotation_tables, rotary, positions, self.layer_type)
-            return context.derived(name(what, positions), lambda: inverse(make()))
+            return context.derived(name(what, positions), lambda: inverse(make(), scales(rotary, self.layer_type)))
 
         def content(states: torch.Tensor, tables: Tables) -> torch.Tensor:
             return rotate(call.module, states.to(precise), tables)
 
         to_keys = undo("keys", positions)
         own = own[:, -num_queries:]
-        to_queries = undo("queries", own)
+        length = context.past_length
+        if isinstance(length, int) and positions.shape[1] <= length + context.seq_len:  # the last keys are the newest
+            to_queries = between(to_keys, -num_queries, None)
+        else:
+            to_queries = undo("queries", own)
         if num_queries == 1:
             query = turned_by_matrix(call, to_queries, name("queries", own))
         else:

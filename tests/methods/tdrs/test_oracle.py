@@ -104,7 +104,7 @@ def _in_slots(visibility):
     return keys, keys[..., visibility.columns]
 
 
-def _no_turn(tables):
+def _no_turn(tables, *_):
     """Content with its position."""
     cosines, sines = tables
     return torch.ones_like(cosines), torch.zeros_like(sines)
