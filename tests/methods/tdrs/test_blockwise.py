@@ -11,6 +11,7 @@ import fresh
 import pytest
 import torch
 import torch.nn.functional as F
+from environment import on_a_cpu
 from forwards import difference, in_double, logits
 from oracle import oracle, reweighted
 from tiny_vlms import FAMILIES
@@ -41,12 +42,18 @@ def naive(inputs: Inputs, config: TDRSConfig) -> tuple[torch.Tensor, torch.Tenso
         tensor.double().repeat_interleave(2, 1) for tensor in (inputs.key, inputs.value, inputs.content_key)
     )
     scores = inputs.query.double() @ key.transpose(2, 3) * inputs.scaling
+    if inputs.softcap is not None:
+        scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+    if inputs.bias is not None:
+        scores = scores + inputs.bias
     similarity = inputs.content_query.double() @ content_key.transpose(2, 3)
     visible = inputs.visibility.mask()
     hidden = torch.zeros_like(scores, dtype=torch.bool) if visible is None else ~visible.expand_as(scores)
     columns = inputs.visibility.columns.double()
     distance = (columns[:, None] - torch.arange(key.shape[2]))[None, None]
-    weights = reweighted(config, scores, similarity, distance, hidden, torch.ones_like(hidden))
+    of_queries, of_keys = inputs.inter or (torch.ones(2, 1, dtype=bool), torch.zeros(2, 1, dtype=bool))
+    inter = of_queries[:, None, :, None] != of_keys[:, None, None]
+    weights = reweighted(config, scores, similarity, distance, hidden, inter)
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -69,6 +76,43 @@ def test_equals_whole_matrices(form: str, num_queries: int, num_keys: int, first
     monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 2**10)
     monkeypatch.setattr(blockwise, "ELEMENTS_IN_CACHE", 2**10)
     assert difference(blockwise_attention(inputs, config)[0].double(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["weights", "logits", "literal"])
+@pytest.mark.parametrize("num_queries", [1, 300])
+def test_with_all_that_attention_may_bring(form: str, num_queries: int):
+    """In several blocks: pairs of one modality as they are, scores that are capped, and a bias by distance."""
+    generator = torch.Generator().manual_seed(1)
+    of_keys = torch.rand(2, 300, generator=generator) < 0.4
+    inputs = random_inputs(
+        Visibility(None, num_queries, 300, 300 - num_queries),
+        inter=(of_keys[:, -num_queries:], of_keys),
+        softcap=3.0,
+        bias=torch.randn(1, 4, num_queries, 300, generator=generator),
+    )
+    config = TDRSConfig(form=form, pairs="inter", sd_strength=2.0)
+    expected, expected_weights = naive(inputs, config)
+    output, weights = blockwise_attention(inputs, config, wants_weights=True)
+    assert difference(output.double(), expected) < 1e-5
+    assert difference(weights.double(), expected_weights) < 1e-5
+
+
+@on_a_cpu
+def test_few_hidden_scores_are_computed_and_few_calls_are_made(monkeypatch):
+    """With a head of keys for each head, 512 tokens fit into one block, of which half would be hidden."""
+    computed: list[int] = []
+    attend = blockwise._Rows._attend_pairs
+
+    def counting(rows: Any, pairs: slice, queries: slice, keys: slice, block: Any):
+        output, weights = attend(rows, pairs, queries, keys, block)
+        computed.append(weights.numel())
+        return output, weights
+
+    monkeypatch.setattr(blockwise._Rows, "_attend_pairs", counting)
+    states = [torch.randn(1, 4, 512, 16) for _ in range(5)]
+    blockwise_attention(Inputs(*states, Visibility(None, 512, 512, 0), None, 0.25), TDRSConfig())
+    assert sum(computed) <= 0.65 * 4 * 512**2
+    assert len(computed) == 4
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
