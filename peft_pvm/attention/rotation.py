@@ -48,8 +48,10 @@ def between(tables: Tables, start: int, stop: int | None) -> Tables:
     return tables[0][..., start:stop, :], tables[1][..., start:stop, :]
 
 
-def scales(rotary: nn.Module, layer_type: str | None) -> bool:
+def may_scale(rotary: nn.Module, layer_type: str | None) -> bool:
     """Whether `rotary` may scale what it rotates, as YaRN and similar methods do."""
+    if hasattr(rotary, "long_mscale"):  # PhiMoE has factors of its own
+        return True
     name = "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling"
     factor = getattr(rotary, name, getattr(rotary, "attention_scaling", None))
     return factor is None or factor != 1

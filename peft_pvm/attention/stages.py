@@ -292,6 +292,8 @@ class Bias(_ByKey):
     A step of decoding adds to its row of scores instead, so that it does not copy the cache's keys. Beside another
     stage that changes scores, it does copy them.
 
+    The layers of an adapter share it: neither function may look at anything in which layers differ.
+
     Args:
         of_queries: Gives what the number of a key is multiplied by in each row, `(batch or 1, num_queries)`, float.
             `None`: 1.

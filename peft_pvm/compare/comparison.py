@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, median
-from typing import Any, TypeVar
+from typing import Any
 
 from ..folders.data_file import holding, read_json
 from .contenders import BASE, Contender
@@ -17,7 +17,6 @@ from .statistics import UNCHANGED, Estimate, holm, sign_flip_p, verdict
 from .tasks import Asked
 
 
-T = TypeVar("T")
 TIMED = 3  # questions of each length whose answers are timed
 
 
@@ -28,7 +27,8 @@ class Cell:
     Attributes:
         right: How much of each answer is right.
         tokens: How many each has.
-        seconds: What the first of them took, in turns with the other contenders: none, if it refused only then.
+        seconds: What the first of them took, in turns with the other contenders; empty if it refused while times were
+            taken.
         changed: Whether its tokens differ from those of the base's answer. `None`: that was not recorded, as in files
             of earlier versions.
     """
@@ -110,7 +110,7 @@ class Comparison:
         entered: Sequence[Contender],
         asked: Sequence[Asked],
         answers: Mapping[tuple[str, int, int, str], Answer],
-        times: Mapping[tuple[str, int, int, str], float],
+        times: Mapping[tuple[int, int, str], Mapping[str, float | None]],
         refused: Mapping[str, str],
         idle: Mapping[str, str],
     ) -> Comparison:
@@ -122,8 +122,9 @@ class Comparison:
             of_base = _found(answers, BASE, keys)
             for name, of_contender in cells.items():
                 if len(mine := _found(answers, name, keys)) == len(keys):
-                    timed = _found(times, name, keys[:TIMED])
-                    of_contender[length] = Cell.of(mine, of_base, timed if len(timed) == len(keys[:TIMED]) else [])
+                    seconds = [times.get(key, {}).get(name) for key in keys[:TIMED]]
+                    known = [one for one in seconds if one is not None]
+                    of_contender[length] = Cell.of(mine, of_base, known if len(known) == len(seconds) else [])
         questions = [(seed, name) for _, seed, name in by_length[lengths[0]]]
         settings = {contender.name: contender.settings() for contender in entered}
         return cls(about, settings, questions, cells, refused, idle)
@@ -254,9 +255,9 @@ class Comparison:
 
 
 def _found(
-    facts: Mapping[tuple[str, int, int, str], T], contender: str, keys: Sequence[tuple[int, int, str]]
-) -> list[T]:
-    return [fact for key in keys if (fact := facts.get((contender, *key))) is not None]
+    answers: Mapping[tuple[str, int, int, str], Answer], contender: str, keys: Sequence[tuple[int, int, str]]
+) -> list[Answer]:
+    return [answer for key in keys if (answer := answers.get((contender, *key))) is not None]
 
 
 def _cell(content: Mapping[str, Any], answers: int) -> Cell:
@@ -264,6 +265,6 @@ def _cell(content: Mapping[str, Any], answers: int) -> Cell:
     changed = None if content.get("changed") is None else tuple(map(bool, content["changed"]))
     cell = Cell(right, tokens, tuple(map(float, content["seconds"])), changed)
     lists = [cell.right, cell.tokens, *([] if changed is None else [changed])]
-    if {len(values) for values in lists} != {answers} or len(cell.seconds) not in {0, min(TIMED, answers), answers}:
+    if {len(values) for values in lists} != {answers} or len(cell.seconds) not in (0, min(TIMED, answers)):
         raise ValueError("a list has another length than the questions")
     return cell

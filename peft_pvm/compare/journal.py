@@ -15,9 +15,6 @@ from ..utils.text import quoted
 from .tasks import Asked
 
 
-KEY = ("contender", "length", "seed", "question")
-
-
 @dataclass(frozen=True)
 class Answer:
     """What a contender answered to one question.
@@ -54,8 +51,9 @@ class Journal:
 
     Attributes:
         answers: By contender, length, seed and question.
-        times: Of some answers, by the same: seconds from the prompt, as tensors, to the last token; on a CPU, the CPU
-            time of all threads.
+        times: Of some questions, by length, seed and question: how many seconds each contender took in one round of
+            turns, from the prompt, as tensors, to the last token; `None` if it refused. On a CPU, the CPU time of all
+            threads.
         settings: By contender, what it was when it last entered.
 
     Raises:
@@ -65,7 +63,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike, about: Mapping[str, Any]):
         self.path = Path(path)
         self.answers: dict[tuple[str, int, int, str], Answer] = {}
-        self.times: dict[tuple[str, int, int, str], float] = {}
+        self.times: dict[tuple[int, int, str], Mapping[str, float | None]] = {}
         self.settings: dict[str, Any] = {}
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]
@@ -82,8 +80,7 @@ class Journal:
                     entry.pop("seconds", None)  # earlier versions timed every answer, but not in turns
                     self._take(Answer(**entry))
                 else:
-                    contender, length, seed, question = (entry[name] for name in KEY)
-                    self.times[contender, length, seed, question] = float(entry["seconds"])
+                    self.times[entry["length"], entry["seed"], entry["question"]] = dict(entry["times"])
         if len(whole) < len(lines):
             write_file(self.path, "".join(whole))
         for name in [*about, *(name for name in found if name not in about)]:
@@ -111,11 +108,11 @@ class Journal:
         self._take(answer)
         self._append(asdict(answer))
 
-    def add_time(self, contender: str, asked: Asked, seconds: float) -> None:
-        """Keep how long an answer took, at once."""
-        key = dict(zip(KEY, (contender, *asked.key)))
-        self.times[contender, *asked.key] = seconds
-        self._append({**key, "seconds": seconds})
+    def add_times(self, asked: Asked, times: Mapping[str, float | None]) -> None:
+        """Keep how many seconds contenders took in a round of turns, at once."""
+        self.times[asked.key] = times
+        length, seed, question = asked.key
+        self._append({"length": length, "seed": seed, "question": question, "times": times})
 
     def _take(self, answer: Answer) -> None:
         self.answers[answer.contender, answer.length, answer.seed, answer.question] = answer

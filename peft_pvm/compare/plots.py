@@ -53,7 +53,7 @@ def _draw(panel: Any, comparison: Comparison, lengths: Sequence[int]) -> None:
         colour = COLOURS[(number + number // len(MARKERS)) % len(COLOURS)]
         look = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 6, "linestyle": "none"}
         slowdown = comparison.slowdown(name, lengths) if cells.keys() >= set(lengths) else None
-        if slowdown is None:  # it refused, but may be in the other panel
+        if slowdown is None:  # it refused or has no time, but may be in the other panel
             if cells:
                 panel.plot([], [], label=name, **look)
             continue

@@ -227,16 +227,11 @@ def _latency(comparison: Comparison) -> list[str]:
     return [
         "Higher is more accurate, and farther right is slower. Bars are standard errors over questions. The dotted "
         "line joins the contenders that no other beats in both accuracy and time. The accuracy is the mean over all "
-        "answers. The time is that of an answer as a multiple of the base's, the median over "
-        f"{_timed(comparison)}. On a CPU, it is the CPU time of all threads; on other devices, it is wall-clock time.",
+        f"answers. The time is that of an answer as a multiple of the base's, the median over the first {TIMED} "
+        "questions of each length, which all contenders answered in turns. On a CPU, it is the CPU time of all "
+        "threads; on other devices, it is wall-clock time.",
         f"Over all lengths together, these contenders are: {', '.join(front(points))}.",
     ]
-
-
-def _timed(comparison: Comparison) -> str:
-    if len(next(iter(comparison.cells[BASE].values())).seconds) == len(comparison.asked):
-        return "all answers"
-    return f"the first {TIMED} questions of each length, which all contenders answered in turns"
 
 
 def _details(comparison: Comparison) -> Table:

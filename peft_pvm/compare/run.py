@@ -164,24 +164,28 @@ class _Asker:
         timed = [one for of_length in by_length.values() for one in of_length[:TIMED]]
         for number, one in enumerate(timed):
             able = [contender for contender in entered if self.journal.find(contender.name, one) is not None]
-            if all((contender.name, *one.key) in self.journal.times for contender in able):
+            if self.journal.times.get(one.key, {}).keys() >= {contender.name for contender in able}:
                 continue
             progress(TIMES, number, len(timed))
             first = number % len(able)
-            for contender in able[first:] + able[:first]:
-                with contextlib.suppress(Refusal):  # it refuses only now: then it has no time
-                    self.journal.add_time(contender.name, one, self._time(contender, one))
+            turns = able[first:] + able[:first]
+            self.journal.add_times(one, {contender.name: self._time(contender, one) for contender in turns})
 
-    def _time(self, contender: Contender, asked: Asked) -> float:
+    def _time(self, contender: Contender, asked: Asked) -> float | None:
         # CPU time tells methods apart also where other programs run beside.
         clock = time.process_time if self.model.device.type == "cpu" else time.perf_counter
         inputs = self._inputs(asked)
-        with _refusing(), contender.acting(self.model):
-            # What is tried or compiled once must not count as time of an answer.
-            self._generate(inputs, contender, asked, min(2, self.limit))
-            started = clock()
-            self._generate(inputs, contender, asked, self.limit)
-            return clock() - started
+        try:
+            with _refusing(), contender.acting(self.model):
+                # What is tried or compiled once must not count as time of an answer.
+                self._generate(inputs, contender, asked, min(2, self.limit))
+                started = clock()
+                self._generate(inputs, contender, asked, self.limit)
+                return clock() - started
+        except Refusal as error:
+            if contender.name == BASE:
+                raise ValueError(f"The base cannot answer: {error}") from error
+            return None
 
     def _answer(self, contender: Contender, asked: Asked) -> Answer:
         tokens = self._generate(self._inputs(asked), contender, asked, self.limit)

@@ -139,9 +139,11 @@ class TextAlone:
         if not self._are_known(inputs, context, text):
             return None
         hidden_states = _text_of(inputs[HIDDEN_STATES], text)
-        taken = {**inputs, HIDDEN_STATES: hidden_states, CONTEXT: text, MASK: self._mask_of(inputs[MASK], text)}
+        taken = {**inputs, HIDDEN_STATES: hidden_states, CONTEXT: text}
+        taken[MASK] = _once(text, MASK, inputs[MASK], functools.partial(self._mask_of, text))
         for name in BY_TOKEN.keys() & inputs.keys():
-            taken[name] = tree_map(functools.partial(_rows_of, text, BY_TOKEN[name]), inputs[name])
+            rows_of = functools.partial(tree_map, functools.partial(_rows_of, text, BY_TOKEN[name]))
+            taken[name] = _once(text, name, inputs[name], rows_of)
         names = inspect.signature(module.forward).parameters
         return tuple(taken[name] for name, _ in zip(names, args)), {name: taken[name] for name in kwargs}
 
@@ -180,20 +182,16 @@ class TextAlone:
             return bool((text.own_slots() >= 0).all())
         return isinstance(mask, torch.Tensor) and mask.shape[2:] == (context.seq_len, context.seq_len)
 
-    def _mask_of(self, mask: torch.Tensor | None, text: VisualContext) -> torch.Tensor | None:
+    def _mask_of(self, text: VisualContext, mask: torch.Tensor | None) -> torch.Tensor | None:
         is_real = text.own_slots() >= 0
         if self._is_flash:
             return is_real
         if mask is None:
             return None
-
-        def make(mask: torch.Tensor) -> torch.Tensor:
-            index = _index(text).to(mask.device)
-            pairs = mask.take_along_dim(index[:, None, :, None], 2).take_along_dim(index[:, None, None], 3)
-            hidden = ~is_real[:, None, None].to(mask.device)
-            return pairs.masked_fill(hidden, 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
-
-        return _once(text, mask, make)
+        index = _index(text).to(mask.device)
+        pairs = mask.take_along_dim(index[:, None, :, None], 2).take_along_dim(index[:, None, None], 3)
+        hidden = ~is_real[:, None, None].to(mask.device)
+        return pairs.masked_fill(hidden, 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
 class TextAloneAtHead:
@@ -257,19 +255,19 @@ def _text_of(hidden_states: torch.Tensor, text: VisualContext) -> torch.Tensor:
 def _rows_of(text: VisualContext, behind: int, tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None:
         return None
-
-    def make(tensor: torch.Tensor) -> torch.Tensor:
-        index = _index(text).to(tensor.device)
-        index = index.reshape(*[1] * (tensor.dim() - 2 - behind), *index.shape, *[1] * behind)
-        return tensor.take_along_dim(index, -1 - behind)
-
-    return _once(text, tensor, make)
+    index = _index(text).to(tensor.device)
+    index = index.reshape(*[1] * (tensor.dim() - 2 - behind), *index.shape, *[1] * behind)
+    return tensor.take_along_dim(index, -1 - behind)
 
 
-def _once(text: VisualContext, tensor: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """What is made of a tensor, for all layers that are given the same."""
-    # The tensor is kept along, so that its id names it.
-    return text.derived(("of text", id(tensor)), lambda: (tensor, make(tensor)))[1]
+def _once(text: VisualContext, name: str, value: Any, make: Callable[[Any], Any]) -> Any:
+    """What is made of an argument of a layer: once for layers in a row that are given the same tensors."""
+    made: dict[str, tuple[list[Any], Any]] = text.derived("made of arguments", dict)
+    leaves = tree_leaves(value)
+    known = made.get(name)
+    if known is None or len(known[0]) != len(leaves) or any(a is not b for a, b in zip(known[0], leaves)):
+        made[name] = leaves, make(value)
+    return made[name][1]
 
 
 def _whole(rows: torch.Tensor, text: VisualContext) -> torch.Tensor:

@@ -91,6 +91,7 @@ class FFNMethodLayer(LayerWithoutParameters):
     def new_hooks(self) -> list[Any]:
         hooks: list[Any] = [self.vlm.text_model.register_forward_pre_hook(self._start_forward, with_kwargs=True)]
         depths = list(range(len(self.vlm.layers)))
+        # Not asked for in each forward: that would search the model once for each layer.
         self._layers_of = {name: config.layers_among(depths) for name, config in self.configs.items()}
         for layer_idx in sorted({layer_idx for layers in self._layers_of.values() for layer_idx in layers}):
             acts = functools.partial(self._acting_in, layer_idx)

@@ -263,10 +263,10 @@ def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
 
 @contextlib.contextmanager
 def loaded(model: nn.Module, sources: Collection[str]) -> Iterator[list[str]]:
-    """`load_adapters` for the length of a block: at its end, the adapters are taken off again.
+    """`load_adapters` for the length of a block. At its end, everything that was attached in it is taken off.
 
     Args:
-        model: As `load_adapters` takes it; in eval mode it is left as it was.
+        model: As `load_adapters` takes it. It is in eval mode afterwards.
         sources: Folders or Hub ids.
 
     Yields:
@@ -323,6 +323,7 @@ def _all_or_none(model: nn.Module, always_none: bool = False) -> Iterator[dict[t
     _, put_back = remembered(model)
 
     def take_all_off() -> None:
+        activate(model, [], trainable=False)  # PEFT chooses a successor of an active adapter that is deleted
         with without_hooks(model):
             for module, before in children.items():  # PEFT has put layers and wrappers in the place of modules
                 for name, child in before.items():

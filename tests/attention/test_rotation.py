@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from forwards import TOLERANCE, difference
 from tiny_vlms import TinyVLM
+from torch import nn
 
+from peft_pvm.attention import rotation
 from peft_pvm.attention.call import AttentionCall
-from peft_pvm.attention.rotation import between, inverse, rotate, rotation_tables, turned_by_matrix, unit
+from peft_pvm.attention.rotation import between, may_scale, rotate, rotation_tables, turned_by_matrix
 from peft_pvm.tokens.context import VisualContext
 from peft_pvm.tokens.families import find_vlm
 
@@ -32,6 +36,9 @@ def test_rotations(family: TinyVLM, factor: float):
         states = torch.randn(2, 4, 5, attention.head_dim, generator=generator)
         layer_type = vlm.layer_type(layer_idx)
         by_one, by_other, by_both = (rotation_tables(rotary, p, layer_type) for p in (one, other, one + other))
+        is_scaled = may_scale(rotary, layer_type)
+        assert is_scaled == (factor != 1)
+        unit, inverse = (functools.partial(turn, is_scaled=is_scaled) for turn in (rotation.unit, rotation.inverse))
         turned = rotate(attention, states, unit(by_one))
         assert difference(turned, states) > 0.1
         assert difference(turned.norm(dim=-1), states.norm(dim=-1)) < TOLERANCE
@@ -40,6 +47,20 @@ def test_rotations(family: TinyVLM, factor: float):
         tail = rotate(attention, states[:, :, -2:], between(unit(by_one), -2, None))
         assert difference(tail, turned[:, :, -2:]) < TOLERANCE
         assert rotate(attention, states.bfloat16(), by_one).dtype == torch.bfloat16
+
+
+def test_factors_of_layer_types_are_told_apart():
+    """A factor that is not known, or that a rotary embedding has beside the one that all have, may be any."""
+    rotary = nn.Module()
+    assert may_scale(rotary, None)
+    rotary.sliding_attention_scaling, rotary.full_attention_scaling = 1.0, 1.5
+    assert not may_scale(rotary, "sliding")
+    assert may_scale(rotary, "full")
+    rotary.attention_scaling = 1.0
+    assert not may_scale(rotary, None)
+    assert not may_scale(rotary, "chunked")
+    rotary.long_mscale = 1.2
+    assert may_scale(rotary, None)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -25,6 +25,7 @@ from peft_pvm.methods.tdrs import blockwise
 from peft_pvm.tokens.families import find_vlm
 
 
+BENCH = Path(__file__).parents[2] / "experiments" / "results" / "bench"
 PROMPT = dict(contexts=(90,), visual_tokens=40)
 DTYPES = ("float32", "bfloat16")
 BASE = {"float32": 310, "bfloat16": 362}  # in all
@@ -105,6 +106,14 @@ def test_what_layers_share_is_counted_once():
 
 def test_every_method_has_its_number():
     assert {"base", *NEEDED} == set(ALL)
+
+
+def test_the_recorded_numbers_are_these():
+    """From which docs/performance.md has its table."""
+    recorded = [json.loads((BENCH / f"launches-{dtype}.json").read_text())["methods"] for dtype in ("fp32", "bf16")]
+    for name, needed in NEEDED.items():
+        steps = [methods[name]["step"] for methods in recorded]
+        assert tuple((step["a layer"], step["once"]) for step in steps) == needed, name
 
 
 def test_which_aims_are_met():

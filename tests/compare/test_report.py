@@ -47,7 +47,7 @@ def made(
                 key = (name, *asked[-1].key)
                 ids = token_ids(name, length, number)
                 answers[key] = Answer(*key, "x", "x", right[name][number], 2, ids)
-                times[key] = 0.1 * (1 + place)
+                times.setdefault(asked[-1].key, {})[name] = 0.1 * (1 + place)
     about = {**ABOUT, "environment": environment()}
     return Comparison.of(about, entered, asked, answers, times, refused or {}, idle or {})
 

@@ -123,16 +123,21 @@ def test_an_interrupted_comparison_goes_on(model: Any, tmp_path: Path):
 
 @pytest.fixture
 def turns(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Turn]:
-    """Who generates, for which question, in order. Generating takes a second here, and attaching or loading 100."""
+    """Who generates, for which question, in order. Attaching or loading takes 100 seconds here. An answer takes the
+    base as many as it is the how-manieth session, and others twice as many."""
     noted: list[Turn] = []
-    now = [0.0]
-    generate, acting = _Asker._generate, Contender.acting
+    now, sessions = [0.0], [0]
+    generate, acting, begin = _Asker._generate, Contender.acting, _Asker.__init__
 
     def noting(self: Any, inputs: Any, contender: Contender, asked: Any, limit: int) -> list[int]:
         assert any(adapter_layers(self.model)) == (contender.name not in (BASE, "temperature"))
         noted.append((contender.name, *asked.key))
-        now[0] += 1
+        now[0] += sessions[0] * (1 if contender.name == BASE else 2)
         return generate(self, inputs, contender, asked, limit)
+
+    def beginning(self: Any, *args: Any) -> None:
+        sessions[0] += 1
+        begin(self, *args)
 
     @contextlib.contextmanager
     def slowly(self: Contender, model: Any):
@@ -142,6 +147,7 @@ def turns(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Turn]:
         now[0] += 100
 
     monkeypatch.setattr(_Asker, "_generate", noting)
+    monkeypatch.setattr(_Asker, "__init__", beginning)
     monkeypatch.setattr(Contender, "acting", slowly)
     clock = SimpleNamespace(process_time=lambda: now[0], perf_counter=lambda: now[0])
     monkeypatch.setattr("peft_pvm.compare.run.time", clock)
@@ -160,7 +166,7 @@ def test_times_are_taken_in_turns(model: Any, tmp_path: Path, turns: list[Turn])
         expected += [(name, *key) for name in in_turn for _ in range(2)]
     assert [turn for turn in turns[24:] if turn[1] == 0] == expected
     assert len(turns) == 24 + 2 * len(expected)
-    assert {cell.seconds for cells in found.cells.values() for cell in cells.values()} == {(1.0,) * TIMED}
+    assert {cells[0].seconds for cells in found.cells.values()} == {(1.0,) * TIMED, (2.0,) * TIMED}
     turns.clear()
     again = compared(model, tmp_path, [base, temperature, adapter])
     assert (turns, again.to_dict()) == ([], found.to_dict())
@@ -175,28 +181,35 @@ def test_who_comes_later_is_timed_beside_the_others(model: Any, tmp_path: Path, 
     timed = [turn for turn in turns[-12:] if turn[0] == "VAF"]
     assert timed == [("VAF", 0, 0, name) for name in ("0-0", "0-1", "0-2") for _ in range(2)]
     assert len(turns) == 12 + 2 * 16 - 4
-    assert {cells[0].seconds for cells in found.cells.values()} == {(1.0,) * TIMED}
+    assert found.findings["VAF", 0].slowdown == 2
 
 
-def test_times_go_on_after_an_interruption(model: Any, tmp_path: Path, turns: list[Turn]):
-    entered = contenders([])[:2]
+def test_times_of_two_sessions_are_not_compared(model: Any, tmp_path: Path, turns: list[Turn]):
+    """Neither after an interruption among the turns of a question, nor of those who entered at different times."""
+    plan, (base, *_, vaf, pai) = Plan(lengths=(0,), seeds=(0, 3)), contenders(["vaf", "pai"])
+    compared(model, tmp_path, [base, vaf], plan)
+    compared(model, tmp_path, [base, pai], plan)
+    found = compared(model, tmp_path, [base, vaf, pai], plan)
+    assert [found.findings[name, 0].slowdown for name in ("VAF", "PAI")] == [2, 2]
+    cai, acting = contenders(["cai"])[-1], Contender.acting
 
-    def stop(name: str, done: int, total: int) -> None:
-        if (name, done) == (TIMES, 2):
+    def stopping(self: Contender, model: Any) -> Any:
+        if self.name == "VAF":
             raise KeyboardInterrupt
+        return acting(self, model)
 
-    with pytest.raises(KeyboardInterrupt):
-        compared(model, tmp_path, entered, progress=stop)
-    turns.clear()
-    found = compared(model, tmp_path, entered)
-    assert len(turns) == 2 * 2 * 4
-    assert {len(cell.seconds) for cells in found.cells.values() for cell in cells.values()} == {TIMED}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Contender, "acting", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            compared(model, tmp_path, [base, vaf, pai, cai], plan)
+    found = compared(model, tmp_path, [base, vaf, pai, cai], plan)
+    assert [found.findings[name, 0].slowdown for name in ("VAF", "PAI", "CAI")] == [2, 2, 2]
 
 
 def test_who_refuses_while_times_are_taken_has_none(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     entered = [contenders([])[0], contenders(["vaf"])[-1]]
     compared(model, tmp_path, entered)
-    keep(tmp_path, [entry for entry in lines(tmp_path) if "seconds" not in entry])
+    keep(tmp_path, [entry for entry in lines(tmp_path) if "times" not in entry])
 
     def refusing(*_: Any):
         raise ValueError("not now")
@@ -213,7 +226,7 @@ def test_an_earlier_version_timed_every_answer(model: Any, tmp_path: Path):
     entered = contenders([])[:2]
     found = compared(model, tmp_path, entered)
     earlier = [{**entry, "seconds": 0.5} if "answer" in entry else entry for entry in lines(tmp_path)]
-    kept = [entry for entry in earlier if "answer" in entry or "seconds" not in entry]
+    kept = [entry for entry in earlier if "times" not in entry]
     keep(tmp_path, kept)
     again = compared(model, tmp_path, entered)
     assert len(entries(tmp_path)) == len(kept) - 3

@@ -105,7 +105,7 @@ def test_those_that_were_there_stop_acting(tiny: TinyVLM, saved: list[str]):
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["on a plain model", "beside another"])
-def test_adapters_for_a_block(tiny: TinyVLM, saved: list[str], first: bool):
+def test_adapters_for_a_block(tiny: TinyVLM, saved: list[str], first: bool, recwarn: pytest.WarningsRecorder):
     """They leave nothing behind, and what acted before acts again: twice, and if the block fails."""
     model = tiny.build()
     inputs = tiny.inputs(model, *PROMPTS)
@@ -133,6 +133,7 @@ def test_adapters_for_a_block(tiny: TinyVLM, saved: list[str], first: bool):
                 raise error
         assert state() == before
         assert torch.equal(logits(model, inputs), expected)
+    assert [str(warning.message) for warning in recwarn if "active" in str(warning.message)] == []
 
 
 def test_all_are_attached_or_none(tiny: TinyVLM, saved: list[str], tmp_path: Path):

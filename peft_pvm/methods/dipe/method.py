@@ -12,7 +12,7 @@ from torch import nn
 
 from ...attention.call import AttentionCall, Output
 from ...attention.reference import products
-from ...attention.rotation import Tables, rotate, rotation_tables, scales, turned_by_matrix, unit
+from ...attention.rotation import Tables, may_scale, rotate, rotation_tables, turned_by_matrix, unit
 from ...attention.stages import Positions, Stage
 from ...tokens.context import VisualContext
 from ...tokens.families import VisionLanguageModel
@@ -228,7 +228,7 @@ class AnchoredPositions(Positions):
             if num_queries == 1:
                 moves = F.pad(moves, (0, 0, 0, 0, 1, 0))
             tables = rotation_tables(self.rotary, moves.flatten(1, 2), self.layer_type)
-            return unit(tables, scales(self.rotary, self.layer_type)), moves.shape[1]
+            return unit(tables, may_scale(self.rotary, self.layer_type)), moves.shape[1]
 
         key = ("dipe", self.rotary, self.layer_type, self.max_distance, self.by_image, self.axes, num_queries)
         return *context.derived(key, turn), key

@@ -196,7 +196,7 @@ class _Rows:
         if block.bias is not None:
             scores = scores + block.bias
         scale = self._scale(pairs, queries, keys)
-        # It raises scores by sem_pos + 1, as a softmax does not change if all scores are raised alike.
+        # 1 + sem_pos serves as it is: adding 1 to every score does not change the softmax.
         step = scale if block.applies is None else torch.where(block.applies, scale, 1)
         is_literal = config.form != "weights" and (config.knows_distance or config.counts_twice)  # needs them again
         raised = torch.add(scores, step, alpha=config.sd_strength * LOG2_E, **({} if is_literal else over(scores)))

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...attention.call import AttentionCall, Output, records_gradients
 from ...attention.reference import products
-from ...attention.rotation import Tables, between, inverse, rotate, rotation_tables, scales, turned_by_matrix
+from ...attention.rotation import Tables, between, inverse, may_scale, rotate, rotation_tables, turned_by_matrix
 from ...attention.stages import Stage, Weights
 from ...tokens.context import VisualContext
 from ...tuners.attention_method import AttentionMethod, SteeredLayer
@@ -265,7 +265,7 @@ class Reweighting:
 
         def undo(what: str, positions: torch.Tensor) -> Tables:
             make = functools.partial(rotation_tables, rotary, positions, self.layer_type)
-            return context.derived(name(what, positions), lambda: inverse(make(), scales(rotary, self.layer_type)))
+            return context.derived(name(what, positions), lambda: inverse(make(), may_scale(rotary, self.layer_type)))
 
         def content(states: torch.Tensor, tables: Tables) -> torch.Tensor:
             return rotate(call.module, states.to(precise), tables)
