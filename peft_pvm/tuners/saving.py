@@ -354,8 +354,8 @@ def _load_all(model: nn.Module, sources: Collection[str], overwritten: dict[torc
         _load(model, name, source, overwritten)
     if names:
         activate(model, list(names), trainable=False)
-        model.eval()
         warn_of_missing(model, {name: AdapterFile(source) for name, source in names.items()})
+        model.eval()  # last: a warning may be an error, and then the model stays as it was
     return list(names)
 
 

@@ -155,7 +155,7 @@ def turns(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Turn]:
 
 
 def test_times_are_taken_in_turns(model: Any, tmp_path: Path, turns: list[Turn]):
-    """Of the first questions of each length: of one question by all contenders, before the next. Who begins changes.
+    """All contenders answer one of the first questions of a length before the next. Another one begins each time.
     Adapters are on the model only while they answer. Two tokens come first, which are not timed."""
     base, temperature, *_, adapter = contenders([], [str(ADAPTER)])
     found = compared(model, tmp_path, [base, temperature, adapter])
