@@ -18,15 +18,16 @@ from ..claims import (
     KEEPS_GENERATING,
     NOT_TESTED,
     RAW_MEMORY,
-    TDRS_HELPS,
     UNCLEAR,
     Claim,
+    helps,
     verdict_on,
     verdict_on_decay,
 )
 from .findings.looking import BASE
 from .findings.looking_page import fading, far_from, mean_mass
 from .findings.study import read_finding
+from .methods import METHODS
 from .summary import Entry, Estimate, Results, Term, contrast
 
 
@@ -41,8 +42,10 @@ LORAS = ("lora", "lora-short", "lora-several")  # of PVM's size
 TRAININGS = {
     "trained with one picture": ("pvm", ("lora",)),
     "trained with several pictures and turns": ("pvm-several", ("lora-short", "lora-several")),
+    "trained with several pictures and turns, PVM for 800 steps": ("pvm-several-long", ("lora-short", "lora-several")),
 }
 LIMITED = "dipe-128"
+TDRS = ("t-drs-sd", "t-drs-dc", "t-drs-re", "t-drs-inter", "t-drs")
 DIPES = ("dipe", LIMITED, "dipe+lora")
 REMEDIES = (
     LIMITED,
@@ -50,6 +53,7 @@ REMEDIES = (
     "dipe+lora",
     "pvm",
     "pvm-several",
+    "pvm-several-long",
     "pvm+dipe-128",
     "pvm-several+dipe-128-image",
     *LORAS,
@@ -64,7 +68,7 @@ def claims(results: Results) -> list[Claim]:
         *_pvm_against_controls(results),
         *_pvm_against_pvm(results),
         *_dipe(results),
-        *_compare(results, TDRS_HELPS, "t-drs", ["base"], PLACES[:1]),
+        *_tdrs(results),
         *_together(results),
         *_high(results),
         *_no_loss(results),
@@ -161,6 +165,11 @@ def _costs_a_point(text: str, entry: Entry, base: Entry, place: str = "") -> Cla
     difference = contrast(Term(1, entry, 0), Term(-1, base, 0))
     numbers = f"{entry.shown(0)}, base {base.shown(0)}: {difference}"
     return _judge(text, difference, numbers, f"{entry.title}{place}", margin=-0.01)
+
+
+def _tdrs(results: Results) -> Iterator[Claim]:
+    for method in TDRS:
+        yield from _compare(results, helps(METHODS[method].title), method, ["base"], PLACES[:1])
 
 
 def _together(results: Results) -> Iterator[Claim]:

@@ -26,7 +26,7 @@ from peft_pvm.tuners.saving import load_adapters
 from peft_pvm.utils.terminal import Bars
 
 from ..base import fingerprint
-from .arithmetic import bf16, one_thread
+from .arithmetic import BF16, OWN, bf16, one_thread
 from .methods import METHODS
 from .runs import load_base, load_method, load_questions
 from .writing import transcribe
@@ -54,7 +54,7 @@ class Results:
 
     Attributes:
         right: By tokens of text, how many of its nine digits each row has right.
-        seconds: By tokens of text, the CPU time of all rows.
+        seconds: By tokens of text, the CPU time of all rows; `None` if they were not all computed in one way.
 
     Raises:
         ValueError: The file is damaged, or about something else.
@@ -63,7 +63,7 @@ class Results:
     path: Path
     about: Mapping[str, Any]
     right: dict[int, list[int]] = field(init=False, default_factory=dict)
-    seconds: dict[int, float] = field(init=False, default_factory=dict)
+    seconds: dict[int, float | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.path.is_file():
@@ -72,7 +72,8 @@ class Results:
         with holding(self.path, "what python -m experiments real-eval writes"):
             cells = content["by tokens of text"].items()
             self.right = {int(length): list(map(int, cell["right of nine"])) for length, cell in cells}
-            self.seconds = {int(length): float(cell["CPU seconds"]) for length, cell in cells}
+            comparable = _timed_alike(content["environment"], _environment())
+            self.seconds = {int(length): cell["CPU seconds"] if comparable else None for length, cell in cells}
             found = {name: content[name] for name in self.about}
         for name, wanted in self.about.items():
             if found[name] != wanted:
@@ -84,12 +85,13 @@ class Results:
     def note(self, length: int, right: Sequence[int], seconds: float) -> None:
         """Take up more rows of a length, and the CPU time that they took together."""
         self.right.setdefault(length, []).extend(right)
-        self.seconds[length] = self.seconds.get(length, 0.0) + seconds
+        before = self.seconds.get(length, 0.0)
+        self.seconds[length] = None if before is None else before + seconds
 
     def write(self) -> None:
         """Write the file."""
         cells = {str(length): self._cell(length) for length in sorted(self.right)}
-        write_json(self.path, {**self.about, "by tokens of text": cells, "environment": {**environment(), **bf16()}})
+        write_json(self.path, {**self.about, "by tokens of text": cells, "environment": _environment()})
 
     def accuracy(self, length: int, rows: int) -> Accuracy:
         """The accuracy over the first rows."""
@@ -101,8 +103,17 @@ class Results:
             "accuracy": round(accuracy.value, 4),
             "standard error": round(accuracy.standard_error, 4) if len(accuracy.right) > 1 else None,
             "right of nine": "".join(map(str, accuracy.right)),  # one digit a row
-            "CPU seconds": round(self.seconds[length], 1),
+            "CPU seconds": None if (seconds := self.seconds[length]) is None else round(seconds, 1),
         }
+
+
+def _environment() -> dict[str, str]:
+    return {**environment(), **bf16()}
+
+
+def _timed_alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether times of two environments can be added."""
+    return one["GPU"] == other["GPU"] and one.get(BF16, OWN) == other.get(BF16, OWN)
 
 
 @dataclass(frozen=True)

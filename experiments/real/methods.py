@@ -31,7 +31,7 @@ from .training import draw_turns
 LAYERS = [20, 23, 26]  # what `peft-pvm layers` proposes
 STRIDED = [7, 13, 20]  # what "strided" means for thirty layers
 PVM_PARAMETERS = 2_176_515  # of PVMConfig(r=192) there; the controls come as near as they can
-SHORT = 64  # tokens: the longest texts that the base was trained with
+SHORT = 64  # tokens: the longest texts of a turn that the base was trained with
 LONG = 1024
 
 
@@ -43,7 +43,7 @@ class Training:
         steps: Optimizer steps in all.
         hidden_steps: The first of them, in which the images are hidden, with texts of at most 64 tokens.
         hidden_share: Share of the other steps whose images are hidden.
-        max_text: The most tokens of text in the other steps; every length is as likely.
+        max_text: The most tokens of text of a turn in the other steps. With one turn, every length is as likely.
         several: Chats are of all kinds, as the base's were: a third with one picture, a third with several, a third
             with several turns, every fourth text telling of other pictures. Otherwise one picture, one turn.
         on_text: Whether text and questions count like the answers, so that a method learns to leave them as they are.
@@ -78,7 +78,7 @@ class Training:
 
 
 HIDDEN = Training(steps=400, hidden_steps=400)
-PLAIN = Training(steps=100, max_text=LONG)  # some as many tokens
+PLAIN = Training(steps=100, max_text=LONG)  # about as many tokens as HIDDEN
 LORA = Training(steps=100, max_text=LONG, learning_rate=1e-3)
 
 

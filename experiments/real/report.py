@@ -57,6 +57,8 @@ def _setting(results: Results) -> list[str]:
         f"- Base {results.base}. Each row has {NUM_CELLS} questions (split {split}, seed {seed}). All methods get the "
         "same rows of a task. A cell with fewer rows than another has the first of the other's rows.",
         f"- Seeds of training: {', '.join(map(str, seeds)) or 'none'}.",
+        "- ± is the standard deviation over trainings where there are several runs, and the standard error over rows "
+        "where there is one. Differences from the base are paired by row; there ± is always the standard error.",
         *machines(run.environment for run in results.runs),
     ]
 
@@ -107,7 +109,12 @@ def _seconds(results: Results) -> Iterator[str]:
     header = ("Method", *map(_number, lengths))
     yield from folded(
         f"Seconds of CPU time for a row of {NUM_CELLS} questions, by {_unit(task)}",
-        [f"`{task}`, mean over rows and seeds, on CPUs with instructions for bf16.", "", *table(header, rows)],
+        [
+            f"`{task}`, mean over rows and seeds, on CPUs with instructions for bf16. Not all rows were tested on the "
+            "same machine.",
+            "",
+            *table(header, rows),
+        ],
     )
 
 

@@ -16,6 +16,7 @@ from peft_pvm.demo.recall import Accuracy
 
 from ..summary import OF_MACHINES, Cell, read_results
 from .arithmetic import BF16, OWN
+from .findings.study import read_finding
 from .methods import METHODS
 
 
@@ -71,8 +72,8 @@ class Run:
         questions: Split and seed of the questions; rows of files with the same are the same.
         training: How it was trained; `None` without a training of the experiment.
         accuracies: By tokens of text.
-        seconds: CPU time of a row, by tokens of text; empty if it was measured on a GPU, or on a CPU without
-            instructions for bf16, whose times are not comparable.
+        seconds: CPU time of a row, by tokens of text; without those of a GPU, of a CPU without instructions for bf16,
+            or of several machines, which are not comparable.
         environment: The machine.
     """
 
@@ -90,7 +91,8 @@ class Run:
         training, environment = file.get("training"), file["environment"]
         cells = {int(length): cell for length, cell in file["by tokens of text"].items()}
         accuracies = {length: _accuracy(cells[length]["right of nine"]) for length in sorted(cells)}
-        seconds = {n: float(cells[n]["CPU seconds"]) / len(accuracies[n].right) for n in accuracies}
+        timed = [length for length in accuracies if cells[length]["CPU seconds"] is not None]
+        seconds = {length: float(cells[length]["CPU seconds"]) / len(accuracies[length].right) for length in timed}
         return cls(
             str(file["task"]),
             str(file["method"]) + (AS_SAVED if file["adapters"] else ""),
@@ -249,6 +251,10 @@ class Results:
         self.runs = [run for run, _ in files]
         self.base = files[0][1]
         self.findings = Path(folder, FINDINGS)
+        for path in sorted(self.findings.glob("*.json")):
+            base = read_finding(path).about["base"]
+            if base != self.base:
+                raise ValueError(f"{path} is of the base {base}, but the results beside it are of {self.base}.")
         questions = {run.questions for run in self.runs}
         if any(split != "test" for split, _ in questions):
             raise ValueError(f"{folder} has results of {_listed(questions)}. The report covers only split test.")

@@ -23,6 +23,7 @@ from experiments.real import commands
 from experiments.real.chats import make_real_chats
 from experiments.real.evaluation import METHODS, TASKS, WRITING, EvalPlan, Results
 from experiments.real.language_model import load_language_model
+from experiments.real.report import BASES
 from experiments.real.trained import NOTE, build_base, save_trained
 from experiments.real.training import (
     RealRecipe,
@@ -45,7 +46,7 @@ from peft_pvm.probe.rows import read_chats, teach
 
 
 REPOSITORY = Path(__file__).parents[2]
-RECORDED, TRAINED = REPOSITORY / commands.RECORDED, REPOSITORY / commands.TRAINED
+RECORDED = REPOSITORY / commands.RECORDED
 BASE = REPOSITORY / "runs" / "real" / "base"
 RECIPE = RealRecipe(seeing_steps=2, steps=2, rows=2, max_text=8)
 PLAN = EvalPlan(lengths=(0, 20), rows=2)
@@ -390,9 +391,14 @@ def test_adapters_attach_to_it(folder, config, questions):
     assert model(**questions.draw("test", 1, [Turn(text_tokens=3)], generator()).inputs).logits.isfinite().all()
 
 
-def test_what_is_recorded_belongs_together():
+RECIPES = {"real": RealRecipe(), "real-digits": RealRecipe(seeing="digits", single_steps=400, steps=1000)}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_what_is_recorded_belongs_together(base):
     """All results are of one base and the same rows; what was trained is all there, in less than 6 MB."""
-    paths = [path for path in RECORDED.rglob("*.json") if path.parent.name != "findings"]
+    folder = RECORDED.parent / base
+    paths = [path for path in folder.rglob("*.json") if path.parent.name != "findings"]
     files = {path: json.loads(path.read_text()) for path in paths}
     assert len({(file["base"], file["split"], file["seed"]) for file in files.values()}) == 1
     for path, file in files.items():
@@ -403,9 +409,10 @@ def test_what_is_recorded_belongs_together():
         results = Results(path, {"task": path.parent.name, "method": method})
         for length, cell in file["by tokens of text"].items():
             assert round(results.accuracy(int(length), len(cell["right of nine"])).value, 4) == cell["accuracy"]
-    assert TRAINED.stat().st_size < 6 * 2**20
-    with safe_open(TRAINED, framework="pt") as file:
-        assert RealRecipe(**json.loads(file.metadata()[NOTE])["recipe"]) == RealRecipe()
+    trained = folder / "trained.safetensors"
+    assert trained.stat().st_size < 6 * 2**20
+    with safe_open(trained, framework="pt") as file:
+        assert RealRecipe(**json.loads(file.metadata()[NOTE])["recipe"]) == RECIPES[base]
 
 
 def test_another_language_model_is_refused(trained):

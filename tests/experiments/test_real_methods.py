@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForCondi
 
 from experiments.methods import attach, trained_parameters
 from experiments.real import evaluation, methods, runs, writing
+from experiments.real.arithmetic import BF16
 from experiments.real.evaluation import TASKS, EvalPlan, Place, Run, evaluate, planned, table_of
 from experiments.real.export import export_adapters
 from experiments.real.methods import METHODS, PVM_PARAMETERS, Training
@@ -33,7 +34,9 @@ from peft_pvm.demo.questions import PLACES, Questions
 from peft_pvm.tuners.active import acting_adapters
 
 
-BASE = Path(__file__).parents[2] / "runs" / "real" / "base"
+REPOSITORY = Path(__file__).parents[2]
+BASE = REPOSITORY / "runs" / "real" / "base"
+RECORDED = REPOSITORY / "experiments" / "results" / "real"
 PLAN = EvalPlan(lengths=(0, 20), rows=2)
 TRAINABLE = ["pvm", "mlp", "lora", "dipe+lora"]
 
@@ -302,9 +305,15 @@ def test_a_resumed_training_is_told_as_a_whole(short, folder, tmp_path, monkeypa
 
 
 @pytest.mark.skipif(not BASE.is_dir(), reason="the real base is not there: make real-base")
-def test_the_real_base_answers(tmp_path):
-    tested = evaluate(Place(BASE), [Run("base")], [], EvalPlan(lengths=(0,), rows=4), tmp_path)
-    assert tested["base"].accuracy(0, 4).value > 0.9
+def test_a_row_of_the_table_repeats_within_its_error(tmp_path):
+    rows = 8
+    evaluate(Place(BASE), [Run("base")], [], EvalPlan(lengths=(0, 1024), rows=rows), tmp_path)
+    here, recorded = (json.loads((of / "look-up" / "base.json").read_text()) for of in (tmp_path, RECORDED))
+    assert here["base"] == recorded["base"]
+    for length, cell in here["by tokens of text"].items():
+        of_table = recorded["by tokens of text"][length]
+        right = sum(map(int, of_table["right of nine"][:rows])) / (rows * NUM_CELLS)
+        assert abs(cell["accuracy"] - right) <= max(2 * of_table["standard error"], 1.5 / (rows * NUM_CELLS))
 
 
 def test_evaluation_goes_on_where_it_ended(folder, tmp_path):
@@ -321,6 +330,24 @@ def test_evaluation_goes_on_where_it_ended(folder, tmp_path):
     files = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*.json")}
     evaluate(Place(folder), planned(["base", "dipe-64"], []), [], PLAN, tmp_path / "whole")
     assert files == {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*.json")}
+
+
+def test_times_of_another_arithmetic_are_not_added(folder, tmp_path, monkeypatch):
+    """A file has one record of how it was computed. Answers from before it stay, times do not."""
+    file = tmp_path / "look-up" / "base.json"
+
+    def cells(plan: EvalPlan) -> dict[str, tuple[int, bool]]:
+        evaluate(Place(folder), [Run("base")], [], plan, tmp_path)
+        content = json.loads(file.read_text())["by tokens of text"]
+        return {
+            length: (len(cell["right of nine"]), cell["CPU seconds"] is not None) for length, cell in content.items()
+        }
+
+    assert cells(PLAN) == {"0": (2, True), "20": (2, True)}
+    assert cells(replace(PLAN, rows=3)) == {"0": (3, True), "20": (3, True)}
+    monkeypatch.setattr(evaluation, "bf16", lambda: {BF16: "by another CPU"})
+    assert cells(replace(PLAN, lengths=(0, 30), rows=4)) == {"0": (4, False), "20": (3, False), "30": (4, True)}
+    assert cells(replace(PLAN, lengths=(0, 30), rows=5)) == {"0": (5, False), "20": (3, False), "30": (5, True)}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -15,7 +15,7 @@ from experiments import claims as toy_claims
 from experiments.claims import FAILS, HOLDS, NOT_TESTED, UNCLEAR, Claim
 from experiments.real import report as real_report
 from experiments.real.arithmetic import BF16
-from experiments.real.claims import claims
+from experiments.real.claims import HARDER, REMEDIES, claims
 from experiments.real.methods import METHODS
 from experiments.real.report import draw_real, read_bases, render_base
 from experiments.real.summary import FINDINGS, Entry, Estimate, Results, Term, contrast
@@ -62,6 +62,14 @@ def write_result(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
     return file
+
+
+def copy_finding(folder: Path, name: str, base: str = "real-base") -> None:
+    """One of the recorded findings, as if it were of this base."""
+    content = {**json.loads((RECORDED / "real" / FINDINGS / f"{name}.json").read_text()), "base": base}
+    file = folder / FINDINGS / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
 
 
 def verdicts(folder: Path, text: str) -> dict[str, str]:
@@ -155,7 +163,7 @@ def test_a_difference_counts_beyond_twice_its_error(tmp_path, ours, theirs, verd
         write_result(tmp_path, "look-up", "pvm", {4096: ours}, 0)
     found = verdicts(tmp_path, toy_claims.BEATS_LORA)
     assert found.pop(ONE_PICTURE) == verdict
-    assert len(found) == 11
+    assert len(found) == 17
     assert set(found.values()) == {NOT_TESTED}
 
 
@@ -250,6 +258,30 @@ def test_without_results_all_is_open(tmp_path):
     assert {claim.verdict for claim in claims(Results(tmp_path))} == {NOT_TESTED}
 
 
+def test_every_method_on_the_harder_tasks_is_judged():
+    """Only the null model, and what was trained as another method was, have no claim of their own there."""
+    results = Results(RECORDED / "real")
+    tested = {entry.method for task in HARDER for entry in results.on(task)}
+    assert tested - set(REMEDIES) == {"base", "log-bias", "pvm, as saved"}
+
+
+@pytest.mark.parametrize("method", ["t-drs", "t-drs-sd", "t-drs-dc", "t-drs-re"])
+def test_parts_of_tdrs_have_the_claims_of_the_toy(tmp_path, method):
+    write_result(tmp_path, "look-up", "base", {4096: "4" * 12})
+    write_result(tmp_path, "look-up", method, {4096: "7" * 12})
+    of_toy = {claim.text for claim in toy_claims.claims(ToyResults(RECORDED))}
+    (claim,) = (claim for claim in claims(Results(tmp_path)) if claim.text == toy_claims.helps(METHODS[method].title))
+    assert claim.verdict == HOLDS
+    assert claim.text in of_toy
+
+
+def test_a_finding_of_another_base_is_refused(tmp_path):
+    write_result(tmp_path, "look-up", "base", {0: FULL})
+    copy_finding(tmp_path, "attention", base="another-base")
+    with pytest.raises(ValueError, match=r"attention.json is of the base another-base, but .* of real-base"):
+        Results(tmp_path)
+
+
 # Pages
 
 
@@ -309,6 +341,12 @@ def test_seconds_are_those_of_a_row_on_a_cpu(folder):
     assert rows_of(page, "base")[-1] == ["base", "0.18", "0.50", "0.50"]
     assert rows_of(page, "T-DRS")[-1] == ["T-DRS", "-", "GPU", "-"]
     assert rows_of(page, "VAF")[-1] == ["VAF", "-", "another CPU", "-"]
+    part = write_result(folder / "real", "look-up", "pai", {0: FULL, 4096: "1" * 12})
+    content = json.loads(part.read_text())
+    content["by tokens of text"]["0"]["CPU seconds"] = None  # as of rows from several CPUs
+    part.write_text(json.dumps(content))
+    page = "\n".join(render_base(Results(folder / "real")))
+    assert rows_of(page, "PAI")[-1] == ["PAI", "another CPU", "0.50", "-"]
 
 
 def test_what_is_not_in_the_tables_of_names_is_there_under_its_key(folder):
@@ -359,7 +397,7 @@ def test_without_results_of_a_real_base_there_is_the_toy_alone(folder, tmp_path)
 
 def test_findings_stand_behind_the_tables_of_their_base(folder):
     assert "What is behind it" not in render(ToyResults(RECORDED), read_bases(folder))
-    shutil.copytree(RECORDED / "real" / FINDINGS, folder / "real" / FINDINGS)
+    copy_finding(folder / "real", "attention")
     page = render(ToyResults(RECORDED), read_bases(folder))
     places = [page.index(text) for text in ("## The real language model", "### What is behind it", "## The toy")]
     assert places == sorted(places)
@@ -372,7 +410,7 @@ def test_claims_that_were_tested_on_both_stand_side_by_side(folder):
     toy = ToyResults(RECORDED)
     write_result(folder / "real", "look-up", "dipe", {0: FULL, 4096: "0" * 12})
     on_both = {claim.text for claim in claims(Results(folder / "real"))} & {c.text for c in toy_claims.claims(toy)}
-    assert len(on_both) == 12
+    assert len(on_both) == 15
     page = render(toy, read_bases(folder))
     row, *numbers_of_tested = rows_of(page, toy_claims.KEEPS_FLAT)
     assert len(numbers_of_tested) == 4  # the toy's, two of the first base, one of the second
@@ -451,7 +489,7 @@ def cell(**fields: Any) -> Any:
         (cell(**{"right of nine": ""}), "'' is not one digit a row"),
         (cell(**{"right of nine": "9x"}), "'9x' is not one digit a row"),
         (cell(**{"right of nine": [99]}), "base.json does not hold"),
-        (cell(**{"CPU seconds": None}), "base.json does not hold"),
+        (cell(**{"CPU seconds": "x"}), "base.json does not hold"),
         (change(base="another"), r"different bases, \['another', 'real-base'\]"),
         (
             change(split="validation"),
