@@ -31,7 +31,7 @@ from .methods import METHODS
 from .summary import Entry, Estimate, Results, Term, contrast
 
 
-LOOK_UP, GENERATION = "look-up", "transcription"
+LOOK_UP, GENERATION, IN_WORDS = "look-up", "transcription", "in-words"
 SEVERAL = ("two-pictures", "three-pictures", "three-turns")
 HARDER = ("interfering", *SEVERAL)
 NEAR = 1024  # tokens of text
@@ -196,6 +196,10 @@ def _no_loss(results: Results) -> Iterator[Claim]:
     text = "No method costs more than one point without text in between (ours)"
     base = results.find(LOOK_UP, "base")
     others = [entry for entry in results.on(LOOK_UP) if entry.method != "base"]
+    yield from (_costs_a_point(text, entry, base) for entry in others)
+    text = "No method costs more than one point where a picture is told in words (ours)"
+    base = results.find(IN_WORDS, "base")
+    others = [entry for entry in results.on(IN_WORDS) if entry.method != "base"]
     yield from (_costs_a_point(text, entry, base) for entry in others)
     text = "No remedy costs more than one point without text in between, with several pictures or turns (ours)"
     for task in SEVERAL:

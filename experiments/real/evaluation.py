@@ -37,6 +37,7 @@ TASKS: dict[str, Callable[[int], list[Turn]]] = {  # by tokens of text in all tu
     "interfering": lambda text: [Turn(text_tokens=text, interfering=True)],
     "two-pictures": lambda text: [Turn(2, text)],
     "three-pictures": lambda text: [Turn(3, text)],
+    "in-words": lambda text: [Turn(text_tokens=text, in_words=True)],
     "three-turns": lambda text: [Turn(1, (text + rest) // 3, cells=3) for rest in range(3)],
 }
 WRITING = "transcription"  # the task in which the model writes on and on
@@ -210,7 +211,7 @@ def evaluate(
             ask(str(run), str(run), model, method=run.method, adapters=[], training=training)
         for name in adapters:
             folders = separate(name)
-            hashes = [_hash_of_folder(folder) for folder in folders]
+            hashes = [hash_of_folder(folder) for folder in folders]
             model = load_base(place.base)
             load_adapters(model, folders)
             short = "+".join(Path(folder).name for folder in folders)
@@ -261,7 +262,7 @@ def _watch(model: Any, questions: Questions, plan: EvalPlan, results: Results) -
     results.write()
 
 
-def _hash_of_folder(folder: str) -> str:
+def hash_of_folder(folder: str) -> str:
     """A hash of an adapter's configuration and weights."""
     files = [Path(folder, name) for name in ("adapter_config.json", "adapter_model.safetensors")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

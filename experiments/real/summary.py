@@ -31,6 +31,7 @@ TASKS = {  # in the order of the page; others come after them, under their keys
     "three-pictures": "Three pictures",
     "three-turns": "Three turns, each with a picture",
     "transcription": "Long generation",
+    "in-words": "No picture, but its digits in words",
 }
 
 
@@ -75,6 +76,7 @@ class Run:
         seconds: CPU time of a row, by tokens of text; without those of a GPU, of a CPU without instructions for bf16,
             or of several machines, which are not comparable.
         environment: The machine.
+        adapters: Hashes of the saved adapters that were tested together; none if a method was.
     """
 
     task: str
@@ -84,6 +86,7 @@ class Run:
     accuracies: dict[int, Accuracy]
     seconds: dict[int, float]
     environment: dict[str, str]
+    adapters: tuple[str, ...]
 
     @classmethod
     def of(cls, file: dict[str, Any]) -> Run:
@@ -101,6 +104,7 @@ class Run:
             accuracies,
             seconds if environment["GPU"] == "none" and environment.get(BF16, OWN) == OWN else {},
             {name: str(environment[name]) for name in OF_MACHINES},
+            tuple(map(str, file["adapters"])),
         )
 
     @property

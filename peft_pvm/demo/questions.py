@@ -31,12 +31,14 @@ class Turn:
         text_tokens: Tokens of text between them and the question.
         cells: Number of cells that are asked for.
         interfering: Whether the text tells of other pictures in the words of an answer; otherwise it is about Python.
+        in_words: Whether the new pictures are told in words, and not shown.
     """
 
     shown: int = 1
     text_tokens: int = 0
     cells: int = NUM_CELLS
     interfering: bool = False
+    in_words: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class Said:
     """What a turn of one chat says, but for its text.
 
     Attributes:
+        pictures: The new pictures in words.
         question: The question.
         answer: The answer.
     """
 
+    pictures: str
     question: str
     answer: str
 
@@ -121,6 +125,7 @@ class Questions:
         """
         pictures = draw_pictures(split, rows, 0, sum(turn.shown for turn in turns), generator)
         mosaics = augment(pictures.mosaics, generator) if augmented else pictures.mosaics
+        mosaics = mosaics[torch.tensor([not turn.in_words for turn in turns for _ in range(turn.shown)] * rows)]
         chats = [converse(turns, pictures, row, generator) for row in range(rows)]
         texts = [self.draw_text(split, rows, turn, generator).tolist() for turn in turns]
         tokens = [list(self._tokens(turns, chat, [text[row] for text in texts])) for row, chat in enumerate(chats)]
@@ -134,9 +139,10 @@ class Questions:
         inputs = {
             "input_ids": input_ids[:, :-1],
             "attention_mask": torch.ones_like(input_ids[:, :-1]),
-            "pixel_values": mosaics * 2 - 1,
             "logits_to_keep": targets - 1,
         }
+        if len(mosaics):
+            inputs["pixel_values"] = mosaics * 2 - 1
         return Batch(inputs, input_ids[:, targets])
 
     def draw_text(self, split: Split, rows: int, turn: Turn, generator: torch.Generator) -> torch.Tensor:
@@ -166,7 +172,8 @@ class Questions:
         """The tokens of a chat, and whether each belongs to an answer."""
         opening = f"{START_OF_TURN}user\n"
         for turn, said, text in zip(turns, chat, texts):
-            asked = [*self._ids(opening), *[self.visual] * (turn.shown * NUM_CELLS), *text]
+            pictures = self._ids(said.pictures) if turn.in_words else [self.visual] * (turn.shown * NUM_CELLS)
+            asked = [*self._ids(opening), *pictures, *text]
             asked += self._ids(f"\n{said.question}{END_OF_TURN}\n{START_OF_TURN}assistant\n")
             yield from ((token, False) for token in asked)
             yield from ((token, True) for token in self._ids(f"{said.answer}{END_OF_TURN}"))
@@ -218,9 +225,12 @@ def converse(turns: Sequence[Turn], pictures: Pictures, row: int, generator: tor
             raise ValueError(f"{turn} asks for more cells than are left of any picture.")
         picture = eligible[int(torch.randint(len(eligible), (), generator=generator))]
         cells, left[picture] = left[picture][: turn.cells], left[picture][turn.cells :]
-        colour = f"{COLOURS[colours[picture]]} " if len(digits) > 1 else ""
-        places = [f"{colour}{PLACES[cell]}" for cell in cells]
-        chat.append(Said(ask(places), f"Digits: {tell(places, [digits[picture][cell] for cell in cells])}"))
+        names = [f"{COLOURS[colour]} " if len(digits) > 1 else "" for colour in colours]
+        places = [f"{names[picture]}{PLACES[cell]}" for cell in cells]
+        answer = f"Digits: {tell(places, [digits[picture][cell] for cell in cells])}"
+        new = range(len(left) - turn.shown, len(left))
+        in_words = " ".join(f"The {names[one]}picture has {tell(PLACES, digits[one])}." for one in new)
+        chat.append(Said(in_words, ask(places), answer))
     return chat
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -361,6 +362,19 @@ def test_every_task_asks_for_nine_digits_after_its_text(questions, task):
     assert all(torch.equal(batch.targets, batches[0].targets) for batch in batches)
 
 
+def test_a_picture_in_words_asks_the_same(questions):
+    """The same digits and the same question, and no image."""
+    shown, in_words = (questions.draw("test", 2, TASKS[task](20), generator()) for task in ("look-up", "in-words"))
+    assert torch.equal(shown.targets, in_words.targets)
+    assert "pixel_values" not in in_words.inputs
+    written = questions.tokenizer.decode(in_words.inputs["input_ids"][1])
+    picture = re.search(r"user\nThe picture has ((?:\w+ \w+ \d(?:, )?)+)\.", written)[1]
+    told = dict(re.fullmatch(r"(.+) (\d)", part).groups() for part in picture.split(", "))
+    assert list(told) == list(PLACES)
+    answer = questions.tokenizer.decode(in_words.targets[1])
+    assert dict(re.findall(r"(\w+ \w+) (\d)", answer)) == told
+
+
 def test_methods_are_what_their_names_say():
     names = [name for name in METHODS if name.startswith("dipe") and "+" not in name]
     dipe = {name: METHODS[name].adapters()["dipe"] for name in names}
@@ -449,8 +463,90 @@ def test_exported_adapters_are_those_in_bf16(short, folder, questions, tmp_path)
         torch.bfloat16
     }
     card = (exported[1] / "README.md").read_text()
-    assert "`a command`, rounded to bf16" in card
-    assert "Measured with these files." in card
+    assert "`a command`, rounded to bf16" in " ".join(card.split())
+    assert "Measured before rounding." in card
     accuracy = tested[together].accuracy(20, 2)
     assert f"{accuracy.value:.3f} ± {accuracy.standard_error:.3f} |" in card
     assert f"{exported[0]}, {exported[1]}" in card.replace('"', "")
+
+
+def test_a_card_of_export_shows_results_of_its_own_adapters_only(short, folder, tmp_path):
+    seeds = [0, 1, 2]
+    first, second, third = (train_method("lora", seed, folder, tmp_path / "runs") / "lora" for seed in seeds)
+    namesake = shutil.copytree(third, tmp_path / "shipped" / "lora")
+    tested_runs = [Run("base"), Run("lora", 0), Run("lora", 1)]
+    results = tmp_path / "results"
+
+    def test(adapters: list[Path], marks: dict[str, str]) -> None:
+        """Test them; then give each file answers of its own, which a card is told from another by."""
+        evaluate(Place(folder, tmp_path / "runs"), tested_runs, list(map(str, adapters)), PLAN, results)
+        for name, mark in marks.items():
+            file = results / "look-up" / f"{name}.json"
+            content = json.loads(file.read_text())
+            for cell in content["by tokens of text"].values():
+                cell["right of nine"] = mark
+            file.write_text(json.dumps(content))
+
+    def card_of(*sources: Path) -> tuple[list[str], str]:
+        """The numbers that a card has of its adapter, and what it says of them."""
+        (*_, exported) = export_adapters(folder, list(map(str, sources)), "a command", results, tmp_path / "shared")
+        card = (exported / "README.md").read_text()
+        (said,) = re.findall(r"Measured (.+)\.|(nothing has been measured)", card)
+        return re.findall(r"^\| One picture: (?!base).+?\| (.+) \|$", card, re.MULTILINE), "".join(said)
+
+    test([namesake], {"base": "00", "lora.seed0": "33", "lora.seed1": "36", "lora": "99"})
+    assert card_of(first) == (["0.333 ± 0.000 | 0.333 ± 0.000"], "before rounding")
+    assert card_of(second) == (["0.500 ± 0.167 | 0.500 ± 0.167"], "before rounding")
+    assert card_of(namesake) == card_of(third) == (["1.000 ± 0.000 | 1.000 ± 0.000"], "before rounding")
+    nothing = ([], "nothing has been measured")
+    assert card_of(shutil.copytree(first, tmp_path / "copied" / "lora")) == nothing
+
+    (results / "look-up" / "lora.json").unlink()
+    assert card_of(third) == nothing
+    test([tmp_path / "shared" / "lora"], {"lora": "66"})
+    assert card_of(third) == (["0.667 ± 0.000 | 0.667 ± 0.000"], "with these files")
+
+    repeated = json.loads((second.parent / "run.json").read_text())
+    (second.parent / "run.json").write_text(json.dumps({**repeated, "seconds": repeated["seconds"] + 1}))
+    assert card_of(second) == nothing
+
+    tested_runs[:] = [Run("dipe+lora", 0)]
+    together = train_method("dipe+lora", 0, folder, tmp_path / "runs")
+    test([], {"dipe+lora.seed0": "33"})
+    assert card_of(together / "lora", together / "dipe") == (["0.333 ± 0.000 | 0.333 ± 0.000"], "before rounding")
+    with pytest.warns(UserWarning, match="trained together"):
+        assert card_of(together / "lora") == nothing
+
+
+def test_export_overwrites_no_adapter(folder, tmp_path):
+    for number, name in enumerate(["one/dipe", "other/dipe"]):
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        get_peft_model(model, DIPEConfig(max_distance=number)).save_pretrained(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    evaluate(Place(folder), [Run("base")], [], PLAN, tmp_path / "results")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    one, other = str(tmp_path / "one" / "dipe"), str(tmp_path / "other" / "dipe")
+    for sources, out in [([one, other], "new"), ([one], "one"), ([one], "link"), ([other, one], "one/../one")]:
+        with pytest.raises(ValueError, match="would overwrite"):
+            export_adapters(folder, sources, "a command", tmp_path / "results", tmp_path / out)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_card_of_export_has_a_table_of_its_own_for_the_long_generation(folder, tmp_path):
+    """Its lengths are others, which the other tasks have nothing at."""
+    source = tmp_path / "runs" / "dipe"
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    get_peft_model(model, DIPEConfig()).save_pretrained(source)
+    evaluate(Place(folder), [Run("base")], [str(source)], PLAN, tmp_path / "results")
+    for name in ("base", "dipe"):
+        content = json.loads((tmp_path / "results" / "look-up" / f"{name}.json").read_text())
+        content["task"] = "transcription"
+        content["by tokens of text"]["85"] = content["by tokens of text"].pop("20")
+        (tmp_path / "results" / "transcription").mkdir(exist_ok=True)
+        (tmp_path / "results" / "transcription" / f"{name}.json").write_text(json.dumps(content))
+    (exported,) = export_adapters(folder, [str(source)], "a command", tmp_path / "results", tmp_path / "shared")
+    lines = (exported / "README.md").read_text().splitlines()
+    tables = [(line, lines[number + 2 : number + 4]) for number, line in enumerate(lines) if line.startswith("|  |")]
+    assert [header for header, _ in tables] == ["|  | 0 | 20 |", "|  | 0 | 85 |"]
+    for (_, rows), task in zip(tables, ["One picture", "Long generation"], strict=True):
+        assert all(row.startswith(f"| {task}: ") and " - " not in row for row in rows)
