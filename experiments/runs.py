@@ -18,7 +18,7 @@ from peft_pvm.env import environment
 from peft_pvm.folders.data_file import read_json, write_json
 
 from .base import fingerprint
-from .checkpoint import CheckpointFile
+from .checkpoint import CheckpointFile, is_finished
 from .fading import retrieved_mass, visual_mass
 from .methods import METHODS, attach, trained_parameters
 from .weights import put_weights, save_run
@@ -111,20 +111,26 @@ def train_method(name: str, recipe: str | None, seed: int, runs: str | os.PathLi
         The run's folder: the weights, and how they were made.
 
     Raises:
-        ValueError: An unknown method or recipe, or a method without a training of its own.
+        ValueError: An unknown method or recipe, a method without a training of its own, or the folder holds another
+            training.
     """
     method = _lookup(METHODS, name, "method")
     if not method.is_trained:
         raise ValueError(f"{name} has no training of its own.")
     used = replace(_lookup(RECIPES, recipe, "recipe"), seed=seed, **changes)
     folder = run_folder(runs, name, recipe, seed)
-    if (folder / "run.json").is_file():
+    base = fingerprint()
+    if is_finished(folder, used, base):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     model = load_tiny_vlm()
     attach(model, method, seed)
-    train_adapter(model, used, CheckpointFile(folder / "checkpoint.safetensors", used))
-    save_run(folder, model, {"recipe": asdict(used), "base": fingerprint()})
+    run = {"recipe": asdict(used), "base": base}
+    adapters = {key: config.to_dict() for key, config in method.adapters().items()}
+    checkpoint = CheckpointFile(folder / "checkpoint.safetensors", {**run, "adapters": adapters})
+    train_adapter(model, used, checkpoint)
+    save_run(folder, model, run)
+    checkpoint.remove()
     return folder
 
 

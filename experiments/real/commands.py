@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +36,7 @@ from .language_model import PACKAGE, load_language_model
 from .methods import METHODS
 from .runs import load_questions, train_method
 from .trained import build_base, save_trained
-from .training import RealRecipe, Seeing, train_real_base
+from .training import RealRecipe, Seeing, lora_config, train_real_base
 from .vlm import save_vlm
 
 
@@ -78,16 +78,18 @@ def train_command(
 ) -> None:
     """Train vision tower, projector and LoRA of the real base, and write them into one file.
 
-    On a CPU, an interrupted training goes on from its last twentieth step to the same file.
+    On a CPU, an interrupted training resumes and makes the same file: the first stage starts anew, and the LoRA goes
+    on from its last multiple of 20 steps.
     """
     check_device(device)
     language_model = load_language_model(gguf)
     recipe = RealRecipe(seeing, seeing_steps, steps, single_steps, on_text=on_text, seed=seed)
-    start = time.perf_counter()
-    checkpoint = CheckpointFile(out.with_suffix(".checkpoint.safetensors"), recipe) if device == "cpu" else None
-    model = train_real_base(language_model, recipe, device, checkpoint)
-    seconds = time.perf_counter() - start
+    about = {"recipe": asdict(recipe), "base": language_model.fingerprint, "adapters": lora_config().to_dict()}
+    checkpoint = CheckpointFile(out.with_suffix(".checkpoint.safetensors"), about)
+    model = train_real_base(language_model, recipe, device, checkpoint if device == "cpu" else None)
+    seconds = checkpoint.seconds
     save_trained(model, language_model, recipe, out)
+    checkpoint.remove()
     say(f"Trained in {seconds:.0f} s on the language model {language_model.fingerprint}, saved to {out}.")
 
 

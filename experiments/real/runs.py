@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from peft_pvm.training.gates import parameter_groups
 from peft_pvm.tuners.saving import save_adapter
 
 from ..base import fingerprint
-from ..checkpoint import CheckpointFile
+from ..checkpoint import CheckpointFile, is_finished
 from ..methods import attach, trained_parameters
-from ..weights import RUN, put_weights, save_run
+from ..weights import put_weights, save_run
 from .arithmetic import bf16, one_thread
 from .methods import METHODS
 
@@ -68,14 +67,16 @@ def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.P
 
     Raises:
         FileNotFoundError: There is no base.
-        ValueError: The method has no training of its own.
+        ValueError: The method has no training of its own, or the folder holds another training.
     """
     training = METHODS[name].training
     if training is None:
         trained = ", ".join(key for key, method in METHODS.items() if method.training)
         raise ValueError(f"{name} has no training of its own; there are {trained}.")
     folder = run_folder(runs, name, seed)
-    if (folder / RUN).is_file():
+    with reading("the real base", base):
+        trained_on = fingerprint(Path(base, SINGLE))
+    if is_finished(folder, training, trained_on):
         return folder
     questions, model = load_questions(base), _with_method(name, seed, base).to(device)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,16 +84,16 @@ def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.P
     def draw(step: int) -> Batch:
         return training.draw(questions, seed, step).to(model.device)
 
-    start = time.perf_counter()
+    about = {"recipe": asdict(training), "seed": seed, "base": trained_on}
+    adapters = {key: config.to_dict() for key, config in METHODS[name].adapters().items()}
+    checkpoint = CheckpointFile(folder / "checkpoint.safetensors", {**about, "adapters": adapters})
+    kept = checkpoint if device == "cpu" else None
     groups = parameter_groups(model, training.learning_rate, training.faster_gates)
-    checkpoint = CheckpointFile(folder / "checkpoint.safetensors", training) if device == "cpu" else None
     with one_thread():
-        fit(model, groups, draw, training.steps, folder.name, checkpoint, lambda step: training.is_hidden(seed, step))
-    seconds = time.perf_counter() - start
+        fit(model, groups, draw, training.steps, folder.name, kept, lambda step: training.is_hidden(seed, step))
+    seconds = checkpoint.seconds
     run = {
-        "recipe": asdict(training),
-        "seed": seed,
-        "base": fingerprint(Path(base, SINGLE)),
+        **about,
         "parameters": sum(parameter.numel() for parameter in trained_parameters(model).values()),
         # Counted afterwards, so that those before an interruption are among them.
         "tokens": sum(draw(step).inputs["input_ids"].numel() for step in range(training.steps)),
@@ -102,6 +103,7 @@ def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.P
     for adapter in METHODS[name].adapters():
         save_adapter(model, adapter, folder / adapter)
     save_run(folder, model, run)
+    checkpoint.remove()
     return folder
 
 

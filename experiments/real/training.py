@@ -38,7 +38,7 @@ class RealRecipe:
         steps: Steps of the second stage: a LoRA on the language model's attention learns to answer.
         single_steps: The first of them, in which chats have one picture and one turn.
         rows: Rows of nine questions in each step of the second stage.
-        max_text: The most tokens of text between image and question there.
+        max_text: The most tokens of text in a turn there, between image and question. Short texts are more likely.
         on_text: Whether text and questions count there like the answers, so that the language model keeps its text.
         seed: Decides initial weights and questions.
     """
@@ -68,7 +68,7 @@ def train_real_base(
         recipe: How to train.
         device: Where. On a CPU, the same seed gives the same bits.
         checkpoint: Keeps the state of the second stage every 20 steps, so that an interrupted one goes on to the same
-            weights. It is removed at the end.
+            weights. It is left for the caller to remove once these are saved.
 
     Returns:
         The base in bf16, in eval mode, with the LoRA beside it and not merged.

@@ -11,6 +11,8 @@ from ..utils.extras import require
 from .options import (
     LARGEST_SEED,
     MANY,
+    REAL,
+    REAL_BASE,
     TINY,
     Device,
     DType,
@@ -79,7 +81,11 @@ def probe(
 
 def serve_app(
     model: Annotated[
-        str, typer.Option(help=f"The model to start with: `{TINY}`, the lab's, or the folder or Hub id of another.")
+        str,
+        typer.Option(
+            help=f"The model to start with: `{TINY}` or `{REAL}`, the lab's, the latter in {REAL_BASE}; or the folder "
+            "or Hub id of another."
+        ),
     ] = TINY,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for other machines as well.")] = LOCAL,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,

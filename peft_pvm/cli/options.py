@@ -25,6 +25,11 @@ TINY, REAL = "tiny", "real"  # the models of the lab, by name
 REAL_BASE = Path("runs", "real", "base")  # from the repository's root
 
 
+def located(model: str) -> str:
+    """The folder of the lab's second base for its name, unless there is a folder of that name; else what is given."""
+    return str(REAL_BASE) if model == REAL and not os.path.exists(model) else model
+
+
 def there(what: str) -> Callable[[Value], Value]:
     """A callback for folders or Hub ids, or adapters with `+` between: refuses at once what is neither.
 

@@ -89,9 +89,6 @@ class Checkpoint(Protocol):
     def save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Keep the state after `step` steps."""
 
-    def remove(self) -> None:
-        """Forget the state: the training is done."""
-
 
 def target_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The logits that a model computes for the targets, `(rows, targets, vocab_size)`, in fp32."""
@@ -105,7 +102,7 @@ def train_adapter(model: PeftModel, recipe: Recipe, checkpoint: Checkpoint | Non
         model: The model; it is trained in place and left in eval mode. Only parameters that require gradients change.
         recipe: How to train.
         checkpoint: Keeps the state every 20 steps, so that an interrupted training goes on to the same weights. It is
-            removed at the end.
+            left for the caller to remove once these are saved.
 
     Raises:
         ValueError: No parameter requires gradients, or the checkpoint is of another model or recipe.
@@ -188,7 +185,7 @@ def fit(
         draw: Makes the batch of a step, on the model's device.
         steps: Optimizer steps.
         description: What the progress bar says.
-        checkpoint: Keeps the state every 20 steps.
+        checkpoint: Keeps the state every 20 steps. It is left for the caller to remove once the weights are saved.
         is_hidden: Whether no text token can attend to an image in a step. Models without PVM are not refused: they are
             what it is compared with.
 
@@ -218,5 +215,3 @@ def fit(
             if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
                 checkpoint.save(step + 1, optimizer)
     model.eval()
-    if checkpoint is not None:
-        checkpoint.remove()

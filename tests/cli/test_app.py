@@ -18,13 +18,16 @@ pytest.importorskip("gradio", reason="the page needs gradio, of the extra app")
 pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
 import gradio
 from browsers import chromium, needs_chromium
+from language_models import tiny_language_model
 from playwright.sync_api import Browser, Locator, Page, expect
 from processors import PROCESSORS
 from tiny_vlms import FAMILIES
 
+from experiments.real.vlm import new_vlm, save_vlm
 from peft_pvm.cli.options import ModelOptions
 from peft_pvm.cli.work import app as page_of_app
 from peft_pvm.cli.work import asking
+from peft_pvm.demo.cells import ask_in_turn, ask_in_words
 
 
 expect.set_options(timeout=20_000)  # a machine may be busy
@@ -174,6 +177,42 @@ def test_files_of_the_machine_are_out_of_reach(address: str, tmp_path: Path):
         with pytest.raises(HTTPError, match="403"):
             urlopen(f"{address}/gradio_api/file={path}")
     assert page_of_app.settings("127.0.0.1", 1)["share"] is False
+
+
+def test_the_real_base_is_asked_what_it_can_answer(wide: View, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    language_model = tiny_language_model()
+    save_vlm(new_vlm(language_model), language_model, tmp_path / "runs" / "real" / "base")
+    monkeypatch.chdir(tmp_path)
+    wide.choose("Model", "real")
+    expect(wide.question).to_have_value(asking.ALL_CELLS)
+    expect(wide.question).to_be_editable()
+    wide.page.get_by_label("number input for Text between image and question").fill("0")
+    wide.ask()
+    expect(
+        wide.page.get_by_role("heading", name=re.compile(r"Digits right: base \d of 9, DIPE \d of 9"))
+    ).to_be_visible()
+    expect(wide.page.frame_locator("iframe").get_by_text(asking.ALL_CELLS).first).to_be_visible()
+    assert wide.said == []
+
+
+def test_a_real_base_that_was_not_made_is_named(wide: View, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Make the base first: make real-base"):
+        page_of_app.serve(ModelOptions("real", "cpu", "auto", None), "127.0.0.1", 0)
+    wide.choose("Model", "real")
+    expect(wide.question).to_have_value(asking.ALL_CELLS)
+    wide.ask()
+    expect(wide.page.get_by_text("Make the base first: make real-base").last).to_be_visible()
+
+
+@pytest.mark.parametrize(("prompt", "seed", "counted"), [("", 3, True), (" Why?", 3, False), ("", None, False)])
+def test_digits_in_words_are_counted_where_they_are_known(prompt: str, seed: int | None, counted: bool):
+    """They are those of the mosaic that the page shows."""
+    ((image, _, answer),) = ask_in_words(True, 1, 3)
+    assert image.tobytes() == ask_in_turn(3).image.tobytes()
+    answers = {"base": answer[:-1] + "x", "DIPE": answer}
+    question = asking.Question("any", image, asking.ALL_CELLS + prompt, seed=seed)
+    assert asking._digits_right(question, answers) == ({"base": 8, "DIPE": 9} if counted else {})
 
 
 def test_another_model_and_markup_in_its_question(wide: View, tmp_path: Path):

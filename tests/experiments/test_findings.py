@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 
 from experiments.commands import app
 from experiments.real import commands
+from experiments.real.arithmetic import BF16, OWN
 from experiments.real.chats import make_real_chats
 from experiments.real.evaluation import EvalPlan, Place, Run, evaluate
 from experiments.real.findings import knowing, looking, plan
+from experiments.real.findings import study as findings_study
 from experiments.real.findings.knowing import streams, text, text_losses
 from experiments.real.findings.looking import look
 from experiments.real.findings.looking_page import distance, fading, heads_of, on_cell, on_image, rank_correlation
@@ -418,6 +420,23 @@ def test_text_alone_is_the_same_to_the_bit(folder, adapter, tmp_path, short, mon
     assert len(study.cells) == 7, "another adapter of that name is not taken for the first"
 
 
+def test_adapters_that_differ_in_their_configuration_alone_are_told_apart(folder, tmp_path, short):
+    folders = [tmp_path / name / "dipe" for name in ("one", "other")]
+    for path, max_distance in zip(folders, (0, 128)):
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        get_peft_model(model, DIPEConfig(max_distance=max_distance)).save_pretrained(path)
+    one, other = (path / "adapter_model.safetensors" for path in folders)
+    other.write_bytes(one.read_bytes())  # neither has parameters, but metadata come in any order
+    find(folder, FindingPlan(("text",), rows=2), tmp_path, list(map(str, folders)))
+    cells = json.loads((tmp_path / "text.json").read_text())["measured"]
+    first, second = (case for case in cells if case.startswith("dipe ("))
+    for condition in knowing.CONDITIONS:
+        for case, alike in ((first, "dipe"), (second, "dipe-128")):
+            assert cells[case][condition]["loss"] == cells[alike][condition]["loss"]
+    page = render_findings(tmp_path)
+    assert all(page.count(f"| the adapter `{case}` |") == 1 for case in (first, second))
+
+
 def test_every_finding_is_measured_once_and_put_into_words(folder, adapter, tmp_path, short, monkeypatch):
     pytest.importorskip("datasets", reason="chats need the extra `train`")
     few = FindingPlan(rows=2)
@@ -490,6 +509,30 @@ def test_what_is_about_something_else_is_refused(folder, study, changed, named):
     fields = {"finding": "any", "rows": 2, **changed}
     with pytest.raises(ValueError, match=f"was measured with {named}. Write to another folder with --results"):
         Study(fields.pop("finding"), folder, study.path, **fields)
+
+
+@pytest.mark.parametrize("recorded", [None, OWN, "fp32"])
+@pytest.mark.parametrize("here", [OWN, "fp32"])
+def test_cells_of_another_arithmetic_are_not_added(folder, tmp_path, monkeypatch, recorded, here):
+    """What is in the file is still given. A file without the record is of the CPU's own instructions."""
+
+    def study_on(arithmetic: str) -> Study:
+        monkeypatch.setattr(findings_study, "bf16", lambda: {BF16: arithmetic})
+        return Study("any", folder, tmp_path / "any.json", rows=2)
+
+    study_on(recorded or OWN).measured("base", 0, lambda: {"kept": 1})
+    content = json.loads((tmp_path / "any.json").read_text())
+    assert content["environment"][BF16] == (recorded or OWN)
+    if recorded is None:
+        del content["environment"][BF16]
+        (tmp_path / "any.json").write_text(json.dumps(content))
+    study = study_on(here)
+    assert study.measured("base", 0, dict)["kept"] == 1
+    if here == (recorded or OWN):
+        study.measured("base", 1, dict)
+    else:
+        with pytest.raises(ValueError, match=f"{BF16} '{recorded or OWN}', but this would be with '{here}'"):
+            study.measured("base", 1, lambda: pytest.fail("measured"))
 
 
 def test_what_is_of_another_base_is_refused(folder, study, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -271,13 +271,35 @@ def test_an_interrupted_training_goes_on_to_the_same_file(language_model, tmp_pa
 
     drawn, original = [], Questions.draw
     monkeypatch.setattr(Questions, "draw", draw)
+    about = {"recipe": asdict(recipe)}
     with pytest.raises(KeyboardInterrupt):
-        train_real_base(language_model, recipe, checkpoint=CheckpointFile(file, recipe))
-    model = train_real_base(language_model, recipe, checkpoint=CheckpointFile(file, recipe))
+        train_real_base(language_model, recipe, checkpoint=CheckpointFile(file, about))
+    model = train_real_base(language_model, recipe, checkpoint=CheckpointFile(file, about))
     save_trained(model, language_model, recipe, resumed)
     assert len(drawn) == 3 + 2
     assert resumed.read_bytes() == whole.read_bytes()
-    assert not file.exists()
+
+
+def test_a_checkpoint_is_removed_only_once_the_weights_are_saved(language_model, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    def train_it() -> None:
+        commands.train_command(tmp_path / "any.gguf", tmp_path / "trained.safetensors", seeing_steps=1, steps=2)
+
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(commands, "load_language_model", lambda gguf: language_model)
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "save_trained", full)
+        with pytest.raises(OSError, match="No space left"):
+            train_it()
+    checkpoint = tmp_path / "trained.checkpoint.safetensors"
+    assert checkpoint.exists()
+    drawn, draw = [], Questions.draw
+    monkeypatch.setattr(Questions, "draw", lambda *args, **named: drawn.append(args) or draw(*args, **named))
+    train_it()
+    assert len(drawn) == 1, "of two steps"
+    assert not checkpoint.exists()
 
 
 def test_each_step_of_each_seed_draws_its_own_questions(language_model, monkeypatch):

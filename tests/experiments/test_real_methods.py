@@ -283,26 +283,105 @@ def test_an_interrupted_transcription_begins_anew(folder, tmp_path, monkeypatch)
         evaluate(Place(folder), [Run("base")], [], replace(plan, lengths=(300,)), tmp_path / "parts")
 
 
-def test_a_resumed_training_is_told_as_a_whole(short, folder, tmp_path, monkeypatch):
-    """Its weights and the tokens that it read are those of one that nothing interrupted."""
+@pytest.fixture
+def drawn(monkeypatch) -> list[int]:
+    """The steps that were drawn, each of which takes ten seconds. A checkpoint is kept after every one."""
+    steps: list[int] = []
+    draw = Training.draw
+
+    def recording(training, questions, seed, step):
+        steps.append(step)
+        return draw(training, questions, seed, step)
+
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 1)
-    whole = train_method("lora", 0, folder, tmp_path / "whole")
+    monkeypatch.setattr(Training, "draw", recording)
+    monkeypatch.setattr("time.perf_counter", lambda: 10.0 * len(steps))
+    return steps
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, folder: Path, runs_folder: Path) -> None:
+    """Train a LoRA until the second step."""
     draw = Training.draw
 
     def until_the_second_step(training, questions, seed, step):
+        batch = draw(training, questions, seed, step)
         if step == 1:
             raise KeyboardInterrupt
-        return draw(training, questions, seed, step)
+        return batch
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "draw", until_the_second_step)
         with pytest.raises(KeyboardInterrupt):
-            train_method("lora", 0, folder, tmp_path / "parts")
+            train_method("lora", 0, folder, runs_folder)
+
+
+def test_a_resumed_training_is_told_as_a_whole(short, folder, drawn, tmp_path, monkeypatch):
+    """Its weights, its time and the tokens that it read are those of one that nothing interrupted."""
+    whole = train_method("lora", 0, folder, tmp_path / "whole")
+    interrupt(monkeypatch, folder, tmp_path / "parts")
     parts = train_method("lora", 0, folder, tmp_path / "parts")
     told, of_whole = (json.loads((path / "run.json").read_text()) for path in (parts, whole))
-    assert (told["tokens"], told["parameters"]) == (of_whole["tokens"], of_whole["parameters"])
+    assert of_whole["seconds"] == 20
+    assert all(told[key] == of_whole[key] for key in ("tokens", "parameters", "seconds"))
     weights = [load_file(path / "weights.safetensors") for path in (parts, whole)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+
+
+def test_a_checkpoint_is_removed_only_once_the_weights_are_saved(short, folder, drawn, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_run", full)
+        with pytest.raises(OSError, match="No space left"):
+            train_method("lora", 0, folder, tmp_path)
+    (checkpoint,) = tmp_path.rglob("checkpoint.safetensors")
+    drawn.clear()
+    train_method("lora", 0, folder, tmp_path)
+    assert drawn[0] == 1, "it goes on after the first step"
+    assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["interrupted", "finished"])
+def test_a_training_of_another_base_or_recipe_is_refused(finished, short, folder, drawn, tmp_path, monkeypatch):
+    other, runs_folder = tmp_path / "base", tmp_path / "runs"
+    language_model = tiny_language_model(seed=1)
+    save_vlm(new_vlm(language_model), language_model, other)
+    if finished:
+        trained = train_method("lora", 0, folder, runs_folder)
+        refused = f"{re.escape(str(trained))} holds .* Remove"
+    else:
+        interrupt(monkeypatch, folder, runs_folder)
+        refused = "checkpoint of another training"
+    with pytest.raises(ValueError, match=refused):
+        train_method("lora", 0, other, runs_folder)
+    lora = METHODS["lora"]
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "lora", replace(lora, training=replace(lora.training, learning_rate=1.0)))
+        with pytest.raises(ValueError, match=refused):
+            train_method("lora", 0, folder, runs_folder)
+
+
+def test_a_training_goes_on_only_with_its_configuration(short, folder, drawn, tmp_path, monkeypatch):
+    """Although all shapes are the same."""
+    interrupt(monkeypatch, folder, tmp_path)
+    lora, config = METHODS["lora"], METHODS["lora"].adapters()["lora"]
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "lora", replace(lora, adapters=lambda: {"lora": replace(config, lora_alpha=1)}))
+        with pytest.raises(ValueError, match="another training: adapters differ"):
+            train_method("lora", 0, folder, tmp_path)
+
+
+def test_a_run_may_be_older_than_a_field_of_the_recipe(short, folder, tmp_path, monkeypatch):
+    trained = train_method("lora", 0, folder, tmp_path)
+    run = json.loads((trained / "run.json").read_text())
+    del run["recipe"]["on_text"]
+    (trained / "run.json").write_text(json.dumps(run))
+    assert train_method("lora", 0, folder, tmp_path) == trained
+    lora = METHODS["lora"]
+    monkeypatch.setitem(METHODS, "lora", replace(lora, training=replace(lora.training, on_text=True)))
+    with pytest.raises(ValueError, match=f"Remove {re.escape(str(trained))}"):
+        train_method("lora", 0, folder, tmp_path)
 
 
 @pytest.mark.skipif(not BASE.is_dir(), reason="the real base is not there: make real-base")

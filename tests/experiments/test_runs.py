@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from experiments.export import export_adapter
 from experiments.methods import METHODS, PVM_PARAMETERS, STRIDED, Method, attach, trained_parameters
 from experiments.runs import MAIN_RECIPE, RECIPES, evaluate_method, load_method, plan, run_folder, train_method
 from experiments.summary import Results
+from peft_pvm.demo import train as demo_train
 from peft_pvm.demo.mosaic import make_questions
 from peft_pvm.demo.recall import recall
 from peft_pvm.demo.tiny_vlm import load_tiny_vlm
@@ -122,6 +124,35 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert train_method("pvm", MAIN_RECIPE, 0, tmp_path / "runs", steps=1, hidden_steps=0) == folder
     assert evaluate_method("pvm", MAIN_RECIPE, 0, tmp_path / "runs", tmp_path / "results", rows=1) == file
     assert [(path, os.stat(path).st_mtime_ns) for path in (*folder.iterdir(), file)] == before
+
+
+def test_what_was_done_by_another_recipe_or_base_is_refused(tmp_path, monkeypatch):
+    folder = train_method("pvm", MAIN_RECIPE, 0, tmp_path, steps=1, hidden_steps=0)
+    refused = f"Remove {re.escape(str(folder))}"
+    with pytest.raises(ValueError, match=refused):
+        train_method("pvm", MAIN_RECIPE, 0, tmp_path, steps=2, hidden_steps=0)
+    monkeypatch.setattr("experiments.runs.fingerprint", lambda: "another")
+    with pytest.raises(ValueError, match=refused):
+        train_method("pvm", MAIN_RECIPE, 0, tmp_path, steps=1, hidden_steps=0)
+
+
+def test_a_checkpoint_is_removed_only_once_the_weights_are_saved(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(demo_train, "CHECKPOINT_EVERY", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.runs.save_run", full)
+        with pytest.raises(OSError, match="No space left"):
+            train_method("pvm", MAIN_RECIPE, 0, tmp_path, steps=2, hidden_steps=0)
+    (checkpoint,) = tmp_path.rglob("checkpoint.safetensors")
+    steps, draw = [], demo_train.draw_step
+    monkeypatch.setattr(
+        demo_train, "draw_step", lambda step, *rest, **named: steps.append(step) or draw(step, *rest, **named)
+    )
+    train_method("pvm", MAIN_RECIPE, 0, tmp_path, steps=2, hidden_steps=0)
+    assert steps == [1], "it goes on after the first step"
+    assert not checkpoint.exists()
 
 
 def test_a_result_says_where_it_comes_from(tmp_path, monkeypatch):

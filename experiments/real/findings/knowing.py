@@ -24,8 +24,8 @@ from peft_pvm.tuners.active import attached
 from peft_pvm.tuners.base import VisualConfig
 from peft_pvm.tuners.saving import load_adapters
 
-from ...base import fingerprint
 from ...pvm_limits import probe_accuracy
+from ..evaluation import hash_of_folder
 from ..language_model import load_language_model
 from .study import Cell, Study
 
@@ -35,7 +35,6 @@ PROBED = (("in sight", 0), ("hidden", 0), ("in sight", 1024))  # the image, and 
 WINDOW = 1024  # tokens of text
 CONDITIONS = ALONE, BEHIND_IMAGE = "alone", "behind an image"
 LANGUAGE_MODEL = "language model"  # the case of what the base was made from
-WEIGHTS = "adapter_model.safetensors"  # of an adapter's folder
 READERS: dict[str, VisualConfig | None] = {
     "base": None,
     "dipe-128": DIPEConfig(max_distance=128),
@@ -131,11 +130,11 @@ def text(study: Study) -> None:
             for condition in CONDITIONS:
                 study.measured(name, condition, partial(_read, study, lambda: study.model, condition))
     for folder in study.adapters:
-        # Another adapter may have the same name: a hash of its weights tells them apart.
-        weights = fingerprint(Path(folder, WEIGHTS))
+        # Another adapter may have the same name: a hash tells them apart.
+        name = f"{Path(folder).name} ({hash_of_folder(folder)})"
         model = partial(_with_adapter, study, folder)
         for condition in CONDITIONS:
-            study.measured(f"{Path(folder).name} ({weights})", condition, partial(_read, study, model, condition))
+            study.measured(name, condition, partial(_read, study, model, condition))
     if study.gguf is not None:
         gguf = study.gguf
         study.measured(LANGUAGE_MODEL, ALONE, partial(_read, study, lambda: load_language_model(gguf).model, ALONE))

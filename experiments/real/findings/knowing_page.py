@@ -87,7 +87,7 @@ def text_section(found: Recorded) -> Iterator[str]:
 
 
 def _row(case: str, cells: Cells) -> list[str]:
-    row = [_name(case)]
+    row = [_name(case, cells)]
     for condition, reference in cells["base"].items():
         if condition not in cells[case]:
             row += ["", ""]
@@ -111,14 +111,14 @@ def _about_text(cells: Cells) -> Iterator[Claim]:
     yield (
         "Without an image, methods and adapters leave text as it is, bit for bit",
         not changed,
-        f"all but {', '.join(map(_name, changed))}" if changed else f"all {len(others)}",
+        f"all but {', '.join(_name(case, cells) for case in changed)}" if changed else f"all {len(others)}",
     )
     costs = {case: paired(by[BEHIND_IMAGE]["loss"], base[BEHIND_IMAGE]["loss"])[0] for case, by in others.items()}
     dear = [case for case, cost in costs.items() if 100 * math.expm1(cost) > LARGEST_LOSS]
     yield (
         f"After an image, none of them costs text more than {LARGEST_LOSS} % of perplexity",
         not dear,
-        "all but " + ", ".join(f"{_name(case)} ({100 * math.expm1(costs[case]):+.1f} %)" for case in dear)
+        "all but " + ", ".join(f"{_name(case, cells)} ({100 * math.expm1(costs[case]):+.1f} %)" for case in dear)
         if dear
         else f"all {len(others)}",
     )
@@ -131,8 +131,12 @@ def _about_text(cells: Cells) -> Iterator[Claim]:
         )
 
 
-def _name(case: str) -> str:
-    """A method's title; an adapter's folder without the hash of its weights."""
+def _name(case: str, cells: Cells) -> str:
+    """A method's title; an adapter's folder, with its hash only where another has the same name."""
     if case == LANGUAGE_MODEL:
         return "the language model before it saw mosaics"
-    return TITLES[case] if case in TITLES else f"the adapter `{case.split(' (')[0]}`"
+    if case in TITLES:
+        return TITLES[case]
+    folder, *_ = case.rpartition(" (")
+    is_only = [other.rpartition(" (")[0] for other in cells].count(folder) == 1
+    return f"the adapter `{folder if is_only else case}`"

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
 from peft_pvm.demo.mosaic import Split
 
 from ..arithmetic import one_thread
-from .knowing import WEIGHTS, readable, text
+from .knowing import readable, text
 from .looking import attention, calibration, dipe_layers, limit
 from .study import Study
 
@@ -78,7 +80,8 @@ def find(
         FileNotFoundError: There is no such base or adapter.
         ValueError: Something cannot be read, or the results that are there are about something else.
     """
-    for path in [*(Path(folder, WEIGHTS) for folder in adapters), *([] if gguf is None else [gguf])]:
+    needed = [Path(folder, name) for folder in adapters for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+    for path in needed if gguf is None else [*needed, gguf]:
         if not path.is_file():  # now, not after an hour
             raise FileNotFoundError(f"There is no file {path}, which the finding 'text' needs.")
     paths = []

@@ -22,6 +22,7 @@ from peft_pvm.folders.data_file import holding, read_json, write_json
 from peft_pvm.utils.terminal import say
 
 from ...base import fingerprint
+from ..arithmetic import BF16, OWN, bf16
 from ..runs import load_base, load_questions
 
 
@@ -66,9 +67,11 @@ class Study:
         self.questions = load_questions(self.base)
         about = (self.finding, fingerprint(Path(self.base, SINGLE)), self.split, self.seed, self.rows)
         self.about = dict(zip(ABOUT, about))
+        self._arithmetic = bf16()
         if self.path.is_file():
             recorded = read_finding(self.path)
-            self._refuse_others(recorded.about)
+            self._refuse_others(recorded.about, self.about)
+            self._arithmetic = {BF16: recorded.environment.get(BF16, OWN)}
             self.cells = recorded.cells
 
     @functools.cached_property
@@ -105,18 +108,22 @@ class Study:
             case: Such as a method.
             condition: Such as a number of tokens.
             measure: Measures it.
+
+        Raises:
+            ValueError: It is not in the file, whose cells were computed in another way: cells are compared to the bit.
         """
         cells = self.cells.setdefault(case, {})
         if str(condition) not in cells:
+            self._refuse_others(self._arithmetic, bf16())
             start = time.process_time()
             cell = measure()
             cells[str(condition)] = {**cell, "CPU seconds": round(time.process_time() - start, 1)}
-            write_json(self.path, {**self.about, "measured": self.cells, "environment": environment()})
+            write_json(self.path, {**self.about, "measured": self.cells, "environment": {**environment(), **bf16()}})
             say(f"{self.finding}: {case}, {condition}", err=True)
         return cells[str(condition)]
 
-    def _refuse_others(self, recorded: Mapping[str, Any]) -> None:
-        for name, wanted in self.about.items():
+    def _refuse_others(self, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        for name, wanted in here.items():
             if recorded[name] != wanted:
                 raise ValueError(
                     f"{self.path} was measured with {name} {recorded[name]!r}, but this would be with {wanted!r}. "
@@ -131,7 +138,7 @@ class Recorded:
     Attributes:
         about: What it is about: finding, base, split, seed, rows.
         cells: What was measured.
-        environment: The versions and the machine of the last cell.
+        environment: The versions and the machine of the last cell; the arithmetic of all.
     """
 
     about: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import socket
 import threading
@@ -22,9 +23,9 @@ from ...probe.maps import panel
 from ...probe.plots import draw
 from ...probe.report import page as report_page
 from ...utils.terminal import say
-from ..options import TINY, ModelOptions
+from ..options import REAL, REAL_BASE, TINY, ModelOptions, located
 from ..refusals import is_refusal
-from .asking import METHODS, ONLY_QUESTION, Desk, Question, State
+from .asking import ALL_CELLS, METHODS, ONLY_QUESTION, Desk, Question, State
 from .loading import check_device, check_fit
 
 
@@ -37,6 +38,7 @@ TRAINED = "adapters/pvm-tiny-vlm"  # in a checkout
 LONGEST_TEXT, LONGEST_ANSWER = 8192, 512  # tokens
 LARGEST_UPLOAD = "20mb"
 SECONDS_BETWEEN_LOOKS = 0.2  # at least; each has the image in it
+PROMPTS = {TINY: ONLY_QUESTION, str(REAL_BASE): ALL_CELLS}  # of the lab's models
 KEPT = 3600  # seconds that uploads stay on the disk
 CSS = """
 .gradio-container { max-width: 84rem !important; margin: auto }
@@ -56,7 +58,7 @@ def serve(of_model: ModelOptions, host: str, port: int) -> None:
         port: The port.
     """
     check_device(of_model.device)
-    check_fit(of_model, [])
+    check_fit(dataclasses.replace(of_model, model=located(of_model.model)), [])
     try:
         socket.create_server((host, port)).close()
     except (OSError, TypeError, UnicodeError) as error:  # not all of them for what can be no host's name
@@ -195,10 +197,10 @@ def _fields(first_model: str) -> list[Any]:
         allow_custom_value=True,
     )
     model = gr.Dropdown(
-        list(dict.fromkeys([TINY, first_model])),
+        list(dict.fromkeys([TINY, *([REAL] if REAL_BASE.is_dir() else []), first_model])),
         value=first_model,
         label="Model",
-        info="The lab's tiny one, a folder, or an id on the Hugging Face Hub",
+        info=f"{TINY} or {REAL}, the lab's; a folder; or an id on the Hugging Face Hub",
         allow_custom_value=True,
     )
     mosaic.click(another_mosaic, None, [image, seed])
@@ -217,7 +219,7 @@ def suit(model: str) -> tuple[gr.Textbox, gr.Slider]:
     """The fields for the prompt and for the longest answer as they suit a model. The tiny one takes neither."""
     is_tiny = model == TINY
     return (
-        gr.Textbox(ONLY_QUESTION if is_tiny else "What is in the image?", label="Question", interactive=not is_tiny),
+        gr.Textbox(PROMPTS.get(located(model), "What is in the image?"), label="Question", interactive=not is_tiny),
         gr.Slider(1, LONGEST_ANSWER, 64, step=1, label="Longest answer, in tokens", visible=not is_tiny),
     )
 

@@ -13,9 +13,18 @@ import torch
 from transformers import LogitsProcessorList, TextIteratorStreamer
 
 from ...compare.contenders import BASE, UNTRAINED
-from ...demo.cells import CellsInTurn, ask_in_turn, cells_right, held_out_text, laid_out
+from ...demo.cells import (
+    CellsInTurn,
+    ask_in_turn,
+    ask_in_words,
+    cells_right,
+    digits_right,
+    held_out_text,
+    laid_out,
+)
 from ...demo.for_trainers import tiny_vlm_processor
 from ...demo.mosaic import NUM_CELLS
+from ...demo.questions import PLACES, ask
 from ...demo.recall import suited
 from ...probe import ProbeResult, build_inputs, picture_of, probe
 from ...probe.inputs import visual_grids
@@ -25,7 +34,7 @@ from ...tokens.families import find_vlm
 from ...tuners.active import activate, attached, base_of
 from ...tuners.saving import load_adapters
 from ...utils.distractors import Distractors, read_paragraphs
-from ..options import TINY, ModelOptions
+from ..options import TINY, ModelOptions, located
 from ..refusals import reading
 from .loading import check_fit, load_model, load_processor, load_tiny
 
@@ -37,6 +46,7 @@ if TYPE_CHECKING:
 METHODS = {method.name: method.config for method in UNTRAINED.values() if not method.of_the_model}
 SMALL = 256  # pixels: the longest side of what is shown while the model writes
 ONLY_QUESTION = "Which digits are in the nine cells?"  # that the tiny model can be asked
+ALL_CELLS = ask(PLACES)  # as the lab's second base was trained to be asked
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Question:
     """What somebody asks.
 
     Attributes:
-        model: Folder or Hub id, or "tiny". The tiny model is asked `ONLY_QUESTION`, whatever the prompt is.
+        model: Folder or Hub id, or "tiny" or "real". The tiny model is asked `ONLY_QUESTION`, whatever the prompt is.
         image: The image.
         prompt: The question about it.
         text_tokens: Tokens of text between image and prompt.
@@ -148,11 +158,11 @@ class Desk:
                 yield from self._answer(question, stop)
 
     def _load(self, question: Question) -> None:
-        of_model = dataclasses.replace(self._of_model, model=question.model)
+        of_model = dataclasses.replace(self._of_model, model=located(question.model))
         check_fit(of_model, question.adapters)
         if question.model != self._name:
             self._name, self._model, self._adapters = "", None, {}  # there may not be memory for two
-            self._processor = tiny_vlm_processor() if question.is_lab else load_processor(question.model)
+            self._processor = tiny_vlm_processor() if question.is_lab else load_processor(of_model.model)
             self._model = load_tiny(of_model) if question.is_lab else load_model(of_model)
             self._name = question.model
         for source in question.adapters:
@@ -268,7 +278,12 @@ class _Stream(TextIteratorStreamer):
 
 
 def _digits_right(question: Question, answers: dict[str, str]) -> dict[str, int]:
-    if not question.is_lab or question.seed is None:
+    if question.seed is None:
         return {}
-    _, first, expected = ask_in_turn(question.seed)
-    return {name: cells_right(f"{first}{text}", f"{first}{expected}") for name, text in answers.items()}
+    if question.is_lab:
+        _, first, expected = ask_in_turn(question.seed)
+        return {name: cells_right(f"{first}{text}", f"{first}{expected}") for name, text in answers.items()}
+    if question.prompt == ALL_CELLS:
+        ((_, _, expected),) = ask_in_words(True, 1, question.seed)  # about the same mosaic
+        return {name: digits_right(text, expected) for name, text in answers.items()}
+    return {}

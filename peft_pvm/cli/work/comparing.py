@@ -21,7 +21,7 @@ from ...demo.for_trainers import TinyVLMProcessor, tiny_vlm_processor
 from ...demo.mosaic import NUM_CELLS
 from ...utils.extras import require
 from ...utils.terminal import Terminal, say
-from ..options import REAL, REAL_BASE, TINY, ModelOptions
+from ..options import TINY, ModelOptions, located
 from ..refusals import reading
 from .loading import (
     check_device,
@@ -77,8 +77,7 @@ def compare(
     """Have a model answer the same questions with each of what is compared, and write the report."""
     check_device(of_model.device)
     name = of_model.model
-    if name == REAL and not Path(name).exists():
-        of_model = dataclasses.replace(of_model, model=str(REAL_BASE))
+    of_model = dataclasses.replace(of_model, model=located(name))
     entered = contenders(methods, adapters)
     check_fit(of_model, [part for contender in entered for part in contender.adapters])
     is_tiny = of_model.model == TINY

@@ -13,7 +13,7 @@ from ...demo.questions import Questions
 from ...demo.recall import compare, load_models, run_demo
 from ...demo.tiny_vlm import SHIPPED, load_tiny_vlm
 from ...utils.terminal import say
-from ..options import REAL, REAL_BASE
+from ..options import located
 from ..refusals import reading
 from .loading import check_readable
 
@@ -23,8 +23,7 @@ __all__ = ["chats", "recall", "run_demo", "save_base"]
 
 def recall(adapters: list[str], base: Path | None, rows: int, seed: int) -> None:
     """Test a base of the lab, and each of some adapters on it."""
-    if base == Path(REAL) and not base.exists():
-        base = REAL_BASE
+    base = base and Path(located(str(base)))
     check_readable(adapters)
     with reading("a base of the lab and adapters of it", base or SHIPPED, *adapters):
         models = load_models(adapters, base)
