@@ -397,7 +397,8 @@ def test_without_results_of_a_real_base_there_is_the_toy_alone(folder, tmp_path)
 
 def test_findings_stand_behind_the_tables_of_their_base(folder):
     assert "What is behind it" not in render(ToyResults(RECORDED), read_bases(folder))
-    copy_finding(folder / "real", "attention")
+    for finding in (RECORDED / "real" / FINDINGS).glob("*.json"):
+        copy_finding(folder / "real", finding.stem)
     page = render(ToyResults(RECORDED), read_bases(folder))
     places = [page.index(text) for text in ("## The real language model", "### What is behind it", "## The toy")]
     assert places == sorted(places)
