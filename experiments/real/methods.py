@@ -183,4 +183,9 @@ METHODS: dict[str, RealMethod] = {
         lambda: {**_dipe(0)(), **_lora()},
         training=Training(steps=100, several=True, learning_rate=1e-3),
     ),
+    "dipe-image+lora": RealMethod(
+        "DIPE from each image, without limit + LoRA trained under it",
+        lambda: {**_dipe(0, anchor="image")(), **_lora()},
+        training=Training(steps=100, several=True, learning_rate=1e-3),
+    ),
 }
