@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from peft_pvm.folders.data_file import holding
+
 from ..claims import (
     BEATS_LORA,
     BEATS_LORA_IN_SIGHT,
@@ -26,7 +28,7 @@ from ..claims import (
 )
 from .findings.looking import BASE
 from .findings.looking_page import fading, far_from, mean_mass
-from .findings.study import read_finding
+from .findings.study import MEASURED_TO_ITS_END, read_finding
 from .methods import METHODS
 from .summary import Entry, Estimate, Results, Term, contrast
 
@@ -45,12 +47,13 @@ TRAININGS = {
     "trained with several pictures and turns, PVM for 800 steps": ("pvm-several-long", ("lora-short", "lora-several")),
 }
 LIMITED = "dipe-128"
-TDRS = ("t-drs-sd", "t-drs-dc", "t-drs-re", "t-drs-inter", "t-drs")
+TDRS = ("t-drs-sd", "t-drs-dc", "t-drs-re", "t-drs-literal", "t-drs-inter", "t-drs")
 DIPES = ("dipe", LIMITED, "dipe+lora")
 REMEDIES = (
     LIMITED,
     "dipe-128-image",
     "dipe+lora",
+    "dipe-image+lora",
     "pvm",
     "pvm-several",
     "pvm-several-long",
@@ -81,8 +84,9 @@ def _fading(results: Results) -> Iterator[Claim]:
     if not path.is_file():
         yield Claim(DECAYS, NOT_TESTED, "")
         return
-    far = far_from(read_finding(path).cells[BASE])
-    fit = fading(far, list(map(mean_mass, far)))
+    with holding(path, MEASURED_TO_ITS_END):
+        far = far_from(read_finding(path).cells[BASE])
+        fit = fading(far, list(map(mean_mass, far)))
     if fit is not None:
         numbers = f"a = {fit.exponent:.2f} ± {fit.standard_error:.2f} for the mean over layers"
         yield Claim(DECAYS, verdict_on_decay(fit), numbers)

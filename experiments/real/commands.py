@@ -193,7 +193,7 @@ def findings_command(
         typer.Option(callback=one_of(FINDINGS), help=f"One or several of: {', '.join(FINDINGS)}; by default all."),
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="Folders of adapters, which `text` tests beside the methods.")
+        list[str] | None, typer.Option(help="Folders of adapters, or several with + between, which `text` tests.")
     ] = None,
     gguf: Annotated[
         Path | None, typer.Option(help=f"The GGUF file of {PACKAGE}: `text` tests also what the base was made from.")

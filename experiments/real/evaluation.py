@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from peft_pvm.tuners.saving import load_adapters
 from peft_pvm.utils.terminal import Bars
 
 from ..base import fingerprint
-from .arithmetic import BF16, OWN, bf16, one_thread
+from .arithmetic import bf16, one_thread
 from .methods import METHODS
 from .runs import load_base, load_method, load_questions
 from .writing import transcribe
@@ -55,7 +54,6 @@ class Results:
 
     Attributes:
         right: By tokens of text, how many of its nine digits each row has right.
-        seconds: By tokens of text, the CPU time of all rows; `None` if they were not all computed in one way.
 
     Raises:
         ValueError: The file is damaged, or about something else.
@@ -64,17 +62,20 @@ class Results:
     path: Path
     about: Mapping[str, Any]
     right: dict[int, list[int]] = field(init=False, default_factory=dict)
-    seconds: dict[int, float | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._read()
+
+    def _read(self) -> None:
+        """Take up the rows in the file. Another process may have added some since; rows have the same order in all."""
         if not self.path.is_file():
             return
         content = read_json(self.path)
         with holding(self.path, "what python -m experiments real-eval writes"):
-            cells = content["by tokens of text"].items()
-            self.right = {int(length): list(map(int, cell["right of nine"])) for length, cell in cells}
-            comparable = _timed_alike(content["environment"], _environment())
-            self.seconds = {int(length): cell["CPU seconds"] if comparable else None for length, cell in cells}
+            recorded = {
+                int(n): list(map(int, cell["right of nine"])) for n, cell in content["by tokens of text"].items()
+            }
+            self.right |= {n: right for n, right in recorded.items() if len(right) > len(self.right.get(n, []))}
             found = {name: content[name] for name in self.about}
         for name, wanted in self.about.items():
             if found[name] != wanted:
@@ -83,16 +84,15 @@ class Results:
                     "to another folder with --results, or remove the file."
                 )
 
-    def note(self, length: int, right: Sequence[int], seconds: float) -> None:
-        """Take up more rows of a length, and the CPU time that they took together."""
+    def note(self, length: int, right: Sequence[int]) -> None:
+        """Take up more rows of a length."""
         self.right.setdefault(length, []).extend(right)
-        before = self.seconds.get(length, 0.0)
-        self.seconds[length] = None if before is None else before + seconds
 
     def write(self) -> None:
-        """Write the file."""
+        """Write the file, which keeps what another process has added to it."""
+        self._read()
         cells = {str(length): self._cell(length) for length in sorted(self.right)}
-        write_json(self.path, {**self.about, "by tokens of text": cells, "environment": _environment()})
+        write_json(self.path, {**self.about, "by tokens of text": cells, "environment": {**environment(), **bf16()}})
 
     def accuracy(self, length: int, rows: int) -> Accuracy:
         """The accuracy over the first rows."""
@@ -104,17 +104,7 @@ class Results:
             "accuracy": round(accuracy.value, 4),
             "standard error": round(accuracy.standard_error, 4) if len(accuracy.right) > 1 else None,
             "right of nine": "".join(map(str, accuracy.right)),  # one digit a row
-            "CPU seconds": None if (seconds := self.seconds[length]) is None else round(seconds, 1),
         }
-
-
-def _environment() -> dict[str, str]:
-    return {**environment(), **bf16()}
-
-
-def _timed_alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether times of two environments can be added."""
-    return one["GPU"] == other["GPU"] and one.get(BF16, OWN) == other.get(BF16, OWN)
 
 
 @dataclass(frozen=True)
@@ -229,11 +219,10 @@ def _ask(model: nn.Module, questions: Questions, plan: EvalPlan, results: Result
             description = f"{results.about['method']}, {length} tokens"
             task = bar.add_task(description, total=plan.rows, completed=done)
             for first in range(done, plan.rows, at_once):
-                start = time.process_time()
                 rows = range(first, min(first + at_once, plan.rows))
                 batch = _draw(questions, plan, length, rows).to(device)
                 right = (target_logits(model, batch).argmax(-1) == batch.targets).sum(1).tolist()
-                results.note(length, right, time.process_time() - start)
+                results.note(length, right)
                 results.write()
                 bar.advance(task, len(rows))
 
@@ -254,11 +243,8 @@ def _watch(model: Any, questions: Questions, plan: EvalPlan, results: Results) -
     if len(results.right.get(0, [])) >= plan.rows:
         return
     results.right.clear()
-    results.seconds.clear()
-    start = time.process_time()
     for distance, right in transcribe(model, questions, plan.split, plan.rows, plan.seed, max(plan.lengths)):
-        seconds, start = time.process_time() - start, time.process_time()
-        results.note(distance, right, seconds)
+        results.note(distance, right)
     results.write()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,12 @@ def read_bases(folder: str | os.PathLike) -> dict[str, Results]:
 
 
 def render_base(results: Results) -> list[str]:
-    """Setting, accuracies and costs of one base, in Markdown."""
+    """Setting, accuracies and trainings of one base, in Markdown."""
     lines = _setting(results)
     for task in results.tasks:
         title = f"{TASKS[task]} (`{task}`)" if task in TASKS else f"`{task}`"
         lines += ["", f"### {title}", "", *_accuracies(results, task)]
-    return [*lines, "", "### Costs", "", *_seconds(results), *_trainings(results)]
+    return [*lines, "", *_trainings(results)]
 
 
 def _setting(results: Results) -> list[str]:
@@ -101,23 +101,6 @@ def _rows_of_cells(entries: Sequence[Entry], lengths: Sequence[int]) -> str:
     return "; ".join(f"{rows} at {' to '.join(dict.fromkeys([group[0], group[-1]]))}" for rows, group in groups)
 
 
-def _seconds(results: Results) -> Iterator[str]:
-    task = results.tasks[0]
-    entries = results.on(task)
-    lengths = _shown(entries)
-    rows = [(entry.title, *map(entry.seconds, lengths)) for entry in entries]
-    header = ("Method", *map(_number, lengths))
-    yield from folded(
-        f"Seconds of CPU time for a row of {NUM_CELLS} questions, by {_unit(task)}",
-        [
-            f"`{task}`, mean over rows and seeds, on CPUs with instructions for bf16. Not all rows were tested on the "
-            "same machine.",
-            "",
-            *table(header, rows),
-        ],
-    )
-
-
 def _trainings(results: Results) -> list[str]:
     by_method: dict[str, list[Training]] = {}
     for task in results.tasks:
@@ -125,13 +108,13 @@ def _trainings(results: Results) -> list[str]:
             by_method[entry.title] = max(by_method.get(entry.title, []), entry.trainings, key=len)
     rows = [(title, *_training(trainings)) for title, trainings in by_method.items() if trainings]
     header = ("Method", "Trained parameters", "Tokens", "Seconds", "GPU", "Recipe")
-    return ["", *folded("What was trained, mean over seeds", table(header, rows))] if rows else []
+    return ["### Trainings", "", *folded("What was trained, mean over seeds", table(header, rows))] if rows else []
 
 
 def _training(trainings: Sequence[Training]) -> tuple[str, ...]:
     first = trainings[0]
     tokens, seconds = (statistics.fmean(values) for values in zip(*((t.tokens, t.seconds) for t in trainings)))
-    recipe = ", ".join(f"{name} {value}" for name, value in first.recipe.items() if name != "seed")
+    recipe = ", ".join(f"{name} {value}" for name, value in first.recipe.items())
     gpus = ", ".join(sorted({training.gpu for training in trainings}))
     return f"{first.parameters:,}", f"{tokens:,.0f}", f"{seconds:,.0f}", gpus, recipe
 

@@ -78,7 +78,7 @@ def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.P
         trained_on = fingerprint(Path(base, SINGLE))
     if is_finished(folder, training, trained_on):
         return folder
-    questions, model = load_questions(base), _with_method(name, seed, base).to(device)
+    questions, model = load_questions(base), with_method(name, seed, base).to(device)
     folder.mkdir(parents=True, exist_ok=True)
 
     def draw(step: int) -> Batch:
@@ -122,7 +122,7 @@ def load_method(
         FileNotFoundError: There is no base, or it was not trained yet.
         ValueError: The weights do not fit, or were trained on another base.
     """
-    model, run = _with_method(name, seed or 0, base), None
+    model, run = with_method(name, seed or 0, base), None
     if seed is not None:
         source = METHODS[name].weights_of or name
         folder = run_folder(runs, source, seed)
@@ -130,8 +130,18 @@ def load_method(
     return model.requires_grad_(False).eval(), run
 
 
-def _with_method(name: str, seed: int, base: str | os.PathLike) -> LlavaForConditionalGeneration:
-    """The base with a fresh method; what it trains is in fp32, as PEFT has it."""
+def with_method(name: str, seed: int, base: str | os.PathLike) -> LlavaForConditionalGeneration:
+    """The base with a fresh method; what it trains is in fp32, as PEFT has it.
+
+    Args:
+        name: A key of `METHODS`.
+        seed: Decides initial weights.
+        base: Folder of the real base.
+
+    Raises:
+        FileNotFoundError: There is no base.
+        ValueError: It cannot be read.
+    """
     model = load_base(base)
     attach(model, METHODS[name], seed)
     for parameter in trained_parameters(model).values():

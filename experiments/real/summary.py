@@ -15,7 +15,6 @@ from peft_pvm.demo.mosaic import NUM_CELLS
 from peft_pvm.demo.recall import Accuracy
 
 from ..summary import OF_MACHINES, Cell, read_results
-from .arithmetic import BF16, OWN
 from .findings.study import read_finding
 from .methods import METHODS
 
@@ -73,8 +72,6 @@ class Run:
         questions: Split and seed of the questions; rows of files with the same are the same.
         training: How it was trained; `None` without a training of the experiment.
         accuracies: By tokens of text.
-        seconds: CPU time of a row, by tokens of text; without those of a GPU, of a CPU without instructions for bf16,
-            or of several machines, which are not comparable.
         environment: The machine.
         adapters: Hashes of the saved adapters that were tested together; none if a method was.
     """
@@ -84,7 +81,6 @@ class Run:
     questions: tuple[str, int]
     training: Training | None
     accuracies: dict[int, Accuracy]
-    seconds: dict[int, float]
     environment: dict[str, str]
     adapters: tuple[str, ...]
 
@@ -94,15 +90,12 @@ class Run:
         training, environment = file.get("training"), file["environment"]
         cells = {int(length): cell for length, cell in file["by tokens of text"].items()}
         accuracies = {length: _accuracy(cells[length]["right of nine"]) for length in sorted(cells)}
-        timed = [length for length in accuracies if cells[length]["CPU seconds"] is not None]
-        seconds = {length: float(cells[length]["CPU seconds"]) / len(accuracies[length].right) for length in timed}
         return cls(
             str(file["task"]),
             str(file["method"]) + (AS_SAVED if file["adapters"] else ""),
             (str(file["split"]), int(file["seed"])),
             None if training is None else Training.of(training),
             accuracies,
-            seconds if environment["GPU"] == "none" and environment.get(BF16, OWN) == OWN else {},
             {name: str(environment[name]) for name in OF_MACHINES},
             tuple(map(str, file["adapters"])),
         )
@@ -161,15 +154,6 @@ class Entry:
         """What tables show."""
         accuracies = self.accuracies(length)
         return str(Cell.of(accuracies)) if accuracies else UNTESTED
-
-    def seconds(self, length: int) -> str:
-        """CPU time of a row, as tables show it."""
-        if not self.accuracies(length):
-            return UNTESTED
-        measured = [run.seconds[length] for run in self.runs if length in run.seconds]
-        if measured:
-            return f"{statistics.fmean(measured):.2f}"
-        return "another CPU" if all(run.environment["GPU"] == "none" for run in self.runs) else "GPU"
 
 
 class Term(NamedTuple):

@@ -20,8 +20,9 @@ from experiments.real import commands
 from experiments.real.arithmetic import BF16, OWN
 from experiments.real.chats import make_real_chats
 from experiments.real.evaluation import EvalPlan, Place, Run, evaluate
-from experiments.real.findings import knowing, looking, plan
+from experiments.real.findings import costs, heads, knowing, looking, plan
 from experiments.real.findings import study as findings_study
+from experiments.real.findings.heads import DIPEInHeads, dipe_heads, worst_first
 from experiments.real.findings.knowing import streams, text, text_losses
 from experiments.real.findings.looking import look
 from experiments.real.findings.looking_page import distance, fading, heads_of, on_cell, on_image, rank_correlation
@@ -29,6 +30,7 @@ from experiments.real.findings.page import SECTIONS, render_findings
 from experiments.real.findings.plan import FINDINGS, FindingPlan, find
 from experiments.real.findings.study import Study
 from experiments.real.findings.words import paired, ranges
+from experiments.real.methods import METHODS
 from experiments.real.vlm import new_vlm, save_vlm
 from peft_pvm import DIPEConfig, PVMConfig, attached
 from peft_pvm.demo.mosaic import NUM_CELLS
@@ -74,6 +76,10 @@ def short(monkeypatch) -> None:
     monkeypatch.setattr(looking, "LIMITS", (0, 16))
     monkeypatch.setattr(looking, "LIMIT_LENGTHS", (20, 30))
     monkeypatch.setattr(looking, "CALIBRATED", (0, 8))
+    monkeypatch.setattr(heads, "LENGTHS", (0, 15))
+    monkeypatch.setattr(heads, "SHARES", (0.1, 0.5))
+    monkeypatch.setattr(costs, "LENGTHS", (0, 5))
+    monkeypatch.setattr(costs, "TIMED", ("base", "t-drs", "lora"))  # the others need layers that are not there
     monkeypatch.setattr(knowing, "PROBED", (("in sight", 0), ("hidden", 0), ("in sight", 5)))
     monkeypatch.setattr(knowing, "WINDOW", 20)
 
@@ -135,6 +141,100 @@ def test_dipe_acts_in_the_layers_that_a_case_names(folder, tmp_path, short):
             assert measured == look(study, 150), case
     losses = {case: by_length["150"]["loss by row"][0] for case, by_length in cells.items()}
     assert len(set(losses.values())) == 5, "two pairs are the same layers"
+
+
+def test_dipe_acts_in_the_heads_that_it_is_told(study):
+    """In the first layer, before anything else differs: these heads attend as with DIPE, the others as without."""
+    study.model.set_attn_implementation("eager")
+    inputs = {**study.draw(0, 30).inputs, "logits_to_keep": 0}
+
+    def weights(*configs) -> torch.Tensor:
+        with attached(study.model, *configs), torch.no_grad():
+            return study.model(**inputs, use_cache=False, output_attentions=True).attentions[0][0]
+
+    base, dipe = weights(), weights(DIPEConfig(max_distance=0))
+    some = weights(DIPEInHeads(heads={0: [1, 2]}))
+    assert len(base) == 4
+    assert all(not torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(base, dipe))
+    for head, found in enumerate(some):
+        torch.testing.assert_close(found, (dipe if head in (1, 2) else base)[head])
+
+
+def test_heads_are_ranked_by_validation_and_tested_on_the_test_split(folder, tmp_path, short):
+    study = Study("dipe-heads", folder, tmp_path / "dipe-heads.json", rows=2)
+    dipe_heads(study)
+    cells = study.cells
+    assert list(cells["one head alone"]) == [f"{layer}.{head}" for layer in range(3) for head in range(4)]
+    worst = worst_first(cells["one head alone"])
+    for head in worst:
+        with attached(study.model, DIPEInHeads(heads={head[0]: [head[1]]})):
+            losses = torch.tensor(cells["one head alone"]["{}.{}".format(*head)]["loss by row"])
+            torch.testing.assert_close(losses, losses_of(study, 0, "validation"), rtol=1e-4, atol=1e-6)
+    means = [sum(cells["one head alone"][f"{layer}.{head}"]["loss by row"]) for layer, head in worst]
+    assert means == sorted(means, reverse=True)
+    for case, count, acting in (("only the worst", 6, worst[:6]), ("all but the worst", 1, worst[1:])):
+        by_layer = {layer: [head for other, head in acting if other == layer] for layer, _ in acting}
+        with attached(study.model, DIPEInHeads(heads=by_layer)):
+            losses = torch.tensor(cells[f"{case}, 15"][str(count)]["loss by row"])
+            torch.testing.assert_close(losses, losses_of(study, 15, "test"), rtol=1e-4, atol=1e-6)
+    with attached(study.model, DIPEConfig(max_distance=0)):
+        losses = torch.tensor(cells["all heads"]["15"]["loss by row"])
+        torch.testing.assert_close(losses, losses_of(study, 15, "test"), rtol=1e-4, atol=1e-6)
+    assert set(cells) == {
+        "base",
+        "one head alone",
+        "all heads",
+        *(f"{case}, {n}" for case in ("only the worst", "only random ones", "all but the worst") for n in (0, 15)),
+    }
+
+
+@torch.no_grad()
+def losses_of(study: Study, text_tokens: int, split: str) -> torch.Tensor:
+    """By row, as transformers computes logits."""
+    losses = []
+    for row in range(study.rows):
+        batch = study.draw(row, text_tokens, split)
+        logits = study.model(**{**batch.inputs, "logits_to_keep": 0}, use_cache=False).logits
+        log_p = logits[0, batch.inputs["logits_to_keep"]].log_softmax(-1)
+        losses.append(-log_p[torch.arange(9), batch.targets[0]].mean())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("hurts", [True, False])
+def test_claims_about_heads_turn_with_the_numbers(tmp_path, hurts):
+    """Ten heads, of which one is a tenth: alone it does what all do, or nothing."""
+    bad, good = planted(0.1, 2.0, right="11"), planted(0.1, 0.1)
+    layers = (4, 3, 2, 1, 0) if hurts else range(5)
+    alone = {f"{layer}.{head}": planted(0.1, loss) for loss, layer in enumerate(layers, 1) for head in (0, 1)}
+    alone["4.0" if hurts else "0.0"] = planted(0.1, 9.0)
+    tested = {"only the worst": bad if hurts else good, "all but the worst": good if hurts else bad}
+    cells = {
+        "base": dict.fromkeys(("validation", "0", "1024"), good),
+        "one head alone": alone,
+        "all heads": {"0": bad, "1024": bad},
+        **{f"{case}, {n}": {"1": cell, "5": bad} for case, cell in tested.items() for n in (0, 1024)},
+        **{f"only random ones, {n}": {"1": good, "5": bad} for n in (0, 1024)},
+    }
+    assert verdicts(tmp_path, "dipe-heads", cells) == ["holds" if hurts else "does not hold"] * 3
+    assert f"most are, by layer and number: {'4.0' if hurts else '0.0'} (+8.900), " in render_findings(tmp_path)
+
+
+def test_costs_are_those_of_each_method(folder, tmp_path, short, monkeypatch):
+    """The clock stands still but where the model runs: twice as long with an adapter as without."""
+    now = 0.0
+
+    def forward(model, batch):
+        nonlocal now
+        now += 0.2 if getattr(model, "peft_config", None) else 0.1
+
+    monkeypatch.setattr(costs, "target_logits", forward)
+    monkeypatch.setattr(costs.time, "process_time", lambda: now)
+    find(folder, FindingPlan(("costs",), rows=2), tmp_path)
+    cells = json.loads((tmp_path / "costs.json").read_text())["measured"]
+    assert list(cells) == ["base", "t-drs", "lora"]
+    page = render_findings(tmp_path)
+    assert "| base | 0.10 | 0.10 | 1.00 x | 1.00 x |" in page
+    assert "| T-DRS | 0.20 | 0.20 | 2.00 x | 2.00 x |" in page
 
 
 def test_methods_and_limits_act_in_the_cases_that_name_them(folder, tmp_path, short):
@@ -401,13 +501,14 @@ def test_text_alone_is_the_same_to_the_bit(folder, adapter, tmp_path, short, mon
     study = Study("text", folder, tmp_path / "text.json", rows=2, adapters=(str(adapter),), gguf=Path("not read"))
     text(study)
     *methods, language_model = study.cells
-    assert methods[:4] == ["base", "dipe-128", "dipe", "t-drs"]
-    assert methods[4].startswith("pvm (")
+    assert methods[:-1] == list(knowing.READERS)
+    assert methods[-1].startswith("pvm (")
     alone, behind = ({case: study.cells[case][when]["loss"] for case in methods} for when in knowing.CONDITIONS)
     changed = [case for case, losses in alone.items() if losses != alone["base"]]
     assert changed == ["t-drs"], "the only one that acts on pairs of text tokens"
     assert behind["dipe-128"] == behind["base"], "all of the window is nearer than that"
-    assert len(set(map(tuple, behind.values()))) == 4, "the others change what stands after an image"
+    unchanged = [case for case, losses in behind.items() if losses == behind["base"]]
+    assert unchanged == ["base", "dipe-128"], "the others change what stands after an image"
     assert study.cells[language_model]["alone"]["loss"] == pytest.approx(alone["base"])
 
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -417,7 +518,7 @@ def test_text_alone_is_the_same_to_the_bit(folder, adapter, tmp_path, short, mon
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, other / "adapter_model.safetensors")
     study.adapters = (str(other),)
     text(study)
-    assert len(study.cells) == 7, "another adapter of that name is not taken for the first"
+    assert len(study.cells) == len(knowing.READERS) + 3, "another adapter of that name is not taken for the first"
 
 
 def test_adapters_that_differ_in_their_configuration_alone_are_told_apart(folder, tmp_path, short):
@@ -435,6 +536,20 @@ def test_adapters_that_differ_in_their_configuration_alone_are_told_apart(folder
             assert cells[case][condition]["loss"] == cells[alike][condition]["loss"]
     page = render_findings(tmp_path)
     assert all(page.count(f"| the adapter `{case}` |") == 1 for case in (first, second))
+
+
+def test_adapters_that_act_together_are_tested_together(folder, adapter, tmp_path, short):
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    get_peft_model(model, DIPEConfig(max_distance=0)).save_pretrained(tmp_path / "dipe")
+    both = f"{tmp_path / 'dipe'}+{adapter}"
+    find(folder, FindingPlan(("text",), rows=2), tmp_path, [both, str(adapter)])
+    cells = json.loads((tmp_path / "text.json").read_text())["measured"]
+    (together,) = (cell for case, cell in cells.items() if case.startswith("dipe+pvm ("))
+    (pvm,) = (cell for case, cell in cells.items() if case.startswith("pvm ("))
+    assert together["alone"]["loss"] == cells["base"]["alone"]["loss"]
+    behind = [cell["behind an image"]["loss"] for cell in (together, pvm, cells["dipe"], cells["base"])]
+    assert len(set(map(tuple, behind))) == 4
+    assert "| the adapter `dipe+pvm` |" in render_findings(tmp_path)
 
 
 def test_every_finding_is_measured_once_and_put_into_words(folder, adapter, tmp_path, short, monkeypatch):
@@ -465,7 +580,15 @@ def test_the_command_measures_what_it_is_told_and_prints_it(folder, adapter, tmp
     files = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(files) == {"text", "limit"}
     assert all((file["rows"], file["split"], file["seed"]) == (2, "validation", 3) for file in files.values())
-    assert len(files["text"]["measured"]) == 5
+    assert len(files["text"]["measured"]) == len(knowing.READERS) + 1
+
+
+def test_cells_of_two_processes_are_kept(folder, study):
+    other = Study("any", folder, study.path, rows=2)
+    for one, case in ((study, "first"), (other, "second"), (study, "third")):
+        one.measured(case, 0, dict)
+    assert set(json.loads(study.path.read_text())["measured"]) == {"first", "second", "third"}
+    study.measured("second", 0, lambda: pytest.fail("measured again"))
 
 
 def test_a_finding_goes_on_where_it_ended(folder, tmp_path, short, monkeypatch):
@@ -583,3 +706,7 @@ def test_what_is_recorded_is_of_one_base():
     page = render_findings(RECORDED)
     assert page == render_findings(RECORDED)
     assert page.count("\n### ") == len(files)
+
+
+def test_what_is_timed_are_methods_of_the_base():
+    assert set(costs.TIMED) <= set(METHODS)

@@ -21,8 +21,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForCondi
 
 from experiments.methods import attach, trained_parameters
 from experiments.real import evaluation, methods, runs, writing
-from experiments.real.arithmetic import BF16
-from experiments.real.evaluation import TASKS, EvalPlan, Place, Run, evaluate, planned, table_of
+from experiments.real.evaluation import TASKS, EvalPlan, Place, Results, Run, evaluate, planned, table_of
 from experiments.real.export import export_adapters
 from experiments.real.methods import METHODS, PVM_PARAMETERS, Training
 from experiments.real.runs import load_method, train_method
@@ -412,22 +411,12 @@ def test_evaluation_goes_on_where_it_ended(folder, tmp_path):
     assert files == {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*.json")}
 
 
-def test_times_of_another_arithmetic_are_not_added(folder, tmp_path, monkeypatch):
-    """A file has one record of how it was computed. Answers from before it stay, times do not."""
-    file = tmp_path / "look-up" / "base.json"
-
-    def cells(plan: EvalPlan) -> dict[str, tuple[int, bool]]:
-        evaluate(Place(folder), [Run("base")], [], plan, tmp_path)
-        content = json.loads(file.read_text())["by tokens of text"]
-        return {
-            length: (len(cell["right of nine"]), cell["CPU seconds"] is not None) for length, cell in content.items()
-        }
-
-    assert cells(PLAN) == {"0": (2, True), "20": (2, True)}
-    assert cells(replace(PLAN, rows=3)) == {"0": (3, True), "20": (3, True)}
-    monkeypatch.setattr(evaluation, "bf16", lambda: {BF16: "by another CPU"})
-    assert cells(replace(PLAN, lengths=(0, 30), rows=4)) == {"0": (4, False), "20": (3, False), "30": (4, True)}
-    assert cells(replace(PLAN, lengths=(0, 30), rows=5)) == {"0": (5, False), "20": (3, False), "30": (5, True)}
+def test_rows_of_two_processes_are_kept(tmp_path):
+    first, second = (Results(tmp_path / "base.json", {"method": "base"}) for _ in range(2))
+    for results, length, right in ((first, 0, [9]), (second, 0, [9, 8]), (second, 20, [7]), (first, 30, [6])):
+        results.note(length, right)
+        results.write()
+    assert first.right == Results(first.path, first.about).right == {0: [9, 8], 20: [7], 30: [6]}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -14,7 +14,6 @@ import pytest
 from experiments import claims as toy_claims
 from experiments.claims import FAILS, HOLDS, NOT_TESTED, UNCLEAR, Claim
 from experiments.real import report as real_report
-from experiments.real.arithmetic import BF16
 from experiments.real.claims import HARDER, REMEDIES, claims
 from experiments.real.methods import METHODS
 from experiments.real.report import draw_real, read_bases, render_base
@@ -54,7 +53,7 @@ def write_result(
         "split": "test",
         "seed": 0,
         "training": None if trained is None else training,
-        "by tokens of text": {str(n): {"right of nine": rows, "CPU seconds": 6.0} for n, rows in right.items()},
+        "by tokens of text": {str(n): {"right of nine": rows} for n, rows in right.items()},
         "environment": {**environment(), "GPU": "none"},
         **changes,
     }
@@ -64,12 +63,13 @@ def write_result(
     return file
 
 
-def copy_finding(folder: Path, name: str, base: str = "real-base") -> None:
+def copy_finding(folder: Path, name: str, base: str = "real-base") -> Path:
     """One of the recorded findings, as if it were of this base."""
     content = {**json.loads((RECORDED / "real" / FINDINGS / f"{name}.json").read_text()), "base": base}
     file = folder / FINDINGS / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content))
+    return file
 
 
 def verdicts(folder: Path, text: str) -> dict[str, str]:
@@ -275,6 +275,16 @@ def test_parts_of_tdrs_have_the_claims_of_the_toy(tmp_path, method):
     assert claim.text in of_toy
 
 
+def test_a_finding_that_is_not_whole_is_refused(tmp_path):
+    write_result(tmp_path, "look-up", "base", {0: FULL})
+    path = copy_finding(tmp_path, "attention")
+    finding = json.loads(path.read_text())
+    finding["measured"] = {"dipe": finding["measured"]["dipe"]}
+    path.write_text(json.dumps(finding))
+    with pytest.raises(ValueError, match=r"attention.json does not hold a finding that .* measured to its end"):
+        claims(Results(tmp_path))
+
+
 def test_a_finding_of_another_base_is_refused(tmp_path):
     write_result(tmp_path, "look-up", "base", {0: FULL})
     copy_finding(tmp_path, "attention", base="another-base")
@@ -327,26 +337,8 @@ def test_weights_of_another_method_are_trained_once(tmp_path):
     for method in ("pvm", "pvm+dipe-128"):
         write_result(tmp_path, "look-up", method, {0: "98"}, 0)
     page = "\n".join(render_base(Results(tmp_path)))
-    assert len(rows_of(page, "PVM")) == 3
-    assert len(rows_of(page, METHODS["pvm+dipe-128"].title)) == 2
-
-
-def test_seconds_are_those_of_a_row_on_a_cpu(folder):
-    """With instructions for bf16: times of others are not comparable."""
-    environment_of_gpu = {**environment(), "GPU": "H100"}
-    write_result(folder / "real", "look-up", "t-drs", {4096: "1" * 12}, environment=environment_of_gpu)
-    of_another = {**environment(), "GPU": "none", BF16: "products in fp32, rounded once"}
-    write_result(folder / "real", "look-up", "vaf", {4096: "1" * 12}, environment=of_another)
-    page = "\n".join(render_base(Results(folder / "real")))
-    assert rows_of(page, "base")[-1] == ["base", "0.18", "0.50", "0.50"]
-    assert rows_of(page, "T-DRS")[-1] == ["T-DRS", "-", "GPU", "-"]
-    assert rows_of(page, "VAF")[-1] == ["VAF", "-", "another CPU", "-"]
-    part = write_result(folder / "real", "look-up", "pai", {0: FULL, 4096: "1" * 12})
-    content = json.loads(part.read_text())
-    content["by tokens of text"]["0"]["CPU seconds"] = None  # as of rows from several CPUs
-    part.write_text(json.dumps(content))
-    page = "\n".join(render_base(Results(folder / "real")))
-    assert rows_of(page, "PAI")[-1] == ["PAI", "another CPU", "0.50", "-"]
+    assert len(rows_of(page, "PVM")) == 2
+    assert len(rows_of(page, METHODS["pvm+dipe-128"].title)) == 1
 
 
 def test_what_is_not_in_the_tables_of_names_is_there_under_its_key(folder):
@@ -474,7 +466,7 @@ def change(**fields: Any) -> Any:
 
 
 def cell(**fields: Any) -> Any:
-    return change(**{"by tokens of text": {"0": {"right of nine": "99", "CPU seconds": 1.0, **fields}}})
+    return change(**{"by tokens of text": {"0": {"right of nine": "99", **fields}}})
 
 
 @pytest.mark.parametrize(
@@ -490,7 +482,6 @@ def cell(**fields: Any) -> Any:
         (cell(**{"right of nine": ""}), "'' is not one digit a row"),
         (cell(**{"right of nine": "9x"}), "'9x' is not one digit a row"),
         (cell(**{"right of nine": [99]}), "base.json does not hold"),
-        (cell(**{"CPU seconds": "x"}), "base.json does not hold"),
         (change(base="another"), r"different bases, \['another', 'real-base'\]"),
         (
             change(split="validation"),

@@ -15,18 +15,17 @@ from torch import nn
 from peft_pvm.demo.mosaic import NUM_CELLS, Split, draw_pictures
 from peft_pvm.demo.questions import START_OF_TURN, Turn
 from peft_pvm.demo.train import step_generator
-from peft_pvm.methods.dipe import DIPEConfig
-from peft_pvm.methods.tdrs import TDRSConfig
 from peft_pvm.probe.observers import layers_observed
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.training.hidden import images_hidden
 from peft_pvm.tuners.active import attached
-from peft_pvm.tuners.base import VisualConfig
+from peft_pvm.tuners.names import separate
 from peft_pvm.tuners.saving import load_adapters
 
 from ...pvm_limits import probe_accuracy
 from ..evaluation import hash_of_folder
 from ..language_model import load_language_model
+from ..methods import METHODS
 from .study import Cell, Study
 
 
@@ -35,12 +34,7 @@ PROBED = (("in sight", 0), ("hidden", 0), ("in sight", 1024))  # the image, and 
 WINDOW = 1024  # tokens of text
 CONDITIONS = ALONE, BEHIND_IMAGE = "alone", "behind an image"
 LANGUAGE_MODEL = "language model"  # the case of what the base was made from
-READERS: dict[str, VisualConfig | None] = {
-    "base": None,
-    "dipe-128": DIPEConfig(max_distance=128),
-    "dipe": DIPEConfig(max_distance=0),
-    "t-drs": TDRSConfig(),
-}
+READERS = ("base", "dipe-128", "dipe", "t-drs", "vaf", "pai", "hgai", "cai", "memvr", "log-bias")  # methods
 
 
 @dataclass(frozen=True)
@@ -125,14 +119,16 @@ def text(study: Study) -> None:
 
     With the GGUF file, also that of the language model which the base was made from, only on text.
     """
-    for name, config in READERS.items():
-        with attached(study.model, *([] if config is None else [config])):
+    for name in READERS:
+        with attached(study.model, *METHODS[name].adapters().values()):
             for condition in CONDITIONS:
                 study.measured(name, condition, partial(_read, study, lambda: study.model, condition))
-    for folder in study.adapters:
+    for together in study.adapters:
+        folders = separate(together)
         # Another adapter may have the same name: a hash tells them apart.
-        name = f"{Path(folder).name} ({hash_of_folder(folder)})"
-        model = partial(_with_adapter, study, folder)
+        names, hashes = ("+".join(map(of, folders)) for of in (lambda folder: Path(folder).name, hash_of_folder))
+        name = f"{names} ({hashes})"
+        model = partial(_with_adapters, study, folders)
         for condition in CONDITIONS:
             study.measured(name, condition, partial(_read, study, model, condition))
     if study.gguf is not None:
@@ -140,9 +136,9 @@ def text(study: Study) -> None:
         study.measured(LANGUAGE_MODEL, ALONE, partial(_read, study, lambda: load_language_model(gguf).model, ALONE))
 
 
-def _with_adapter(study: Study, folder: str) -> nn.Module:
+def _with_adapters(study: Study, folders: list[str]) -> nn.Module:
     model = study.fresh_model()
-    load_adapters(model, [folder])
+    load_adapters(model, folders)
     return model
 
 

@@ -9,9 +9,10 @@ from statistics import fmean
 from peft_pvm.demo.mosaic import NUM_CELLS, NUM_DIGITS
 
 from ...markdown import table
+from ..methods import METHODS
 from .knowing import ALONE, BEHIND_IMAGE, FITTED_ON, LANGUAGE_MODEL, WINDOW
 from .study import Cells, Recorded
-from .words import TITLES, Claim, claims_table, heading, paired, ranges
+from .words import Claim, claims_table, heading, paired, ranges
 
 
 READABLE, UNREADABLE = 0.9, 0.5  # accuracies of a probe
@@ -81,7 +82,8 @@ def text_section(found: Recorded) -> Iterator[str]:
     )
     yield ""
     header = ["", *(part for condition in base for part in (f"text {condition}", "change"))]
-    yield from table(header, [_row(case, cells) for case in cells])
+    cases = sorted(cells, key=lambda case: (case == LANGUAGE_MODEL, case not in METHODS))  # methods first
+    yield from table(header, [_row(case, cells) for case in cases])
     yield ""
     yield from claims_table(_about_text(cells))
 
@@ -135,8 +137,8 @@ def _name(case: str, cells: Cells) -> str:
     """A method's title; an adapter's folder, with its hash only where another has the same name."""
     if case == LANGUAGE_MODEL:
         return "the language model before it saw mosaics"
-    if case in TITLES:
-        return TITLES[case]
+    if case in METHODS:
+        return METHODS[case].title
     folder, *_ = case.rpartition(" (")
     is_only = [other.rpartition(" (")[0] for other in cells].count(folder) == 1
     return f"the adapter `{folder if is_only else case}`"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from peft_pvm.tuners.active import attached
 from peft_pvm.tuners.base import VisualConfig
 
 from ..chats import make_real_chats
+from ..methods import METHODS
 from .study import Cell, Study
 
 
@@ -29,37 +30,37 @@ LIMITS = (0, 16, 32, 64, 128, 256, 512)
 LIMIT_LENGTHS = (1024, 4096)
 CALIBRATED = None  # tokens of text: as the command has them by default
 BASE = "base"  # the case without DIPE
-LOOKERS = {BASE: None, "dipe": DIPEConfig(max_distance=0), "dipe-128": DIPEConfig(max_distance=128)}
+LOOKERS = (BASE, "dipe", "dipe-128")  # of the real base's methods
 ALL_LAYERS, LIMITED = "all layers", "all layers, limit 128"  # cases of DIPE, and the beginnings of others
 LAYERS, ALONE, OTHERS = "layers ", " alone", "all but layers "
 
 
 def attention(study: Study) -> None:
     """Attention on the image after ever more text, and the answers that come of it: base, DIPE, DIPE with a limit."""
-    for name, config in LOOKERS.items():
-        _look_at(study, name, config, LENGTHS)
+    for name in LOOKERS:
+        _look_at(study, name, METHODS[name].adapters().values(), LENGTHS)
 
 
 def dipe_layers(study: Study) -> None:
     """DIPE as published, only in one group of decoder layers, and in all others."""
     depth = len(find_vlm(study.model).layers)
-    _look_at(study, BASE, None, GROUP_LENGTHS)
-    _look_at(study, ALL_LAYERS, DIPEConfig(max_distance=0), GROUP_LENGTHS)
-    _look_at(study, LIMITED, DIPEConfig(max_distance=128), GROUP_LENGTHS)
+    _look_at(study, BASE, [], GROUP_LENGTHS)
+    _look_at(study, ALL_LAYERS, [DIPEConfig(max_distance=0)], GROUP_LENGTHS)
+    _look_at(study, LIMITED, [DIPEConfig(max_distance=128)], GROUP_LENGTHS)
     for first in range(0, depth, GROUP):
         group = range(first, min(first + GROUP, depth))
         named = f"{group[0]} to {group[-1]}"
         others = [layer_idx for layer_idx in range(depth) if layer_idx not in group]
         for case, layers in {LAYERS + named + ALONE: list(group), OTHERS + named: others}.items():
             if layers:
-                _look_at(study, case, DIPEConfig(max_distance=0, layers_to_transform=layers), GROUP_LENGTHS)
+                _look_at(study, case, [DIPEConfig(max_distance=0, layers_to_transform=layers)], GROUP_LENGTHS)
 
 
 def limit(study: Study) -> None:
     """Each limit of DIPE: where the model looks under it, as far from the image, and what comes of it."""
-    _look_at(study, BASE, None, (0, *LIMIT_LENGTHS))
+    _look_at(study, BASE, [], (0, *LIMIT_LENGTHS))
     for distance in LIMITS:
-        _look_at(study, str(distance), DIPEConfig(max_distance=distance), LIMIT_LENGTHS)
+        _look_at(study, str(distance), [DIPEConfig(max_distance=distance)], LIMIT_LENGTHS)
 
 
 def calibration(study: Study) -> None:
@@ -78,8 +79,8 @@ def calibration(study: Study) -> None:
     study.measured("calibrate", "chats of the validation split", propose)
 
 
-def _look_at(study: Study, case: str, config: VisualConfig | None, lengths: Sequence[int]) -> None:
-    with attached(study.model, *([] if config is None else [config])):
+def _look_at(study: Study, case: str, configs: Collection[VisualConfig], lengths: Sequence[int]) -> None:
+    with attached(study.model, *configs):
         for length in lengths:
             study.measured(case, length, partial(look, study, length))
 
@@ -98,7 +99,7 @@ def look(study: Study, text_tokens: int) -> Cell:
     """
     vlm = find_vlm(study.model)
     on_image, on_cell, in_sight = [], [], []
-    right, losses = [], []
+    answers = []
     for row in range(study.rows):
         batch = study.draw(row, text_tokens)
         asked, cells = batch.inputs["logits_to_keep"], study.cells_of(batch)
@@ -110,15 +111,24 @@ def look(study: Study, text_tokens: int) -> Cell:
         on_image.append(torch.stack([seen.visual[queries].double().mean(0) for seen in masses]))
         on_cell.append(torch.stack([seen.per_token[queries, cells].double().mean() for seen in masses]))
         in_sight.append(masses[0].text_tokens[queries].double().mean())
-        right.append(int((logits.argmax(-1) == batch.targets[0]).sum()))
-        losses.append(rounded(F.cross_entropy(logits, batch.targets[0]).item()))
+        answers.append((logits, batch.targets[0]))
     return {
         "visual mass by layer": [_spaced(layer) for layer in torch.stack(on_image).mean(0).tolist()],  # head by head
         "mass on the asked cell by layer": _spaced(torch.stack(on_cell).mean(0).tolist()),
         "text tokens in sight": rounded(torch.stack(in_sight).mean().item()),
-        "right of nine": "".join(map(str, right)),
-        "loss by row": losses,
+        **graded(answers),
     }
+
+
+def graded(answers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Cell:
+    """By row: how many of nine digits are right, and their mean -log p in nats.
+
+    Args:
+        answers: Of each row, the logits of its digits, `(9, vocab_size)`, and the digits, `(9,)`.
+    """
+    right = [int((logits.argmax(-1) == digits).sum()) for logits, digits in answers]
+    losses = [rounded(F.cross_entropy(logits, digits).item()) for logits, digits in answers]
+    return {"right of nine": "".join(map(str, right)), "loss by row": losses}
 
 
 def _spaced(values: Sequence[float]) -> str:

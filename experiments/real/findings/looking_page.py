@@ -13,10 +13,11 @@ from peft_pvm.demo.mosaic import NUM_CELLS
 from peft_pvm.demo.recall import Accuracy
 from peft_pvm.probe.measures import PowerLaw, fit_power_law
 
-from ...markdown import table
+from ...markdown import folded, table
+from ..methods import METHODS
 from .looking import ALL_LAYERS, ALONE, BASE, LAYERS, LIMITED, OTHERS
 from .study import Cell, Cells, Recorded
-from .words import TITLES, Claim, claims_table, heading, paired, said
+from .words import Claim, claims_table, heading, paired, said
 
 
 SHORTEST_FADING = 64  # tokens: below, the question is as long as the text
@@ -92,9 +93,9 @@ def attention_section(found: Recorded) -> Iterator[str]:
     rows = []
     for name, by_length in cells.items():
         at = by_length.values()
-        rows.append([f"{TITLES[name]}: on the image", *(f"{mean_mass(cell):.4f}" for cell in at)])
-        rows.append([f"{TITLES[name]}: on the asked cell", *(f"{fmean(on_cell(cell)):.4f}" for cell in at)])
-        rows.append([f"{TITLES[name]}: accuracy", *(said(accuracy_of(cell)) for cell in at)])
+        rows.append([f"{METHODS[name].title}: on the image", *(f"{mean_mass(cell):.4f}" for cell in at)])
+        rows.append([f"{METHODS[name].title}: on the asked cell", *(f"{fmean(on_cell(cell)):.4f}" for cell in at)])
+        rows.append([f"{METHODS[name].title}: accuracy", *(said(accuracy_of(cell)) for cell in at)])
     yield from table(["", *(f"{int(length):,}" for length in cells[BASE])], rows)
     yield ""
     yield (
@@ -106,8 +107,24 @@ def attention_section(found: Recorded) -> Iterator[str]:
     yield ""
     yield from table(
         ["", "a of the mean", "layers: flatter", "like 1/t", "steeper", "heads: flatter", "like 1/t", "steeper"],
-        [[TITLES[name], *_exponents(by_length)] for name, by_length in cells.items()],
+        [[METHODS[name].title, *_exponents(by_length)] for name, by_length in cells.items()],
     )
+    yield ""
+    yield "The exponents of the base by layer, of the mean over heads, and of each head:"
+    yield ""
+    far = far_from(cells[BASE])
+    by_layer = zip(*map(on_image, far))
+    by_head = zip(*map(heads_of, far))  # layers, lengths, heads
+    fits = [
+        (fading(far, layer), [fading(far, masses) for masses in zip(*heads)])
+        for layer, heads in zip(by_layer, by_head)
+    ]
+    header = ["Layer", "a of the mean", *(f"head {head}" for head in range(len(fits[0][1])))]
+    rows = [
+        [str(number), _exponent(fit), *("" if head is None else f"{head.exponent:.1f}" for head in heads)]
+        for number, (fit, heads) in enumerate(fits)
+    ]
+    yield from folded("Exponents by layer and head", table(header, rows))
     yield ""
     yield from claims_table(_about_attention(cells))
 
@@ -184,9 +201,8 @@ def dipe_section(found: Recorded) -> Iterator[str]:
     yield (
         f"The table has two things for each group of layers. The first is its attention after {near} tokens of text, "
         "in the base → with DIPE as published in all layers. The second is the accuracy after "
-        f"{near} and after {int(far):,} tokens, with DIPE only in these layers, and in all others. Heads were not "
-        "tested one by one, because DIPE's configuration chooses layers only. With a limit, a query keeps its own "
-        "distance up to that many tokens after the image."
+        f"{near} and after {int(far):,} tokens, with DIPE only in these layers, and in all others. With a limit, a "
+        "query keeps its own distance up to that many tokens after the image."
     )
     yield ""
     rows = []

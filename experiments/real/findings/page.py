@@ -9,18 +9,22 @@ from pathlib import Path
 from peft_pvm.folders.data_file import holding
 
 from ...markdown import machines
+from .costs_page import costs_section
+from .heads_page import heads_section
 from .knowing_page import readable_section, text_section
 from .looking_page import attention_section, calibration_section, dipe_section, limit_section
-from .study import Recorded, read_finding
+from .study import MEASURED_TO_ITS_END, Recorded, read_finding
 
 
 SECTIONS: dict[str, Callable[[Recorded], Iterator[str]]] = {
     "attention": attention_section,
     "dipe-layers": dipe_section,
+    "dipe-heads": heads_section,
     "limit": limit_section,
     "calibrate": calibration_section,
     "readable": readable_section,
     "text": text_section,
+    "costs": costs_section,
 }
 
 
@@ -45,7 +49,7 @@ def render_findings(folder: str | os.PathLike) -> str:
         path = Path(folder, f"{name}.json")
         if path.is_file():
             found = read_finding(path)
-            with holding(path, "a finding that python -m experiments real-findings measured to its end"):
+            with holding(path, MEASURED_TO_ITS_END):
                 lines += ["", *section(found)]
                 environments.append(found.environment)
     if environments:

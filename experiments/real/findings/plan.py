@@ -10,8 +10,11 @@ from pathlib import Path
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_pvm.demo.mosaic import Split
+from peft_pvm.tuners.names import separate
 
 from ..arithmetic import one_thread
+from .costs import costs
+from .heads import dipe_heads
 from .knowing import readable, text
 from .looking import attention, calibration, dipe_layers, limit
 from .study import Study
@@ -33,10 +36,12 @@ class Finding:
 FINDINGS = {
     "attention": Finding(attention, 6),
     "dipe-layers": Finding(dipe_layers, 16),
+    "dipe-heads": Finding(dipe_heads, 16),
     "limit": Finding(limit, 6),
     "calibrate": Finding(calibration, 4),
     "readable": Finding(readable, 40),
     "text": Finding(text, 25),
+    "costs": Finding(costs, 3),
 }
 
 
@@ -70,7 +75,7 @@ def find(
         base: Folder of the real base.
         plan: What is measured.
         out: Folder of the results, one JSON file for each finding.
-        adapters: Folders of adapters, which the finding "text" tests beside the methods.
+        adapters: Folders of adapters, or several with `+` between, which the finding "text" tests beside the methods.
         gguf: The GGUF file of the language model under the base, which "text" compares with.
 
     Returns:
@@ -80,7 +85,12 @@ def find(
         FileNotFoundError: There is no such base or adapter.
         ValueError: Something cannot be read, or the results that are there are about something else.
     """
-    needed = [Path(folder, name) for folder in adapters for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+    needed = [
+        Path(folder, name)
+        for together in adapters
+        for folder in separate(together)
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+    ]
     for path in needed if gguf is None else [*needed, gguf]:
         if not path.is_file():  # now, not after an hour
             raise FileNotFoundError(f"There is no file {path}, which the finding 'text' needs.")

@@ -26,6 +26,7 @@ from ..arithmetic import BF16, OWN, bf16
 from ..runs import load_base, load_questions
 
 
+MEASURED_TO_ITS_END = "a finding that python -m experiments real-findings measured to its end"
 ABOUT = ("finding", "base", "split", "seed", "rows")
 Cell = dict[str, Any]  # what was measured under one condition
 Cells = dict[str, dict[str, Cell]]  # by case, such as a method, and by condition, such as tokens of text
@@ -42,7 +43,7 @@ class Study:
         rows: Rows of nine questions in a cell, or what the finding counts instead.
         split: Where digits and text come from.
         seed: Decides them.
-        adapters: Folders of adapters, for a finding that tests adapters.
+        adapters: Folders of adapters, or several with `+` between, for a finding that tests adapters.
         gguf: The GGUF file of the language model under the base, for a finding that compares with it.
 
     Attributes:
@@ -118,9 +119,17 @@ class Study:
             start = time.process_time()
             cell = measure()
             cells[str(condition)] = {**cell, "CPU seconds": round(time.process_time() - start, 1)}
+            self._keep_others()
             write_json(self.path, {**self.about, "measured": self.cells, "environment": {**environment(), **bf16()}})
             say(f"{self.finding}: {case}, {condition}", err=True)
         return cells[str(condition)]
+
+    def _keep_others(self) -> None:
+        """Take up what another process has added to the file."""
+        if self.path.is_file():
+            for case, recorded in read_finding(self.path).cells.items():
+                cells = self.cells.setdefault(case, {})
+                cells.update({condition: cell for condition, cell in recorded.items() if condition not in cells})
 
     def _refuse_others(self, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         for name, wanted in here.items():

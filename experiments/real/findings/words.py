@@ -9,12 +9,10 @@ from statistics import fmean, stdev
 
 from peft_pvm.demo.recall import Accuracy
 
+from ...claims import FAILS, HOLDS
 from ...markdown import table
 from .study import Recorded
 
-
-TITLES = {"base": "base", "dipe": "DIPE as published", "dipe-128": "DIPE, limit 128", "t-drs": "T-DRS"}
-HOLDS, FAILS = "holds", "does not hold"
 
 Claim = tuple[str, bool, str]  # the claim, whether it holds, and the numbers
 

@@ -1,0 +1,69 @@
+"""What each method costs on the real base: the time of the same rows of questions, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from peft_pvm.demo.train import target_logits
+
+from ..runs import with_method
+from .study import Cell, Study
+
+
+LENGTHS = (0, 1024, 4096)  # tokens of text between image and question
+TIMED = (  # with fresh weights, on which the time does not depend
+    "base",
+    "dipe",
+    "dipe-128",
+    "dipe-128-image",
+    "t-drs",
+    "vaf",
+    "pai",
+    "hgai",
+    "cai",
+    "memvr",
+    "log-bias",
+    "lora",
+    "mlp",
+    "pvm",
+    "pvm-hidden-states",
+    "pvm+dipe-128",
+    "dipe+lora",
+)
+
+
+def costs(study: Study) -> None:
+    """The CPU seconds of rows on one thread, read at once and without a cache."""
+    for name in TIMED:
+        if any(str(length) not in study.cells.get(name, {}) for length in LENGTHS):
+            model = with_method(name, 0, study.base).requires_grad_(False).eval()
+            seconds_of(model, study, 0)  # warms up
+            for length in LENGTHS:
+                study.measured(name, length, partial(_timed, model, study, length))
+
+
+def _timed(model: nn.Module, study: Study, length: int) -> Cell:
+    return {"seconds by row": seconds_of(model, study, length)}
+
+
+@torch.no_grad()
+def seconds_of(model: nn.Module, study: Study, length: int) -> Sequence[float]:
+    """The CPU seconds of each row.
+
+    Args:
+        model: The base with a method.
+        study: Has the rows.
+        length: Tokens of text between image and question.
+    """
+    seconds = []
+    for row in range(study.rows):
+        batch = study.draw(row, length)
+        start = time.process_time()
+        target_logits(model, batch)
+        seconds.append(round(time.process_time() - start, 3))
+    return seconds
