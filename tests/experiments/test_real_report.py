@@ -37,7 +37,7 @@ def write_result(
     """A file of results, with these numbers of right answers by tokens of text, and of a training of this seed."""
     name = method if trained is None else f"{method}.seed{trained}"
     training = {
-        "recipe": {"steps": 400, "seed": trained},
+        "recipe": {"steps": 400},
         "seed": trained,
         "parameters": 2_000_000,
         "tokens": 100_000 + 1000 * (trained or 0),

@@ -75,6 +75,13 @@ def _about_heads(cells: Cells, counts: list[str]) -> Iterator[Claim]:
         right - others <= (right - lost) / 2,
         f"{others:.3f} in all others",
     )
+    half = next(count for count in counts if int(count) >= len(heads) / 2)
+    by_half = accuracy_of(cells[f"{WORST}, {near}"][half]).value
+    yield (
+        f"DIPE in half of the heads ({half}), the worst, costs less than half of what all heads cost",
+        right - by_half < (right - lost) / 2,
+        f"{by_half:.3f}",
+    )
     layers = Counter(layer for layer, _ in heads[: int(few)])
     depth = max(layer for layer, _ in heads) + 1
     late = sum(number for layer, number in layers.items() if layer >= depth / 2)
