@@ -48,7 +48,7 @@ TRAININGS = {
 }
 LIMITED = "dipe-128"
 TDRS = ("t-drs-sd", "t-drs-dc", "t-drs-re", "t-drs-literal", "t-drs-inter", "t-drs")
-DIPES = ("dipe", LIMITED, "dipe+lora")
+DIPES = ("dipe", LIMITED, "dipe+lora", "dipe-image+lora")
 REMEDIES = (
     LIMITED,
     "dipe-128-image",

@@ -84,9 +84,9 @@ class Results:
                     "to another folder with --results, or remove the file."
                 )
 
-    def note(self, length: int, right: Sequence[int]) -> None:
-        """Take up more rows of a length."""
-        self.right.setdefault(length, []).extend(right)
+    def note(self, length: int, first: int, right: Sequence[int]) -> None:
+        """Take up rows of a length, of which `first` is the number of the first."""
+        self.right.setdefault(length, [])[first : first + len(right)] = right
 
     def write(self) -> None:
         """Write the file, which keeps what another process has added to it."""
@@ -222,7 +222,7 @@ def _ask(model: nn.Module, questions: Questions, plan: EvalPlan, results: Result
                 rows = range(first, min(first + at_once, plan.rows))
                 batch = _draw(questions, plan, length, rows).to(device)
                 right = (target_logits(model, batch).argmax(-1) == batch.targets).sum(1).tolist()
-                results.note(length, right)
+                results.note(length, first, right)
                 results.write()
                 bar.advance(task, len(rows))
 
@@ -244,7 +244,7 @@ def _watch(model: Any, questions: Questions, plan: EvalPlan, results: Results) -
         return
     results.right.clear()
     for distance, right in transcribe(model, questions, plan.split, plan.rows, plan.seed, max(plan.lengths)):
-        results.note(distance, right)
+        results.note(distance, 0, right)
     results.write()
 
 

@@ -80,6 +80,7 @@ class Training:
 HIDDEN = Training(steps=400, hidden_steps=400)
 PLAIN = Training(steps=100, max_text=LONG)  # about as many tokens as HIDDEN
 LORA = Training(steps=100, max_text=LONG, learning_rate=1e-3)
+SHORT_LORA = Training(steps=100, several=True, learning_rate=1e-3)  # with DIPE and without
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ METHODS: dict[str, RealMethod] = {
     "lora-short": RealMethod(
         "LoRA, short texts",
         _lora,
-        training=Training(steps=100, several=True, learning_rate=1e-3),
+        training=SHORT_LORA,
     ),
     "lora-several": RealMethod(
         "LoRA, several pictures and turns",
@@ -181,11 +182,11 @@ METHODS: dict[str, RealMethod] = {
     "dipe+lora": RealMethod(
         "DIPE as published + LoRA trained under it",
         lambda: {**_dipe(0)(), **_lora()},
-        training=Training(steps=100, several=True, learning_rate=1e-3),
+        training=SHORT_LORA,
     ),
     "dipe-image+lora": RealMethod(
         "DIPE from each image, without limit + LoRA trained under it",
         lambda: {**_dipe(0, anchor="image")(), **_lora()},
-        training=Training(steps=100, several=True, learning_rate=1e-3),
+        training=SHORT_LORA,
     ),
 }

@@ -107,16 +107,15 @@ def _trainings(results: Results) -> list[str]:
         for entry in results.on(task):
             by_method[entry.title] = max(by_method.get(entry.title, []), entry.trainings, key=len)
     rows = [(title, *_training(trainings)) for title, trainings in by_method.items() if trainings]
-    header = ("Method", "Trained parameters", "Tokens", "Seconds", "GPU", "Recipe")
+    header = ("Method", "Trained parameters", "Tokens", "Recipe")
     return ["### Trainings", "", *folded("What was trained, mean over seeds", table(header, rows))] if rows else []
 
 
 def _training(trainings: Sequence[Training]) -> tuple[str, ...]:
     first = trainings[0]
-    tokens, seconds = (statistics.fmean(values) for values in zip(*((t.tokens, t.seconds) for t in trainings)))
+    tokens = statistics.fmean(training.tokens for training in trainings)
     recipe = ", ".join(f"{name} {value}" for name, value in first.recipe.items())
-    gpus = ", ".join(sorted({training.gpu for training in trainings}))
-    return f"{first.parameters:,}", f"{tokens:,.0f}", f"{seconds:,.0f}", gpus, recipe
+    return f"{first.parameters:,}", f"{tokens:,.0f}", recipe
 
 
 @styled

@@ -44,7 +44,6 @@ class Training:
         parameters: Trained ones.
         tokens: Read in training.
         seconds: It took.
-        gpu: On which.
     """
 
     recipe: dict[str, Any]
@@ -52,14 +51,12 @@ class Training:
     parameters: int
     tokens: int
     seconds: float
-    gpu: str
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Training:
         """Make it from what a file of results says of it."""
         seed, parameters, tokens = (int(content[name]) for name in ("seed", "parameters", "tokens"))
-        gpu = str(content["environment"]["GPU"])
-        return cls(dict(content["recipe"]), seed, parameters, tokens, float(content["seconds"]), gpu)
+        return cls(dict(content["recipe"]), seed, parameters, tokens, float(content["seconds"]))
 
 
 @dataclass(frozen=True)

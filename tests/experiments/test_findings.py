@@ -172,7 +172,12 @@ def test_heads_are_ranked_by_validation_and_tested_on_the_test_split(folder, tmp
             torch.testing.assert_close(losses, losses_of(study, 0, "validation"), rtol=1e-4, atol=1e-6)
     means = [sum(cells["one head alone"][f"{layer}.{head}"]["loss by row"]) for layer, head in worst]
     assert means == sorted(means, reverse=True)
-    for case, count, acting in (("only the worst", 6, worst[:6]), ("all but the worst", 1, worst[1:])):
+    drawn = [(number // 4, number % 4) for number in torch.randperm(12, generator=torch.Generator().manual_seed(0))]
+    for case, count, acting in (
+        ("only the worst", 6, worst[:6]),
+        ("all but the worst", 1, worst[1:]),
+        ("only random ones", 6, [(int(layer), int(head)) for layer, head in drawn[:6]]),
+    ):
         by_layer = {layer: [head for other, head in acting if other == layer] for layer, _ in acting}
         with attached(study.model, DIPEInHeads(heads=by_layer)):
             losses = torch.tensor(cells[f"{case}, 15"][str(count)]["loss by row"])
@@ -216,9 +221,10 @@ def test_claims_about_heads_turn_with_the_numbers(tmp_path, hurts):
         **{f"{case}, {n}": {"1": cell, "5": half} for case, cell in tested.items() for n in (0, 1024)},
         **{f"only random ones, {n}": {"1": good, "5": bad} for n in (0, 1024)},
     }
-    a_tenth, a_half = ["holds", "does not hold"] if hurts else ["does not hold", "holds"]
-    assert verdicts(tmp_path, "dipe-heads", cells) == [a_tenth, a_tenth, a_half, a_tenth]
-    assert f"most are, by layer and number: {'4.0' if hurts else '0.0'} (+8.900), " in render_findings(tmp_path)
+    worst, others = ("holds", "does not hold") if hurts else ("does not hold", "holds")
+    assert verdicts(tmp_path, "dipe-heads", cells) == [worst, others, worst] * 2
+    worst = f"most in these, by layer and number: {'4.0' if hurts else '0.0'} (+8.9000 ± 0.0000), "
+    assert worst in render_findings(tmp_path)
 
 
 def test_costs_are_those_of_each_method(folder, tmp_path, short, monkeypatch):
@@ -235,8 +241,15 @@ def test_costs_are_those_of_each_method(folder, tmp_path, short, monkeypatch):
     cells = json.loads((tmp_path / "costs.json").read_text())["measured"]
     assert list(cells) == ["base", "t-drs", "lora"]
     page = render_findings(tmp_path)
-    assert "| base | 0.10 | 0.10 | 1.00 x | 1.00 x |" in page
-    assert "| T-DRS | 0.20 | 0.20 | 2.00 x | 2.00 x |" in page
+    of_base, of_tdrs = ("0.10 (0.10 to 0.10)", "1.00 x"), ("0.20 (0.20 to 0.20)", "2.00 x")
+    assert f"| base | {' | '.join(of_base * 2)} |" in page
+    assert f"| T-DRS | {' | '.join(of_tdrs * 2)} |" in page
+    cells.pop("lora")
+    content = {**json.loads((tmp_path / "costs.json").read_text()), "measured": cells}
+    (tmp_path / "costs.json").write_text(json.dumps(content))
+    monkeypatch.setattr(costs.time, "process_time", lambda: 3 * now)
+    find(folder, FindingPlan(("costs",), rows=2), tmp_path)
+    assert "| base | 0.30 (0.30 to 0.30) | 1.00 x |" in render_findings(tmp_path), "times of one go"
 
 
 def test_methods_and_limits_act_in_the_cases_that_name_them(folder, tmp_path, short):
@@ -381,6 +394,27 @@ def test_claims_about_text_turn_with_the_numbers(tmp_path):
     row = "| DIPE as published | 12.18 | none, bit for bit | 12.23 | +0.40 ± 0.00 % |"
     assert row in page
     assert "| the adapter `pvm` | 12.19 | +0.10 ± 0.00 % |" in page
+
+
+def test_exponents_are_those_of_each_layer_and_head(tmp_path):
+    """In one layer, heads fall as t^-1 and t^-2; in the other, all as t^-0.5."""
+    cells = {
+        str(tokens): {
+            **planted(0.1, 0.1, asked=0.1),
+            "visual mass by layer": [f"{1 / tokens} {1 / tokens**2}", f"{tokens**-0.5} {tokens**-0.5}"],
+            "text tokens in sight": tokens,
+        }
+        for tokens in (64, 256, 1024)
+    }
+    verdicts(tmp_path, "attention", {"base": cells, "dipe": cells})
+    page = render_findings(tmp_path)
+    assert re.search(r"\| 0 \| 1\.0\d ± 0\.00 \| 1\.0 \| 2\.0 \|\n\| 1 \| 0\.50 ± 0\.00 \| 0\.5 \| 0\.5 \|", page)
+    assert re.search(r"\| base \| .* \| 1 \| 1 \| 0 \| 2 \| 1 \| 1 \|", page)
+
+
+def test_the_split_that_ranks_heads_does_not_test_them(folder, tmp_path):
+    with pytest.raises(ValueError, match="ranks heads by the validation split"):
+        find(folder, FindingPlan(("dipe-heads",), split="validation"), tmp_path)
 
 
 def test_a_power_law_is_found_again():

@@ -413,10 +413,16 @@ def test_evaluation_goes_on_where_it_ended(folder, tmp_path):
 
 def test_rows_of_two_processes_are_kept(tmp_path):
     first, second = (Results(tmp_path / "base.json", {"method": "base"}) for _ in range(2))
-    for results, length, right in ((first, 0, [9]), (second, 0, [9, 8]), (second, 20, [7]), (first, 30, [6])):
-        results.note(length, right)
+    for results, length, row, right in (
+        (first, 0, 0, [9]),
+        (second, 0, 0, [9, 8, 7]),
+        (second, 20, 0, [7]),
+        (first, 0, 1, [8]),  # the first has not seen that the second is ahead
+        (first, 0, 2, [7, 6]),
+    ):
+        results.note(length, row, right)
         results.write()
-    assert first.right == Results(first.path, first.about).right == {0: [9, 8], 20: [7], 30: [6]}
+    assert first.right == Results(first.path, first.about).right == {0: [9, 8, 7, 6], 20: [7]}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -452,6 +458,12 @@ def test_methods_are_what_their_names_say():
     }
     by_image = {name for name, config in dipe.items() if config.anchor == "image"}
     assert by_image == {name for name in dipe if name.endswith("-image")} != set()
+    under = {name: METHODS[name].adapters()["dipe"] for name in ("dipe+lora", "dipe-image+lora")}
+    assert {name: (config.anchor, config.max_distance) for name, config in under.items()} == {
+        "dipe+lora": ("run", 0),
+        "dipe-image+lora": ("image", 0),
+    }
+    assert len({METHODS[name].training for name in (*under, "lora-short")}) == 1, "they differ by DIPE alone"
     for name, method in METHODS.items():
         assert (method.training is not None) == method.is_trained, name
         assert method.weights_of is None or METHODS[method.weights_of].training is not None, name

@@ -24,7 +24,7 @@ from peft_pvm.env import environment
 
 
 RECORDED = Path(__file__).parents[2] / "experiments" / "results"
-TITLE = METHODS["dipe+lora"].title
+UNDER_LORA = [METHODS[name].title for name in ("dipe+lora", "dipe-image+lora")]
 SPREAD = "0549" * 3  # rows that differ much, 12 of them as beyond 2,048 tokens
 RAISED = "1659" * 3  # one more right in most rows
 ONE_PICTURE = "`look-up` after 4,096 tokens trained with one picture"
@@ -201,7 +201,7 @@ def test_flat_is_within_five_points_up_to_the_longest_text(tmp_path):
     assert verdicts(tmp_path, toy_claims.KEEPS_FLAT) == {
         "DIPE as published": FAILS,
         "DIPE, limit 128": HOLDS,
-        TITLE: NOT_TESTED,
+        **dict.fromkeys(UNDER_LORA, NOT_TESTED),
     }
     assert "after 7,500 tokens: -0.111" in numbers(tmp_path, toy_claims.KEEPS_FLAT, "DIPE as published")
 
@@ -323,7 +323,7 @@ def test_tables_hold_means_and_differences(folder):
     assert dipe == ["DIPE, limit 128", "1", "1.000 ± 0.000", "0.944 ± 0.017", "-", "+0.000 ± 0.005", "-"]
     base, *_ = rows_of(page, "base")
     assert base[-2:] == ["-", "-"]
-    assert rows_of(page, "PVM")[-1] == ["PVM", "2,000,000", "101,000", "60", "none", "steps 400"]
+    assert rows_of(page, "PVM")[-1] == ["PVM", "2,000,000", "101,000", "steps 400"]
 
 
 def test_of_many_rounds_some_are_shown(tmp_path):
@@ -409,8 +409,8 @@ def test_claims_that_were_tested_on_both_stand_side_by_side(folder):
     assert len(numbers_of_tested) == 4  # the toy's, two of the first base, one of the second
     assert row[1:] == [
         FAILS,
-        f"does not hold: DIPE as published<br>inconclusive: DIPE, limit 128<br>not tested: {TITLE}",
-        f"not tested: DIPE as published; {TITLE}<br>inconclusive: DIPE, limit 128",
+        f"does not hold: DIPE as published<br>inconclusive: DIPE, limit 128<br>not tested: {'; '.join(UNDER_LORA)}",
+        f"not tested: {'; '.join(['DIPE as published', *UNDER_LORA])}<br>inconclusive: DIPE, limit 128",
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -38,32 +37,21 @@ TIMED = (  # with fresh weights, on which the time does not depend
 
 
 def costs(study: Study) -> None:
-    """The CPU seconds of rows on one thread, read at once and without a cache."""
+    """The CPU seconds of rows, read at once and without a cache. All anew if any is missing: machines differ."""
+    if any(str(length) not in study.cells.get(name, {}) for name in TIMED for length in LENGTHS):
+        study.clear()
     for name in TIMED:
-        if any(str(length) not in study.cells.get(name, {}) for length in LENGTHS):
-            model = with_method(name, 0, study.base).requires_grad_(False).eval()
-            seconds_of(model, study, 0)  # warms up
-            for length in LENGTHS:
-                study.measured(name, length, partial(_timed, model, study, length))
-
-
-def _timed(model: nn.Module, study: Study, length: int) -> Cell:
-    return {"seconds by row": seconds_of(model, study, length)}
+        model = with_method(name, 0, study.base).requires_grad_(False).eval()
+        for length in LENGTHS:
+            study.measured(name, length, partial(_seconds, model, study, length))
 
 
 @torch.no_grad()
-def seconds_of(model: nn.Module, study: Study, length: int) -> Sequence[float]:
-    """The CPU seconds of each row.
-
-    Args:
-        model: The base with a method.
-        study: Has the rows.
-        length: Tokens of text between image and question.
-    """
+def _seconds(model: nn.Module, study: Study, length: int) -> Cell:
     seconds = []
-    for row in range(study.rows):
+    for row in (0, *range(study.rows)):  # the first warms up
         batch = study.draw(row, length)
         start = time.process_time()
         target_logits(model, batch)
         seconds.append(round(time.process_time() - start, 3))
-    return seconds
+    return {"seconds by row": seconds[1:]}

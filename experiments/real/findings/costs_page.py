@@ -16,15 +16,17 @@ def costs_section(found: Recorded) -> Iterator[str]:
     base = found.cells["base"]
     yield from heading("What does each method cost?", found)
     yield (
-        "Seconds of CPU time for a row of nine questions, which is read at once, and how many times the base's. All "
-        "were measured one after the other on the same machine, on one thread, with fresh weights: the time does not "
-        "depend on them. The columns are tokens of text."
+        "Seconds of CPU time for a row of nine questions, which is read at once on one thread: the mean, the smallest "
+        "and the largest, and how many times the base's mean. All were measured one after the other on one machine, "
+        "with fresh weights, on which the time does not depend. The columns are tokens of text."
     )
     yield ""
     rows = []
     for name, by_length in found.cells.items():
-        seconds, of_base = ([fmean(cells[length]["seconds by row"]) for length in base] for cells in (by_length, base))
-        times = [f"{ours / theirs:.2f} x" for ours, theirs in zip(seconds, of_base)]
-        rows.append([METHODS[name].title, *map("{:.2f}".format, seconds), *times])
-    columns = [f"{int(length):,}" for length in base]
-    yield from table(["Method", *columns, *(f"x the base, {column}" for column in columns)], rows)
+        cells = [METHODS[name].title]
+        for length, of_base in base.items():
+            seconds = by_length[length]["seconds by row"]
+            cells.append(f"{fmean(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})")
+            cells.append(f"{fmean(seconds) / fmean(of_base['seconds by row']):.2f} x")
+        rows.append(cells)
+    yield from table(["Method", *(part for length in base for part in (f"{int(length):,}", "the base's"))], rows)

@@ -69,7 +69,13 @@ class DIPEInHeads(DIPEConfig):
 
 
 def dipe_heads(study: Study) -> None:
-    """DIPE in each head alone, on the validation split; then in those that it hurt most there, and in all others."""
+    """DIPE in each head alone, on the validation split; then in those that it hurt most there, and in all others.
+
+    Raises:
+        ValueError: The study is about the validation split.
+    """
+    if study.split == "validation":
+        raise ValueError("dipe-heads ranks heads by the validation split, so it needs --split test.")
     text = study.model.config.get_text_config()
     heads = [(layer, head) for layer in range(text.num_hidden_layers) for head in range(text.num_attention_heads)]
     _measure(study, BASE, "validation", [], 0, "validation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 
@@ -15,78 +14,74 @@ from .words import Claim, claims_table, heading, paired, said
 
 
 NAMED = 12  # heads that are listed
-FEW = 0.1  # of all heads
+FEW = 0.1  # as a share of all heads
 
 
 def heads_section(found: Recorded) -> Iterator[str]:
     """Which heads does DIPE as published hurt?"""
     cells = found.cells
-    alone, base = cells[ONE], cells[BASE]["validation"]
-    costs = {head: paired(alone[f"{head[0]}.{head[1]}"]["loss by row"], base["loss by row"]) for head in _worst(cells)}
+    alone, base = cells[ONE], cells[BASE]["validation"]["loss by row"]
+    worst = worst_first(alone)
+    costs = [paired(alone[f"{layer}.{head}"]["loss by row"], base) for layer, head in worst]
+    named = [
+        f"{layer}.{head} ({cost:+.4f} ± {error:.4f})" for (layer, head), (cost, error) in zip(worst[:NAMED], costs)
+    ]
     yield from heading("Which heads does DIPE as published hurt?", found)
     yield (
         f"DIPE acts in one head at a time, without text in between, on {found.about['rows']} rows of the validation "
-        f"split. The loss of the digits is then {fmean(base['loss by row']):.4f} nats without DIPE, and more than "
-        f"{NEGLIGIBLE} nats higher in {sum(cost > NEGLIGIBLE for cost, _ in costs.values())} of {len(costs)} heads. "
-        "The heads that raise it most are, by layer and number: "
-        + ", ".join(f"{layer}.{head} ({costs[layer, head][0]:+.3f})" for layer, head in list(costs)[:NAMED])
-        + "."
+        f"split, where the digits have a loss of {fmean(base):.3f} nats without it. The loss rises by more than "
+        f"{NEGLIGIBLE} nats in {sum(cost > NEGLIGIBLE for cost, _ in costs)} of {len(costs)} heads, and by more than "
+        f"twice its standard error in {sum(cost > 2 * error for cost, error in costs)}. It rises most in these, by "
+        f"layer and number: {', '.join(named)}."
     )
     yield ""
     yield (
-        "The table is about the rows of the test split. There, DIPE acts in as many of the heads that were worst by "
-        "themselves, in as many random heads, or in all heads but these. It shows accuracy and loss after so many "
-        "tokens of text."
+        f"The table is about as many rows of the {found.about['split']} split. There, DIPE acts in several heads: in "
+        "those that were worst by themselves, in as many random ones (one draw), or in all but the worst. It shows "
+        "the accuracy, and the loss in nats, after so many tokens of text."
     )
     yield ""
     lengths, cases = list(cells[ALL]), (WORST, RANDOM, ALL_BUT)
-    counts = list(cells[f"{WORST}, {lengths[0]}"])
-    rows = [["none", *(part for n in lengths for part in (_shown(cells[BASE][n]), "", ""))]]
-    rows += [
-        [f"{count}", *(_shown(cells[f"{case}, {n}"][count]) for n in lengths for case in cases)] for count in counts
+    counts = sorted(cells[f"{WORST}, {lengths[0]}"], key=int)
+    rows = [
+        [count, *(_shown(cells[f"{case}, {length}"][count]) for length in lengths for case in cases)]
+        for count in counts
     ]
-    rows += [["all", *(part for n in lengths for part in (_shown(cells[ALL][n]), "", ""))]]
-    yield from table(["Heads", *(f"{case}, {int(n):,}" for n in lengths for case in cases)], rows)
+    for name, case in (("none", BASE), ("all", ALL)):
+        rows.append([name, *(part for length in lengths for part in (_shown(cells[case][length]), "", ""))])
+    yield from table(["Heads", *(f"{case}, {int(length):,}" for length in lengths for case in cases)], rows)
     yield ""
-    yield from claims_table(_about_heads(cells, counts))
-
-
-def _worst(cells: Cells) -> list[tuple[int, int]]:
-    return worst_first(cells[ONE])
+    yield from claims_table(_about_heads(cells, counts, len(worst)))
 
 
 def _shown(cell: Cell) -> str:
     return f"{said(accuracy_of(cell))} ({fmean(cell['loss by row']):.2f})"
 
 
-def _about_heads(cells: Cells, counts: list[str]) -> Iterator[Claim]:
-    near = next(iter(cells[ALL]))
-    right, lost = (accuracy_of(cells[case][near]).value for case in (BASE, ALL))
-    heads = _worst(cells)
-    few = max((count for count in counts if int(count) <= FEW * len(heads)), key=int)
-    only, others, chance = (accuracy_of(cells[f"{case}, {near}"][few]).value for case in (WORST, ALL_BUT, RANDOM))
-    yield (
-        f"DIPE in a tenth of the heads ({few}), the worst, costs at least half of what all heads cost",
-        right - only >= (right - lost) / 2,
-        f"after {near} tokens {only:.3f}; random heads {chance:.3f}, all {lost:.3f}, none {right:.3f}",
-    )
-    yield (
-        "Without these heads, DIPE costs at most half of what it costs in all",
-        right - others <= (right - lost) / 2,
-        f"{others:.3f} in all others",
-    )
-    half = next(count for count in counts if int(count) >= len(heads) / 2)
-    by_half = accuracy_of(cells[f"{WORST}, {near}"][half]).value
-    yield (
-        f"DIPE in half of the heads ({half}), the worst, costs less than half of what all heads cost",
-        right - by_half < (right - lost) / 2,
-        f"{by_half:.3f}",
-    )
-    layers = Counter(layer for layer, _ in heads[: int(few)])
-    depth = max(layer for layer, _ in heads) + 1
-    late = sum(number for layer, number in layers.items() if layer >= depth / 2)
-    yield (
-        "Most of these heads are in the second half of the layers",
-        late > int(few) / 2,
-        f"{late} of {few}; by layer: {', '.join(f'{layer} ({layers[layer]})' for layer in sorted(layers))}",
-    )
+def _about_heads(cells: Cells, counts: list[str], num_heads: int) -> Iterator[Claim]:
+    few = max((count for count in counts if int(count) <= FEW * num_heads), key=int)
+    half = min((count for count in counts if int(count) >= num_heads / 2), key=int)
+    for length in cells[ALL]:
+        right, lost = (accuracy_of(cells[case][length]).value for case in (BASE, ALL))
+        in_few, in_half, in_others = (
+            accuracy_of(cells[f"{case}, {length}"][count]).value
+            for case, count in ((WORST, few), (WORST, half), (ALL_BUT, few))
+        )
+        after = f"After {int(length):,} tokens, DIPE"
+        numbers = f"; in all heads {lost:.3f}, in none {right:.3f}"
+        half_lost = (right - lost) / 2
+        yield (
+            f"{after} in the {few} worst heads costs half as much as in all",
+            right - in_few >= half_lost,
+            f"{in_few:.3f}{numbers}",
+        )
+        yield (
+            f"{after} in all other heads costs half as much",
+            right - in_others >= half_lost,
+            f"{in_others:.3f}{numbers}",
+        )
+        yield (
+            f"{after} in the worst half of the heads costs half as much",
+            right - in_half >= half_lost,
+            f"{in_half:.3f}{numbers}",
+        )

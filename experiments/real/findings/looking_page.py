@@ -110,21 +110,13 @@ def attention_section(found: Recorded) -> Iterator[str]:
         [[METHODS[name].title, *_exponents(by_length)] for name, by_length in cells.items()],
     )
     yield ""
-    yield "The exponents of the base by layer, of the mean over heads, and of each head:"
-    yield ""
-    far = far_from(cells[BASE])
-    by_layer = zip(*map(on_image, far))
-    by_head = zip(*map(heads_of, far))  # layers, lengths, heads
-    fits = [
-        (fading(far, layer), [fading(far, masses) for masses in zip(*heads)])
-        for layer, heads in zip(by_layer, by_head)
-    ]
-    header = ["Layer", "a of the mean", *(f"head {head}" for head in range(len(fits[0][1])))]
+    by_layer, by_head = exponents_of(cells[BASE])
     rows = [
-        [str(number), _exponent(fit), *("" if head is None else f"{head.exponent:.1f}" for head in heads)]
-        for number, (fit, heads) in enumerate(fits)
+        [str(layer), _exponent(fit), *("" if head is None else f"{head.exponent:.1f}" for head in heads)]
+        for layer, (fit, heads) in enumerate(zip(by_layer, by_head))
     ]
-    yield from folded("Exponents by layer and head", table(header, rows))
+    header = ["Layer", "a of the mean", *(f"head {head}" for head in range(len(by_head[0])))]
+    yield from folded("The base's exponents by layer and head", table(header, rows))
     yield ""
     yield from claims_table(_about_attention(cells))
 
@@ -134,11 +126,17 @@ def far_from(by_length: dict[str, Cell]) -> list[Cell]:
     return [cell for length, cell in by_length.items() if int(length) >= SHORTEST_FADING]
 
 
-def _exponents(by_length: dict[str, Cell]) -> list[str]:
+def exponents_of(by_length: dict[str, Cell]) -> tuple[list[PowerLaw | None], list[list[PowerLaw | None]]]:
+    """How the attention on the image falls, by layer, and by layer and head."""
     far = far_from(by_length)
     by_layer = [fading(far, masses) for masses in zip(*map(on_image, far))]
-    by_head = [fading(far, masses) for masses in zip(*(chain(*heads_of(cell)) for cell in far))]
-    return [_exponent(fading(far, list(map(mean_mass, far)))), *_kinds(by_layer), *_kinds(by_head)]
+    by_head = [[fading(far, masses) for masses in zip(*heads)] for heads in zip(*map(heads_of, far))]
+    return by_layer, by_head
+
+
+def _exponents(by_length: dict[str, Cell]) -> list[str]:
+    far, (by_layer, by_head) = far_from(by_length), exponents_of(by_length)
+    return [_exponent(fading(far, list(map(mean_mass, far)))), *_kinds(by_layer), *_kinds(list(chain(*by_head)))]
 
 
 def _steps(cells: Sequence[Cell]) -> list[float]:

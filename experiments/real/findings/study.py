@@ -69,11 +69,21 @@ class Study:
         about = (self.finding, fingerprint(Path(self.base, SINGLE)), self.split, self.seed, self.rows)
         self.about = dict(zip(ABOUT, about))
         self._arithmetic = bf16()
+        self._read()
+
+    def _read(self) -> None:
+        """Take up the cells in the file, of which another process may have added some since."""
         if self.path.is_file():
             recorded = read_finding(self.path)
             self._refuse_others(recorded.about, self.about)
             self._arithmetic = {BF16: recorded.environment.get(BF16, OWN)}
-            self.cells = recorded.cells
+            for case, cells in recorded.cells.items():
+                self.cells[case] = {**cells, **self.cells.get(case, {})}
+
+    def clear(self) -> None:
+        """Forget all cells, also those in the file."""
+        self.cells.clear()
+        self.path.unlink(missing_ok=True)
 
     @functools.cached_property
     def model(self) -> LlavaForConditionalGeneration:
@@ -119,17 +129,11 @@ class Study:
             start = time.process_time()
             cell = measure()
             cells[str(condition)] = {**cell, "CPU seconds": round(time.process_time() - start, 1)}
-            self._keep_others()
+            self._read()
+            self._refuse_others(self._arithmetic, bf16())
             write_json(self.path, {**self.about, "measured": self.cells, "environment": {**environment(), **bf16()}})
             say(f"{self.finding}: {case}, {condition}", err=True)
         return cells[str(condition)]
-
-    def _keep_others(self) -> None:
-        """Take up what another process has added to the file."""
-        if self.path.is_file():
-            for case, recorded in read_finding(self.path).cells.items():
-                cells = self.cells.setdefault(case, {})
-                cells.update({condition: cell for condition, cell in recorded.items() if condition not in cells})
 
     def _refuse_others(self, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         for name, wanted in here.items():
