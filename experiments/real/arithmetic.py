@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 
-HAS_BF16 = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+_KINDS = ("amx_bf16", "avx512_bf16", "bf16")
+INSTRUCTIONS = next((name for name in _KINDS if torch.cpu.get_capabilities().get(name, False)), None)  # for bf16
 PRODUCTS = {
     F.linear,
     F.conv2d,
@@ -25,12 +26,12 @@ PRODUCTS = {
 }
 
 
-BF16, OWN = "bf16 on the CPU", "its own instructions"  # a record without it is of such a CPU
+BF16 = "bf16 on the CPU"
 
 
 def bf16() -> dict[str, str]:
-    """How bf16 is computed here, for the record."""
-    return {BF16: OWN if HAS_BF16 else "products in fp32, rounded once"}
+    """How bf16 is computed here, for the record: kinds of CPUs differ in the last bit."""
+    return {BF16: INSTRUCTIONS or "products in fp32, rounded once"}
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with contextlib.nullcontext() if HAS_BF16 else ProductsInFloat():
+        with contextlib.nullcontext() if INSTRUCTIONS else ProductsInFloat():
             yield
     finally:
         torch.set_num_threads(threads)

@@ -45,12 +45,13 @@ def test_a_model_differs_by_rounding_alone():
     assert (fast - exact).abs().max() <= 2 * (own - exact).abs().max()
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_it_is_left_to_cpus_with_instructions_for_bf16(monkeypatch, has_bf16):
-    monkeypatch.setattr(arithmetic, "HAS_BF16", has_bf16)
+@pytest.mark.parametrize("instructions", ["avx512_bf16", None])
+def test_it_is_left_to_cpus_with_instructions_for_bf16(monkeypatch, instructions):
+    monkeypatch.setattr(arithmetic, "INSTRUCTIONS", instructions)
     seen = []
     monkeypatch.setattr(ProductsInFloat, "__torch_function__", lambda self, f, *rest: seen.append(f) or f(*rest[1]))
     with one_thread():
         assert torch.get_num_threads() == 1
         F.linear(torch.ones(2, 2), torch.ones(2, 2))
-    assert (F.linear in seen) is not has_bf16
+    assert (F.linear in seen) is (instructions is None)
+    assert arithmetic.bf16() == {arithmetic.BF16: instructions or "products in fp32, rounded once"}

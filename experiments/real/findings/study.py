@@ -22,7 +22,7 @@ from peft_pvm.folders.data_file import holding, read_json, write_json
 from peft_pvm.utils.terminal import say
 
 from ...base import fingerprint
-from ..arithmetic import BF16, OWN, bf16
+from ..arithmetic import BF16, bf16
 from ..runs import load_base, load_questions
 
 
@@ -76,7 +76,7 @@ class Study:
         if self.path.is_file():
             recorded = read_finding(self.path)
             self._refuse_others(recorded.about, self.about)
-            self._arithmetic = {BF16: recorded.environment.get(BF16, OWN)}
+            self._arithmetic = {BF16: recorded.environment.get(BF16)}
             for case, cells in recorded.cells.items():
                 self.cells[case] = {**cells, **self.cells.get(case, {})}
 
