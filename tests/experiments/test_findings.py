@@ -691,7 +691,7 @@ def test_cells_of_another_arithmetic_are_not_added(folder, tmp_path, monkeypatch
     if here == recorded:
         study.measured("base", 1, dict)
     else:
-        with pytest.raises(ValueError, match=f"{BF16} {recorded!r}, but this would be with '{here}'"):
+        with pytest.raises(ValueError, match=f"{BF16} '{recorded or 'unknown'}', but this would be with '{here}'"):
             study.measured("base", 1, lambda: pytest.fail("measured"))
 
 

@@ -76,7 +76,7 @@ class Study:
         if self.path.is_file():
             recorded = read_finding(self.path)
             self._refuse_others(recorded.about, self.about)
-            self._arithmetic = {BF16: recorded.environment.get(BF16)}
+            self._arithmetic = {BF16: recorded.environment.get(BF16, "unknown")}
             for case, cells in recorded.cells.items():
                 self.cells[case] = {**cells, **self.cells.get(case, {})}
 
