@@ -63,25 +63,14 @@ def _about_heads(cells: Cells, counts: list[str], num_heads: int) -> Iterator[Cl
     half = min((count for count in counts if int(count) >= num_heads / 2), key=int)
     for length in cells[ALL]:
         right, lost = (accuracy_of(cells[case][length]).value for case in (BASE, ALL))
-        in_few, in_half, in_others = (
-            accuracy_of(cells[f"{case}, {length}"][count]).value
-            for case, count in ((WORST, few), (WORST, half), (ALL_BUT, few))
-        )
-        after = f"After {int(length):,} tokens, DIPE"
-        numbers = f"; in all heads {lost:.3f}, in none {right:.3f}"
-        half_lost = (right - lost) / 2
-        yield (
-            f"{after} in the {few} worst heads costs half as much as in all",
-            right - in_few >= half_lost,
-            f"{in_few:.3f}{numbers}",
-        )
-        yield (
-            f"{after} in all other heads costs half as much",
-            right - in_others >= half_lost,
-            f"{in_others:.3f}{numbers}",
-        )
-        yield (
-            f"{after} in the worst half of the heads costs half as much",
-            right - in_half >= half_lost,
-            f"{in_half:.3f}{numbers}",
-        )
+        for heads, case, count in (
+            (f"the {few} worst heads", WORST, few),
+            ("all other heads", ALL_BUT, few),
+            ("the worst half of the heads", WORST, half),
+        ):
+            left = accuracy_of(cells[f"{case}, {length}"][count]).value
+            yield (
+                f"After {int(length):,} tokens, DIPE in {heads} costs at least half of what it costs in all",
+                right - left >= (right - lost) / 2,
+                f"{left:.3f}; in all heads {lost:.3f}, in none {right:.3f}",
+            )
