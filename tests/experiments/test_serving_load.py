@@ -42,7 +42,7 @@ def test_the_processes_below_a_server_count_as_well():
         server = Server("", psutil.Process(started.pid))
         computed, in_memory = server.cpu_seconds(), server.memory()
         of_the_first = server.process.memory_info().rss
-    assert 0.5 <= computed < 1.5
+    assert 0.4 < computed < 1.5  # the system counts in steps of 10 ms, and drops what is below for each process
     assert in_memory > 1.5 * of_the_first
 
 
