@@ -13,8 +13,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from peft_pvm import load_adapters
 from peft_pvm.tuners.names import adapter_names
-from peft_pvm.tuners.saving import load_adapters
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -13,7 +13,7 @@ from torch import nn
 from peft_pvm.methods.dipe import DIPEConfig
 from peft_pvm.methods.pvm import PVMConfig
 from peft_pvm.methods.tdrs import TDRSConfig
-from peft_pvm.tuners.saving import add_adapters
+from peft_pvm.tuners.loading import add_adapters
 
 from .controls import add_mlp_branches
 

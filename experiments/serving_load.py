@@ -32,7 +32,8 @@ from peft_pvm.demo.tiny_vlm import load_tiny_vlm
 from peft_pvm.env import environment
 from peft_pvm.folders.replacing import write_file
 from peft_pvm.integrations.vllm import export_vllm, serve_arguments
-from peft_pvm.tuners.saving import add_adapters, save_adapter
+from peft_pvm.tuners.loading import add_adapters
+from peft_pvm.tuners.saving import save_adapter
 from peft_pvm.utils.distractors import read_paragraphs
 from peft_pvm.utils.text import markdown_table
 

@@ -5,8 +5,9 @@ from .folders.sharing import push_adapter
 from .methods import *  # noqa: F403  # configurations and tuners
 from .methods.pvm.checkpoints import convert_reference_checkpoint, export_reference_checkpoint
 from .tuners.active import attached
+from .tuners.loading import add_adapters, load_adapters
 from .tuners.registry import extend_peft, register
-from .tuners.saving import add_adapters, load_adapters, save_adapter
+from .tuners.saving import save_adapter
 from .utils.packages import check_versions
 
 

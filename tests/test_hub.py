@@ -27,7 +27,7 @@ from methods_under_test import METHODS, give_weight
 from peft import PeftModel, get_peft_model
 from tiny_vlms import FAMILIES
 from peft_pvm import DIPEConfig, PVMConfig, hotswap_adapter
-from peft_pvm.folders.adapter_file import inspect_adapter
+from peft_pvm.folders.inspection import inspect_adapter
 
 def attached(seed, **fields):
     torch.manual_seed(0)

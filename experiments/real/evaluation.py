@@ -20,8 +20,8 @@ from peft_pvm.demo.train import step_generator, target_logits
 from peft_pvm.env import environment
 from peft_pvm.folders.base_checkpoint import SINGLE
 from peft_pvm.folders.data_file import holding, read_json, write_json
+from peft_pvm.tuners.loading import load_adapters
 from peft_pvm.tuners.names import separate
-from peft_pvm.tuners.saving import load_adapters
 from peft_pvm.utils.terminal import Bars
 
 from ..base import fingerprint

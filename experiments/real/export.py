@@ -11,7 +11,8 @@ from huggingface_hub import ModelCardData
 
 from peft_pvm.folders.data_file import holding, read_json
 from peft_pvm.folders.writing import CARD_NAME
-from peft_pvm.tuners.saving import load_adapters, save_adapter
+from peft_pvm.tuners.loading import load_adapters
+from peft_pvm.tuners.saving import save_adapter
 
 from ..markdown import HOME, table
 from ..weights import RUN

@@ -28,7 +28,7 @@ from ..methods.pvm.layer import PVMLayer
 from ..tokens.context import CONTEXT, VisualContext
 from ..tokens.families import find_vlm
 from ..tuners.in_generate import InGenerate
-from ..tuners.saving import add_adapters
+from ..tuners.loading import add_adapters
 
 
 PAPER_SHARE = 3 / 36  # of the decoder layers have a branch

@@ -20,8 +20,8 @@ from ..probe.rows import Lesson, ask
 from ..probe.sinks import outliers, proposed
 from ..tuners.active import attached, base_of
 from ..tuners.base import VisualConfig
+from ..tuners.loading import loaded
 from ..tuners.names import TOGETHER, adapter_names, separate
-from ..tuners.saving import loaded
 from .tasks import Asked
 
 

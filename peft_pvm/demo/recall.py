@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, StoppingC
 
 from ..methods import METHODS, DIPEConfig, PVMConfig
 from ..tuners.active import attached
+from ..tuners.loading import load_adapters
 from ..tuners.names import separate
-from ..tuners.saving import load_adapters
 from ..utils.terminal import Bars, Terminal
 from .mosaic import (
     FIRST_QUERY,

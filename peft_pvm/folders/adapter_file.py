@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -14,14 +13,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig, inject_adapter_in_model
+from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..utils.checks import LARGEST
 from ..utils.text import listed, plain, quoted
-from .base_checkpoint import without_weights
-from .companions import KEY, Companion, as_json, method_of, read_note
+from .companions import KEY, Companion, method_of, read_note
 
 
 FORMAT_VERSION = "1"  # of the adapters we write
@@ -98,13 +96,8 @@ class AdapterFile:
         """
         if (file := self.at_hand()) is None:
             return ()
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                note = (tensors.metadata() or {}).get(KEY)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{plain(file, 200)} is damaged or not a safetensors file: {plain(error, 200)}"
-            ) from error
+        with self._opened(file) as tensors:
+            note = (tensors.metadata() or {}).get(KEY)
         return () if note is None else read_note(note, file)
 
     def at_hand(self) -> str | None:
@@ -118,8 +111,7 @@ class AdapterFile:
         return file if isinstance(file, str) and os.path.isfile(file) else None
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
-        file = self.locate()
+    def _opened(self, file: str) -> Iterator[Any]:
         try:
             with open(file, "rb") as content:
                 if (length := int.from_bytes(content.read(8), "little")) > LONGEST_HEADER:
@@ -138,7 +130,7 @@ class AdapterFile:
             ValueError: The file is damaged.
         """
         blank = {}
-        with self._opened() as tensors:
+        with self._opened(self.locate()) as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 part = tensors.get_slice(key)
                 if (dtype := DTYPES.get(part.get_dtype())) is None:
@@ -155,7 +147,7 @@ class AdapterFile:
         Raises:
             ValueError: The file is damaged.
         """
-        with self._opened() as tensors:
+        with self._opened(self.locate()) as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 yield key, tensors.get_tensor(key)
 
@@ -320,86 +312,12 @@ def read_config(adapter: str | os.PathLike, **kwargs: Any) -> SavedConfig:
     Raises:
         ValueError: It is of another package, damaged, or of a method without parameters and holds some.
     """
-    return _open_ours(adapter, **kwargs)[0]
+    return open_ours(adapter, **kwargs)[0]
 
 
-def _open_ours(adapter: str | os.PathLike, **kwargs: Any) -> tuple[SavedConfig, AdapterFile]:
+def open_ours(adapter: str | os.PathLike, **kwargs: Any) -> tuple[SavedConfig, AdapterFile]:
+    """As `read_config`, with the weights file."""
     config, file = open_adapter(adapter, SavedConfig, "of peft_pvm", **kwargs)
     if not config.has_parameters and not file.is_config_only() and (strays := list(file.header())):
         raise ValueError(f"{plain(adapter, 200)} is an adapter without parameters, but holds {listed(strays)}.")
     return config, file
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a saved adapter is.
-
-    Attributes:
-        method: The method's name in lower case.
-        parameters: How many numbers it holds.
-        num_bytes: Of its tensors.
-        dtypes: Of its tensors.
-        gates: The gates of each branch that it adds beside the base's modules, by layer index.
-        config: The fields of its configuration.
-        base: The base model that it was compared with; `None`: none.
-        misfit: Why it does not fit that; `None`: it does, or was not compared.
-        trained_with: The adapters that it was trained together with.
-    """
-
-    method: str
-    parameters: int
-    num_bytes: int
-    dtypes: tuple[str, ...]
-    gates: list[dict[int, float]]
-    config: dict[str, Any]
-    base: str | None
-    misfit: str | None
-    trained_with: tuple[Companion, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
-        fields = dataclasses.asdict(self)
-        return {**fields, "dtypes": list(self.dtypes), "trained_with": list(fields["trained_with"])}
-
-
-def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None = None, **kwargs: Any) -> Inspection:
-    """Read what a saved adapter is, and whether it fits a base model.
-
-    Args:
-        adapter: Folder or Hub id.
-        base: Folder or Hub id of a base model, of which only the configuration is read; `None`: not compared.
-        kwargs: Arguments of `PeftConfig.from_pretrained`, such as `subfolder` and `revision`.
-
-    Raises:
-        ValueError: It is damaged, or of no method that PEFT or this package knows.
-        FileNotFoundError: It has no weights file.
-    """
-    config, file = open_adapter(adapter, PeftConfig, "an adapter", **kwargs)
-    gates: list[dict[int, float]] = []
-    if isinstance(config, SavedConfig):
-        config, file = _open_ours(adapter, **kwargs)
-        tensors = read_tensors(config, file) if config.has_parameters else {}
-        gates = config.gates(tensors)
-    else:
-        tensors = dict(file.read())
-    return Inspection(
-        method_of(config).lower(),
-        sum(tensor.numel() for tensor in tensors.values()),
-        sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
-        tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
-        gates,
-        {name: value for name, value in as_json(config).items() if value is not None},
-        None if base is None else os.fspath(base),
-        None if base is None else _misfit(config, os.fspath(base)),
-        file.companions(),
-    )
-
-
-def _misfit(config: PeftConfig, base: str) -> str | None:
-    """Why an adapter does not fit a base model, found by attaching it to the model without weights."""
-    model = without_weights(base)
-    try:
-        inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
-    except (ValueError, NotImplementedError) as error:
-        return str(error)
-    return None

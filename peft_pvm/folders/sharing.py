@@ -13,7 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .adapter_file import RESULTS_NAME, inspect_adapter
+from .adapter_file import RESULTS_NAME
+from .inspection import inspect_adapter
 from .writing import CARD_NAME, write_card
 
 

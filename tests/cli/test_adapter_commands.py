@@ -18,7 +18,7 @@ from tiny_vlms import FAMILIES, TinyVLM
 from transformers import LlamaConfig
 
 from peft_pvm import DIPEConfig, PVMConfig, add_adapters, save_adapter
-from peft_pvm.folders.adapter_file import inspect_adapter
+from peft_pvm.folders.inspection import inspect_adapter
 from peft_pvm.utils.text import plain
 
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
 from peft_pvm import PVMConfig, TDRSConfig, attached, hotswap_adapter
-from peft_pvm.folders.adapter_file import inspect_adapter
+from peft_pvm.folders.inspection import inspect_adapter
 from peft_pvm.methods.pvm.checkpoints import merge_adapters, read_adapter
-from peft_pvm.tuners.saving import load_adapters
+from peft_pvm.tuners.loading import load_adapters
 from peft_pvm.utils.packages import LOADS_MODULES_TO_SAVE
 from peft_pvm.utils.text import LONGEST
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, hotswap_adapter
-from peft_pvm.folders.adapter_file import inspect_adapter
+from peft_pvm.folders.inspection import inspect_adapter
 from peft_pvm.folders.writing import card_text, read_results
 from peft_pvm.methods.pvm.checkpoints import merge_adapters
 from peft_pvm.utils.text import LONGEST

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES, TinyVLM
 
 from peft_pvm import DIPEConfig, PVMConfig, TDRSConfig, add_adapters, attached, load_adapters, save_adapter
-from peft_pvm.tuners import saving
+from peft_pvm.tuners import loading
 from peft_pvm.tuners.active import acting_adapters
 from peft_pvm.tuners.layers import VisualTunerLayer
-from peft_pvm.tuners.saving import loaded
+from peft_pvm.tuners.loading import loaded
 
 
 LORA = dict(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -226,7 +226,7 @@ def test_an_adapter_without_its_weights_does_not_stay(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "set_peft_model_state_dict", fail)
+        patch.setattr(loading, "set_peft_model_state_dict", fail)
         with pytest.raises((ValueError, KeyboardInterrupt)):
             load_adapters(model, [source])
     assert list(model.peft_config) == configs

@@ -19,8 +19,8 @@ from peft_pvm.probe.observers import layers_observed
 from peft_pvm.tokens.families import find_vlm
 from peft_pvm.training.hidden import images_hidden
 from peft_pvm.tuners.active import attached
+from peft_pvm.tuners.loading import load_adapters
 from peft_pvm.tuners.names import separate
-from peft_pvm.tuners.saving import load_adapters
 
 from ...pvm_limits import probe_accuracy
 from ..evaluation import hash_of_folder

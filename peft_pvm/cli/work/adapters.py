@@ -12,7 +12,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ...folders.adapter_file import Inspection, inspect_adapter, read_config
+from ...folders.adapter_file import read_config
+from ...folders.inspection import Inspection, inspect_adapter
 from ...folders.sharing import push_adapter
 from ...folders.writing import write_card
 from ...integrations.vllm import export_vllm as write_for_vllm

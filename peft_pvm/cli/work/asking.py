@@ -32,7 +32,7 @@ from ...probe.observers import Glance, Watcher, visual_mask, watched
 from ...probe.rows import on_model
 from ...tokens.families import find_vlm
 from ...tuners.active import activate, attached, base_of
-from ...tuners.saving import load_adapters
+from ...tuners.loading import load_adapters
 from ...utils.distractors import Distractors, read_paragraphs
 from ..options import TINY, ModelOptions, located
 from ..refusals import reading

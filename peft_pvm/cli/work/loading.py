@@ -21,12 +21,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ...demo import for_trainers  # noqa: F401  # makes the tiny model's processor known to AutoProcessor
 from ...demo.tiny_vlm import load_tiny_vlm
 from ...folders import base_checkpoint
-from ...folders.adapter_file import AdapterFile, inspect_adapter
+from ...folders.adapter_file import AdapterFile
+from ...folders.inspection import inspect_adapter
 from ...probe.rows import Chat, read_chats
 from ...tokens.families import find_vlm
 from ...tuners.base import VisualConfig
+from ...tuners.loading import load_adapters
 from ...tuners.names import separate
-from ...tuners.saving import load_adapters
 from ...utils.terminal import Bars
 from ..options import TINY, ModelOptions
 from ..refusals import reading

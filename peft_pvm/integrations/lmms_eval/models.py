@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+from ...tuners.loading import load_adapters
 from ...tuners.names import separate
-from ...tuners.saving import load_adapters
 from ...utils.distractors import Distractors, check_tokens, has_visuals, into_messages, read_paragraphs
 from . import MISSING, TESTED
 
