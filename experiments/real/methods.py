@@ -42,7 +42,6 @@ class Training:
     Attributes:
         steps: Optimizer steps in all.
         hidden_steps: The first of them, in which the images are hidden, with texts of at most 64 tokens.
-        hidden_share: Share of the other steps whose images are hidden.
         max_text: The most tokens of text of a turn in the other steps. With one turn, every length is as likely.
         several: Chats are of all kinds, as the base's were: a third with one picture, a third with several, a third
             with several turns, every fourth text telling of other pictures. Otherwise one picture, one turn.
@@ -54,7 +53,6 @@ class Training:
 
     steps: int
     hidden_steps: int = 0
-    hidden_share: float = 0.0
     max_text: int = SHORT
     several: bool = False
     on_text: bool = False
@@ -69,12 +67,6 @@ class Training:
         text = int(torch.randint(most + 1, (), generator=generator))
         turns = draw_turns(most, generator) if self.several else [Turn(text_tokens=text)]
         return questions.draw("train", self.rows, turns, generator, augmented=True, on_text=self.on_text)
-
-    def is_hidden(self, seed: int, step: int) -> bool:
-        """Whether the images of a step are hidden."""
-        if step < self.hidden_steps:
-            return True
-        return float(torch.rand((), generator=step_generator(seed + 1, step))) < self.hidden_share
 
 
 HIDDEN = Training(steps=400, hidden_steps=400)
@@ -154,11 +146,6 @@ METHODS: dict[str, RealMethod] = {
         "PVM, trained on text too", _pvm(), training=Training(steps=400, hidden_steps=400, on_text=True)
     ),
     "pvm-plain": RealMethod("PVM, image never hidden", _pvm(), training=PLAIN),
-    "pvm-then-long": RealMethod(
-        "PVM, then long texts",
-        _pvm(),
-        training=Training(steps=440, hidden_steps=400, hidden_share=0.75, max_text=LONG),
-    ),
     "pvm-several": RealMethod(
         "PVM, several pictures and turns",
         _pvm(),

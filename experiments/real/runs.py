@@ -90,7 +90,7 @@ def train_method(name: str, seed: int, base: str | os.PathLike, runs: str | os.P
     kept = checkpoint if device == "cpu" else None
     groups = parameter_groups(model, training.learning_rate, training.faster_gates)
     with one_thread():
-        fit(model, groups, draw, training.steps, folder.name, kept, lambda step: training.is_hidden(seed, step))
+        fit(model, groups, draw, training.steps, folder.name, kept, lambda step: step < training.hidden_steps)
     seconds = checkpoint.seconds
     run = {
         **about,
