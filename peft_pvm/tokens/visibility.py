@@ -210,20 +210,21 @@ def parts_rows(mask: Any, visual_mask: torch.Tensor) -> bool:
     Waits for the device.
 
     Args:
-        mask: As a model is given it. Only one of four axes, for all pairs of tokens, can divide rows. It may have more
-            columns, as for a static cache.
+        mask: As a model is given it. Only one of four axes, for all pairs of tokens, can divide rows, also as a
+            `BlockMask`. It may have more columns, as for a static cache.
         visual_mask: Which tokens are visual, `(batch, seq_len)`, bool.
     """
     seq_len = visual_mask.shape[1]
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[2] != seq_len or mask.shape[3] < seq_len:
+    shape = getattr(mask, "shape", ())
+    if len(shape) != 4 or shape[2] != seq_len or shape[3] < seq_len:
         return False
-    mask = mask[..., :seq_len]
-    sees = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any(1)
+    visibility = Visibility(mask, seq_len, seq_len, 0, device=_device_of(mask))
+    sees = visibility._of_four_axes(slice(None), slice(None)).any(1)
     first_seen = torch.where(sees.any(-1), sees.int().argmax(-1), seq_len)
     seen_from_here_on = first_seen.flip(1).cummin(1).values.flip(1)  # the first key
-    places = torch.arange(seq_len, device=mask.device)
+    places = visibility.columns
     is_parted = (seen_from_here_on >= places) & (seen_from_here_on < seq_len)
-    return bool((is_parted & (visual_mask.cumsum(1) > visual_mask).to(mask.device)).any())
+    return bool((is_parted & (visual_mask.cumsum(1) > visual_mask).to(sees.device)).any())
 
 
 def _least(mask: torch.Tensor) -> float:
