@@ -65,7 +65,8 @@ def render(toy: Results, bases: Mapping[str, RealResults]) -> str:
         toy: What is there of the toy.
         bases: What is there of real bases, by what the page calls them.
     """
-    by_base = {"The toy": claims(toy), **{title: real_claims(results) for title, results in bases.items()}}
+    tested = {title: results for title, results in bases.items() if results.split == "test"}
+    by_base = {"The toy": claims(toy), **{title: real_claims(results) for title, results in tested.items()}}
     parts = [
         "# Results",
         "",

@@ -17,10 +17,12 @@ from ..summary import Cell
 from .summary import TASKS, UNTESTED, Entry, Results, Term, Training, contrast, result_files
 
 
-# The folders of the bases, and what the page calls them.
+VALIDATION = "real-validation"
+# The folders of results on a real base, and what the page calls them. Claims are decided by the test split alone.
 BASES = {
     "real": "The real language model",
     "real-digits": "The real language model, visual tokens learned through it",
+    VALIDATION: "The real language model, on the validation split",
 }
 IN_PICTURE = ("base", "log-bias", "lora", "pvm", "dipe", "dipe-128", "dipe+lora")
 BESIDE = ("interfering", "transcription")  # the first of them that was tested is the right half of the picture
@@ -36,9 +38,14 @@ def read_bases(folder: str | os.PathLike) -> dict[str, Results]:
         folder: Of all results. Bases whose folder in it has none are left out.
 
     Raises:
-        ValueError: As for `Results`.
+        ValueError: As for `Results`, or the questions are of another split than the folder is for.
     """
-    return {title: Results(Path(folder, name)) for name, title in BASES.items() if result_files(Path(folder, name))}
+    found = {name: Results(Path(folder, name)) for name in BASES if result_files(Path(folder, name))}
+    for name, results in found.items():
+        expected = "validation" if name == VALIDATION else "test"
+        if results.split != expected:
+            raise ValueError(f"{Path(folder, name)} has results of split {results.split}, not {expected}.")
+    return {BASES[name]: results for name, results in found.items()}
 
 
 def render_base(results: Results) -> list[str]:

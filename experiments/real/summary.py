@@ -223,11 +223,12 @@ class Results:
     Attributes:
         runs: One for each file.
         base: Fingerprint of the base.
+        split: Of the questions.
         findings: Folder of what else was measured on it; it need not be there.
 
     Raises:
         FileNotFoundError: There are none.
-        ValueError: A file is none of those, is not of the test split, or cannot be compared with the others.
+        ValueError: A file is none of those, or cannot be compared with the others.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -241,10 +242,9 @@ class Results:
             if base != self.base:
                 raise ValueError(f"{path} is of the base {base}, but the results beside it are of {self.base}.")
         questions = {run.questions for run in self.runs}
-        if any(split != "test" for split, _ in questions):
-            raise ValueError(f"{folder} has results of {_listed(questions)}. The report covers only split test.")
         if len(questions) > 1:
             raise ValueError(f"{folder} has results of {_listed(questions)}, which cannot be compared.")
+        self.split = self.runs[0].questions[0]
         groups: dict[tuple[str, str], list[Run]] = {}
         for run in self.runs:
             groups.setdefault((run.task, run.method), []).append(run)

@@ -16,7 +16,7 @@ from experiments.claims import FAILS, HOLDS, NOT_TESTED, UNCLEAR, Claim
 from experiments.real import report as real_report
 from experiments.real.claims import HARDER, REMEDIES, claims
 from experiments.real.methods import METHODS
-from experiments.real.report import draw_real, read_bases, render_base
+from experiments.real.report import BASES, VALIDATION, draw_real, read_bases, render_base
 from experiments.real.summary import FINDINGS, Entry, Estimate, Results, Term, contrast
 from experiments.report import _verdicts, render, write_report
 from experiments.summary import Results as ToyResults
@@ -307,6 +307,8 @@ def folder(tmp_path) -> Path:
             write_result(folder / name, task, "dipe-128", {0: FULL, 4096: "98" * 6})
         for seed in (0, 1, 2):
             write_result(folder / name, "look-up", "pvm", {0: FULL, 4096: str(6 + seed) * 12}, seed)
+    for method in ("base", "dipe-128"):
+        write_result(folder / VALIDATION, "look-up", method, {0: FULL, 4096: "9" * 12}, split="validation")
     return folder
 
 
@@ -368,7 +370,7 @@ def test_the_same_bytes_from_the_same_results(folder, tmp_path):
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
         "## The papers' claims and ours",
-        *(f"## {title}" for title in real_report.BASES.values()),
+        *(f"## {title}" for title in BASES.values()),
         "## The toy",
     ]
     assert text.index("figures/real.png") < text.index("figures/recall.png")
@@ -376,7 +378,7 @@ def test_the_same_bytes_from_the_same_results(folder, tmp_path):
 
 def test_without_results_of_a_real_base_there_is_the_toy_alone(folder, tmp_path):
     whole = write_report(folder, tmp_path / "whole").read_text()
-    for name in real_report.BASES:
+    for name in BASES:
         shutil.rmtree(folder / name)
     (folder / "real" / "look-up").mkdir(parents=True)
     page = write_report(folder, tmp_path / "toy").read_text()
@@ -412,6 +414,17 @@ def test_claims_that_were_tested_on_both_stand_side_by_side(folder):
         f"does not hold: DIPE as published<br>inconclusive: DIPE, limit 128<br>not tested: {'; '.join(UNDER_LORA)}",
         f"not tested: {'; '.join(['DIPE as published', *UNDER_LORA])}<br>inconclusive: DIPE, limit 128",
     ]
+
+
+def test_the_validation_split_has_tables_but_decides_no_claim(folder):
+    page = render(ToyResults(RECORDED), read_bases(folder))
+    assert f"## {BASES[VALIDATION]}\n\n- Base real-base. Each row has 9 questions (split validation" in page
+    header = next(line for line in page.splitlines() if line.startswith("| Claim | The toy"))
+    assert header == f"| Claim | The toy | {BASES['real']} | {BASES['real-digits']} |"
+    shutil.rmtree(folder / "real-digits")
+    (folder / VALIDATION).rename(folder / "real-digits")
+    with pytest.raises(ValueError, match="real-digits has results of split validation, not test"):
+        read_bases(folder)
 
 
 def test_verdicts_that_agree_are_said_once():
@@ -485,7 +498,7 @@ def cell(**fields: Any) -> Any:
         (change(base="another"), r"different bases, \['another', 'real-base'\]"),
         (
             change(split="validation"),
-            "split test, seed 0 and split validation, seed 0. The report covers only split test",
+            "split test, seed 0 and split validation, seed 0, which cannot be compared",
         ),
         (change(seed=1), "split test, seed 0 and split test, seed 1, which cannot be compared"),
         (
