@@ -8,8 +8,10 @@ from typing import Any
 
 import environment  # noqa: F401  # first: its settings act before anything else is imported
 import pytest
+import torch
 import transformers
 from architectures.page import OLDEST
+from hypothesis import settings
 from methods_under_test import LEADING, METHODS, PUBLISHED, Combination, Method
 from tiny_vlms import FAMILIES, REPRESENTATIVE, TWINS, TinyVLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from peft_pvm.utils.distractors import read_paragraphs
 
 
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)  # a machine may be busy
+settings.load_profile("tests")
 IS_OLDEST = transformers.__version__ == OLDEST
 PLAIN = ("qwen3_vl", "llava")
 FIXTURES = ("family", "tiny", "plain")  # a test asks for one of these to run on families
@@ -43,6 +47,12 @@ def pytest_collection_finish() -> None:
     """What is there now stays: the garbage collector need not look at it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """What is drawn in a test does not hang on the tests before it, which are others in every process."""
+    torch.manual_seed(0)
 
 
 def _params(item: pytest.Item) -> dict[str, Any]:

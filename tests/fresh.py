@@ -72,7 +72,7 @@ def run(program: str | Path, *arguments: object) -> str:
         What it printed. It must not fail.
     """
     started = start(program, *arguments)
-    started.process.join(timeout=300)
+    started.process.join(timeout=600)
     started.process.kill()  # if it hangs
     started.process.join()
     assert started.process.exitcode == 0, started.out[-2000:] + started.errors[-6000:]

@@ -64,6 +64,8 @@ class Client:
             "HF_HUB_DISABLE_XET": "1",  # another protocol, to other servers
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
+            "HF_HUB_ETAG_TIMEOUT": "120",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "120",
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-c", LOOP.format(tests=str(Path(__file__).parent))]

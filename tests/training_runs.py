@@ -89,9 +89,27 @@ def run(stage: str, material: SimpleNamespace, **options):
     return script(stage).main(arguments(stage, material, **options))
 
 
-def start(stage: str, material: SimpleNamespace, **options) -> fresh.Program:
-    """Run a training script in a process of its own."""
-    return fresh.start(EXAMPLES / f"{SCRIPTS[stage]}.py", *arguments(stage, material, **options))
+KILLED = """
+import os, runpy, signal, sys
+from transformers import Trainer
+
+save_checkpoint = Trainer._save_checkpoint
+
+def save_and_die(*args, **kwargs):
+    save_checkpoint(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Trainer._save_checkpoint = save_and_die
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_killed(stage: str, material: SimpleNamespace, **options) -> fresh.Program:
+    """Run a training script in a process of its own, which is killed as soon as its first checkpoint is written."""
+    killed = fresh.start(KILLED, EXAMPLES / f"{SCRIPTS[stage]}.py", *arguments(stage, material, **options))
+    killed.process.join()
+    return killed
 
 
 def by_rank(probabilities: torch.Tensor, num_samples: int, **kwargs) -> torch.Tensor:

@@ -215,7 +215,7 @@ def parts_rows(mask: Any, visual_mask: torch.Tensor) -> bool:
         visual_mask: Which tokens are visual, `(batch, seq_len)`, bool.
     """
     seq_len = visual_mask.shape[1]
-    shape = getattr(mask, "shape", ())
+    shape: tuple[int, ...] = getattr(mask, "shape", ())
     if len(shape) != 4 or shape[2] != seq_len or shape[3] < seq_len:
         return False
     visibility = Visibility(mask, seq_len, seq_len, 0, device=_device_of(mask))

@@ -20,6 +20,7 @@ from processors import PROCESSORS
 from tiny_vlms import FAMILIES
 
 from peft_pvm.cli.options import ModelOptions
+from peft_pvm.cli.work import asking
 from peft_pvm.cli.work.asking import ONLY_QUESTION, Desk, Question, State
 from peft_pvm.demo.cells import ask_in_turn, laid_out
 from peft_pvm.demo.mosaic import NUM_CELLS
@@ -72,19 +73,29 @@ def digits_of(seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("is_closed", [False, True])
-def test_the_model_stops_when_told_and_when_nobody_reads_on(desk: Desk, is_closed: bool):
+def test_the_model_stops_when_told_and_when_nobody_reads_on(desk: Desk, is_closed: bool, monkeypatch):
     """It is then free for the next question, and nothing acts any more."""
-    stop = Event()
-    reading = desk.ask(about_mosaic(text_tokens=64, methods=["DIPE"]), stop)
-    while not next(reading).answers.get("DIPE"):
-        pass
-    if is_closed:
-        reading.close()
-    else:
-        stop.set()
-        *_, state = reading
-        assert (state.doing, state.result, state.answers["base"]) == ("Stopped.", None, "")
-        assert len(state.answers["DIPE"].split()) < NUM_CELLS
+    stop, written = Event(), []
+    put = asking._Stream.put
+
+    def wait(self: asking._Stream, value: object) -> None:
+        written.append(value)
+        if len(written) == 8:  # the prompt and seven tokens: the model does not outrun who reads
+            self.stop.wait(180)
+        put(self, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asking._Stream, "put", wait)
+        reading = desk.ask(about_mosaic(text_tokens=64, methods=["DIPE"]), stop)
+        while not next(reading).answers.get("DIPE"):
+            pass
+        if is_closed:
+            reading.close()
+        else:
+            stop.set()
+            *_, state = reading
+            assert (state.doing, state.result, state.answers["base"]) == ("Stopped.", None, "")
+            assert len(state.answers["DIPE"].split()) < NUM_CELLS
     assert acting_adapters(desk._model) == []
     assert last(desk, about_mosaic()).right == {"base": NUM_CELLS}
 

@@ -20,11 +20,12 @@ from peft_pvm.methods import METHODS as ALL_METHODS
 
 PAGES = [
     REPOSITORY / "Makefile",
-    *REPOSITORY.glob("*.md"),
-    *(REPOSITORY / "docs").rglob("*.md"),
-    *(REPOSITORY / "examples").rglob("*.yaml"),
+    *sorted(REPOSITORY.glob("*.md")),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+    *sorted((REPOSITORY / "examples").rglob("*.yaml")),
 ]
-SOURCES = [path for folder in ("peft_pvm", "experiments", "examples") for path in (REPOSITORY / folder).rglob("*.py")]
+CODE = ("peft_pvm", "experiments", "examples")
+SOURCES = [path for folder in CODE for path in sorted((REPOSITORY / folder).rglob("*.py"))]
 TESTS = {path: path.read_text() for path in (REPOSITORY / "tests").rglob("*.py")}
 FUNCTIONS = {name for text in TESTS.values() for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
 

@@ -38,6 +38,7 @@ def browser() -> Iterator[Browser]:
 def test_pages_fit_the_window(site: Path, browser: Browser, width: int, scheme: str):
     """Tables and code scroll by themselves, and nothing is said on the console."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(180_000)
     page, said = context.new_page(), []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))

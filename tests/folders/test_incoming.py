@@ -216,13 +216,13 @@ def test_a_huge_file_is_refused_by_its_header(tiny: TinyVLM, tmp_path: Path, met
     folder = save(METHODS[method], tiny, tmp_path / "adapter")
     sparse(folder / WEIGHTS, "base_model.model.model.language_model.layers.1.pvm.pvm_q_proj.weight", 20 * 2**30)
     model = tiny.build()
-    start = time.perf_counter()
+    start = time.process_time()
     for load in (ENTRIES["from_pretrained"], ENTRIES["transformers"], lambda model, *folders: read_adapter(folder)):
         with pytest.raises(ValueError, match=r"pvm_q_proj|not PVM"):
             load(model, folder, folder)
     with pytest.raises(ValueError, match="pvm_q_proj"):
         inspect_adapter(folder)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_sizes_go_together_without_a_base_model(tiny: TinyVLM, tmp_path: Path):

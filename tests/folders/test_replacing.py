@@ -248,7 +248,7 @@ def test_a_file_that_is_a_pipe(tmp_path: Path):
     read: list[str] = []
     reader.start()
     write_file(tmp_path / "pipe", "text")
-    reader.join(timeout=10)
+    reader.join(timeout=120)
     assert read == ["text"]
 
 
@@ -275,7 +275,7 @@ def test_a_lock_whose_file_was_removed_is_taken_again(tmp_path: Path):
     waiting = threading.Thread(target=second.acquire)
     waiting.start()
     first.release(remove=True)
-    waiting.join(timeout=10)
+    waiting.join(timeout=120)
     assert (tmp_path / "lock").exists(), "the one that waited has made a new file"
     assert not Lock(tmp_path / "lock").acquire(wait=False)
     second.release()

@@ -243,7 +243,7 @@ def test_the_page_fits_a_phone_in_a_browser(saved: Path, tmp_path: Path):
         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "views.html").as_uri(),
     ]  # fmt: skip
     finished = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env={**os.environ, "HOME": str(tmp_path)}
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "HOME": str(tmp_path)}
     )
     assert "CONSOLE" not in finished.stderr
     assert re.findall(r'title="(\d.*?)"', finished.stdout) == ["390 in 390: at at-1", "1400 in 1400: at at-1"]

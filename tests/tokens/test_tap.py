@@ -331,7 +331,7 @@ def test_blocks_stand_inside_one_another():
 
 def test_every_thread_has_its_own():
     by_row, found = AdaptersByRow(), {}
-    both_inside = threading.Barrier(2, timeout=10)
+    both_inside = threading.Barrier(2, timeout=120)
 
     def choose(name: str) -> None:
         with by_row.chosen([name]):
