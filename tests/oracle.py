@@ -319,7 +319,7 @@ def agrees_with_the_oracle(
     batch: tuple[str, ...] = ("t4 i t3 i t6", "i t9", "t9"),
 ) -> None:
     """Assert that the base computes what the oracle does without methods, and the method what it does with it."""
-    model = family.build()
+    model = family.build_precise()
     inputs = family.inputs(model, *batch)
     real = inputs["attention_mask"].bool()
     base = logits(model, inputs)[real].clamp(min=LEAST)

@@ -68,7 +68,7 @@ def test_architecture(name: str, method: str):
     if reason:
         is_refused(row.tiny, method, reason)
         return
-    with properties.attached_and_gone(row.tiny, METHODS[method]) as model:
+    with properties.attached_and_gone(row.tiny, METHODS[method], row.tiny.build_precise) as model:
         if "cached" not in row.differs:
             properties.cached_decoding_equals_the_full_forward(row.tiny, model)
         if "padded" not in row.differs:
@@ -105,7 +105,7 @@ def test_other_methods(name: str):
         exit_behind_the_last_layer_is_the_models_own(row.tiny)
     beside = [method for method in working if method not in DECIDES_THE_WEIGHTS]
     for together in filter(None, [beside, *([method] for method in working if method not in beside)]):
-        model = Together(row.tiny.build(), **{method: METHODS[method] for method in together}).eval()
+        model = Together(row.tiny.build_precise(), **{method: METHODS[method] for method in together}).eval()
         if "cached" not in row.differs:
             properties.cached_decoding_equals_the_full_forward(row.tiny, model)
         if "padded" not in row.differs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -28,11 +28,13 @@ def test_off_is_bit_identical(family: TinyVLM, method: Method):
 
 
 @contextlib.contextmanager
-def attached_and_gone(family: TinyVLM, method: Method) -> Iterator[PeftModel]:
-    """Attaches a method to a model for a while; off is off before and after."""
+def attached_and_gone(
+    family: TinyVLM, method: Method, build: Callable[[], torch.nn.Module] | None = None
+) -> Iterator[PeftModel]:
+    """Attaches a method to a model for a while; off is off before and after. `None`: the family's."""
     # PEFT freezes the base, with any adapter. That alone changes the last bits of a projector that is given
     # non-contiguous features (LLaVA-OneVision since transformers 5.24): torch takes another kernel for frozen weights.
-    model = family.build().requires_grad_(False)
+    model = (build or family.build)().requires_grad_(False)
     inputs = family.inputs(model, *MIXED_BATCH)
     base = logits(model, inputs)
     names, hooks = set(model.state_dict()), _hooks(model)
@@ -56,7 +58,7 @@ def _hooks(model: torch.nn.Module) -> dict[str, list]:
 
 
 def test_cached_decoding_equals_the_full_forward(family: TinyVLM, method: Method):
-    cached_decoding_equals_the_full_forward(family, method.attach(family.build()))
+    cached_decoding_equals_the_full_forward(family, method.attach(family.build_precise()))
 
 
 def cached_decoding_equals_the_full_forward(family: TinyVLM, model: PeftModel | Together) -> None:
@@ -79,7 +81,7 @@ def cached_decoding_equals_the_full_forward(family: TinyVLM, model: PeftModel | 
 
 
 def test_left_padded_batch_equals_its_rows_alone(family: TinyVLM, method: Method):
-    left_padded_batch_equals_its_rows_alone(family, method.attach(family.build()))
+    left_padded_batch_equals_its_rows_alone(family, method.attach(family.build_precise()))
 
 
 def left_padded_batch_equals_its_rows_alone(family: TinyVLM, model: PeftModel | Together) -> None:
@@ -95,7 +97,7 @@ def test_attention_kernels_agree(family: TinyVLM, method: Method):
     on, off = [], []
     with torch.compiler.set_stance("force_eager"):  # flex attention would compile for half a minute
         for kernel in kernels:
-            model = method.attach(family.build(attn_implementation=kernel))
+            model = method.attach(family.build(attn_implementation=kernel))  # flex gives NaN in fp64
             inputs = family.inputs(model.get_base_model(), *MIXED_BATCH)
             real = inputs["attention_mask"].bool()  # what a padding token computes is nobody's business
             on.append(logits(model, inputs)[real])
@@ -103,8 +105,8 @@ def test_attention_kernels_agree(family: TinyVLM, method: Method):
                 off.append(logits(model, inputs)[real])
     assert len(kernels) > 1 or family is FAMILIES["paligemma2"], "Gemma 2 has eager attention alone"
     for other in range(1, len(kernels)):
-        # Qwen3.5's linear attention alone differs by 1.6e-5 between the first two.
-        assert difference(on[0], on[other]) < TOLERANCE + difference(off[0], off[other])
+        tolerance = (5 if family.is_noisy else 1) * TOLERANCE
+        assert difference(on[0], on[other]) < tolerance + difference(off[0], off[other])
 
 
 def flash_stand_in(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
@@ -138,7 +140,7 @@ def test_flash_attention_is_given_what_it_takes(family: TinyVLM, method: Method 
         pytest.skip("PaliGemma's attention is not causal with flash attention: it differs without any adapter")
     on, off = [], []
     for kernel in (None, "flash_stand_in"):
-        model = family.build()
+        model = family.build_precise()
         if kernel is not None:
             model.config.get_text_config()._attn_implementation = kernel
         model = method.attach(model)
@@ -194,7 +196,7 @@ def test_no_conversation_sees_anothers_image(family: TinyVLM, method: Method):
 
 
 def test_interleaved_conversations_stay_apart(family: TinyVLM, method: Method):
-    model = method.attach(family.build())
+    model = method.attach(family.build_precise())
     base = model.get_base_model()
     conversations = ("t4 i t6", "t5 i i t7")
     expected = [

@@ -47,9 +47,7 @@ def model(tiny: TinyVLM, method: Method) -> PeftModel:
 
 
 def test_greedy_uses_the_adapter_and_equals_no_cache(family: TinyVLM, method: Method):
-    # Cached and whole, Qwen3.5's linear attention sums in different orders: in fp32 that alone can reach the bound.
-    dtype = torch.float64 if family is FAMILIES["qwen3_5"] else torch.float32
-    model = method.attach(family.build(dtype=dtype))
+    model = method.attach(family.build_precise())
     cached = generate(family, model, *PROMPTS)
     uncached = generate(family, model, *PROMPTS, use_cache=False)
     with model.disable_adapter():

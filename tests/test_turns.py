@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from forwards import GENERATE, TOLERANCE, difference, in_double, logits
 from methods_under_test import Combination, Method
-from tiny_vlms import FAMILIES, TinyVLM
+from tiny_vlms import TinyVLM
 
 from peft_pvm.utils.packages import CACHE
 
@@ -85,9 +85,7 @@ def answered(family: TinyVLM, model: torch.nn.Module) -> tuple[torch.Tensor, tor
 
 
 def test_turns_equal_the_full_forward(family: TinyVLM, method: Method | Combination):
-    # Cached and whole, Qwen3.5's linear attention sums in different orders: in fp32 that alone can reach the bound.
-    dtype = torch.float64 if family is FAMILIES["qwen3_5"] else torch.float32
-    model = method.attach(family.build(dtype=dtype))
+    model = method.attach(family.build_precise())
     with model.disable_adapter():
         off, off_at_once = answered(family, model)
     assert difference(off, off_at_once) < TOLERANCE, "the base's own turns differ: nothing is tested"

@@ -180,7 +180,7 @@ ROWS: dict[str, Architecture] = {
     "fuyu": Architecture("Fuyu-8B", AnyVLM("FuyuForCausalLM", _fuyu, _fuyu_visual)),
     "gemma3n": Architecture(
         "Gemma 3n",
-        Gemma3n("Gemma3nForConditionalGeneration", _gemma3n, _square_visual(4), seed=2),
+        Gemma3n("Gemma3nForConditionalGeneration", _gemma3n, _square_visual(4), seed=2, is_noisy=True),
         refused={**WITHOUT_A_STATE, **dict.fromkeys(("memvr", "cai", "vista"), SEVERAL_STREAMS)},
         sum_reader="altup.router_norm",
     ),

@@ -164,7 +164,8 @@ ROWS = {
     ),
     "mistral4": Architecture("Mistral Small 4", AnyVLM("Mistral3ForConditionalGeneration", _mistral4, MISTRAL_IMAGE)),
     "mistral_large4": Architecture(
-        "Mistral Large 4", MistralLarge4("MistralLarge4ForConditionalGeneration", _mistral_large4, MISTRAL_IMAGE)
+        "Mistral Large 4",
+        MistralLarge4("MistralLarge4ForConditionalGeneration", _mistral_large4, MISTRAL_IMAGE, is_noisy=True),
     ),
     "dots3_note": Architecture(
         "dots3-note",

@@ -311,7 +311,7 @@ MUSE, MUSE_VIDEO = _patches("image", 4, channels=6), _patches("video", 8, frames
 ROWS: dict[str, Architecture] = {
     "qwen3_5_moe": Architecture(
         "Qwen3.5 35B-A3B, 122B-A10B and 397B-A17B",
-        AnyVLM("Qwen3_5MoeForConditionalGeneration", _qwen3_5_moe, GRID, VIDEO_BY_FRAME, seed=8),
+        AnyVLM("Qwen3_5MoeForConditionalGeneration", _qwen3_5_moe, GRID, VIDEO_BY_FRAME, seed=8, is_noisy=True),
     ),
     "qwen3_omni_moe_thinker": Architecture(
         "Qwen3-Omni 30B-A3B",

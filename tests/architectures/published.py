@@ -19,6 +19,7 @@ ROWS: dict[str, Architecture] = {
             _gemma4_image,
             _gemma4_video,
             seed=21,
+            is_noisy=True,
         ),
     ),
 }

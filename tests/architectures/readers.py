@@ -219,7 +219,12 @@ ROWS = {
     ),
     "lighton_ocr": Architecture(
         "LightOnOCR",
-        AnyVLM("LightOnOcrForConditionalGeneration", _lighton_ocr, _square_visual(4, image_sizes=_image_sizes)),
+        AnyVLM(
+            "LightOnOcrForConditionalGeneration",
+            _lighton_ocr,
+            _square_visual(4, image_sizes=_image_sizes),
+            is_noisy=True,
+        ),
     ),
     "deepseek_ocr2": Architecture(
         "DeepSeek-OCR 2", AnyVLM("DeepseekOcr2ForConditionalGeneration", _deepseek_ocr2, _square_visual(145))
@@ -246,7 +251,9 @@ ROWS = {
         "Granite Vision 3.1 and 3.2",
         AnyVLM("LlavaNextForConditionalGeneration", _granite_vision, _tiled_visual(10)),
     ),
-    "step3p7": Architecture("Step-3.7-Flash", AnyVLM("Step3p7ForConditionalGeneration", _step3p7, _square_visual(4))),
+    "step3p7": Architecture(
+        "Step-3.7-Flash", AnyVLM("Step3p7ForConditionalGeneration", _step3p7, _square_visual(4), is_noisy=True)
+    ),
     "minicpmv4_6": Architecture(
         "MiniCPM-V 4.6",
         MiniCPM("MiniCPMV4_6ForConditionalGeneration", lambda: _minicpm("MiniCPMV4_6Config"), _minicpm_visual),

@@ -333,7 +333,7 @@ ROWS: dict[str, Architecture] = {
     ),
     "glm5_next": Architecture(
         "GLM-5.3-Flash",
-        AnyVLM("Glm5NextForConditionalGeneration", _glm5_next, GRID),
+        AnyVLM("Glm5NextForConditionalGeneration", _glm5_next, GRID, is_noisy=True),
         refused={**NOTHING_ROTATES, **WITHOUT_A_STATE, **dict.fromkeys(("memvr", "cai", "vista"), SEVERAL_STREAMS)},
         streams=("mlp", "mlp"),
     ),

@@ -164,7 +164,7 @@ ROWS = {
     "molmo2/two_ropes": Architecture("", Molmo2(MOLMO2, lambda: _molmo2(rope_scaling_layers=[1]), _molmo2_visual)),
     "hunyuan_vl": Architecture(
         "Hunyuan-OCR",
-        AnyVLM("HunYuanVLForConditionalGeneration", _hunyuan_vl, _hunyuan_visual),
+        AnyVLM("HunYuanVLForConditionalGeneration", _hunyuan_vl, _hunyuan_visual, is_noisy=True),
         refused=dict.fromkeys(("dipe", "tdrs"), "changes queries or keys after their rotation"),
         differs={"padded": "it counts images over the whole batch"},
     ),

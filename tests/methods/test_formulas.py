@@ -386,7 +386,7 @@ def layers_of(config: AttentionMethod, model: torch.nn.Module) -> list[int]:
 
 
 def agrees_with_the_oracle(family: TinyVLM, formula: Formula, config: AttentionMethod) -> bool:
-    model, config = family.build(), formula.settled(family, BATCH, config)
+    model, config = family.build_precise(), formula.settled(family, BATCH, config)
     inputs = family.inputs(model, *BATCH)
     real = inputs["attention_mask"].bool()
     base = logits(model, inputs)[real]

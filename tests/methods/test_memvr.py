@@ -128,7 +128,7 @@ def expected(
 
 
 def agrees(family: TinyVLM, config: MemVRConfig, batch: Sequence[str] = BATCH) -> bool:
-    model = family.build()
+    model = family.build_precise()
     inputs = family.inputs(model, *batch)
     real = inputs["attention_mask"].bool()
     whole, _ = expected(family, inputs, config)

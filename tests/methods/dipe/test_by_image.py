@@ -38,7 +38,7 @@ def by_image(**fields) -> DIPEConfig:
 
 
 def agrees(family: TinyVLM, config: DIPEConfig, batch: tuple[str, ...] = BATCH) -> bool:
-    model = family.build()
+    model = family.build_precise()
     inputs = family.inputs(model, *batch)
     real = inputs["attention_mask"].bool()
     with oracle(family.build(), inputs, dipe=config) as reference:

@@ -22,7 +22,7 @@ TOLERANCE = 2e-5
 )
 def test_forward(family: TinyVLM, dipe: DIPEConfig | None):
     """Without DIPE, this shows that the oracle is one."""
-    model = family.build()
+    model = family.build_precise()
     inputs = family.inputs(model, *BATCH)
     real = inputs["attention_mask"].bool()
     base = logits(model, inputs)[real]

@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def check(family: TinyVLM, config: TDRSConfig, batch: tuple[str, ...] = BATCH) -> None:
-    model = family.build()
+    model = family.build_precise()
     inputs = family.inputs(model, *batch)
     real = inputs["attention_mask"].bool()
     base = logits(model, inputs)[real]
