@@ -96,7 +96,7 @@ class AdapterFile:
         """
         if (file := self.at_hand()) is None:
             return ()
-        with self._opened(file) as tensors:
+        with self._opened(file, longest=math.inf) as tensors:  # another method's may have any number of tensors
             note = (tensors.metadata() or {}).get(KEY)
         return () if note is None else read_note(note, file)
 
@@ -111,10 +111,10 @@ class AdapterFile:
         return file if isinstance(file, str) and os.path.isfile(file) else None
 
     @contextlib.contextmanager
-    def _opened(self, file: str) -> Iterator[Any]:
+    def _opened(self, file: str, longest: float = LONGEST_HEADER) -> Iterator[Any]:
         try:
             with open(file, "rb") as content:
-                if (length := int.from_bytes(content.read(8), "little")) > LONGEST_HEADER:
+                if (length := int.from_bytes(content.read(8), "little")) > longest:
                     raise SafetensorError(f"its header would be {length:,} bytes long")
             with safe_open(file, framework="pt") as tensors:
                 yield tensors
