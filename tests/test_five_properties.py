@@ -31,7 +31,10 @@ def test_off_is_bit_identical(family: TinyVLM, method: Method):
 def attached_and_gone(
     family: TinyVLM, method: Method, build: Callable[[], torch.nn.Module] | None = None
 ) -> Iterator[PeftModel]:
-    """Attaches a method to a model for a while; off is off before and after. `None`: the family's."""
+    """Attaches a method to a model for a while; off is off before and after.
+
+    `build` makes the model; `None`: `family.build`.
+    """
     # PEFT freezes the base, with any adapter. That alone changes the last bits of a projector that is given
     # non-contiguous features (LLaVA-OneVision since transformers 5.24): torch takes another kernel for frozen weights.
     model = (build or family.build)().requires_grad_(False)
@@ -105,8 +108,8 @@ def test_attention_kernels_agree(family: TinyVLM, method: Method):
                 off.append(logits(model, inputs)[real])
     assert len(kernels) > 1 or family is FAMILIES["paligemma2"], "Gemma 2 has eager attention alone"
     for other in range(1, len(kernels)):
-        tolerance = (5 if family.is_noisy else 1) * TOLERANCE
-        assert difference(on[0], on[other]) < tolerance + difference(off[0], off[other])
+        # Qwen3.5's linear attention alone differs by 1.6e-5 between the first two.
+        assert difference(on[0], on[other]) < TOLERANCE + difference(off[0], off[other])
 
 
 def flash_stand_in(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):

@@ -57,7 +57,7 @@ def test_half_precision_bases(tiny: TinyVLM, dtype: torch.dtype, autocast_adapte
     assert on.dtype == dtype
     with exact.disable_adapter():
         rounding = difference(off.float()[real], logits(exact, inputs)[real])
-    assert difference(on.float()[real], expected[real]) < 4 * max(rounding, 0.01)
+    assert difference(on.float()[real], expected[real]) < 3 * max(rounding, 0.01)
     assert difference(on.float()[real], off.float()[real]) > 0.3
     model.train()(**in_dtype(inputs, dtype)).logits.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

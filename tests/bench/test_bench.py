@@ -36,7 +36,7 @@ from peft_pvm.bench.models import (
     structural_copy,
 )
 from peft_pvm.bench.report import print_tables, ratios
-from peft_pvm.bench.run import import_seconds, measure, peak_bytes, seconds
+from peft_pvm.bench.run import free_bytes, import_seconds, measure, peak_bytes, seconds
 from peft_pvm.bench.runners import GenerateRunner, Runner, Settings, runner_of
 from peft_pvm.cli.app import app
 from peft_pvm.cli.work import bench as work
@@ -91,6 +91,10 @@ def test_garbage_of_an_earlier_call_is_not_counted_off():
         assert peak_bytes(work, CPU) == 4_000
     finally:
         gc.enable()
+
+
+def test_memory_is_left():
+    assert free_bytes(CPU) > 2**28
 
 
 @pytest.mark.parametrize(
@@ -418,5 +422,5 @@ def test_the_scale_command():
 
 
 def test_import_is_quick():
-    """The whole package adds at most 0.3 s of CPU time to the import of PEFT, in one of ten tries."""
-    assert any(import_seconds(rounds=1)[1] < 0.3 for _ in range(10))
+    """The whole package adds at most 0.3 s of CPU time to the import of PEFT, in one of three tries."""
+    assert any(import_seconds(rounds=1)[1] < 0.3 for _ in range(3))

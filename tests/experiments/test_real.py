@@ -230,7 +230,7 @@ def test_a_tower_learns_to_tell_digits(language_model):
     vlm = new_vlm(language_model)
     before = share()
     tell_digits(vlm, 150, 0)
-    assert share() > 0.93 > before
+    assert share() > 0.95 > before
 
 
 def test_a_projector_learns_through_the_language_model(language_model, tmp_path):

@@ -41,7 +41,7 @@ from .mutations import MUTATIONS, read_config
 # What loading may raise, and with what messages. docs/troubleshooting.md says the same.
 REFUSALS = (ValueError, FileNotFoundError, NotImplementedError)
 SHORTEST = 25  # characters: less says nothing
-SECONDS = 120  # for one folder; most take a fraction of one
+SECONDS = 20  # for one folder; most take a fraction of one
 OURS = ("PVM", "DIPE", "TDRS")
 PEFT_TYPES = {"pvm": "PVM", "branches": "PVM", "modules": "PVM", "dipe": "DIPE", "tdrs": "TDRS", "lora": "LORA"}
 

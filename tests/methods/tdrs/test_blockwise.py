@@ -69,13 +69,13 @@ def test_equals_whole_matrices(form: str, num_queries: int, num_keys: int, first
     expected, expected_weights = naive(inputs, config)
     output, weights = blockwise_attention(inputs, config)
     assert weights is None
-    assert difference(output.double(), expected) < 2e-5
+    assert difference(output.double(), expected) < 1e-5
     output, weights = blockwise_attention(inputs, config, wants_weights=True)
-    assert difference(output.double(), expected) < 2e-5
-    assert difference(weights.double(), expected_weights) < 2e-5
+    assert difference(output.double(), expected) < 1e-5
+    assert difference(weights.double(), expected_weights) < 1e-5
     monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 2**10)
     monkeypatch.setattr(blockwise, "ELEMENTS_IN_CACHE", 2**10)
-    assert difference(blockwise_attention(inputs, config)[0].double(), expected) < 2e-5
+    assert difference(blockwise_attention(inputs, config)[0].double(), expected) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["weights", "logits", "literal"])
@@ -93,8 +93,8 @@ def test_with_all_that_attention_may_bring(form: str, num_queries: int):
     config = TDRSConfig(form=form, pairs="inter", sd_strength=2.0)
     expected, expected_weights = naive(inputs, config)
     output, weights = blockwise_attention(inputs, config, wants_weights=True)
-    assert difference(output.double(), expected) < 2e-5
-    assert difference(weights.double(), expected_weights) < 2e-5
+    assert difference(output.double(), expected) < 1e-5
+    assert difference(weights.double(), expected_weights) < 1e-5
 
 
 @on_a_cpu
@@ -275,7 +275,7 @@ print(before * 1024, peak() * 1024)
 def test_memory_is_linear_in_length():
     """4,096 tokens, 8 heads of 64: one matrix of scores would take 512 MiB."""
     before, peak = map(int, fresh.run(MEASURE).split())
-    assert 0 < before <= peak < before + 2**27
+    assert 0 < before < peak < before + 2**27
 
 
 def test_a_row_of_padding_is_finite_and_changes_nothing():
