@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from environment import on_a_cpu
+from fresh import needs_fork
 from tiny_vlms import FAMILIES
 from torch import nn
 
@@ -17,7 +19,7 @@ pytest.importorskip("typer", reason="the command needs the extra `lab`")
 
 from typer.testing import CliRunner
 
-from peft_pvm.bench.launches import Launches, count_kernels, count_launches, measure_launches, summary
+from peft_pvm.bench.launches import Launches, count_launches, measure_launches, summary
 from peft_pvm.bench.models import ALL, METHODS, build_random
 from peft_pvm.bench.runners import Settings
 from peft_pvm.cli.app import app
@@ -57,6 +59,27 @@ LAYERS_OF_36 = {
 }
 MISSED_WITH_SHARED = {*MISSED, "var"}
 
+# Machine code that was compiled for another CPU, and kept, would end the process: this one has a folder of its own.
+COMPILED = """
+import faulthandler, os, sys
+
+faulthandler.enable()
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[1]
+
+import torch
+from torch import nn
+
+from peft_pvm.bench.launches import count_kernels
+
+linear = nn.Linear(8, 8)
+options = {"cpp.enable_kernel_profile": True, "cpp_cache_precompile_headers": False}  # for one kernel
+compiled = torch.compile(lambda x: linear(x).relu() * 2 + 1, fullgraph=True, options=options)
+x = torch.ones(2, 8)
+with torch.no_grad():
+    compiled(x)
+print(count_kernels(lambda: compiled(x * 1)), end="")
+"""
+
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, nn.Module]:
@@ -87,15 +110,10 @@ def test_views_are_free_and_layers_are_told_apart():
 
 @on_a_cpu
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
-def test_kernels_of_a_compiled_forward():
+@needs_fork
+def test_kernels_of_a_compiled_forward(tmp_path):
     """A product of matrices is torch's, the rest is one kernel of inductor's. What runs outside does not count."""
-    linear = nn.Linear(8, 8)
-    options = {"cpp.enable_kernel_profile": True, "cpp_cache_precompile_headers": False}  # for one kernel
-    compiled = torch.compile(lambda x: linear(x).relu() * 2 + 1, fullgraph=True, options=options)
-    x = torch.ones(2, 8)
-    with torch.no_grad():
-        compiled(x)
-    assert count_kernels(lambda: compiled(x * 1)) == 2
+    assert fresh.run(COMPILED, tmp_path) == "2"
 
 
 def test_what_layers_share_is_counted_once():
