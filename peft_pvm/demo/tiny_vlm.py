@@ -7,10 +7,10 @@ import os
 from importlib.resources import files
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from ..folders.data_file import holding
+from ..folders.data_file import holding, to_safetensors
 from ..folders.replacing import write_file
 from . import mosaic
 
@@ -72,7 +72,7 @@ def save_tiny_vlm(model: Qwen3VLForConditionalGeneration, path: str | os.PathLik
         path: The file; by default the one that is shipped with the package.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_file(path, save(tensors, metadata={"format": "pt", "config": json.dumps(model.config.to_diff_dict())}))
+    write_file(path, to_safetensors(tensors, {"format": "pt", "config": json.dumps(model.config.to_diff_dict())}))
 
 
 def load_tiny_vlm(path: str | os.PathLike = SHIPPED) -> Qwen3VLForConditionalGeneration:

@@ -6,20 +6,23 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save
 
 from ..utils.text import plain
 from .replacing import write_file
 
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 
 LONGEST_FILE = 64 * 2**20  # bytes
+LENGTH_BYTES = 8  # of the length of the header, with which a safetensors file begins
 OF_ADAPTERS = 8 * 2**20  # bytes of a configuration, or of results beside it
 
 
@@ -84,6 +87,25 @@ def parse_json(content: str | bytes, where: str, limit: int) -> Any:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write a JSON file. An older one stays as it is until the new one is whole."""
     write_file(path, json.dumps(content, indent=1) + "\n")
+
+
+def to_safetensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file: the same bytes for the same tensors and metadata.
+
+    safetensors itself writes several entries of metadata in an order that changes from call to call. Git and the Hub
+    would take such a file for a new one.
+
+    Args:
+        tensors: By name, contiguous.
+        metadata: By key.
+    """
+    content = save(dict(tensors), dict(metadata))
+    end = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
+    header = json.loads(content[LENGTH_BYTES:end])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % LENGTH_BYTES)  # the tensors are aligned
+    return len(encoded).to_bytes(LENGTH_BYTES, "little") + encoded + content[end:]
 
 
 @contextlib.contextmanager

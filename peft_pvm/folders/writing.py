@@ -25,7 +25,7 @@ from ..utils.checks import is_text
 from ..utils.text import code_span, markdown, plain
 from .adapter_file import RESULTS_NAME, AdapterFile, SavedConfig
 from .companions import KEY, Companion, as_note, method_of
-from .data_file import OF_ADAPTERS, read_json
+from .data_file import OF_ADAPTERS, read_json, to_safetensors
 from .replacing import is_staged, replacing, write_file
 
 
@@ -114,7 +114,7 @@ def note_companions(folder: Path, config: PeftConfig, companions: Sequence[Compa
         return
     with safe_open(file, framework="pt") as tensors:
         metadata = {**(tensors.metadata() or {}), KEY: as_note(companions)}
-    save_file(load(file.read_bytes()), file, metadata=metadata)
+    file.write_bytes(to_safetensors(load(file.read_bytes()), metadata))
     write_card(config, folder)
 
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import nn
 
 from ..folders.adapter_file import FORMAT_VERSION
+from ..folders.data_file import to_safetensors
 from ..folders.writing import written_whole
 from ..utils.checks import layer_list, setting
 from .base import VisualConfig, VisualTuner
@@ -77,7 +77,7 @@ class WithoutParameters(VisualConfig):
         metadata = {"format": "pt", "method": self.method, "version": FORMAT_VERSION}
         with written_whole(save_directory) as staged:
             super().save_pretrained(staged, **kwargs)
-            save_file({}, staged / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
+            (staged / SAFETENSORS_WEIGHTS_NAME).write_bytes(to_safetensors({}, metadata))
 
 
 @dataclass

@@ -124,6 +124,18 @@ def test_all_writers_note_the_same(tmp_path: Path):
             assert found == expected, (writer, name)
 
 
+@pytest.mark.parametrize("writer", WRITERS)
+def test_saved_again_it_is_the_same_file(writer: str, tmp_path: Path):
+    model = TINY.build()
+    WRITERS[writer](model, tmp_path)
+    files = {name: tmp_path / name / WEIGHTS for name in ("pvm", "dipe", "lora")}
+    first = {name: file.read_bytes() for name, file in files.items()}
+    for _ in range(5):
+        for name in files:
+            save_adapter(model, name, tmp_path / name)
+    assert {name: file.read_bytes() for name, file in files.items()} == first
+
+
 ENTRIES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     "load_adapters": lambda base, folder: load_adapters(base, [str(folder)]),
     "PeftModel": PeftModel.from_pretrained,
