@@ -183,8 +183,6 @@ def evaluate(
     """
     questions = load_questions(place.base)
     shared = {"task": plan.task, "base": fingerprint(Path(place.base, SINGLE)), "split": plan.split, "seed": plan.seed}
-    if plan.task == WRITING:
-        shared["longest"] = max(plan.lengths)
     tested = {}
 
     def ask(name: str, file: str, model: nn.Module, **about: Any) -> None:
@@ -239,12 +237,17 @@ def _draw(questions: Questions, plan: EvalPlan, length: int, rows: Iterable[int]
 
 
 def _watch(model: Any, questions: Questions, plan: EvalPlan, results: Results) -> None:
-    """Have the model transcribe, in all rows at once. It is kept when it is done: an interrupted one begins anew."""
-    if len(results.right.get(0, [])) >= plan.rows:
+    """Have the model transcribe, in all rows at once. It is kept when it is done: an interrupted one begins anew.
+
+    Rounds that were tested on more rows stay as they are: the later ones may have fewer.
+    """
+    longest = max(plan.lengths)
+    done = sorted(distance for distance, right in results.right.items() if len(right) >= plan.rows)
+    if len(done) > 1 and done[-1] + (done[-1] - done[-2]) > longest:  # the next round would begin after it
         return
-    results.right.clear()
-    for distance, right in transcribe(model, questions, plan.split, plan.rows, plan.seed, max(plan.lengths)):
-        results.note(distance, 0, right)
+    for distance, right in transcribe(model, questions, plan.split, plan.rows, plan.seed, longest):
+        if len(right) > len(results.right.get(distance, [])):
+            results.right[distance] = right
     results.write()
 
 

@@ -273,8 +273,19 @@ def test_an_interrupted_transcription_begins_anew(folder, tmp_path, monkeypatch)
     again = evaluate(Place(folder), [Run("base")], [], plan, tmp_path / "parts")["base"]
     assert again.right == whole.right
     assert len(again.right) > 1
-    with pytest.raises(ValueError, match="has results with longest 200, but these would be with 300"):
-        evaluate(Place(folder), [Run("base")], [], replace(plan, lengths=(300,)), tmp_path / "parts")
+
+
+def test_a_transcription_goes_on_with_fewer_rows(folder, tmp_path, monkeypatch):
+    plan = EvalPlan("transcription", (200,), rows=2)
+    short = evaluate(Place(folder), [Run("base")], [], plan, tmp_path)["base"].right
+    farther = replace(plan, lengths=(400,), rows=1)
+    long = evaluate(Place(folder), [Run("base")], [], farther, tmp_path)["base"].right
+    assert {distance: right for distance, right in long.items() if distance <= 200} == short
+    assert max(long) > 300
+    assert all(len(right) == 1 for distance, right in long.items() if distance > 200)
+    monkeypatch.setattr(evaluation, "transcribe", None)  # all that is asked for now is there
+    for done in (plan, farther):
+        assert evaluate(Place(folder), [Run("base")], [], done, tmp_path)["base"].right == long
 
 
 @pytest.fixture
