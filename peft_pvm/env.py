@@ -35,8 +35,8 @@ def environment() -> dict[str, str]:
 
 
 def _cpu() -> str:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # older releases of torch have none
-    return capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    find = getattr(torch.cpu, "get_capabilities", None)  # older releases of torch have none
+    return (find and find().get("cpu_name")) or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
