@@ -28,5 +28,8 @@ def one_level_down(lines: Iterable[str]) -> list[str]:
 
 def machines(environments: Iterable[Mapping[str, str]]) -> list[str]:
     """One line for each machine that results come from."""
-    found = {tuple(environment[name] for name in OF_MACHINES) for environment in environments}
-    return ["- Machine: " + ", ".join(map(" ".join, zip(OF_MACHINES, values))) + "." for values in sorted(found)]
+    found = {
+        ", ".join(f"{name} {environment[name]}" for name in OF_MACHINES if name in environment)
+        for environment in environments
+    }
+    return [f"- Machine: {machine}." for machine in sorted(found)]

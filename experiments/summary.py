@@ -18,7 +18,8 @@ from .methods import METHODS
 from .runs import MAIN_RECIPE
 
 
-OF_MACHINES = ("torch", "transformers", "peft", "Python", "Platform", "CPU threads", "GPU")  # of their environment
+# What is said of machines, of the environment of results. Older results do not have the CPU.
+OF_MACHINES = ("torch", "transformers", "peft", "Python", "Platform", "CPU", "CPU threads", "GPU")
 
 T = TypeVar("T")
 

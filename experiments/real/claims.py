@@ -44,7 +44,10 @@ LORAS = ("lora", "lora-short", "lora-several")  # of PVM's size
 TRAININGS = {
     "trained with one picture": ("pvm", ("lora",)),
     "trained with several pictures and turns": ("pvm-several", ("lora-short", "lora-several")),
-    "trained with several pictures and turns, PVM for 800 steps and on twice the tokens": ("pvm-several-long", ("lora-short", "lora-several")),
+    "trained with several pictures and turns, PVM for 800 steps and on twice the tokens": (
+        "pvm-several-long",
+        ("lora-short", "lora-several"),
+    ),
 }
 LIMITED = "dipe-128"
 TDRS = ("t-drs-sd", "t-drs-dc", "t-drs-re", "t-drs-literal", "t-drs-inter", "t-drs")

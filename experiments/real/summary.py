@@ -93,7 +93,7 @@ class Run:
             (str(file["split"]), int(file["seed"])),
             None if training is None else Training.of(training),
             accuracies,
-            {name: str(environment[name]) for name in OF_MACHINES},
+            {name: str(environment[name]) for name in OF_MACHINES if name in environment or name != "CPU"},
             tuple(map(str, file["adapters"])),
         )
 
