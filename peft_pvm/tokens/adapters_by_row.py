@@ -80,10 +80,10 @@ class AdaptersByRow:
     def _name_rows(
         self, name: str, sees_rows: bool, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        length, given = len(args[0]), self._given()
+        given = self._given()
         if given is None:
             return args, kwargs
-        own = held_by(module)
+        length, own = len(next(iter((*args, *kwargs.values())))), held_by(module)
         copies = [adapter if adapter in own else BASE for adapter in given]
         if len(set(copies)) == 1:
             names = copies[:1] * length

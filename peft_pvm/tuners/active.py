@@ -43,7 +43,7 @@ def acting_adapters(model: nn.Module) -> list[str]:
 
 
 def activate(model: nn.Module, names: Collection[str], trainable: bool = True) -> None:
-    """Let some adapters act, of whatever types, and no others.
+    """Let some adapters act, of whatever types, and no others. As in PEFT, merged ones are unmerged first.
 
     Args:
         model: A transformers model with adapters of any of PEFT's types that live in layers.
@@ -51,6 +51,8 @@ def activate(model: nn.Module, names: Collection[str], trainable: bool = True) -
         trainable: Whether their weights require gradients from now on.
     """
     for layer in adapter_layers(model):
+        if getattr(layer, "merged_adapters", None):
+            layer.unmerge()
         layer.enable_adapters(True)
         layer.set_adapter([name for name in names if name in held_by(layer)], inference_mode=not trainable)
 
@@ -67,8 +69,12 @@ def remembered(model: nn.Module) -> tuple[dict[Any, list[str]], Callable[[], Non
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     before = {layer: (list(layer.active_adapters), layer.disable_adapters) for layer in adapter_layers(model)}
+    merged = {layer: list(names) for layer in before if (names := getattr(layer, "merged_adapters", None))}
 
     def put_back() -> None:
+        for layer, names in merged.items():
+            if not layer.merged_adapters:
+                layer.merge(adapter_names=names)
         for layer, (active, disabled) in before.items():
             if list(layer.active_adapters) != active:
                 layer.set_adapter(active)

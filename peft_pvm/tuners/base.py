@@ -14,6 +14,7 @@ import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..folders.adapter_file import FORMAT_VERSION, PEFT_PREFIX, AdapterFile, SavedConfig
@@ -144,11 +145,7 @@ class VisualTuner(BaseTuner):
         return self.model(*args, **kwargs)  # not model.forward, which would skip the hooks on the model itself
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        for layer in self._tuner_layers():
-            if adapter_name not in layer.configs:
-                continue
-            self.peft_config[adapter_name] = layer.configs[adapter_name]  # PEFT has put the new one there
-            raise name_is_taken(adapter_name)
+        refuse_taken(self, adapter_name)
         with without_hooks(self.model):
             try:
                 check_adapter_name(adapter_name, self.model)
@@ -242,7 +239,8 @@ class VisualTuner(BaseTuner):
         others = [
             parameter
             for layer in model.modules()
-            if isinstance(layer, BaseTunerLayer) and not isinstance(layer, self.tuner_layer_cls)
+            if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+            and not isinstance(layer, self.tuner_layer_cls)
             for parameter in layer.parameters()
             if parameter.requires_grad
         ]
@@ -343,6 +341,18 @@ class VisualTuner(BaseTuner):
         if not configs and hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+
+def refuse_taken(tuner: BaseTuner, adapter_name: str) -> None:
+    """Refuse a second adapter with the name of one of ours, whose place in the table PEFT has given to the new one.
+
+    Raises:
+        ValueError: An adapter of ours has that name.
+    """
+    for layer in tuner.model.modules():
+        if isinstance(layer, VisualTunerLayer) and adapter_name in layer.configs:
+            tuner.peft_config[adapter_name] = layer.configs[adapter_name]
+            raise name_is_taken(adapter_name)
 
 
 def name_is_taken(adapter_name: str) -> ValueError:

@@ -45,6 +45,7 @@ class BlockCheck:
         self._num_parts = 3 if block.is_parallel else 2
         self._added_up = slice(1, None) if block.ends_with_sum else slice(None)
         self._layer, self._ffn_end = layer, block.ffn_end
+        self._is_over = False
         self._note_ffn()
         self._handles = [
             block.norm(layer).register_forward_pre_hook(self._start),
@@ -56,11 +57,18 @@ class BlockCheck:
 
     def remove(self) -> None:
         """Stop checking."""
+        self._is_over = True  # also for a forward of another thread that is about to start
         for handle in (self._ffn_handle, *self._handles):
             handle.remove()
+        self._handles, self._parts = [], {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy. PyTorch cannot copy the handle of a hook whose module is gone, such as that of a former LoRA."""
+        alive = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
+        return {**vars(self), "_handles": alive}
 
     def _start(self, module: nn.Module, args: tuple) -> None:
-        if self.acts() and not torch.compiler.is_compiling():
+        if self.acts() and not self._is_over and not torch.compiler.is_compiling():
             # Last again, to note what all adapters make of the FFN's output, also those that were attached later.
             self._ffn_handle.remove()
             self._note_ffn()
@@ -78,7 +86,6 @@ class BlockCheck:
         if len(parts) != self._num_parts or not args or not isinstance(args[0], torch.Tensor) or args[0].dim() < 2:
             return
         if self._is_sum(args[0], parts):
-            del self._parts[this_thread()]
             self._pass()
 
     def _compare(self, layer: nn.Module, args: tuple, output: Any) -> None:

@@ -124,16 +124,24 @@ def tensors_of_others(model: nn.Module, adapter_name: str) -> set[str]:
 
 
 def unwrap_what_is_left(model: nn.Module, names: Collection[str]) -> None:
-    """Put modules back in the place of PEFT's wrappers that hold what some adapters trained along, and nothing else.
+    """Take off what some adapters trained along: PEFT's wrappers of modules, or what these hold beside that of others.
 
     Args:
         model: The model.
         names: The adapters, which are about to go.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper) and held_by(module) <= set(names):
+    modules = list(model.named_modules())
+    acting = {name for _, layer in modules if isinstance(layer, BaseTunerLayer) for name in layer.active_adapters}
+    for name, module in modules:
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        stays = held_by(module) - set(names)
+        if not stays:
             parent, _, child_name = name.rpartition(".")
             setattr(model.get_submodule(parent), child_name, module.original_module)
+            continue
+        for adapter_name in held_by(module) & set(names):
+            module.delete_adapter(adapter_name, sorted(stays & acting)[:1])  # one can act there
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
@@ -17,7 +16,8 @@ from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, PeftType, register_peft_method, save_and_load
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
@@ -27,11 +27,11 @@ from ..folders.data_file import OF_ADAPTERS, read_json
 from ..folders.incoming import INCOMING, NOTHING, Incoming, fitted, loading
 from ..folders.replacing import settle
 from ..folders.writing import write_card
-from ..utils.packages import ASKS_TUNER_FOR_NAMES, add_peft_type, conversion_of, held_by, hub_arguments
+from ..utils.packages import ASKS_TUNER_FOR_NAMES, adapter_layers, add_peft_type, conversion_of, held_by, hub_arguments
 from ..utils.text import plain, quoted
-from .base import VisualConfig, VisualTuner, with_absent_fields
+from .base import VisualConfig, VisualTuner, refuse_taken, with_absent_fields
 from .companions import warn_of_missing
-from .layers import unwrapped_for, without_hooks
+from .layers import VisualTunerLayer, unwrapped_for, without_hooks
 from .saving import has_ours, is_ours, saved_in, saving_whole
 from .without_parameters import WithoutParameters
 
@@ -79,7 +79,8 @@ def extend_peft() -> None:
     - Whoever loads an adapter waits for a save that is replacing it, and undoes one whose process died.
     - Our tuners know what is being loaded, and by which names, while `PeftModel` and transformers load an adapter.
     - An adapter of any type that is loaded without those that it was trained together with gives a warning.
-    - Tuners of other types that copy, replace or unload modules leave our adapters on the same model as they are.
+    - Tuners of other types that copy, replace or unload modules, or delete adapters, leave our adapters on the same
+      model as they are, and do not take their names.
     - An adapter has no part in tokens that another one trains, when either is saved or loaded.
     - A model with our adapters is saved by way of `saving_whole`, and not in a form that we do not load.
     - `push_to_hub` does not put an empty card in the place of ours.
@@ -97,7 +98,9 @@ def extend_peft() -> None:
         set_state_dict = _fitting_what_it_sets(save_and_load.set_peft_model_state_dict)
         for module in (peft, peft.peft_model, peft.utils, save_and_load):
             vars(module)["set_peft_model_state_dict"] = set_state_dict
-    _replace(BaseTuner, "inject_adapter", _apart_from_our_hooks)
+    _replace(BaseTuner, "inject_adapter", _apart_from_ours)
+    _replace(BaseTuner, "set_adapter", _own_wrappers_alone)
+    _replace(BaseTuner, "delete_adapter", _not_of_ours)
     _replace(BaseTuner, "_unload_and_optionally_merge", _leaving_ours)
     for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
         _replace(TrainableTokensWrapper, name, _nothing_of_others)
@@ -245,15 +248,64 @@ def _saying_what_transformers_loads(original: Callable[..., Any]) -> Callable[..
     return load_adapter
 
 
-def _apart_from_our_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT copies what `modules_to_save` names, with the hooks that are on it."""
+def _apart_from_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT copies what `modules_to_save` names, with the hooks that are on it, and takes names that we have."""
 
     @functools.wraps(original)
-    def inject_adapter(self: BaseTuner, *args: Any, **kwargs: Any) -> None:
-        with contextlib.nullcontext() if isinstance(self, VisualTuner) else without_hooks(self.model):
-            original(self, *args, **kwargs)
+    def inject_adapter(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self, VisualTuner):
+            original(self, model, adapter_name, *args, **kwargs)
+            return
+        refuse_taken(self, adapter_name)
+        saved = tuple(getattr(self.peft_config[adapter_name], "modules_to_save", None) or ())
+        for name, module in self.model.named_modules():
+            if name.endswith(saved) and any(isinstance(child, VisualTunerLayer) for child in module.modules()):
+                del self.peft_config[adapter_name]
+                raise ValueError(
+                    f"modules_to_save names {name}, which has another adapter inside, so that a copy of it would have "
+                    "that adapter too. Name modules without adapters, or attach this adapter first."
+                )
+        with without_hooks(self.model):
+            original(self, model, adapter_name, *args, **kwargs)
 
     return inject_adapter
+
+
+def _own_wrappers_alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT turns off what other tuners' adapters have trained along (`modules_to_save`), but not those adapters."""
+
+    @functools.wraps(original)
+    def set_adapter(self: BaseTuner, *args: Any, **kwargs: Any) -> None:
+        layers = adapter_layers(self.model)
+        others: list[tuple[Any, list[str], dict[nn.Parameter, bool]]] = []
+        if any(isinstance(layer, VisualTunerLayer) for layer in layers):
+            own = {name for layer in layers if isinstance(layer, self.tuner_layer_cls) for name in held_by(layer)}
+            others = [
+                (layer, list(layer.active_adapters), {tensor: tensor.requires_grad for tensor in layer.parameters()})
+                for layer in layers
+                if isinstance(layer, AuxiliaryTrainingWrapper) and held_by(layer).isdisjoint(own)
+            ]
+        original(self, *args, **kwargs)
+        for layer, active, trainable in others:
+            layer.set_adapter(active)
+            for tensor, requires_grad in trainable.items():
+                tensor.requires_grad = requires_grad
+
+    return set_adapter
+
+
+def _not_of_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT deletes whatever the table names, and of an adapter that another tuner has, only that."""
+
+    @functools.wraps(original)
+    def delete_adapter(self: BaseTuner, adapter_name: str) -> None:
+        if not isinstance(self, VisualTuner) and is_ours(self.peft_config.get(adapter_name)):
+            raise ValueError(
+                f"{quoted(adapter_name)} is an adapter of another type. Delete it with the PeftModel of that type."
+            )
+        original(self, adapter_name)
+
+    return delete_adapter
 
 
 def _leaving_ours(original: Callable[..., Any]) -> Callable[..., Any]:

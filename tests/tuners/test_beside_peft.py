@@ -253,6 +253,104 @@ def test_a_tuner_deletes_its_own_adapters_only():
     dipe.delete_adapter("dipe")
 
 
+@pytest.mark.parametrize("ours", BESIDE)
+def test_what_a_lora_trains_along_acts_and_learns_beside_ours(ours: str):
+    model = LLAVA.build()
+    get_peft_model(model, lora(modules_to_save=["lm_head"]), "lora")
+    head = model.lm_head.modules_to_save["lora"].weight
+    with torch.no_grad():
+        head.mul_(1.5)
+    inputs = inputs_of(model)
+    expected = logits(model, inputs)
+    with attached(model, M3IDConfig() if ours != "m3id" else DIPEConfig(max_distance=1000)):
+        assert torch.equal(logits(model, inputs), expected)
+    tuner = get_peft_model(model, BESIDE[ours], "ours")
+    tuner.set_adapter("ours")
+    assert head.requires_grad
+    model(**inputs).logits.sum().backward()
+    assert head.grad.abs().sum() > 0
+    tuner.unload()
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_what_pvm_trains_along_acts_beside_a_lora():
+    model = METHODS["pvm"].attach(LLAVA.build(), "pvm", modules_to_save=["lm_head"]).get_base_model()
+    with torch.no_grad():
+        model.lm_head.modules_to_save["pvm"].weight.mul_(1.5)
+    inputs = inputs_of(model)
+    expected = logits(model, inputs)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"]), "lora")
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_a_module_that_both_train_along_goes_back_to_the_other():
+    model = LLAVA.build()
+    get_peft_model(model, lora(modules_to_save=["lm_head"]), "lora")
+    with torch.no_grad():
+        model.lm_head.modules_to_save["lora"].weight.mul_(1.5)
+    inputs, state = inputs_of(model), state_of(model)
+    expected = logits(model, inputs)
+    for _ in range(3):
+        with attached(model, PVMConfig(r=32, modules_to_save=["lm_head"])):
+            pass
+        assert same(model, state)
+        get_peft_model(model, PVMConfig(r=32, modules_to_save=["lm_head"]), "ours").unload()
+        assert same(model, state)
+        assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("ours", BESIDE)
+def test_a_lora_does_not_take_the_name_of_ours(ours: str):
+    model = LLAVA.build()
+    add_adapters(model, {"one": BESIDE[ours]})
+    config, state = model.peft_config["one"], state_of(model)
+    for attach in (
+        lambda: get_peft_model(model, lora(), "one"),
+        lambda: add_adapters(model, {"one": lora()}),
+        lambda: add_adapters(model, {"two": lora(), "one": lora()}),
+    ):
+        with pytest.raises(ValueError, match="'one' is already attached"):
+            attach()
+        assert model.peft_config == {"one": config}
+        assert same(model, state)
+        assert acting_adapters(model) == ["one"]
+
+
+@pytest.mark.parametrize("ours", BESIDE)
+def test_another_tuner_does_not_delete_ours(ours: str):
+    model = LLAVA.build()
+    add_adapters(model, {"ours": BESIDE[ours]})
+    beside = get_peft_model(model, lora(), "lora")
+    state = state_of(model)
+    with pytest.raises(ValueError, match="'ours' is an adapter of another type"):
+        beside.delete_adapter("ours")
+    assert list(model.peft_config) == ["ours", "lora"]
+    assert same(model, state)
+
+
+def test_a_copy_of_a_layer_would_have_pvm_twice():
+    model = METHODS["pvm"].attach(LLAVA.build(), "pvm", layers_to_transform=[1]).get_base_model()
+    state = state_of(model)
+    with pytest.raises(ValueError, match=r"names model\.language_model\.layers\.1, which has another adapter inside"):
+        get_peft_model(model, lora(modules_to_save=["layers.1"]), "lora")
+    assert list(model.peft_config) == ["pvm"]
+    assert same(model, state)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("method", ["pvm", "memvr", "dipe"])
+def test_a_model_is_copied_after_a_lora_has_gone(method: str, ran: bool):
+    model = LLAVA.build()
+    beside = get_peft_model(model, lora(target_modules=["down_proj"]), "gone")
+    beside.add_adapter("stays", lora())
+    METHODS[method].attach(model)
+    inputs = inputs_of(model)
+    if ran:
+        logits(model, inputs)
+    beside.delete_adapter("gone")
+    assert torch.equal(logits(copy.deepcopy(model), inputs), logits(model, inputs))
+
+
 @pytest.mark.parametrize("method", ["pvm", "dipe", "tdrs", "pai", "var", "memvr"])
 def test_a_forward_leaves_nothing_to_the_garbage_collector(method: str):
     """Python does not know how much memory a GPU's tensors take, and collects cycles when it likes."""

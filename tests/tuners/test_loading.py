@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from forwards import difference, logits
+from forwards import TOLERANCE, difference, logits
 from methods_under_test import METHODS, give_weight
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,6 +24,7 @@ from peft_pvm.tuners import loading
 from peft_pvm.tuners.active import acting_adapters
 from peft_pvm.tuners.layers import VisualTunerLayer
 from peft_pvm.tuners.loading import loaded
+from peft_pvm.utils.packages import adapter_layers
 
 
 LORA = dict(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -95,13 +96,30 @@ def test_each_is_saved_as_peft_saves_it(tiny: TinyVLM, saved: list[str], tmp_pat
         save_adapter(model, "lota", tmp_path)
 
 
-def test_those_that_were_there_stop_acting(tiny: TinyVLM, saved: list[str]):
+@pytest.mark.parametrize("merged", [False, True])
+def test_those_that_were_there_stop_acting(tiny: TinyVLM, saved: list[str], merged: bool):
     model = tiny.build()
     load_adapters(model, saved[2:])
+    if merged:
+        for layer in adapter_layers(model):
+            layer.merge()
     load_adapters(model, saved[:1])
     alone = METHODS["pvm"].attach(tiny.build())
     inputs = tiny.inputs(model, *PROMPTS)
-    assert difference(logits(model, inputs), logits(alone, inputs)) < 1e-6
+    assert difference(logits(model, inputs), logits(alone, inputs)) < TOLERANCE
+
+
+def test_what_was_merged_is_merged_again_after_a_block(tiny: TinyVLM, saved: list[str]):
+    model = tiny.build()
+    load_adapters(model, saved[2:])
+    inputs = tiny.inputs(model, *PROMPTS)
+    for layer in adapter_layers(model):
+        layer.merge()
+    before = logits(model, inputs)
+    with loaded(model, saved[:1]):
+        assert difference(logits(model, inputs), before) > 100 * TOLERANCE
+    assert all(layer.merged for layer in adapter_layers(model))
+    assert difference(logits(model, inputs), before) < TOLERANCE
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["on a plain model", "beside another"])

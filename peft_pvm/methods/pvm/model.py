@@ -78,12 +78,18 @@ class PVMModel(VisualTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
+        given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
+        for rows in given:  # which generate may repeat later
+            if rows is not None and len(rows) != len(adapter_names):
+                raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {len(rows)} rows.")
         with Tap.on(self.vlm).by_row.chosen(adapter_names):
             yield
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
         if self.training:
             raise ValueError("adapter_names chooses adapters row by row only in inference, but the model is training.")
+        if isinstance(adapter_names, str):
+            raise TypeError("adapter_names is a list with the name of an adapter for each row, not one name.")
         known = self._adapter_names()
         unknown = sorted(set(adapter_names) - known - {BASE})
         if unknown:

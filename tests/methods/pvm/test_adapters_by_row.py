@@ -117,6 +117,7 @@ def test_which_row_an_image_belongs_to_is_not_known_in_the_projector():
     [
         (["wide", "wrong", BASE, BASE], r"names \['wrong'\], but the model has the PVM adapters \['narrow', 'wide'\]"),
         (["wide", "narrow", BASE], "has 3 names, but the batch has 4 rows"),
+        (["wide", "narrow"], "has 2 names, but the batch has 4 rows"),
         ([], "has 0 names, but the batch has 4 rows"),
     ],
 )
@@ -126,6 +127,20 @@ def test_names_that_do_not_fit_are_refused(tiny: TinyVLM, model: PeftModel, name
     with pytest.raises(ValueError, match=message):
         logits(model, inputs, adapter_names=names)
     assert torch.equal(logits(model, inputs), before)
+
+
+def test_one_name_is_no_list(tiny: TinyVLM, model: PeftModel):
+    with pytest.raises(TypeError, match="adapter_names is a list"):
+        logits(model, tiny.inputs(model.get_base_model(), *ROWS), adapter_names="wide")
+
+
+def test_modules_to_save_may_be_called_by_keywords_alone():
+    family = FAMILIES["gemma3"]
+    model = METHODS["pvm"].attach(family.build(), modules_to_save=["vision_tower"])
+    inputs = family.inputs(model.get_base_model(), "t4 i t3")
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(family.build(), inputs))
+    assert logits(model, inputs).isfinite().all()
 
 
 def test_training_is_refused(tiny: TinyVLM, model: PeftModel):
