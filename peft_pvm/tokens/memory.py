@@ -283,10 +283,11 @@ class _FollowedByMemory(Cache):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)
-        if self.is_compileable:  # other caches are asked for their length in each forward
-            length = int(self.get_seq_length())
+        length, coverage = int(self.get_seq_length()), self.visual_coverage
+        # Before a forward without the adapter fills it up again. Of an evicted cache, nobody knows what is left.
+        if self.is_compileable or (not coverage.is_evicted and length < coverage.num_keys):
             self.visual_memory = replace(self.visual_memory.cropped(length), notes={})
-            self.visual_coverage = replace(self.visual_coverage, num_tokens=length, num_keys=length)
+            self.visual_coverage = replace(coverage, num_tokens=length, num_keys=length)
 
     def reset(self) -> None:
         super().reset()

@@ -396,6 +396,26 @@ def test_what_joins_a_conversation_late_does_not_take_its_tokens_for_known(stati
         logits(model, LLAVA.inputs(model, "t4 i t6", start=8), **{CACHE: cache})
 
 
+@pytest.mark.parametrize("static", [True, False])
+def test_an_image_that_was_cropped_is_not_taken_for_a_later_one(static: bool):
+    """The base alone has filled the cache up again, to the same length."""
+    model = LLAVA.build()
+    inputs = inputs_of(model)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=40) if static else DynamicCache()
+    with attached(model, PVMConfig(r=32, init_gate=1.0)):
+        model(**inputs, **{CACHE: cache})
+    cache.crop(-inputs["input_ids"].shape[1] + 1)
+    model(
+        **{name: value[:, 1:] if name != "pixel_values" else value for name, value in inputs.items()}, **{CACHE: cache}
+    )
+    token = torch.tensor([[5]])
+    with (
+        attached(model, PVMConfig(r=32, init_gate=1.0)),
+        pytest.raises(ValueError, match="without the adapter knowing"),
+    ):
+        model(input_ids=token, **{CACHE: cache})
+
+
 def test_an_overflow_of_the_base_is_not_taken_for_another_architecture():
     model = get_peft_model(LLAVA.build(), PVMConfig(r=32)).eval()
     inputs = inputs_of(model.get_base_model())
