@@ -255,6 +255,17 @@ class VisualTuner(BaseTuner):
     def _tuner_layers(self) -> list[VisualTunerLayer]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
 
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Let one or several adapters act, and no others.
+
+        Raises:
+            ValueError: There is none of such a name.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ValueError(f"The model has no adapters {quoted(unknown)}; it has {quoted(list(self.peft_config))}.")
+        super().set_adapter(adapter_name, *args, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter of this type, and choose another one to act.
 

@@ -7,6 +7,7 @@ transformers 5.24 refuses every PEFT that is released with them (it wants 0.22).
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -60,6 +61,7 @@ def load_adapters(model: nn.Module, sources: Collection[str]) -> list[str]:
         The adapters' names on the model, made from the names of the folders or repositories.
 
     Raises:
+        TypeError: A single adapter is not in a list.
         ValueError: An adapter cannot be read, does not fit, or leaves something without weights. The model is left as
             it was.
 
@@ -132,6 +134,8 @@ def _all_or_none(model: nn.Module, always_none: bool = False) -> Iterator[dict[t
 
 
 def _load_all(model: nn.Module, sources: Collection[str], overwritten: dict[torch.Tensor, torch.Tensor]) -> list[str]:
+    if isinstance(sources, (str, os.PathLike)):
+        raise TypeError(f"Adapters are given as a list of folders or Hub ids, not as {sources!r} alone.")
     names = adapter_names(sources, model)
     for name, source in names.items():
         _load(model, name, source, overwritten)

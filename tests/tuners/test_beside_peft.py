@@ -242,6 +242,14 @@ def test_a_copy_of_a_module_does_not_copy_the_model(ours: str, saved: str):
     assert new_modules(METHODS[ours].config()) == new_modules()
 
 
+@pytest.mark.parametrize("ours", BESIDE)
+def test_an_adapter_that_is_not_there_cannot_act(ours: str):
+    model = get_peft_model(LLAVA.build(), BESIDE[ours], "ours")
+    with pytest.raises(ValueError, match=r"has no adapters \['typo'\]; it has \['ours'\]"):
+        model.base_model.set_adapter(["ours", "typo"])
+    assert acting_adapters(model.get_base_model()) == ["ours"]
+
+
 def test_a_tuner_deletes_its_own_adapters_only():
     model = LLAVA.build()
     dipe = get_peft_model(model, DIPEConfig(), "dipe")

@@ -109,6 +109,11 @@ def test_those_that_were_there_stop_acting(tiny: TinyVLM, saved: list[str], merg
     assert difference(logits(model, inputs), logits(alone, inputs)) < TOLERANCE
 
 
+def test_one_adapter_is_given_in_a_list_too(tiny: TinyVLM, saved: list[str]):
+    with pytest.raises(TypeError, match="given as a list of folders or Hub ids"):
+        load_adapters(tiny.build(), saved[0])
+
+
 def test_what_was_merged_is_merged_again_after_a_block(tiny: TinyVLM, saved: list[str]):
     model = tiny.build()
     load_adapters(model, saved[2:])
