@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..utils.packages import held_by
@@ -76,6 +76,8 @@ class AdaptersByRow:
         if "_visual_choice" not in wrapper.__dict__:
             hook = functools.partial(self._name_rows, name, sees_rows)
             wrapper.__dict__["_visual_choice"] = wrapper.register_forward_pre_hook(hook, with_kwargs=True)
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                wrapper.register_forward_hook(self._run_the_one, with_kwargs=True)
 
     def _name_rows(
         self, name: str, sees_rows: bool, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -83,9 +85,10 @@ class AdaptersByRow:
         given = self._given()
         if given is None:
             return args, kwargs
-        length, own = len(next(iter((*args, *kwargs.values())))), held_by(module)
-        copies = [adapter if adapter in own else BASE for adapter in given]
+        length, copies = len(next(iter((*args, *kwargs.values())))), _copies(module, given)
         if len(set(copies)) == 1:
+            if isinstance(module, ModulesToSaveWrapper):  # which takes names for few types of modules
+                return args, kwargs
             names = copies[:1] * length
         elif sees_rows:
             names = _spread(copies, length)
@@ -95,6 +98,21 @@ class AdaptersByRow:
                 "images, and which row an image belongs to is not known there. Use one adapter a call (set_adapter)."
             )
         return args, {**kwargs, "adapter_names": names}
+
+    def _run_the_one(self, module: ModulesToSaveWrapper, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Where all rows have the same copy, its output, unless that is the copy that has run."""
+        given = self._given()
+        copies = set() if given is None or module.disable_adapters else set(_copies(module, given))
+        if len(copies) != 1 or copies == set(module.active_adapters):
+            return output
+        (name,) = copies
+        return (module.original_module if name == BASE else module.modules_to_save[name])(*args, **kwargs)
+
+
+def _copies(wrapper: nn.Module, names: Sequence[str]) -> list[str]:
+    """Which copy of a module each of some adapters has: its own, or the base's."""
+    own = held_by(wrapper)
+    return [name if name in own else BASE for name in names]
 
 
 def _spread(names: Sequence[str], batch_size: int) -> list[str]:

@@ -129,6 +129,25 @@ def test_names_that_do_not_fit_are_refused(tiny: TinyVLM, model: PeftModel, name
     assert torch.equal(logits(model, inputs), before)
 
 
+@pytest.mark.parametrize("module", ["multi_modal_projector", "lm_head"])
+def test_all_rows_may_have_the_same_copy_of_any_module(module: str):
+    family = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(family.build(), "first", modules_to_save=[module])
+    model.add_adapter("second", PVMConfig(r=16, modules_to_save=[module]))
+    give_weight(model)
+    model.eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f"{module}.modules_to_save" in name:
+                parameter.mul_(2 if "first" in name else 3)
+    inputs = family.inputs(model.get_base_model(), *ROWS)
+    for name in ("first", "second", BASE):
+        expected = with_adapter(model, name, inputs)
+        for active in ("first", "second"):
+            model.set_adapter(active)
+            assert difference(logits(model, inputs, adapter_names=[name] * len(ROWS)), expected) < TOLERANCE
+
+
 def test_one_name_is_no_list(tiny: TinyVLM, model: PeftModel):
     with pytest.raises(TypeError, match="adapter_names is a list"):
         logits(model, tiny.inputs(model.get_base_model(), *ROWS), adapter_names="wide")
