@@ -16,7 +16,7 @@ from .markdown import folded, machines, one_level_down, table
 from .methods import METHODS
 from .real.claims import claims as real_claims
 from .real.findings.page import render_findings
-from .real.report import draw_real, read_bases, render_base
+from .real.report import OF_CLAIMS, draw_real, read_bases, render_base
 from .real.summary import Results as RealResults
 from .runs import MAIN_RECIPE, RECIPES
 from .summary import Entry, Results
@@ -65,7 +65,7 @@ def render(toy: Results, bases: Mapping[str, RealResults]) -> str:
         toy: What is there of the toy.
         bases: What is there of real bases, by what the page calls them.
     """
-    tested = {title: results for title, results in bases.items() if results.split == "test"}
+    tested = {title: results for title, results in bases.items() if title in OF_CLAIMS}
     by_base = {"The toy": claims(toy), **{title: real_claims(results) for title, results in tested.items()}}
     parts = [
         "# Results",

@@ -18,12 +18,14 @@ from .summary import TASKS, UNTESTED, Entry, Results, Term, Training, contrast, 
 
 
 VALIDATION = "real-validation"
-# The folders of results on a real base, and what the page calls them. Claims are decided by the test split alone.
+# The folders of results on a real base, and what the page calls them. Claims are decided by the first two.
 BASES = {
     "real": "The real language model",
     "real-digits": "The real language model, visual tokens learned through it",
+    "real-again": "The real language model, its base trained again on another machine",
     VALIDATION: "The real language model, on the validation split",
 }
+OF_CLAIMS = (BASES["real"], BASES["real-digits"])
 IN_PICTURE = ("base", "log-bias", "lora", "pvm", "dipe", "dipe-128", "dipe+lora")
 BESIDE = ("interfering", "transcription")  # the first of them that was tested is the right half of the picture
 ROUNDS = (1, 2, 4, 8, 16, 28)  # shown of a task with more lengths than there is room for

@@ -297,7 +297,7 @@ def test_a_finding_of_another_base_is_refused(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Results of the toy's base and of both real bases."""
+    """Results of the toy's base and of all real bases."""
     folder = tmp_path / "all"
     folder.mkdir()
     shutil.copy(RECORDED / "base.json", folder)
@@ -308,6 +308,7 @@ def folder(tmp_path) -> Path:
         for seed in (0, 1, 2):
             write_result(folder / name, "look-up", "pvm", {0: FULL, 4096: str(6 + seed) * 12}, seed)
     for method in ("base", "dipe-128"):
+        write_result(folder / "real-again", "look-up", method, {0: FULL, 4096: "9" * 12})
         write_result(folder / VALIDATION, "look-up", method, {0: FULL, 4096: "9" * 12}, split="validation")
     return folder
 
