@@ -419,7 +419,7 @@ RECIPES = {"real": RealRecipe(), "real-digits": RealRecipe(seeing="digits", sing
 
 @pytest.mark.parametrize("base", BASES)
 def test_what_is_recorded_belongs_together(base):
-    """All results are of one base and the same rows. Where claims hang on it, what was trained is there, below 6 MB."""
+    """All results are of one base and the same rows. What was trained for those of claims is there, below 6 MB."""
     folder = RECORDED.parent / base
     paths = [path for path in folder.rglob("*.json") if path.parent.name != "findings"]
     files = {path: json.loads(path.read_text()) for path in paths}
