@@ -63,6 +63,13 @@ REMEDIES = (
     "pvm+dipe-128",
     "pvm-several+dipe-128-image",
     *LORAS,
+    "dipe",
+    "t-drs",
+    "vaf",
+    "pai",
+    "hgai",
+    "cai",
+    "memvr",
 )
 ENOUGH = 0.95
 

@@ -227,7 +227,7 @@ def test_each_method_is_asked_what_it_costs_without_text(tmp_path):
 def test_what_remedies_cost_on_several_pictures_is_a_claim_of_its_own(tmp_path):
     write_result(tmp_path, "three-turns", "base", {0: FULL})
     write_result(tmp_path, "three-turns", "pvm", {0: NONE})
-    write_result(tmp_path, "three-turns", "t-drs", {0: NONE})
+    write_result(tmp_path, "three-turns", "log-bias", {0: NONE})
     assert verdicts(tmp_path, "No remedy costs") == {"PVM on `three-turns`": FAILS}
 
 
