@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import environment  # noqa: F401  # its settings act before PEFT is imported
+import pytest
 import torch
 from peft import PeftModel
 from tiny_vlms import IMAGE, VIDEO, VOCAB, TinyVLM
+from transformers.cache_utils import StaticLayer
 
 from peft_pvm.utils.packages import CACHE
 
@@ -23,6 +25,7 @@ GENERATE = dict(
     return_dict_in_generate=True,
     output_logits=True,
 )
+static_caches_crop = pytest.mark.skipif("crop" not in vars(StaticLayer), reason="static caches cannot be cropped")
 LAST = 3  # tokens decoded after the operation
 
 

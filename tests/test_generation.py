@@ -26,13 +26,13 @@ from forwards import (
     logits,
     prefill,
     resume,
+    static_caches_crop,
 )
 from methods_under_test import METHODS, Method
 from peft import LoraConfig, PeftModel
 from tiny_vlms import EOS, FAMILIES, GEMMA4_SHARED, IMAGE, VIDEO, TinyVLM
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, GenerationConfig, StaticCache
-from transformers.cache_utils import StaticLayer
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
@@ -167,9 +167,6 @@ def test_deepcopied_cache(tiny: TinyVLM, model: PeftModel):
 
 def static_cache(model: PeftModel) -> StaticCache:
     return StaticCache(config=model.get_base_model().config.get_text_config(), max_cache_len=64)
-
-
-static_caches_crop = pytest.mark.skipif("crop" not in vars(StaticLayer), reason="static caches cannot be cropped")
 
 
 @pytest.mark.parametrize(

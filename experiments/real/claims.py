@@ -29,7 +29,7 @@ from ..claims import (
 from .findings.looking import BASE
 from .findings.looking_page import fading, far_from, mean_mass
 from .findings.study import MEASURED_TO_ITS_END, read_finding
-from .methods import METHODS
+from .methods import METHODS, UNTRAINED
 from .summary import Entry, Estimate, Results, Term, contrast
 
 
@@ -63,13 +63,7 @@ REMEDIES = (
     "pvm+dipe-128",
     "pvm-several+dipe-128-image",
     *LORAS,
-    "dipe",
-    "t-drs",
-    "vaf",
-    "pai",
-    "hgai",
-    "cai",
-    "memvr",
+    *UNTRAINED,
 )
 ENOUGH = 0.95
 

@@ -31,6 +31,7 @@ from .training import draw_turns
 LAYERS = [20, 23, 26]  # what `peft-pvm layers` proposes
 STRIDED = [7, 13, 20]  # what "strided" means for thirty layers
 PVM_PARAMETERS = 2_176_515  # of PVMConfig(r=192) there; the controls come as near as they can
+UNTRAINED = ("dipe", "t-drs", "vaf", "pai", "hgai", "cai", "memvr")  # as their papers have them
 SHORT = 64  # tokens: the longest texts of a turn that the base was trained with
 LONG = 1024
 

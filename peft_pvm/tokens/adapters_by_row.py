@@ -22,18 +22,19 @@ class AdaptersByRow:
     """What is said about the forwards of each thread. Other threads may be running through the same model."""
 
     def __init__(self) -> None:
-        self._by_thread: dict[int, Sequence[str]] = {}
+        self._by_thread: dict[int, tuple[Sequence[str], bool]] = {}
 
     @contextlib.contextmanager
-    def chosen(self, adapter_names: Sequence[str]) -> Iterator[None]:
+    def chosen(self, adapter_names: Sequence[str], may_repeat: bool = True) -> Iterator[None]:
         """Give each row of a batch its own adapter, in the forwards of this thread, for the length of a block.
 
         Args:
-            adapter_names: Of each row that the user gave. `generate` repeats rows, for beams and several answers.
+            adapter_names: Of each row that the user gave.
+            may_repeat: Whether forwards may have several rows for each: `generate` has, for beams and several answers.
         """
         thread = threading.get_ident()
         outer = self._by_thread.get(thread)
-        self._by_thread[thread] = adapter_names
+        self._by_thread[thread] = adapter_names, may_repeat
         try:
             yield
         finally:
@@ -49,13 +50,11 @@ class AdaptersByRow:
             ValueError: As many rows cannot come from as many names.
             NotImplementedError: The forward is being compiled.
         """
-        adapter_names = self._given()
-        if adapter_names is None:
-            return None
-        return _spread(adapter_names, batch_size)
+        given = self._given()
+        return None if given is None else _spread(*given, batch_size)
 
-    def _given(self) -> Sequence[str] | None:
-        """The names that were given in this thread, `None` without any."""
+    def _given(self) -> tuple[Sequence[str], bool] | None:
+        """The names that were given in this thread, and whether rows may be repeated. `None` without any."""
         if torch.compiler.is_compiling():
             if self._by_thread:  # a compiled forward cannot ask which thread runs it
                 raise NotImplementedError(
@@ -85,13 +84,14 @@ class AdaptersByRow:
         given = self._given()
         if given is None:
             return args, kwargs
-        length, copies = len(next(iter((*args, *kwargs.values())))), _copies(module, given)
+        adapter_names, may_repeat = given
+        length, copies = len(next(iter((*args, *kwargs.values())))), _copies(module, adapter_names)
         if len(set(copies)) == 1:
             if isinstance(module, ModulesToSaveWrapper):  # which takes names for few types of modules
                 return args, kwargs
             names = copies[:1] * length
         elif sees_rows:
-            names = _spread(copies, length)
+            names = _spread(copies, may_repeat, length)
         else:
             raise NotImplementedError(
                 f"adapter_names chooses adapters row by row, but {name}, which an adapter has trained along, reads "
@@ -102,7 +102,7 @@ class AdaptersByRow:
     def _run_the_one(self, module: ModulesToSaveWrapper, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Where all rows have the same copy, its output, unless that is the copy that has run."""
         given = self._given()
-        copies = set() if given is None or module.disable_adapters else set(_copies(module, given))
+        copies = set() if given is None or module.disable_adapters else set(_copies(module, given[0]))
         if len(copies) != 1 or copies == set(module.active_adapters):
             return output
         (name,) = copies
@@ -115,12 +115,12 @@ def _copies(wrapper: nn.Module, names: Sequence[str]) -> list[str]:
     return [name if name in own else BASE for name in names]
 
 
-def _spread(names: Sequence[str], batch_size: int) -> list[str]:
-    """The name of each row, if `generate` has repeated the rows that the names were given for.
+def _spread(names: Sequence[str], may_repeat: bool, batch_size: int) -> list[str]:
+    """The name of each row, where `generate` may have repeated the rows that the names were given for.
 
     Raises:
         ValueError: As many rows cannot come from as many names.
     """
-    if not names or batch_size % len(names):
+    if not names or batch_size % len(names) or (len(names) != batch_size and not may_repeat):
         raise ValueError(f"adapter_names has {len(names)} names, but the batch has {batch_size} rows.")
     return [name for name in names for _ in range(batch_size // len(names))]

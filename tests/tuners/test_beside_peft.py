@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from forwards import TOLERANCE, difference, logits
+from forwards import TOLERANCE, difference, logits, static_caches_crop
 from methods_under_test import METHODS, give_weight
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from tiny_vlms import FAMILIES
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import StaticLayer
 
 from peft_pvm import DIPEConfig, M3IDConfig, PVMConfig, add_adapters, attached, load_adapters, save_adapter
 from peft_pvm.tokens.context import VisualContext
@@ -403,9 +402,6 @@ def test_what_joins_a_conversation_late_does_not_take_its_tokens_for_known(stati
     add_adapters(model, {"var": METHODS["var"].config()})
     with pytest.raises(RuntimeError, match="Nobody looked for sinks among all tokens"):
         logits(model, LLAVA.inputs(model, "t4 i t6", start=8), **{CACHE: cache})
-
-
-static_caches_crop = pytest.mark.skipif("crop" not in vars(StaticLayer), reason="static caches cannot be cropped")
 
 
 @pytest.mark.parametrize("static", [False, pytest.param(True, marks=static_caches_crop)])

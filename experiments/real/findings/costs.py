@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_pvm.demo.train import target_logits
 
+from ..methods import UNTRAINED
 from ..runs import with_method
 from .study import Cell, Study
 
@@ -17,15 +18,9 @@ from .study import Cell, Study
 LENGTHS = (0, 1024, 4096)  # tokens of text between image and question
 TIMED = (  # with fresh weights, on which the time does not depend
     "base",
-    "dipe",
     "dipe-128",
     "dipe-128-image",
-    "t-drs",
-    "vaf",
-    "pai",
-    "hgai",
-    "cai",
-    "memvr",
+    *UNTRAINED,
     "log-bias",
     "lora",
     "mlp",

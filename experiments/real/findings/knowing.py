@@ -25,7 +25,7 @@ from peft_pvm.tuners.names import separate
 from ...pvm_limits import probe_accuracy
 from ..evaluation import hash_of_folder
 from ..language_model import load_language_model
-from ..methods import METHODS
+from ..methods import METHODS, UNTRAINED
 from .study import Cell, Study
 
 
@@ -34,7 +34,7 @@ PROBED = (("in sight", 0), ("hidden", 0), ("in sight", 1024))  # the image, and 
 WINDOW = 1024  # tokens of text
 CONDITIONS = ALONE, BEHIND_IMAGE = "alone", "behind an image"
 LANGUAGE_MODEL = "language model"  # the case of what the base was made from
-READERS = ("base", "dipe-128", "dipe", "t-drs", "vaf", "pai", "hgai", "cai", "memvr", "log-bias")  # methods
+READERS = ("base", "dipe-128", *UNTRAINED, "log-bias")  # methods
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,11 @@ class PVMModel(VisualTuner):
             return
         self._check_adapter_names(adapter_names)
         given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
-        for rows in given:  # which generate may repeat later
-            if rows is not None and len(rows) != len(adapter_names):
-                raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {len(rows)} rows.")
-        with Tap.on(self.vlm).by_row.chosen(adapter_names):
+        rows = next((tensor for tensor in given if tensor is not None), None)
+        if rows is not None and len(rows) != len(adapter_names):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names, but the batch has {len(rows)} rows.")
+        # Without rows, PEFT calls from a forward of its own, and not from generate, which may repeat them.
+        with Tap.on(self.vlm).by_row.chosen(adapter_names, may_repeat=rows is not None):
             yield
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:

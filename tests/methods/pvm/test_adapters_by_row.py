@@ -148,6 +148,19 @@ def test_all_rows_may_have_the_same_copy_of_any_module(module: str):
             assert difference(logits(model, inputs, adapter_names=[name] * len(ROWS)), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_too_few_names_are_not_spread(task_type: str | None):
+    """PEFT's model for a task does not hand on the rows of a forward."""
+    family = FAMILIES["llava"]
+    model = METHODS["pvm"].attach(family.build(), "first", task_type=task_type).eval()
+    inputs = family.inputs(model.get_base_model(), *ROWS)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="has 2 names, but the batch has 4 rows"):
+            call(**inputs, adapter_names=["first", BASE])
+    beams = model.generate(**inputs, adapter_names=["first", BASE] * 2, num_beams=2, max_new_tokens=2)
+    assert len(beams) == len(ROWS)
+
+
 def test_one_name_is_no_list(tiny: TinyVLM, model: PeftModel):
     with pytest.raises(TypeError, match="adapter_names is a list"):
         logits(model, tiny.inputs(model.get_base_model(), *ROWS), adapter_names="wide")
